@@ -1,0 +1,38 @@
+# Everything runs in .venv, made with PYTHON (3.11 to 3.13) and the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: install demo test test-all lint types bench clean
+
+install: .venv/experiments
+
+demo: .venv/experiments
+	$(BIN)/python -m experiments.toy2d
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+test-all: .venv/test
+	$(BIN)/python -m pytest -m ""
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/pyright
+
+bench: .venv/experiments
+	$(BIN)/python -m experiments.benchmark
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp for each set of extras, renewed when the pins change.
+.venv/experiments .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+	$(STEP) --editable '.[$*]'
+	@touch $@
