@@ -1,0 +1,9 @@
+"""Velocity fields: `field(t, x, context=None)` for one sample, as Equinox modules.
+
+Any callable of that signature with an integer attribute `dim` is a field. One that also has
+`velocity_and_divergence(t, x, context=None)` is offered to `jcnf.Exact` as its closed form.
+"""
+
+from jcnf.fields.activations import ACTIVATIONS as ACTIVATIONS
+from jcnf.fields.layers import LAYERS as LAYERS
+from jcnf.fields.mlp import MLP as MLP

@@ -1,0 +1,105 @@
+"""Linear layers that depend on time, all of the form x -> W(t) x + b(t).
+
+That time enters only through W and b is what makes the closed-form divergences of
+`jcnf.fields.mlp` hold for every layer here: under `vmap` over a batch, `affine(t)` is computed
+once per evaluation, not once per sample. The layers are FFJORD's (Grathwohl et al. 2019,
+appendix B.1): ignore, concat, squash and concatsquash.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+Affine = tuple[Float[Array, "out in"], Float[Array, " out"]]
+
+
+class TimeLinear(eqx.Module):
+    """A linear layer whose weight and bias may depend on time."""
+
+    @abstractmethod
+    def affine(self, t: Float[Array, ""]) -> Affine:
+        """The layer at time `t`: weight (out, in) and bias (out,)."""
+
+
+def _uniform(key, shape, fan_in):
+    bound = fan_in**-0.5
+    return jr.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+class Ignore(TimeLinear):
+    """W x + b, whatever the time."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        self.weight = _uniform(key, (out_size, in_size), in_size)
+        self.bias = jnp.zeros(out_size)
+
+    def affine(self, t):
+        """W, b."""
+        return self.weight, self.bias
+
+
+class Concat(TimeLinear):
+    """W x + b + w t: time as one more input."""
+
+    linear: Ignore
+    time_weight: Float[Array, " out"]
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        linear_key, time_key = jr.split(key)
+        self.linear = Ignore(in_size, out_size, key=linear_key)
+        self.time_weight = _uniform(time_key, (out_size,), in_size + 1)
+
+    def affine(self, t):
+        """W, b + w t."""
+        return self.linear.weight, self.linear.bias + self.time_weight * t
+
+
+class Squash(TimeLinear):
+    """(W x + b) * sigmoid(g t + c): time scales each output."""
+
+    linear: Ignore
+    gate_weight: Float[Array, " out"]
+    gate_bias: Float[Array, " out"]
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        linear_key, gate_key, bias_key = jr.split(key, 3)
+        self.linear = Ignore(in_size, out_size, key=linear_key)
+        self.gate_weight = _uniform(gate_key, (out_size,), 1)
+        self.gate_bias = _uniform(bias_key, (out_size,), 1)
+
+    def affine(self, t):
+        """diag(s) W, s * b with s = sigmoid(g t + c)."""
+        gate = jax.nn.sigmoid(self.gate_weight * t + self.gate_bias)
+        return gate[:, None] * self.linear.weight, gate * self.linear.bias
+
+
+class ConcatSquash(TimeLinear):
+    """(W x + b) * sigmoid(g t + c) + w t: time scales and shifts each output."""
+
+    squash: Squash
+    time_weight: Float[Array, " out"]
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        squash_key, time_key = jr.split(key)
+        self.squash = Squash(in_size, out_size, key=squash_key)
+        self.time_weight = _uniform(time_key, (out_size,), 1)
+
+    def affine(self, t):
+        """diag(s) W, s * b + w t with s = sigmoid(g t + c)."""
+        weight, bias = self.squash.affine(t)
+        return weight, bias + self.time_weight * t
+
+
+LAYERS: dict[str, type[TimeLinear]] = {
+    "ignore": Ignore,
+    "concat": Concat,
+    "squash": Squash,
+    "concatsquash": ConcatSquash,
+}
