@@ -1,0 +1,15 @@
+"""jcnf: continuous normalizing flows in JAX, as pure functions over Equinox modules."""
+
+from jcnf import distributions as distributions
+from jcnf import fields as fields
+from jcnf import objectives as objectives
+from jcnf.divergence import Exact as Exact
+from jcnf.divergence import ForwardMode as ForwardMode
+from jcnf.divergence import Hutchinson as Hutchinson
+from jcnf.flow import CNF as CNF
+from jcnf.flow import log_prob as log_prob
+from jcnf.flow import sample as sample
+from jcnf.flow import sample_and_log_prob as sample_and_log_prob
+from jcnf.flow import trajectory as trajectory
+from jcnf.flow import transform as transform
+from jcnf.solve import Solve as Solve

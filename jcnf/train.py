@@ -1,0 +1,133 @@
+"""Training: one compiled, donated program that runs any number of steps.
+
+Data order and noise derive from (key, step) alone, so that a run killed and resumed from a
+checkpoint ends bit for bit where the uninterrupted one does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+from jcnf.flow import CNF
+
+Objective = Callable[[CNF, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
+DrawBatch = Callable[[Key[Array, ""], Any], Any]
+Run = Callable[["TrainState", Any, Key[Array, ""], Any], tuple["TrainState", dict[str, Array]]]
+
+
+class TrainState(eqx.Module):
+    """Everything a run needs to go on; arrays only, and no random key."""
+
+    params: PyTree  # the trainable part of the flow
+    average: PyTree  # its exponential moving average
+    opt_state: PyTree
+    step: Int[Array, ""]  # steps taken, skipped ones included
+    skipped: Int[Array, ""]  # of them, with an update that was not applied
+
+
+def make_optimizer(
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    clip: float = jnp.inf,
+) -> optax.GradientTransformation:
+    """AdamW under global-norm clipping; linear warm-up, then a cosine to zero at `steps`."""
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        learning_rate if warmup == 0 else 0.0, learning_rate, warmup, max(steps, warmup + 1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay)
+    )
+
+
+def partition(flow: CNF) -> tuple[CNF, CNF]:
+    """The trainable arrays of a flow, and the rest: the base is never trained."""
+    spec = jax.tree.map(eqx.is_inexact_array, flow)
+    frozen_base = jax.tree.map(lambda _: False, spec.base)
+    return eqx.partition(flow, eqx.tree_at(lambda f: f.base, spec, frozen_base))
+
+
+def init(flow: CNF, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    params, _ = partition(flow)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(params, params, optimizer.init(params), zero, zero)
+    # The state is donated, so that no two of its leaves may share a buffer, with `flow` or not.
+    return jax.tree.map(jnp.copy, state)
+
+
+def with_params(flow: CNF, params: PyTree) -> CNF:
+    """`flow` with trained parameters in place of its own: `state.average`, to evaluate."""
+    return eqx.combine(params, partition(flow)[1])
+
+
+def make_run(
+    flow: CNF,
+    objective: Objective,
+    draw_batch: DrawBatch,
+    optimizer: optax.GradientTransformation,
+    *,
+    average: float = 0.999,
+) -> Run:
+    """Compile-once training: `run(state, data, key, until) -> (state, metrics)`.
+
+    `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
+    donates `state`. `draw_batch(key, data)` gives a batch inside the compiled program and
+    `objective(flow, batch, key)` its loss. `average` is the decay of the parameters' moving
+    average, lower at first: min(average, (1 + step) / (10 + step)).
+
+    An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
+    counted. The metrics are means over the steps taken: the objective's own (over all steps),
+    "loss", "grad_norm", and "skipped", their number.
+    """
+    _, static = partition(flow)
+
+    def one_step(state, data, key):
+        batch_key, noise_key = jr.split(jr.fold_in(key, state.step))
+        batch = draw_batch(batch_key, data)
+
+        def loss_of(params):
+            return objective(eqx.combine(params, static), batch, noise_key)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        norm = optax.global_norm(grads)
+        metrics = dict(metrics)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~metrics.pop("failed")
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
+        mean = jax.tree.map(
+            lambda a, p: a + (1 - decay).astype(p.dtype) * (p - a), state.average, params
+        )
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, mean, opt_state),
+            (state.params, state.average, state.opt_state),
+        )
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~good}
+        return TrainState(*kept, state.step + 1, state.skipped + ~good), metrics
+
+    def run(state, data, key, until):
+        _, shapes = jax.eval_shape(one_step, state, data, key)
+        zeros = {name: jnp.zeros((), float) for name in shapes}
+
+        def body(carry):
+            state, sums = carry
+            state, metrics = one_step(state, data, key)
+            return state, {name: sums[name] + metrics[name].astype(float) for name in sums}
+
+        first = state.step
+        state, sums = jax.lax.while_loop(lambda c: c[0].step < until, body, (state, zeros))
+        taken = state.step - first
+        means = {name: total / taken for name, total in sums.items() if name != "skipped"}
+        return state, means | {"skipped": sums["skipped"]}
+
+    return jax.jit(run, donate_argnums=0)
