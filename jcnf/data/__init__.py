@@ -1,0 +1,1 @@
+"""Data people feed: toy densities, and tables of numbers."""
