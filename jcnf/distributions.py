@@ -5,6 +5,7 @@ distrax object is never stored: inside an Equinox module it would break `eqx.fil
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,7 +22,7 @@ class Base(eqx.Module):
     dim: eqx.AbstractVar[int]
 
     @abstractmethod
-    def distribution(self, dtype=None):
+    def distribution(self, dtype=None) -> Any:
         """The distrax distribution, event shape (dim,), computing in `dtype`."""
 
     def log_prob(self, z: Float[Array, "batch dim"]) -> Float[Array, " batch"]:

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from jcnf.distributions import Base
@@ -243,7 +244,7 @@ def solve_trajectory(
     _check(flow, x, context)
     if jnp.ndim(times) != 1 or jnp.shape(times)[0] < 2:
         raise ValueError(f"times must be a vector of at least 2; got shape {jnp.shape(times)}")
-    if not isinstance(times, jax.core.Tracer):
+    if not isinstance(times, Tracer):
         steps = np.diff(np.asarray(times))
         if not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError("times must strictly increase or strictly decrease")

@@ -5,6 +5,7 @@ loop carries selects, and the backward pass holds one parameter cotangent per sa
 accuracy is bought by the error norm instead: `norm="worst"`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -108,7 +109,7 @@ class Solve(eqx.Module):
 
 
 def integrate(
-    vector_field: eqx.Module,
+    vector_field: Callable[..., Any],
     y0: Any,
     args: Any,
     t0: Float[Array | np.ndarray, ""],

@@ -18,7 +18,6 @@ from jcnf.flow import CNF
 
 Objective = Callable[[CNF, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
 DrawBatch = Callable[[Key[Array, ""], Any], Any]
-Run = Callable[["TrainState", Any, Key[Array, ""], Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(eqx.Module):
@@ -57,9 +56,9 @@ def partition(flow: CNF) -> tuple[CNF, CNF]:
 
 def init(flow: CNF, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    params, _ = partition(flow)
+    params: Any = partition(flow)[0]
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(params, params, optimizer.init(params), zero, zero)
+    state = TrainState(params, params, optimizer.init(params), step=zero, skipped=zero)
     # The state is donated, so that no two of its leaves may share a buffer, with `flow` or not.
     return jax.tree.map(jnp.copy, state)
 
@@ -76,7 +75,7 @@ def make_run(
     optimizer: optax.GradientTransformation,
     *,
     average: float = 0.999,
-) -> Run:
+) -> jax.stages.Wrapped:
     """Compile-once training: `run(state, data, key, until) -> (state, metrics)`.
 
     `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
@@ -90,6 +89,7 @@ def make_run(
     """
     _, static = partition(flow)
 
+    @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
         batch_key, noise_key = jr.split(jr.fold_in(key, state.step))
         batch = draw_batch(batch_key, data)
@@ -107,13 +107,14 @@ def make_run(
         mean = jax.tree.map(
             lambda a, p: a + (1 - decay).astype(p.dtype) * (p - a), state.average, params
         )
-        kept = jax.tree.map(
+        params, mean, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (params, mean, opt_state),
             (state.params, state.average, state.opt_state),
         )
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~good}
-        return TrainState(*kept, state.step + 1, state.skipped + ~good), metrics
+        step, skipped = state.step + 1, state.skipped + ~good
+        return TrainState(params, mean, opt_state, step=step, skipped=skipped), metrics
 
     def run(state, data, key, until):
         _, shapes = jax.eval_shape(one_step, state, data, key)

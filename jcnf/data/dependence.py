@@ -54,7 +54,7 @@ class _Regressors:
         gram, right = self.gram[np.ix_(chosen, chosen)], self.gram[chosen, target]
         beta = np.linalg.solve(gram + _RIDGE * np.eye(len(chosen)), right)
         left = max(1 - 2 * right @ beta + beta @ gram @ beta, 0.0)
-        return left * self.rows / (self.rows - len(chosen)), beta, chosen
+        return float(left * self.rows / (self.rows - len(chosen))), beta, chosen
 
     def determined(self, target: int, given: Sequence[int]) -> bool:
         return self.fit(target, given)[0] < _UNEXPLAINED

@@ -23,8 +23,10 @@ def tanh(a):
 
 def softplus(a):
     """s = log(1 + e^a), s' = sigmoid(a), both from e^{-|a|}, which cannot overflow."""
-    e = jnp.exp(-jnp.abs(a))
-    return jnp.maximum(a, 0) + jnp.log1p(e), jnp.where(a >= 0, 1, e) / (1 + e)
+    # Branches in place of abs and maximum, whose derivatives at 0 are not those of s.
+    positive = a > 0
+    e = jnp.exp(jnp.where(positive, -a, a))
+    return jnp.where(positive, a, 0) + jnp.log1p(e), jnp.where(positive, 1, e) / (1 + e)
 
 
 def silu(a):
@@ -36,7 +38,7 @@ def silu(a):
 
 def elu(a):
     """s = a for a > 0 and e^a - 1 below, s' = 1 for a > 0 and e^a below."""
-    negative = jnp.expm1(jnp.minimum(a, 0))
+    negative = jnp.expm1(jnp.where(a > 0, 0, a))
     return jnp.where(a > 0, a, negative), jnp.where(a > 0, 1, negative + 1)
 
 

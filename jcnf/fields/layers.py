@@ -7,6 +7,7 @@ appendix B.1): ignore, concat, squash and concatsquash.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -97,7 +98,7 @@ class ConcatSquash(TimeLinear):
         return weight, bias + self.time_weight * t
 
 
-LAYERS: dict[str, type[TimeLinear]] = {
+LAYERS: dict[str, Callable[..., TimeLinear]] = {
     "ignore": Ignore,
     "concat": Concat,
     "squash": Squash,

@@ -103,7 +103,7 @@ class MLP(eqx.Module):
             case [d1, d2]:
                 return v, d2 @ ((weights[1] * (first @ last).T) @ d1)
         # Columns as rows, (dim, h): under vmap the batch then folds into one matrix product.
-        columns = slopes[0] * first.T
+        columns = slopes[0][None] * first.T
         for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
-            columns = slope * (columns @ weight.T)
+            columns = slope[None] * (columns @ weight.T)
         return v, jnp.sum(last * columns)

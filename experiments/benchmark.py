@@ -1,0 +1,190 @@
+"""Time the training step against `jax.vmap` of a per-sample solve: same work, one run, ratios.
+
+Two forms of the peer, both compiled. "documented": `diffeqsolve` of one sample with diffrax's
+defaults under `jax.vmap`, as continuous normalizing flows in diffrax are commonly written.
+"tuned": the same, given this package's first step, `max_steps` and `throw=False`. Weights, batch,
+solver, tolerances, closed-form divergence and optimiser are ours in both, and the losses and
+gradients are compared before anything is timed. Per-sample solves choose their steps per sample,
+so these agree to the tolerance, not to rounding.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
+
+from experiments.harness import main
+from experiments.rundir import RunDir
+from experiments.settings import RunSettings
+from jcnf import CNF, Solve, distributions, fields, objectives, train
+from jcnf.data.toys import toy
+from jcnf.errors import InputError
+
+TOLERANCE = 1e-5
+OURS = "jcnf"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(RunSettings):
+    """What to time."""
+
+    # optimiser steps before the "trained" case
+    steps: int = 1000
+    # timed rounds of each program, in turn
+    rounds: int = 15
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        if self.rounds < 1:
+            raise InputError("--rounds must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A flow and a batch."""
+
+    name: str
+    flow: CNF
+    x: Array
+
+
+def ours(flow: CNF, x: Array) -> Array:
+    """The loss by one solve for the batch."""
+    return objectives.likelihood(flow, x, jr.key(0), solve=Solve(rtol=TOLERANCE, atol=TOLERANCE))[0]
+
+
+def per_sample(flow: CNF, x: Array, **options) -> Array:
+    """The loss by `jax.vmap` of a solve per sample."""
+
+    def rates(t, state, field):
+        return field.velocity_and_divergence(t, state[0])
+
+    def log_prob(x):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(rates),
+            diffrax.Dopri5(),
+            flow.t1,
+            0.0,
+            y0=(x, jnp.zeros((), x.dtype)),
+            args=flow.field,
+            stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE),
+            **options,
+        )
+        z, logdet = jax.tree.map(lambda y: y[-1], solution.ys)
+        return flow.base.log_prob(z[None])[0] + logdet
+
+    return -jnp.mean(jax.vmap(log_prob)(x))
+
+
+def programs(flow: CNF) -> dict[str, Callable]:
+    """The losses to compare, ours first."""
+    tuned = {"dt0": -0.1 * flow.t1, "max_steps": Solve.max_steps, "throw": False}
+    return {
+        OURS: ours,
+        "per-sample, documented": functools.partial(per_sample, dt0=None),
+        "per-sample, tuned": functools.partial(per_sample, **tuned),
+    }
+
+
+def toy_flow(steps: int) -> CNF:
+    """2-D, 64-64-64 tanh, after `steps` steps on 8gaussians."""
+    field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(0))
+    flow = CNF(field, distributions.StandardNormal(2))
+    optimizer = train.make_optimizer(2e-3, max(steps, 1))
+    objective = functools.partial(objectives.likelihood, solve=Solve(rtol=1e-4, atol=1e-4))
+    data = toy("8gaussians")
+    run_steps = train.make_run(flow, objective, lambda key, _: data.sample(key, 256), optimizer)
+    state, _ = run_steps(train.init(flow, optimizer), None, jr.key(1), steps)
+    return train.with_params(flow, state.params)
+
+
+def cases(steps: int) -> list[Case]:
+    """The toy at initial and at trained weights, and a table of 43 columns."""
+    points = toy("8gaussians").sample(jr.key(2), 100)
+    wide = fields.MLP(43, (256, 256), time="concat", activation="softplus", key=jr.key(3))
+    return [
+        Case("2-D, 64-64-64 tanh, batch 100, initial", toy_flow(0), points),
+        Case(f"the same after {steps} steps", toy_flow(steps), points),
+        Case(
+            "43-D, 256-256 softplus, batch 512, initial",
+            CNF(wide, distributions.StandardNormal(43)),
+            jr.normal(jr.key(4), (512, 43)),
+        ),
+    ]
+
+
+def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a training step of each program, and how its loss and gradient compare."""
+    optimizer = optax.adamw(1e-3)
+    params: Any
+    params, static = train.partition(case.flow)
+    opt_state = optimizer.init(params)
+    steps, gradients, results = {}, {}, {}
+    for name, loss_of in programs(case.flow).items():
+
+        def step(params, opt_state, x, loss_of=loss_of):
+            loss, grads = jax.value_and_grad(lambda p: loss_of(eqx.combine(p, static), x))(params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss, grads
+
+        tic = time.perf_counter()
+        steps[name] = jax.jit(step).lower(params, opt_state, case.x).compile()
+        *_, loss, grads = steps[name](params, opt_state, case.x)
+        seconds = time.perf_counter() - tic
+        gradients[name] = ravel_pytree(grads)[0]
+        error = jnp.linalg.norm(gradients[name] - gradients[OURS])
+        results[name] = {
+            "compile_s": seconds,
+            "loss": float(loss),
+            "gradient_difference": float(error / jnp.linalg.norm(gradients[OURS])),
+        }
+
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            tic = time.perf_counter()
+            jax.block_until_ready(step(params, opt_state, case.x))
+            times[name].append(1e3 * (time.perf_counter() - tic))
+    for name, series in times.items():
+        low, middle, high = np.quantile(series, [0.25, 0.5, 0.75])
+        ratio = float(np.median(np.array(series) / np.array(times[OURS])))
+        results[name] |= {"ms": middle, "ms_q1": low, "ms_q3": high, "ratio": ratio}
+    return results
+
+
+def run(settings: Benchmark) -> None:
+    """Time every case and print a table."""
+    run_dir = RunDir("benchmark", settings)
+    results = {case.name: measure(case, settings.rounds) for case in cases(settings.steps)}
+    run_dir.write_json("benchmark.json", results)
+    for case, programs in results.items():
+        print(case)
+        for name, r in programs.items():
+            print(
+                f"  {name:24} {r['ms']:8.1f} ms ({r['ms_q1']:.1f} to {r['ms_q3']:.1f})"
+                f"  x{r['ratio']:5.2f}  loss {r['loss']:.6f}"
+                f"  gradient off by {r['gradient_difference']:.0e}  compile {r['compile_s']:.1f} s"
+            )
+    ratios = {
+        f"{case}: {name} / {OURS}": r["ratio"]
+        for case, programs in results.items()
+        for name, r in programs.items()
+        if name != OURS
+    }
+    run_dir.finish(ratios, {}, {})
+
+
+if __name__ == "__main__":
+    main(run, Benchmark)

@@ -1,0 +1,186 @@
+"""One run directory: `config.json`, `metrics.jsonl`, `checkpoint.jcnf`, `figures/`; once trained,
+`flow.jcnf`; once finished, `summary.json`."""
+
+import dataclasses
+import datetime
+import json
+import math
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.settings import FlowSettings, RunSettings
+from jcnf import CNF, checkpoint, train
+from jcnf.errors import InputError
+
+# Settings that may differ between a run and its resumption: they do not change its result.
+FREE = ("out", "resume", "score", "samples", "from_run")
+
+
+class RunDir:
+    """The directory of a new run, or of an unfinished one with `--resume`.
+
+    **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
+    one of other settings, or cannot be written.
+    """
+
+    def __init__(self, name: str, settings: RunSettings):
+        self.name = name
+        self.config = json_ready(dataclasses.asdict(settings))
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        self.checkpoint = self.path / "checkpoint.jcnf"
+        if settings.resume and settings.out is None:
+            raise InputError("--resume needs --out: name the run directory to go on with")
+        if (self.path / "summary.json").exists():
+            raise InputError(f"{self.path} holds a finished run: choose another --out")
+        started = (self.path / "config.json").exists()
+        if started and not settings.resume:
+            raise InputError(
+                f"{self.path} holds an unfinished run: add --resume to go on with it, "
+                "or choose another --out"
+            )
+        if settings.resume and not started:
+            raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
+        if started:
+            self._same_settings()
+        else:
+            self._create()
+
+    def _create(self):
+        try:
+            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", self.config)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.path} ({error.strerror}): choose another --out"
+            ) from None
+
+    def _same_settings(self):
+        before = read_json(self.path / "config.json")
+        names = [n for n in self.config | before if n not in FREE]
+        differ = [n for n in names if before.get(n) != self.config.get(n)]
+        if differ:
+            listed = ", ".join(f"{n} {before.get(n)} -> {self.config.get(n)}" for n in differ)
+            raise InputError(
+                f"{self.path} was started with other settings ({listed}): "
+                "give the same ones, or choose another --out"
+            )
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write `name`, whole or not at all."""
+        text = json.dumps(json_ready(content), indent=2, allow_nan=False)
+        checkpoint.write_atomically(self.path / name, text.encode())
+
+    def save_figures(self, **figures: Any) -> None:
+        """Save matplotlib figures as figures/NAME.png."""
+        for name, figure in figures.items():
+            figure.savefig(self.path / "figures" / f"{name}.png")
+
+    def save_flow(self, flow: CNF, notes: dict[str, Any]) -> None:
+        """Save the trained parameters as flow.jcnf, with the settings and `notes` of its use."""
+        notes = json_ready(
+            {"experiment": self.name, "config": self.config, "dim": flow.base.dim} | notes
+        )
+        checkpoint.save(self.path / "flow.jcnf", train.partition(flow)[0], notes)
+
+    def finish(self, metrics: dict, numerics: dict, timing: dict) -> None:
+        """Write summary.json, which marks the run as finished, and print its figures."""
+        parts = {"metrics": metrics, "numerics": numerics, "timing": timing}
+        head = {"experiment": self.name, "config": self.config}
+        self.write_json("summary.json", head | parts | {"environment": environment()})
+        for name, part in parts.items():
+            shown = "  ".join(f"{key} {_shown(value)}" for key, value in part.items())
+            if shown:
+                print(f"{name}: {shown}")
+        print(f"results and figures: {self.path}")
+
+
+def load_flow(path: Path, kind: type[FlowSettings]) -> tuple[CNF, dict[str, Any]]:
+    """The trained flow of a run of settings `kind`, rebuilt from its flow.jcnf, and its notes."""
+    notes = checkpoint.read_notes(path / "flow.jcnf")
+    names = {field.name for field in dataclasses.fields(kind)}
+    config: dict[str, Any] = {
+        n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
+    }
+    if config.keys() != names:
+        raise InputError(
+            f"{path} is a run of another experiment or version ({notes['experiment']})"
+        )
+    flow = kind(**config).make_flow(notes["dim"])
+    params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
+    return train.with_params(flow, params), notes
+
+
+class MetricsLog:
+    """metrics.jsonl: one line per log interval, cut back to the step that a run resumes from."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.records = [r for r in read_jsonl(path) if r["step"] <= step]
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        checkpoint.write_atomically(path, lines.encode())
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        self.records.append(json_ready(record))
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.records[-1], allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run directory; `InputError` when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: is {path.parent} a run directory?") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged: restore it, or start a new run") from None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def json_ready(value: Any) -> Any:
+    """Paths as strings, tuples as lists, and numbers that JSON has no name for as null."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, for the summary."""
+    packages = {name: version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
+    return packages | {"device": jax.devices()[0].device_kind, "git": _commit()}
+
+
+def _commit():
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

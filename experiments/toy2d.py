@@ -1,0 +1,94 @@
+"""Learn a density in the plane: the eight toy sets of FFJORD, by maximum likelihood."""
+
+import dataclasses
+
+import jax.random as jr
+import numpy as np
+
+from experiments.figures import plane
+from experiments.harness import main
+from experiments.loop import fit
+from experiments.rundir import RunDir
+from experiments.settings import FlowSettings
+from jcnf import evaluate, plot
+from jcnf.data.toys import toy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy2D(FlowSettings):
+    """A toy density and the flow that learns it."""
+
+    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings
+    data: str = "8gaussians"
+    # fresh points for the held-out NLL
+    test_points: int = 20_000
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        toy(self.data)
+
+
+def square(half: float) -> tuple[float, float, float, float]:
+    """The extent [-half, half]^2."""
+    return -half, half, -half, half
+
+
+def run(settings: Toy2D) -> None:
+    """Train, measure on fresh points, draw the figures."""
+    density = toy(settings.data)
+    run_dir = RunDir("toy2d", settings)
+    val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    validation = density.sample(val_key, evaluate.CHUNK)
+    solve = settings.make_test_solve()
+    fitted = fit(
+        run_dir,
+        settings,
+        settings.make_flow(2),
+        draw_batch=lambda key, _: density.sample(key, settings.batch),
+        data=None,
+        validate=lambda flow: evaluate.score(flow, validation, solve=solve).nll,
+    )
+    flow = fitted.flow
+    run_dir.save_flow(flow, {})
+
+    print(f"measuring on {settings.test_points} fresh points, drawing the figures")
+    test = density.sample(test_key, settings.test_points)
+    scores = evaluate.score(flow, test, solve=solve)
+    gaps = np.asarray(density.log_prob(test)) - scores.log_prob
+    samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
+    view = evaluate.grid(flow, square(density.extent), solve=solve)
+    # The window of the figures may cut off what a model puts outside it.
+    mass = evaluate.grid(flow, square(2 * density.extent), 300, solve=solve)
+    metrics = {
+        "test_nll": scores.nll,
+        "test_nll_stderr": scores.stderr,
+        "nll_gap": float(np.mean(gaps)),
+        "nll_gap_stderr": evaluate.standard_error(gaps),
+        "entropy": density.entropy,
+        "mass": mass.mass,
+    }
+    numerics = {
+        "nfe_forward": scores.nfe,
+        "nfe_sample": samples.nfe,
+        "roundtrip_error": evaluate.roundtrip_error(flow, validation, solve=solve),
+        "solver_failures": scores.failures + samples.failures + mass.failures,
+        "skipped_updates": fitted.skipped,
+    }
+    plane(
+        run_dir,
+        flow,
+        np.asarray(test),
+        samples.x[-1],
+        view,
+        key=plot_key,
+        solve=solve,
+        title=f"{settings.data}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
+        true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
+    )
+    run_dir.save_figures(training=plot.training_curves(fitted.records))
+    run_dir.finish(metrics, numerics, fitted.timing)
+
+
+if __name__ == "__main__":
+    main(run, Toy2D)

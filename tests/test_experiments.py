@@ -1,0 +1,229 @@
+"""The experiments as a person runs them: whole runs, resumption, and what bad input says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SMALL = ["--widths", "8", "--batch", "32", "--validate-every", "4", "--log-every", "2"]
+SMALL += ["--checkpoint-every", "4"]
+
+
+def command(name, *words):
+    return [sys.executable, "-m", f"experiments.{name}", *map(str, words)]
+
+
+def run(name, *words):
+    return subprocess.run(command(name, *words), capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "run"
+    done = run("toy2d", "--out", out, "--steps", 10, "--test-points", 5000, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 3)) @ np.array([[1, 0.5, 0], [0, 1, 0.3], [0, 0, 2]]) * 100 + 7
+    np.savetxt(path, x, delimiter=",", header="a,b,c", comments="")
+    return path
+
+
+@pytest.fixture(scope="module")
+def density_run(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("density") / "run"
+    done = run("density", "--data", table, "--out", out, "--steps", 10, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(toy_run):
+    out, done = toy_run
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["experiment"] == "toy2d"
+    assert summary["config"]["steps"] == 10
+    assert set(summary) == {
+        "experiment", "config", "metrics", "numerics", "timing", "environment"
+    }  # fmt: skip
+    metrics = summary["metrics"]
+    assert metrics["nll_gap"] == pytest.approx(metrics["test_nll"] - metrics["entropy"], abs=0.1)
+    assert metrics["mass"] == pytest.approx(1, abs=0.01)
+    assert summary["numerics"]["solver_failures"] == summary["numerics"]["skipped_updates"] == 0
+    assert summary["numerics"]["roundtrip_error"] < 1e-3
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4, 6, 8, 10]
+    assert [r["step"] for r in records if "val_nll" in r] == [4, 8, 10]
+    figures = {path.name for path in (out / "figures").iterdir()}
+    assert figures == {
+        "densities.png", "trajectories.png", "snapshots.png", "training.png", "flow.gif"
+    }  # fmt: skip
+    assert "nll_gap" in done.stdout
+    assert str(out) in done.stdout
+
+
+def test_a_finished_run_is_never_overwritten(toy_run):
+    out, _ = toy_run
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for flags in ([], ["--resume"]):
+        again = run("toy2d", "--out", out, "--steps", 10, *SMALL, *flags)
+        assert again.returncode == 2
+        assert again.stderr.strip() == f"error: {out} holds a finished run: choose another --out"
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
+    summary = json.loads((density_run / "summary.json").read_text())
+    metrics = summary["metrics"]
+    x = np.loadtxt(table, delimiter=",", skiprows=1)
+    # Standardizing by the training part is close to standardizing by the whole.
+    log_std = np.log(x.std(axis=0)).sum()
+    assert metrics["test_nll_original"] - metrics["test_nll"] == pytest.approx(log_std, abs=0.2)
+
+    done = run(
+        "density", "--from", density_run, "--score", table, "--samples", 2000, "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    log_prob = np.loadtxt(tmp_path / "log_prob.csv", skiprows=1)
+    assert log_prob.shape == (600,)
+    assert -log_prob.mean() == pytest.approx(metrics["test_nll_original"], abs=0.5)
+    samples = np.loadtxt(tmp_path / "samples.csv", delimiter=",", skiprows=1)
+    assert samples.shape == (2000, 3)
+    assert (tmp_path / "samples.csv").read_text().startswith("a,b,c\n")
+    # The hardly trained flow is near its base: the samples have the data's centre and scale.
+    np.testing.assert_allclose(samples.mean(axis=0), x.mean(axis=0), atol=0.5 * x.std(axis=0).min())
+
+    again = run("density", "--from", density_run, "--score", table, "--out", tmp_path)
+    assert again.returncode == 2
+    assert "log_prob.csv exists" in again.stderr
+
+
+BAD = {
+    "unknown toy": (["toy2d", "--data", "8gausians"], ["8gaussians", "checkerboard"]),
+    "unknown time": (["toy2d", "--time", "gate"], ["gate", "concatsquash"]),
+    "unknown solver": (["toy2d", "--solver", "rk9"], ["rk9", "dopri5"]),
+    "unknown base": (["toy2d", "--base", "cauchy"], ["cauchy", "logistic"]),
+    "euler without step": (["toy2d", "--solver", "euler"], ["step"]),
+    "no steps": (["toy2d", "--steps", "0"], ["--steps"]),
+    "negative rate": (["toy2d", "--learning-rate", "-1"], ["--learning-rate"]),
+    "width 0": (["toy2d", "--widths", "0"], ["widths"]),
+    "resume without out": (["toy2d", "--resume"], ["--out"]),
+    "resume nothing": (["toy2d", "--resume", "--out", "nowhere"], ["nowhere", "--resume"]),
+    "out in a file": (["toy2d", "--out", "text.csv/run"], ["text.csv/run", "--out"]),
+    "no data": (["density"], ["--data", "--from"]),
+    "missing file": (["density", "--data", "none.csv"], ["none.csv"]),
+    "text": (["density", "--data", "text.csv"], ["row 2", "column 2", "'high'", "--drop"]),
+    "NaN": (["density", "--data", "nan.csv"], ["row 3", "column 1"]),
+    "constant": (["density", "--data", "constant.csv"], ["constant", "--drop"]),
+    "duplicated": (["density", "--data", "copy.csv"], ["copies", "--drop"]),
+    "few rows": (["density", "--data", "few.csv"], ["fewer than a batch", "--batch"]),
+    "unknown drop": (["density", "--data", "few.csv", "--drop", "q"], ["q", "--drop"]),
+    "score missing": (
+        ["density", "--data", "few.csv", "--batch", "8", "--score", "n.csv"],
+        ["n.csv"],
+    ),
+    "no run": (["density", "--from", "nowhere", "--samples", "3"], ["nowhere"]),
+    "from for nothing": (["density", "--from", "nowhere"], ["--score", "--samples"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    rows = [f"{a:.6f},{b:.6f}" for a, b in x]
+
+    def write(name, lines):
+        (folder / name).write_text("a,b\n" + "\n".join(lines) + "\n")
+
+    write("few.csv", rows)
+    write("text.csv", [rows[0], "1.5,high", *rows[2:]])
+    write("nan.csv", [*rows[:2], "nan,0.5", *rows[3:]])
+    write("constant.csv", [f"{a:.6f},3" for a, _ in x])
+    write("copy.csv", [f"{a:.6f},{a:.6f}" for a, _ in x])
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
+    words, expected = BAD[name]
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(sys, "argv", words)
+    before = sorted(bad_files.rglob("*"))
+    import experiments.density
+    import experiments.toy2d
+    from experiments.harness import main
+
+    module = {"toy2d": experiments.toy2d, "density": experiments.density}[words[0]]
+    settings = {"toy2d": experiments.toy2d.Toy2D, "density": experiments.density.Density}[words[0]]
+    with pytest.raises(SystemExit) as stopped:
+        main(module.run, settings)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    for part in expected:
+        assert part in lines[0]
+    assert sorted(bad_files.rglob("*")) == before, "nothing is left behind"
+
+
+def test_resuming_with_other_settings_names_them(tmp_path, toy_run):
+    out, _ = toy_run
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    done = run("toy2d", "--out", tmp_path, "--resume", "--steps", 11, "--test-points", 5000, *SMALL)
+    assert done.returncode == 2
+    assert "steps 10 -> 11" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, toy_run):
+    out, _ = toy_run
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    damaged = (out / "checkpoint.jcnf").read_bytes()[:-100]
+    (tmp_path / "checkpoint.jcnf").write_bytes(damaged)
+    done = run("toy2d", "--out", tmp_path, "--resume", "--steps", 10, "--test-points", 5000, *SMALL)
+    assert done.returncode == 2
+    assert "damaged" in done.stderr
+    assert (tmp_path / "checkpoint.jcnf").read_bytes() == damaged
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
+    words = ["--steps", 60, "--test-points", 5000, "--seed", 3, *SMALL]
+    whole = run("toy2d", "--out", tmp_path / "whole", *words)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("toy2d", "--out", killed, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = killed / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 9):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    resumed = run("toy2d", "--out", killed, "--resume", *words)
+    assert resumed.returncode == 0, resumed.stderr
+
+    def parameters(path: Path):
+        return path.read_bytes().split(b"\n", 1)[1]
+
+    for name in ("checkpoint.jcnf", "flow.jcnf"):
+        assert parameters(tmp_path / "whole" / name) == parameters(killed / name)
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (p / "metrics.jsonl").open())]
+        for p in (tmp_path / "whole", killed)
+    ]
+    assert losses[0] == losses[1]
