@@ -41,13 +41,15 @@ class Density(FlowSettings):
     # rows of the validation part by which the parameters to keep are chosen
     validation_rows: int = 4000
 
+    # hidden widths of the field
     widths: tuple[int, ...] = (128, 128)
-    time: str = "concat"
-    rtol: float = 1e-3
-    atol: float = 1e-3
+    # optimiser steps
     steps: int = 6000
+    # samples in a training batch
     batch: int = 512
+    # peak learning rate: linear warm-up, then a cosine to zero
     learning_rate: float = 5e-3
+    # steps between validations; the parameters with the best one are kept
     validate_every: int = 500
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ class RunSettings:
     # seed of weights, data order, noise and test data
     seed: int = 0
     # optimiser steps
-    steps: int = 2000
+    steps: int = 3000
     # go on from the checkpoint in --out
     resume: bool = False
     # steps between lines of metrics.jsonl
@@ -48,7 +48,7 @@ class FlowSettings(RunSettings):
     # hidden widths of the field
     widths: tuple[int, ...] = (64, 64, 64)
     # how time enters a layer: ignore, concat, squash, concatsquash
-    time: str = "concatsquash"
+    time: str = "concat"
     # tanh, softplus, silu, elu, sine, identity
     activation: str = "tanh"
     # base distribution: normal, scaled_normal, logistic
@@ -64,9 +64,9 @@ class FlowSettings(RunSettings):
     # ODE solver while training: euler, heun, midpoint, bosh3, tsit5, dopri5, dopri8
     solver: str = "dopri5"
     # relative tolerance while training
-    rtol: float = 1e-4
+    rtol: float = 1e-3
     # absolute tolerance while training
-    atol: float = 1e-4
+    atol: float = 1e-3
     # fixed step in t instead of the tolerances
     fixed_step: float | None = None
     # checkpoint, direct, backsolve, backsolve_seminorm
@@ -82,7 +82,7 @@ class FlowSettings(RunSettings):
     # samples in a training batch
     batch: int = 256
     # peak learning rate: linear warm-up, then a cosine to zero
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     # steps of warm-up
     warmup: int = 100
     # decoupled weight decay

@@ -12,6 +12,7 @@ from experiments.rundir import RunDir
 from experiments.settings import FlowSettings
 from jcnf import evaluate, plot
 from jcnf.data.toys import toy
+from jcnf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Toy2D(FlowSettings):
         """Raise `InputError` for settings that cannot work."""
         super().check()
         toy(self.data)
+        if self.test_points < 2:
+            raise InputError("--test-points must be at least 2")
 
 
 def square(half: float) -> tuple[float, float, float, float]:

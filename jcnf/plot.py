@@ -46,8 +46,8 @@ def densities(
 ) -> Figure:
     """Show data, samples and the model's log-density, and the true one if known, in one view.
 
-    data, samples: (batch, 2). log_density, true_log_density: (ny, nx) in nats, [i, j] at
-    (x[j], y[i]), for evenly spaced x and y from end to end of `extent`. One scale reaches `nats`
+    data, samples: (batch, 2). log_density, true_log_density: (ny, nx) in nats, [i, j] for the cell
+    in row i from below and column j of an even division of `extent`. One scale reaches `nats`
     below the maximum of the densities; what is lower, -inf too, gets its lowest colour; NaN and
     +inf are red and counted.
     """
@@ -74,8 +74,7 @@ def densities(
     axes = figure.subplots(1, number, sharex=True, sharey=True)
     c.clouds_in(axes[:2], clouds, [box, box], [DATA, MODEL])
     for ax, image in zip(axes[2:], images, strict=True):
-        half = (box[1] - box[0]) / (np.array(image.shape[::-1]) - 1) / 2  # of a cell
-        edges = np.stack([box[0] - half, box[1] + half], axis=1).ravel()
+        edges = box.T.ravel()
         scale = {"vmin": top - nats, "vmax": top, "cmap": "viridis"}
         ax.imshow(image.clip(top - nats), extent=edges, origin="lower", **scale)
         ax.set_facecolor("#CC3311")  # seen where the image is masked
