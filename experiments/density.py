@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from jaxtyping import Array, Key
 
 from experiments.figures import plane
 from experiments.harness import main
@@ -34,7 +35,7 @@ class Density(FlowSettings):
     dequantise: bool = False
     # table whose rows' log-densities go to log_prob.csv, in the units of the data
     score: Path | None = None
-    # rows to sample to samples.csv (default: 10000 after training, none with --from)
+    # rows to sample to samples.csv, others for another --seed (default: 10000 after training)
     samples: int | None = None
     # finished run to score with and sample from, without training
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -57,10 +58,7 @@ class Density(FlowSettings):
         super().check()
         if (self.data is None) == (self.from_run is None):
             raise InputError("give --data PATH to train, or --from RUN_DIR to use a trained run")
-        if self.samples is not None and self.samples < 1:
-            raise InputError("--samples must be at least 1")
-        if self.validation_rows < 1:
-            raise InputError("--validation-rows must be at least 1")
+        self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
         if self.from_run is not None and self.score is None and self.samples is None:
             raise InputError("--from needs --score PATH or --samples N: say what is wanted")
 
@@ -70,17 +68,24 @@ def run(settings: Density) -> None:
     if settings.from_run is None:
         train_and_measure(settings)
         return
-    flow, notes = load_flow(settings.from_run, Density)
+    flow, trained, notes = load_flow(settings.from_run, Density)
     out = settings.out or settings.from_run
     for name, wanted in ((SCORES, settings.score), (SAMPLES, settings.samples)):
         if wanted and (out / name).exists():
             raise InputError(f"{out / name} exists: give another directory with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out} ({error.strerror}): choose another --out"
+        ) from None
     scale = Standardizer.from_json(notes["table"])
     if settings.score is not None:
-        score_rows(settings, flow, scale, read_rows(settings.score, scale.columns), out)
+        score_rows(trained, flow, scale, read_rows(settings.score, scale.columns), out)
     if settings.samples is not None:
-        sample_rows(settings, flow, scale, settings.samples, out)
+        # Not the key of training's samples: these are others.
+        key = jr.fold_in(jr.key(settings.seed), 5)
+        sample_rows(trained, flow, scale, key, settings.samples, out)
 
 
 def score_rows(
@@ -88,16 +93,21 @@ def score_rows(
 ) -> None:
     """Write each row's log-density, nats in the units of the data, to log_prob.csv."""
     x = jnp.asarray(scale.standardize(rows), float)
-    log_prob = evaluate.score(flow, x, solve=settings.make_test_solve()).log_prob - scale.log_scale
+    scores = evaluate.score(flow, x, solve=settings.make_test_solve())
+    log_prob = scores.log_prob - scale.log_scale
     write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
     print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
+    if scores.failures:
+        print(
+            f"warning: the solve failed for {scores.failures} rows, solved together: nan in "
+            f"{SCORES}; leave out rows far outside the training data"
+        )
 
 
 def sample_rows(
-    settings: Density, flow: CNF, scale: Standardizer, count: int, out: Path
+    settings: Density, flow: CNF, scale: Standardizer, key: Key[Array, ""], count: int, out: Path
 ) -> evaluate.Transport:
-    """Write `count` samples, in the units of the data, to samples.csv."""
-    key = jr.fold_in(jr.key(settings.seed), 3)
+    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`."""
     samples = evaluate.draw(flow, key, count, solve=settings.make_test_solve())
     write_rows(out / SAMPLES, scale.unstandardize(samples.x[-1]), scale.columns)
     print(f"{out / SAMPLES}: {count} samples")
@@ -118,11 +128,14 @@ def train_and_measure(settings: Density) -> None:
         )
     # Read before training: a table that cannot be scored is better known now.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
-    run_dir = RunDir("density", settings)
+    gaussian_nll = evaluate.gaussian_nll(table.train, table.test)
+    run_dir = RunDir("density", settings, resume=settings.resume)
     for warning in table.warnings:
         print(f"warning: {warning}")
 
-    validation = jnp.asarray(table.val[: settings.validation_rows], float)
+    count = min(settings.validation_rows, len(table.val))
+    evenly = np.linspace(0, len(table.val) - 1, count).astype(int)
+    validation = jnp.asarray(table.val[evenly], float)
     solve = settings.make_test_solve()
     fitted = fit(
         run_dir,
@@ -133,11 +146,12 @@ def train_and_measure(settings: Density) -> None:
         validate=lambda flow: evaluate.score(flow, validation, solve=solve).nll,
     )
     flow = fitted.flow
-    run_dir.save_flow(flow, {"table": table.scale.to_json()})
+    run_dir.save_flow(flow, {"table": table.scale.to_json(), "warnings": table.warnings})
 
     if to_score is not None:
         score_rows(settings, flow, table.scale, to_score, run_dir.path)
-    samples = sample_rows(settings, flow, table.scale, settings.samples or 10_000, run_dir.path)
+    key, count = jr.fold_in(jr.key(settings.seed), 3), settings.samples or 10_000
+    samples = sample_rows(settings, flow, table.scale, key, count, run_dir.path)
     test = jnp.asarray(table.test, float)
     # The chunk of the validation, so that one compiled program serves both.
     scores = evaluate.score(flow, test, solve=solve, chunk=len(validation))
@@ -145,8 +159,8 @@ def train_and_measure(settings: Density) -> None:
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
         "test_nll_original": scores.nll + table.scale.log_scale,
-        "gaussian_nll": evaluate.gaussian_nll(table.train, table.test),
-        "val_nll": min(r["val_nll"] or np.inf for r in fitted.records if "val_nll" in r),
+        "gaussian_nll": gaussian_nll,
+        "val_nll": fitted.val_nll,
     }
     numerics = {
         "nfe_forward": scores.nfe,
@@ -157,7 +171,7 @@ def train_and_measure(settings: Density) -> None:
     }
     draw_figures(run_dir, settings, flow, table, samples.x[-1], scores.nll)
     run_dir.save_figures(training=plot.training_curves(fitted.records))
-    run_dir.finish(metrics, numerics, fitted.timing)
+    run_dir.finish(metrics, numerics, fitted.timing, table.warnings)
 
 
 def draw_figures(

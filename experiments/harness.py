@@ -30,7 +30,9 @@ def main(run: Callable[[S], None], settings: type[S]) -> None:
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted: the same command with --out DIR --resume goes on", 130))
+        sys.exit(
+            _fail("interrupted: go on with the same command, --out RUN_DIRECTORY and --resume", 130)
+        )
 
 
 def _fail(message, code):

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import jax.random as jr
 from tqdm import tqdm
 
-from experiments.rundir import MetricsLog, RunDir
+from experiments.rundir import MetricsLog, RunDir, read_jsonl
 from experiments.settings import FlowSettings
 from jcnf import CNF, checkpoint, train
+from jcnf.errors import InputError
 
 
 class Fitted(NamedTuple):
     """What training gave."""
 
     flow: CNF  # with the averaged parameters of the lowest validation NLL
+    val_nll: float  # that NLL, nats
     records: list[dict]  # of metrics.jsonl
     skipped: int  # updates that were not applied
     timing: dict[str, float]
@@ -40,20 +42,27 @@ def fit(
     optimizer = settings.make_optimizer()
     state = train.init(flow, optimizer)
     best, notes = jax.tree.map(jnp.copy, state.average), {"best_nll": None, "train_s": 0.0}
+    records = read_jsonl(run.log)
     if run.checkpoint.exists():
         (state, best), notes = checkpoint.load(run.checkpoint, (state, best))
-    log = MetricsLog(run.path / "metrics.jsonl", int(state.step))
+    elif records and records[-1]["step"] >= settings.checkpoint_every:
+        raise InputError(
+            f"{run.checkpoint} is missing, though {run.log.name} goes to step "
+            f"{records[-1]['step']}: restore it, or start a new run with another --out"
+        )
+    step = int(state.step)
+    log = MetricsLog(run.log, records, step)
 
-    tic = time.perf_counter()
+    start = time.perf_counter()
     key = jr.fold_in(jr.key(settings.seed), 1)
     run_steps = train.make_run(
         flow, settings.make_objective(), draw_batch, optimizer, average=settings.average
     )
-    run_steps = run_steps.lower(state, data, key, settings.steps).compile()
-    compile_s = time.perf_counter() - tic
+    if step < settings.steps:
+        run_steps = run_steps.lower(state, data, key, settings.steps).compile()
+    compile_s = time.perf_counter() - start
 
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
-    step = int(state.step)
     with tqdm(total=settings.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
         while step < settings.steps:
             # One dispatch to the next step at which anything happens on the host.
@@ -65,7 +74,7 @@ def fit(
             record["step_ms"] = 1e3 * seconds / (until - step)
             notes["train_s"] += seconds
             bar.update(until - step)
-            bar.set_postfix_str("{loss:.3f} nats, {step_ms:.1f} ms, {nfe:.0f} NFE".format(**record))
+            bar.set_postfix_str(_shown(record, state))
             step, last = until, until == settings.steps
             if last or step % settings.validate_every == 0:
                 record["val_nll"] = validate(train.with_params(flow, state.average))
@@ -77,9 +86,23 @@ def fit(
             log.add({"step": step, **record, "train_s": notes["train_s"]})
             if last or step % settings.checkpoint_every == 0:
                 checkpoint.save(run.checkpoint, (state, best), notes)
+    skipped = int(state.skipped)
+    if skipped > settings.steps // 2:
+        print(
+            f"warning: {skipped} of {settings.steps} updates were skipped: see the help of --clip, "
+            "--learning-rate, --max-steps and the tolerances"
+        )
     timing = {
         "compile_s": compile_s,
         "train_s": notes["train_s"],
+        "fit_s": time.perf_counter() - start,
         "step_ms_median": statistics.median(r["step_ms"] for r in log.records),
     }
-    return Fitted(train.with_params(flow, best), log.records, int(state.skipped), timing)
+    val_nll = math.nan if notes["best_nll"] is None else notes["best_nll"]
+    return Fitted(train.with_params(flow, best), val_nll, log.records, skipped, timing)
+
+
+def _shown(record, state):
+    text = "{loss:.3f} nats, {step_ms:.1f} ms, {nfe:.0f} NFE".format(**record)
+    skipped = int(state.skipped)
+    return f"{text}, {skipped} skipped" if skipped else text

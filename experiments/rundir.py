@@ -6,9 +6,10 @@ import datetime
 import json
 import math
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,8 +17,11 @@ from experiments.settings import FlowSettings, RunSettings
 from jcnf import CNF, checkpoint, train
 from jcnf.errors import InputError
 
-# Settings that may differ between a run and its resumption: they do not change its result.
-FREE = ("out", "resume", "score", "samples", "from_run")
+# Settings that may differ between a run and its resumption: where it goes, not what it does.
+FREE = ("out", "resume")
+
+
+S = TypeVar("S", bound=FlowSettings)
 
 
 class RunDir:
@@ -27,28 +31,30 @@ class RunDir:
     one of other settings, or cannot be written.
     """
 
-    def __init__(self, name: str, settings: RunSettings):
+    def __init__(self, name: str, settings: RunSettings, *, resume: bool = False):
         self.name = name
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
         self.checkpoint = self.path / "checkpoint.jcnf"
-        if settings.resume and settings.out is None:
+        self.log = self.path / "metrics.jsonl"
+        if resume and settings.out is None:
             raise InputError("--resume needs --out: name the run directory to go on with")
         if (self.path / "summary.json").exists():
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()
-        if started and not settings.resume:
+        if started and not resume:
             raise InputError(
                 f"{self.path} holds an unfinished run: add --resume to go on with it, "
                 "or choose another --out"
             )
-        if settings.resume and not started:
+        if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
         if started:
             self._same_settings()
         else:
             self._create()
+        print(f"run directory: {self.path}")
 
     def _create(self):
         try:
@@ -87,11 +93,14 @@ class RunDir:
         )
         checkpoint.save(self.path / "flow.jcnf", train.partition(flow)[0], notes)
 
-    def finish(self, metrics: dict, numerics: dict, timing: dict) -> None:
+    def finish(
+        self, metrics: dict, numerics: dict, timing: dict, warnings: Sequence[str] = ()
+    ) -> None:
         """Write summary.json, which marks the run as finished, and print its figures."""
         parts = {"metrics": metrics, "numerics": numerics, "timing": timing}
         head = {"experiment": self.name, "config": self.config}
-        self.write_json("summary.json", head | parts | {"environment": environment()})
+        tail = {"warnings": warnings, "environment": environment()}
+        self.write_json("summary.json", head | parts | tail)
         for name, part in parts.items():
             shown = "  ".join(f"{key} {_shown(value)}" for key, value in part.items())
             if shown:
@@ -99,8 +108,10 @@ class RunDir:
         print(f"results and figures: {self.path}")
 
 
-def load_flow(path: Path, kind: type[FlowSettings]) -> tuple[CNF, dict[str, Any]]:
-    """The trained flow of a run of settings `kind`, rebuilt from its flow.jcnf, and its notes."""
+def load_flow(path: Path, kind: type[S]) -> tuple[CNF, S, dict[str, Any]]:
+    """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
+    if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
+        raise InputError(f"{path} is not trained to its end: finish it with --resume first")
     notes = checkpoint.read_notes(path / "flow.jcnf")
     names = {field.name for field in dataclasses.fields(kind)}
     config: dict[str, Any] = {
@@ -110,17 +121,18 @@ def load_flow(path: Path, kind: type[FlowSettings]) -> tuple[CNF, dict[str, Any]
         raise InputError(
             f"{path} is a run of another experiment or version ({notes['experiment']})"
         )
-    flow = kind(**config).make_flow(notes["dim"])
+    settings = kind(**config)
+    flow = settings.make_flow(notes["dim"])
     params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
-    return train.with_params(flow, params), notes
+    return train.with_params(flow, params), settings, notes
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per log interval, cut back to the step that a run resumes from."""
+    """metrics.jsonl: one line per dispatch, cut back to the step that a run resumes from."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, records: list[dict], step: int):
         self.path = path
-        self.records = [r for r in read_jsonl(path) if r["step"] <= step]
+        self.records = [r for r in records if r["step"] <= step]
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         checkpoint.write_atomically(path, lines.encode())
 

@@ -6,25 +6,59 @@ help texts.
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
+import equinox as eqx
 import jax.random as jr
 
-from jcnf import CNF, Exact, Hutchinson, Solve, distributions, evaluate, fields, objectives, train
+from jcnf import (
+    CNF,
+    Exact,
+    Hutchinson,
+    Solve,
+    distributions,
+    evaluate,
+    fields,
+    objectives,
+    regularizers,
+    train,
+)
 from jcnf.errors import InputError
-from jcnf.regularizers import REGULARIZERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where a run goes, how long it is, and how often it reports."""
+    """Where a run goes."""
 
     # run directory; by default runs/NAME/TIME-SEED
     out: Path | None = None
     # seed of weights, data order, noise and test data
     seed: int = 0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        self.at_least(0, "seed")
+
+    def at_least(self, lowest: float, *names: str) -> None:
+        """Raise `InputError` where a setting is below `lowest`, infinite or NaN."""
+        for name in names:
+            if not lowest <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}")
+
+    def positive(self, *names: str) -> None:
+        """Raise `InputError` where a setting is not above 0, or is NaN."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSettings(RunSettings):
+    """A flow with an MLP field, trained by maximum likelihood with AdamW."""
+
     # optimiser steps
-    steps: int = 3000
+    steps: int = 2000
     # go on from the checkpoint in --out
     resume: bool = False
     # steps between lines of metrics.jsonl
@@ -33,25 +67,13 @@ class RunSettings:
     checkpoint_every: int = 200
     # steps between validations; the parameters with the best one are kept
     validate_every: int = 200
-
-    def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
-        for name in ("steps", "log_every", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowSettings(RunSettings):
-    """A flow with an MLP field, trained by maximum likelihood with AdamW."""
-
     # hidden widths of the field
     widths: tuple[int, ...] = (64, 64, 64)
     # how time enters a layer: ignore, concat, squash, concatsquash
     time: str = "concat"
     # tanh, softplus, silu, elu, sine, identity
     activation: str = "tanh"
-    # base distribution: normal, scaled_normal, logistic
+    # base distribution: normal, logistic
     base: str = "normal"
     # end time T of the flow
     t1: float = 1.0
@@ -83,7 +105,7 @@ class FlowSettings(RunSettings):
     batch: int = 256
     # peak learning rate: linear warm-up, then a cosine to zero
     learning_rate: float = 1e-2
-    # steps of warm-up
+    # steps of warm-up; at most a tenth of all
     warmup: int = 100
     # decoupled weight decay
     weight_decay: float = 0.0
@@ -95,12 +117,9 @@ class FlowSettings(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        for name, lowest in (("batch", 1), ("warmup", 0), ("kinetic", 0), ("weight_decay", 0)):
-            if not getattr(self, name) >= lowest:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}")
-        for name in ("learning_rate", "clip", "test_tolerance"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive")
+        self.at_least(1, "steps", "log_every", "checkpoint_every", "validate_every", "batch")
+        self.at_least(0, "warmup", "kinetic", "weight_decay")
+        self.positive("learning_rate", "clip", "test_tolerance")
         if not 0 <= self.average < 1:
             raise InputError("--average must be in [0, 1)")
         if self.divergence not in ("exact", "hutchinson"):
@@ -112,9 +131,14 @@ class FlowSettings(RunSettings):
         try:
             self.make_objective()
             self.make_test_solve()
-            self.make_flow(1)
+            eqx.filter_eval_shape(self.make_flow, 1)
         except ValueError as error:
             raise InputError(str(error)) from None
+        if self.fixed_step is not None and self.t1 > self.fixed_step * self.max_steps:
+            raise InputError(
+                f"--fixed-step {self.fixed_step} needs {self.t1 / self.fixed_step:.0f} steps: "
+                "raise --max-steps, or the step"
+            )
 
     def make_flow(self, dim: int) -> CNF:
         """The untrained flow."""
@@ -140,12 +164,11 @@ class FlowSettings(RunSettings):
         )
         exact = self.divergence == "exact"
         divergence = Exact() if exact else Hutchinson(self.probes, self.noise)
-        penalties = {name: getattr(self, name) for name in REGULARIZERS}
         return functools.partial(
             objectives.likelihood,
             solve=solve,
             divergence=divergence,
-            penalties=tuple((name, weight) for name, weight in penalties.items() if weight),
+            penalties={regularizers.kinetic: self.kinetic} if self.kinetic else {},
         )
 
     def make_test_solve(self) -> Solve:
@@ -158,7 +181,7 @@ class FlowSettings(RunSettings):
         return train.make_optimizer(
             self.learning_rate,
             self.steps,
-            warmup=min(self.warmup, self.steps),
+            warmup=min(self.warmup, self.steps // 10),
             weight_decay=self.weight_decay,
             clip=self.clip,
         )

@@ -1,7 +1,7 @@
 """Checkpoints: one file, written atomically, that says when it is damaged and runs no code.
 
-The file is one line of JSON (format, SHA-256 and length of the rest, and whatever the caller
-notes), then the leaves of a pytree as `eqx.tree_serialise_leaves` writes them (no pickle).
+The file is one line of JSON (format, whatever the caller notes, length of the rest, and SHA-256 of
+notes and rest), then the leaves of a pytree as `eqx.tree_serialise_leaves` writes them (no pickle).
 """
 
 import hashlib
@@ -22,11 +22,14 @@ FORMAT = 1
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that exists whole or not at all, whatever happens meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
@@ -34,7 +37,7 @@ def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, tree)
     payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).hexdigest()
+    digest = _digest(notes, payload)
     header = {"format": FORMAT, "sha256": digest, "bytes": len(payload), "notes": notes}
     write_atomically(path, json.dumps(header).encode() + b"\n" + payload)
 
@@ -46,8 +49,12 @@ def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     another structure than `like`.
     """
     notes, payload = _read(path)
+    buffer = io.BytesIO(payload)
     try:
-        return eqx.tree_deserialise_leaves(io.BytesIO(payload), like), notes
+        tree = eqx.tree_deserialise_leaves(buffer, like)
+        if buffer.read(1):
+            raise ValueError("it has more arrays")
+        return tree, notes
     except (RuntimeError, ValueError, EOFError) as error:
         raise InputError(
             f"{path} holds another model than these settings describe "
@@ -58,6 +65,10 @@ def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes alone; raises as `load` does."""
     return _read(path)[0]
+
+
+def _digest(notes, payload):
+    return hashlib.sha256(json.dumps(notes).encode() + payload).hexdigest()
 
 
 def _read(path):
@@ -77,9 +88,9 @@ def _read(path):
             f"{path} has checkpoint format {form}, this jcnf reads {FORMAT}: "
             "use the version that wrote it"
         )
-    if hashlib.sha256(payload).hexdigest() != digest:
+    if _digest(notes, payload) != digest:
         raise InputError(
-            f"{path} is damaged ({len(payload)} of {header['bytes']} bytes, or altered): "
+            f"{path} is damaged ({len(payload)} of {header.get('bytes')} bytes, or altered): "
             "restore it from a copy, or start a new run with another --out"
         )
     return notes, payload

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 
@@ -27,13 +28,20 @@ class Base(eqx.Module):
 
     def log_prob(self, z: Float[Array, "batch dim"]) -> Float[Array, " batch"]:
         """Log-density in nats, per sample."""
-        return jax.vmap(self.distribution(z.dtype).log_prob)(z)
+        with _rank_promotion():
+            return self.distribution(z.dtype).log_prob(z)
 
     def sample(
         self, key: Key[Array, ""], num_samples: int, dtype=None
     ) -> Float[Array, "num_samples dim"]:
         """Independent draws; consumes `key`."""
-        return self.distribution(dtype).sample(seed=key, sample_shape=(num_samples,))
+        with _rank_promotion():
+            return self.distribution(dtype).sample(seed=key, sample_shape=(num_samples,))
+
+
+def _rank_promotion():
+    # distrax broadcasts (batch, dim) with (dim,), even where people have made that an error.
+    return jax.numpy_rank_promotion("allow")
 
 
 def _independent(family, loc, scale):
@@ -64,6 +72,8 @@ class ScaledNormal(Base):
         self.dim = dim
         self.loc = jnp.broadcast_to(jnp.asarray(loc, float), (dim,))
         self.scale = jnp.broadcast_to(jnp.asarray(scale, float), (dim,))
+        if not isinstance(self.scale, Tracer) and not jnp.all(self.scale > 0):
+            raise ValueError(f"scale must be positive; got {scale}")
 
     def distribution(self, dtype=None):
         """Independent normals."""
@@ -82,6 +92,5 @@ class Logistic(Base):
 
 BASES: dict[str, type[Base]] = {
     "normal": StandardNormal,
-    "scaled_normal": ScaledNormal,
     "logistic": Logistic,
 }

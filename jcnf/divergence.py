@@ -53,7 +53,7 @@ class Exact(Divergence):
 
 
 class Hutchinson(Divergence):
-    """mean_k e_k' (dv/dx) e_k with E[e e'] = I: unbiased (Hutchinson 1989; FFJORD, eq. 8).
+    """mean_k e_k' (dv/dx) e_k with E[e e'] = I: unbiased (Hutchinson 1989; FFJORD, section 3.1).
 
     One `jax.jvp` a probe gives v and (dv/dx) e together; reverse mode flows through it.
 

@@ -140,22 +140,34 @@ def cell_centres(interval: tuple[float, float], n: int) -> np.ndarray:
 
 
 def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
-    """Test NLL in nats of a full-covariance Gaussian fitted to `train`: the baseline to beat."""
+    """Test NLL in nats of a full-covariance Gaussian fitted to `train`: the baseline to beat.
+
+    NaN where the covariance is singular: there is no density then.
+    """
     train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
-    factor = np.linalg.cholesky(np.atleast_2d(np.cov(train, rowvar=False, bias=True)))
+    try:
+        factor = np.linalg.cholesky(np.atleast_2d(np.cov(train, rowvar=False, bias=True)))
+    except np.linalg.LinAlgError:
+        return float("nan")
     whitened = np.linalg.solve(factor, (test - train.mean(0)).T)
     log_det = np.sum(np.log(np.diag(factor)))
     dim = train.shape[1]
     return float(np.mean(np.sum(whitened**2, 0)) / 2 + log_det + dim * np.log(2 * np.pi) / 2)
 
 
+# Accelerators multiply float32 matrices with fewer digits unless told otherwise.
+_full_precision = jax.default_matmul_precision("highest")
+
+
 @eqx.filter_jit
+@_full_precision
 def _score(flow, x, context, solve):
     result = transform(flow, x, context=context, solve=solve)
     return flow.base.log_prob(result.x) + result.logdet, result.stats
 
 
 @eqx.filter_jit
+@_full_precision
 def _transport(flow, x, times, context, solve):
     return solve_trajectory(flow, x, times, context=context, solve=solve)
 

@@ -126,10 +126,14 @@ def transform(
     _check(flow, x, context)
     if direction not in ("to_base", "to_data"):
         raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
+    x = jnp.asarray(x)
     batch, dim = x.shape
     noise = divergence.draw(key, batch, dim, x.dtype)
     zeros = jnp.zeros(batch, x.dtype)
-    start = FlowState(x, zeros, {r.__name__: zeros for r in regularizers})
+    penalties = {r.__name__: zeros for r in regularizers}
+    if len(penalties) < len(regularizers):
+        raise ValueError(f"regularizers must have names of their own; got {list(penalties)}")
+    start = FlowState(x, zeros, penalties)
     t0, t1 = (flow.t1, 0.0) if direction == "to_base" else (0.0, flow.t1)
     sign = jnp.asarray(np.sign(t1 - t0), x.dtype)
     end, stats = integrate(
@@ -248,6 +252,7 @@ def solve_trajectory(
         steps = np.diff(np.asarray(times))
         if not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError("times must strictly increase or strictly decrease")
+    x = jnp.asarray(x)
     times = jnp.asarray(times, x.dtype)
     return integrate(_Velocity(), x, (flow.field, context), times[0], times[-1], solve, times)
 
@@ -267,12 +272,10 @@ def _check(flow, x, context):
         raise ValueError("expected at least one sample; got an empty batch")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"expected x of a floating dtype; got {jnp.result_type(x)}")
-    size = getattr(flow.field, "context_dim", None)
-    got = 0 if context is None else jnp.shape(context)[-1]
-    if context is not None and jnp.shape(context)[:-1] != shape[:1]:
-        raise ValueError(
-            f"expected context of shape ({shape[0]}, context); got {jnp.shape(context)}"
-        )
+    shape_of_context = (shape[0], 0) if context is None else jnp.shape(context)
+    if shape_of_context[:-1] != shape[:1]:
+        raise ValueError(f"expected context of shape ({shape[0]}, context); got {shape_of_context}")
+    size, got = getattr(flow.field, "context_dim", None), shape_of_context[-1]
     if size is not None and got != size:
         raise ValueError(
             f"the field takes a context of size {size}; got {got or 'none'}: "

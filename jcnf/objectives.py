@@ -4,14 +4,14 @@
 function of that form; `functools.partial` binds its settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Exact
 from jcnf.flow import CNF, transform
-from jcnf.regularizers import REGULARIZERS
 from jcnf.solve import Solve
 
 
@@ -23,14 +23,16 @@ def likelihood(
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
-    penalties: Mapping[str, float] | tuple[tuple[str, float], ...] = (),
+    penalties: Mapping[Callable, float] = MappingProxyType({}),
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean negative log-likelihood in nats, plus weighted penalties (FFJORD; RNODE, eq. 9).
+    """Mean negative log-likelihood in nats, plus weighted penalties (FFJORD; RNODE).
 
-    `penalties` maps names in `jcnf.regularizers.REGULARIZERS` to weights. `key` is consumed once,
-    by a stochastic divergence only. The metrics are "nll", each penalty's mean, "nfe", "failed".
+    `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights. `key` is consumed
+    once, by a stochastic divergence only. The metrics are "nll", each penalty's mean by the name
+    of its function, "nfe" and "failed".
+
+    **Raises:** `ValueError` as `jcnf.transform` does.
     """
-    weights = dict(penalties)
     result = transform(
         flow,
         x,
@@ -38,10 +40,10 @@ def likelihood(
         context=context,
         solve=solve,
         divergence=divergence,
-        regularizers=tuple(REGULARIZERS[name] for name in weights),
+        regularizers=tuple(penalties),
     )
     nll = -jnp.mean(flow.base.log_prob(result.x) + result.logdet)
     means = {name: jnp.mean(value) for name, value in result.penalties.items()}
-    loss = nll + sum(weights[name] * mean for name, mean in means.items())
+    loss = nll + sum(weight * means[r.__name__] for r, weight in penalties.items())
     stats = {"nfe": result.stats.nfe, "failed": result.stats.failed}
     return loss, {"nll": nll, **means, **stats}

@@ -28,7 +28,6 @@ CURVES = {  # key of a record: (title with units, smoothed beside the raw line, 
     "nfe": ("field evaluations (NFE)", False, False),
     "step_ms": ("time per step (ms)", True, False),
     "grad_norm": ("gradient norm", True, True),
-    "learning_rate": ("learning rate", False, False),
     "skipped": ("skipped steps", False, False),
 }
 

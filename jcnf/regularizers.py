@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 
 
 def kinetic(t: Float[Array, ""], x: Float[Array, " dim"], velocity: Float[Array, " dim"]):
-    """1/2 |v|^2: straight, slow paths (RNODE, Finlay et al. 2020, eq. 8; OT-Flow)."""
+    """1/2 |v|^2: straight, slow paths (RNODE, Finlay et al. 2020; OT-Flow,
+    Onken et al. 2021, both up to the factor 1/2)."""
     return jnp.sum(velocity**2) / 2
-
-
-REGULARIZERS = {"kinetic": kinetic}

@@ -5,6 +5,7 @@ loop carries selects, and the backward pass holds one parameter cotangent per sa
 accuracy is bought by the error norm instead: `norm="worst"`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +48,13 @@ class Solve(eqx.Module):
     - `adjoint`: how reverse mode goes through the solve. "checkpoint": discretise, then optimise,
       with recursive checkpoints (Stumm & Walther 2010), exact; "direct": the same by plain
       backpropagation through a bounded loop; "backsolve": the continuous adjoint (Chen et al.
-      2018), constant memory, accurate to the tolerance; "backsolve_seminorm": the same without
-      error control on the parameters' adjoint (Kidger et al. 2021). Or a diffrax adjoint.
+      2018), constant memory, accurate to the tolerance, and the one that raises where its
+      backward solve fails; "backsolve_seminorm": the same without error control on the
+      parameters' adjoint (Kidger et al. 2021). Or a diffrax adjoint.
     - `norm`: "batch" = RMS over batch and components; "worst" = the largest over the batch of
       each sample's RMS, so that every sample is within tolerance.
     - `max_steps`: the solve gives up after so many steps tried.
-    - `first_step`: the first step as a fraction of the interval; None searches for one, which
-      costs two evaluations a solve.
+    - `first_step`: the first step as a fraction of the interval.
 
     **Raises:** `ValueError` for unknown names and for numbers out of range.
     """
@@ -65,7 +66,7 @@ class Solve(eqx.Module):
     adjoint: str | diffrax.AbstractAdjoint = "checkpoint"
     norm: str = "batch"
     max_steps: int = 1024
-    first_step: float | None = 0.1
+    first_step: float = 0.1
 
     def __check_init__(self):
         _known("solver", self.solver, SOLVERS)
@@ -87,25 +88,32 @@ class Solve(eqx.Module):
         """The solver as diffrax's object."""
         return SOLVERS[self.solver]() if isinstance(self.solver, str) else self.solver
 
-    def diffrax_adjoint(self) -> diffrax.AbstractAdjoint:
-        """The adjoint as diffrax's object."""
-        return _ADJOINTS[self.adjoint](self) if isinstance(self.adjoint, str) else self.adjoint
+    def diffrax_adjoint(self, batch: int) -> diffrax.AbstractAdjoint:
+        """The adjoint as diffrax's object, for the gradient of a mean over `batch` samples."""
+        if not isinstance(self.adjoint, str):
+            return self.adjoint
+        return _ADJOINTS[self.adjoint](self, batch)
 
     def controller(self, norm) -> diffrax.AbstractStepSizeController:
         """Step size control under an error norm over the state's pytree."""
         if self.step is not None:
             return diffrax.ConstantStepSize()
-        return diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=norm)
+        # A step below dtmin ends a solve that met NaN, which would else go on to max_steps.
+        # diffrax leaves no last step so short: 100 ulps of float64 are more.
+        return diffrax.PIDController(
+            rtol=self.rtol, atol=self.atol, norm=norm, dtmin=1e-14, force_dtmin=False
+        )
 
     def evaluations(self, steps):
-        """Right-hand sides evaluated in so many steps."""
+        """Right-hand sides evaluated in so many steps of an explicit Runge-Kutta solver.
+
+        One more for each rejection of the very first step is not counted.
+        """
         tableau = getattr(self.diffrax_solver(), "tableau", None)
         if tableau is None:
             return steps
         # First same as last: a step's last evaluation is the next one's first.
-        per_step = tableau.num_stages - tableau.fsal
-        searched = 2 if self.step is None and self.first_step is None else 0
-        return steps * per_step + int(tableau.fsal) + searched
+        return steps * (tableau.num_stages - tableau.fsal) + int(tableau.fsal)
 
 
 def integrate(
@@ -124,12 +132,7 @@ def integrate(
     error: its last state comes back with `Stats.failed`.
     """
     span = t1 - t0
-    if solve.step is not None:
-        first = jnp.sign(span) * solve.step
-    elif solve.first_step is not None:
-        first = span * solve.first_step
-    else:
-        first = None
+    first = span * solve.first_step if solve.step is None else jnp.sign(span) * solve.step
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
         solve.diffrax_solver(),
@@ -140,7 +143,7 @@ def integrate(
         args,
         saveat=diffrax.SaveAt(t1=True) if times is None else diffrax.SaveAt(ts=times),
         stepsize_controller=solve.controller(_NORMS[solve.norm]),
-        adjoint=solve.diffrax_adjoint(),
+        adjoint=solve.diffrax_adjoint(batch=jax.tree.leaves(y0)[0].shape[0]),
         max_steps=solve.max_steps,
         # Raising from inside a compiled program costs a host callback a step.
         throw=False,
@@ -177,13 +180,19 @@ _NORMS = {"batch": _batch_norm, "worst": _worst_norm}
 
 
 def _backsolve(norm):
-    # The adjoint's state has parameters in it, which have no batch axis: it needs its own norm.
-    return lambda solve: diffrax.BacksolveAdjoint(stepsize_controller=solve.controller(norm))
+    def adjoint(solve, batch):
+        # The cotangents of a mean over the batch are of the order of 1/batch, and so must atol be.
+        solve = dataclasses.replace(solve, atol=solve.atol / batch)
+        # The adjoint's state has parameters in it, which have no batch axis: it needs its own
+        # norm. And no flag leaves a backward solve, so that failing silently is the alternative.
+        return diffrax.BacksolveAdjoint(stepsize_controller=solve.controller(norm), throw=True)
+
+    return adjoint
 
 
 _ADJOINTS = {
-    "checkpoint": lambda solve: diffrax.RecursiveCheckpointAdjoint(),
-    "direct": lambda solve: diffrax.DirectAdjoint(),
+    "checkpoint": lambda solve, batch: diffrax.RecursiveCheckpointAdjoint(),
+    "direct": lambda solve, batch: diffrax.DirectAdjoint(),
     "backsolve": _backsolve(_batch_norm),
     "backsolve_seminorm": _backsolve(diffrax.adjoint_rms_seminorm),
 }

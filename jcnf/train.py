@@ -38,7 +38,10 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip: float = jnp.inf,
 ) -> optax.GradientTransformation:
-    """AdamW under global-norm clipping; linear warm-up, then a cosine to zero at `steps`."""
+    """AdamW under global-norm clipping; linear warm-up, then a cosine to zero at `steps`.
+
+    The decay is decoupled, and of all parameters, biases included.
+    """
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         learning_rate if warmup == 0 else 0.0, learning_rate, warmup, max(steps, warmup + 1)
     )
@@ -84,8 +87,8 @@ def make_run(
     average, lower at first: min(average, (1 + step) / (10 + step)).
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
-    counted. The metrics are means over the steps taken: the objective's own (over all steps),
-    "loss", "grad_norm", and "skipped", their number.
+    counted. The metrics are means over the updates applied, of the objective's own, "loss" and
+    "grad_norm", and "skipped", the number of those that were not.
     """
     _, static = partition(flow)
 
@@ -112,8 +115,9 @@ def make_run(
             (params, mean, opt_state),
             (state.params, state.average, state.opt_state),
         )
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~good}
-        step, skipped = state.step + 1, state.skipped + ~good
+        metrics |= {"loss": loss, "grad_norm": norm}
+        metrics = {name: jnp.where(good, value, 0) for name, value in metrics.items()}
+        step, skipped = state.step + 1, state.skipped + jnp.where(good, 0, 1)
         return TrainState(params, mean, opt_state, step=step, skipped=skipped), metrics
 
     def run(state, data, key, until):
@@ -125,10 +129,10 @@ def make_run(
             state, metrics = one_step(state, data, key)
             return state, {name: sums[name] + metrics[name].astype(float) for name in sums}
 
-        first = state.step
+        before = state
         state, sums = jax.lax.while_loop(lambda c: c[0].step < until, body, (state, zeros))
-        taken = state.step - first
-        means = {name: total / taken for name, total in sums.items() if name != "skipped"}
-        return state, means | {"skipped": sums["skipped"]}
+        skipped = state.skipped - before.skipped
+        applied = (state.step - before.step - skipped).astype(float)
+        return state, {name: total / applied for name, total in sums.items()} | {"skipped": skipped}
 
     return jax.jit(run, donate_argnums=0)

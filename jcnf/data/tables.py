@@ -38,10 +38,15 @@ class Standardizer:
         """Rows in the file's own units, as the model sees them.
 
         Raises:
-            InputError: rows of another shape.
+            InputError: rows of another shape, or with values that float32 cannot hold.
         """
-        rows = self._rows(rows)
-        return ((rows - self.mean) / self.std).astype(np.float32)
+        scaled = (self._rows(rows) - self.mean) / self.std
+        if (place := _too_large(scaled)) is not None:
+            raise InputError(
+                f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is too large for "
+                "float32 when standardized; leave the row out"
+            )
+        return scaled.astype(np.float32)
 
     def unstandardize(self, rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
         """Standardized rows (samples of a model) in the file's own units, float64.
@@ -183,10 +188,15 @@ def _moments(rows: Float[np.ndarray, "rows dim"]) -> tuple[np.ndarray, np.ndarra
     return unit * (rows / unit).mean(axis=0), unit * (rows / unit).std(axis=0)
 
 
-def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
+def _too_large(scaled: Float[np.ndarray, "rows dim"]) -> tuple[int, int] | None:
+    """Row and column of the first value that float32 cannot hold."""
     beyond = np.argwhere(~(np.abs(scaled) <= np.finfo(np.float32).max))
-    if len(beyond):
-        row, column = beyond[0]
+    return (int(beyond[0, 0]), int(beyond[0, 1])) if len(beyond) else None
+
+
+def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
+    if (place := _too_large(scaled)) is not None:
+        row, column = place
         starts = np.cumsum([0, *(len(rows) for rows in raw.parts.values())])
         part = int(np.searchsorted(starts, row, side="right")) - 1
         name = "" if len(raw.parts) == 1 else f"{list(raw.parts)[part]} "

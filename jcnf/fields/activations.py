@@ -62,8 +62,9 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _by_jvp(function, a):
-    return jax.jvp(function, (a,), (jnp.ones_like(a),))
+@functools.cache  # the same function must give the same activation, or flows would compile anew
+def _by_jvp(function):
+    return lambda a: jax.jvp(function, (a,), (jnp.ones_like(a),))
 
 
 def resolve(activation: str | Callable) -> Activation:
@@ -75,7 +76,7 @@ def resolve(activation: str | Callable) -> Activation:
     **Raises:** `ValueError` for an unknown name, listing the known.
     """
     if callable(activation):
-        return functools.partial(_by_jvp, activation)
+        return _by_jvp(activation)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}, "

@@ -2,8 +2,8 @@
 
 That time enters only through W and b is what makes the closed-form divergences of
 `jcnf.fields.mlp` hold for every layer here: under `vmap` over a batch, `affine(t)` is computed
-once per evaluation, not once per sample. The layers are FFJORD's (Grathwohl et al. 2019,
-appendix B.1): ignore, concat, squash and concatsquash.
+once per evaluation, not once per sample. The layers are FFJORD's (Grathwohl et al. 2019): ignore,
+concat, squash and concatsquash.
 """
 
 from abc import abstractmethod
