@@ -1,7 +1,32 @@
-"""Tests run in x64 with strict dtype promotion and no implicit rank promotion."""
+"""x64, strict dtype promotion, no rank promotion, and the annotations of the core checked."""
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CORE = [
+    "errors",
+    "fields",
+    "divergence",
+    "regularizers",
+    "distributions",
+    "solve",
+    "flow",
+    "objectives",
+    "train",
+    "checkpoint",
+    "evaluate",
+]
+jaxtyping.install_import_hook([f"jcnf.{name}" for name in CORE], "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked: the package's own errors, as people meet them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,111 @@
+"""Fields of known solution, and what several test files share."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+from scipy import linalg, stats
+
+from jcnf import CNF, Solve
+from jcnf.distributions import StandardNormal
+from jcnf.fields import MLP
+
+TIGHT = Solve(rtol=1e-10, atol=1e-10)
+T = 0.8  # an end time other than 1, so that a forgotten one shows
+MATRIX = np.array([[0.5, -1.2, 0.3], [0.8, -0.1, 0.4], [-0.6, 0.2, 0.7]])  # trace 1.1
+CONTEXT_MATRIX = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, -0.9]])
+SHIFT = np.array([0.3, -0.5, 1.0])
+
+
+class Linear(eqx.Module):
+    """v = A x: x(t) = expm(A t) x(0), div v = tr A. It has no closed-form divergence."""
+
+    matrix: Float[Array, "dim dim"]
+    dim: int = eqx.field(static=True, default=3)
+
+    def __call__(self, t, x, context=None):
+        return self.matrix @ x
+
+
+class NotANumber(eqx.Module):
+    """v = x, but NaN once any component exceeds 1."""
+
+    dim: int = eqx.field(static=True, default=2)
+
+    def __call__(self, t, x, context=None):
+        return jnp.where(jnp.any(x > 1), jnp.nan, x)
+
+
+class Tally:
+    """A number that modules may hold as static and count on."""
+
+    count = 0
+
+
+class Traced(eqx.Module):
+    """A field that counts how often it is traced."""
+
+    field: MLP
+    tally: Tally = eqx.field(static=True)
+
+    @property
+    def dim(self):
+        return self.field.dim
+
+    def __call__(self, t, x, context=None):
+        self.tally.count += 1
+        return self.field(t, x, context)
+
+
+def linear() -> CNF:
+    """x(T) = expm(A T) z."""
+    return CNF(Linear(jnp.asarray(MATRIX)), StandardNormal(3), t1=T)
+
+
+def affine() -> CNF:
+    """v = A x + C c + b: an MLP with context, and without hidden layers or time."""
+    field = mlp(3, (), time="ignore", context_dim=2)
+    weight = jnp.asarray(np.concatenate([MATRIX, CONTEXT_MATRIX], axis=1))
+    layer = eqx.tree_at(lambda m: (m.weight, m.bias), field.layers[0], (weight, jnp.asarray(SHIFT)))
+    return CNF(eqx.tree_at(lambda f: f.layers, field, (layer,)), StandardNormal(3), t1=T)
+
+
+def carried(z, t=T, context=None):
+    """Where `linear`, or `affine` if there is context, carries z (batch, 3) from 0 to t."""
+    propagator = linalg.expm(t * MATRIX)
+    drift = np.zeros(3) if context is None else np.asarray(context) @ CONTEXT_MATRIX.T + SHIFT
+    return np.asarray(z) @ propagator.T + drift @ np.linalg.solve(MATRIX, propagator - np.eye(3)).T
+
+
+def log_density(x, context=None):
+    """What `linear`, or `affine` if there is context, makes of the standard normal."""
+    covariance = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
+    centred = np.asarray(x) - carried(np.zeros((1, 3)), context=context)
+    return stats.multivariate_normal(np.zeros(3), covariance).logpdf(centred)
+
+
+def mlp(dim, widths, *, scale=2.0, seed=0, **settings) -> MLP:
+    """A field far from linear; numpy draws its weights, for compiling initialisers takes long."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = leaf.shape[1] if leaf.ndim == 2 else 4
+        return jnp.asarray(rng.normal(0, scale / np.sqrt(fan_in), leaf.shape))
+
+    make = partial(MLP, dim, widths, **settings)
+    return jax.tree.map(draw, eqx.filter_eval_shape(make, key=jr.key(0)))
+
+
+def astype(tree, dtype):
+    """The arrays of a pytree in another dtype."""
+    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)
+
+
+def tolerance(solve, value):
+    """A Solve whose tolerances are arrays: one compiled program serves them all."""
+    value = jnp.asarray(value)
+    return eqx.tree_at(lambda s: (s.rtol, s.atol), solve, (value, value))

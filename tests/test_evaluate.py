@@ -1,0 +1,116 @@
+"""Held-out numbers: densities that integrate to 1, chunks, failures, baselines."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import MATRIX, NotANumber, T, Tally, Traced, affine, carried, linear, log_density, mlp
+from scipy import stats
+
+from jcnf import CNF, Solve, evaluate
+from jcnf.distributions import Logistic, StandardNormal
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(12, 3)))
+CONTEXT = jnp.asarray(RNG.normal(size=(12, 2)))
+EULER = Solve(solver="euler", step=T / 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "extent"),
+    [(StandardNormal, (-6.0, 10.0, -8.0, 5.0)), (Logistic, (-20.0, 24.0, -21.0, 17.0))],
+)
+def test_density_integrates_to_one_on_a_grid(base, extent):
+    flow = CNF(mlp(2, (8, 8), scale=3.0), base(2))
+    grid = evaluate.grid(flow, extent, n=160)
+    assert grid.failures == 0
+    assert grid.log_prob.shape == (160, 160)
+    # The flow is far from the identity, or this would show little.
+    near = np.exp(grid.log_prob) > 1e-3
+    identity = np.reshape(flow.base.log_prob(grid.points), (160, 160))
+    assert np.std((grid.log_prob - identity)[near]) > 1
+    assert grid.mass == pytest.approx(1, abs=1e-3)
+
+
+def test_grid_rows_are_y_and_columns_x():
+    field = mlp(2, (), time="ignore")
+    layer = eqx.tree_at(
+        lambda m: (m.weight, m.bias), field.layers[0], (jnp.zeros((2, 2)), jnp.array([1.0, 2.0]))
+    )
+    flow = CNF(eqx.tree_at(lambda f: f.layers, field, (layer,)), StandardNormal(2))
+    solve = Solve(solver="euler", step=1.0)
+    grid = evaluate.grid(flow, (-4.0, 6.0, -3.0, 7.0), n=20, solve=solve)
+    row, column = np.unravel_index(np.argmax(grid.log_prob), (20, 20))
+    x, y = (evaluate.cell_centres(interval, 20) for interval in (grid.extent[:2], grid.extent[2:]))
+    assert (abs(x[column] - 1), abs(y[row] - 2)) == (0.25, 0.25)
+    np.testing.assert_array_equal(grid.points.reshape(20, 20, 2)[row, column], [x[column], y[row]])
+    expected = stats.multivariate_normal([1, 2]).logpdf(grid.points)
+    np.testing.assert_allclose(grid.log_prob.ravel(), expected, rtol=1e-12)
+
+
+def test_scores_are_log_densities_in_chunks_of_one_program():
+    tally = Tally()
+    flow = CNF(Traced(affine().field, tally), StandardNormal(3), t1=T)
+    scores = evaluate.score(flow, X, context=CONTEXT, chunk=5)  # a ragged last one
+    traced = tally.count
+    expected = log_density(X, CONTEXT)
+    np.testing.assert_allclose(scores.log_prob, expected, atol=1e-4)
+    assert scores.log_prob.shape == (12,)
+    assert scores.failures == 0
+    assert scores.nll == pytest.approx(-np.mean(scores.log_prob))
+    assert scores.stderr == pytest.approx(stats.sem(scores.log_prob))
+    other = jax.tree.map(lambda a: 0.5 * a, flow)
+    rows = np.r_[0:12, 0:6]
+    again = evaluate.score(other, X[rows], context=CONTEXT[rows], chunk=5)
+    np.testing.assert_array_equal(again.log_prob[:6], again.log_prob[12:])
+    assert not np.allclose(again.log_prob[:12], expected)
+    assert tally.count == traced > 0
+
+
+def test_failures_are_nan_and_counted_and_end_with_their_chunk():
+    flow = CNF(NotANumber(), StandardNormal(2))
+    x = np.full((10, 2), 0.5)
+    x[5] = 3.0  # in the second of four chunks
+    scores = evaluate.score(flow, jnp.asarray(x), chunk=3)
+    assert scores.failures == 3
+    np.testing.assert_array_equal(np.isnan(scores.log_prob), np.arange(10) // 3 == 1)
+    assert np.isnan(scores.nll)
+    path = evaluate.transport(flow, jnp.asarray(x), jnp.array([0.0, 0.5]), chunk=3)
+    assert path.failures == 3
+    np.testing.assert_array_equal(np.isnan(path.x[-1, :, 0]), np.arange(10) // 3 == 1)
+
+
+def test_transport_draw_and_roundtrip():
+    times = np.array([0, 0.5, T])
+    path = evaluate.transport(affine(), X, jnp.asarray(times), context=CONTEXT, chunk=5)
+    exact = np.stack([carried(X, t, CONTEXT) for t in times])
+    assert path.x.shape == (3, 12, 3)
+    assert path.failures == 0
+    np.testing.assert_allclose(path.x, exact, atol=2e-4)
+    draws = evaluate.draw(linear(), jr.key(0), 12, solve=EULER)
+    z = linear().base.sample(jr.key(0), 12)
+    up, down = (np.linalg.matrix_power(np.eye(3) + h * MATRIX, 4) for h in (T / 4, -T / 4))
+    np.testing.assert_allclose(draws.x, [z, z @ up.T], atol=1e-12)
+    assert draws.nfe == 4
+    # Euler's method there and back is not the identity, but known.
+    error = np.max(np.abs(X @ (up @ down).T - X))
+    assert error > 0.01
+    assert evaluate.roundtrip_error(linear(), X, solve=EULER) == pytest.approx(error, rel=1e-9)
+
+
+def test_gaussian_nll_is_scipys():
+    mixing = RNG.normal(size=(3, 3))
+    train, test = RNG.normal(size=(500, 3)) @ mixing + 2, RNG.normal(size=(100, 3)) @ mixing + 1
+    fitted = stats.multivariate_normal(train.mean(0), np.cov(train, rowvar=False, bias=True))
+    expected = -np.mean(fitted.logpdf(test))
+    assert evaluate.gaussian_nll(train, test) == pytest.approx(expected, rel=1e-12)
+    single = evaluate.gaussian_nll(train[:, :1], test[:, :1])
+    fitted = stats.norm(train[:, 0].mean(), train[:, 0].std())
+    assert single == pytest.approx(-np.mean(fitted.logpdf(test[:, 0])), rel=1e-12)
+
+
+def test_standard_error_is_scipys():
+    values = RNG.normal(size=50)
+    assert evaluate.standard_error(values) == pytest.approx(stats.sem(values), rel=1e-12)

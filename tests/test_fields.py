@@ -1,0 +1,154 @@
+"""MLP fields: closed-form divergences, what time does in a layer, activations and derivatives."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import astype, mlp
+
+from jcnf.fields import ACTIVATIONS, LAYERS, MLP
+from jcnf.fields.activations import resolve
+
+WIDTHS = (4, 5, 4, 5)  # unequal neighbours: no product fits when transposed
+REFERENCE = {
+    "tanh": jnp.tanh,
+    "softplus": jax.nn.softplus,
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "sine": jnp.sin,
+    "identity": lambda a: a,
+}
+
+
+def assert_divergence_is_the_trace(field):
+    t, x = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])[: field.dim]
+    context = jnp.array([0.9, -0.2]) if field.context_dim else None
+    v, divergence = field.velocity_and_divergence(t, x, context)
+    jacobian = jax.jacfwd(field, argnums=1)(t, x, context)
+    assert abs(jnp.trace(jacobian)) > 1e-3
+    np.testing.assert_allclose(v, field(t, x, context), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(divergence, jnp.trace(jacobian), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", range(5))
+@pytest.mark.parametrize("time", LAYERS)
+def test_divergence_at_every_depth_and_time_layer(time, depth):
+    for context_dim in (0, 2):
+        field = mlp(3, WIDTHS[:depth], time=time, context_dim=context_dim)
+        assert_divergence_is_the_trace(field)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, jnp.arctan])
+def test_divergence_of_every_activation(activation):
+    for depth in (1, 2, 3):
+        assert_divergence_is_the_trace(mlp(3, WIDTHS[:depth], activation=activation))
+
+
+def test_divergence_in_one_dimension():
+    field, x = mlp(1, WIDTHS[:2]), jnp.array([0.4])
+    both = jax.jit(lambda t: (field.velocity_and_divergence(t, x), jax.jacfwd(field, 1)(t, x)))
+    (_, divergence), jacobian = both(jnp.asarray(0.3))
+    np.testing.assert_allclose(divergence, jacobian[0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("time", LAYERS)
+def test_layers_are_their_formulas(time):
+    layer = mlp(3, (4,), time=time).layers[0]
+    t, x = 0.7, np.array([0.2, -1.0, 0.5])
+    gate, shift, linear = 1.0, 0.0, layer
+    if time == "concat":
+        linear, shift = layer.linear, layer.time_weight * t
+    if time == "concatsquash":
+        shift, linear = layer.time_weight * t, layer.squash
+    if "squash" in time:
+        gate = 1 / (1 + np.exp(-(np.asarray(linear.gate_weight) * t + linear.gate_bias)))
+        linear = linear.linear
+    expected = (np.asarray(linear.weight) @ x + np.asarray(linear.bias)) * gate + shift
+    weight, bias = layer.affine(jnp.asarray(t))
+    np.testing.assert_allclose(weight @ x + bias, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("time", LAYERS)
+def test_only_ignore_ignores_time(time):
+    field = mlp(3, (4,), time=time)
+    change = field(jnp.asarray(0.1), jnp.ones(3)) - field(jnp.asarray(0.9), jnp.ones(3))
+    assert bool(jnp.any(change != 0)) == (time != "ignore")
+
+
+def test_what_depends_on_time_alone_is_computed_once_for_a_batch():
+    field = mlp(3, (7, 7))
+    over_batch = jax.vmap(field.velocity_and_divergence, in_axes=(None, 0))
+    jaxpr = jax.make_jaxpr(over_batch)(jnp.asarray(0.5), jnp.zeros((11, 3)))
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    assert max(sizes) == 11 * 7  # a batch of hidden units, and never one of matrices
+    gates = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if "logistic" in str(eqn)]
+    assert gates == [(7,), (7,), (3,)]
+
+
+def test_initial_weights_have_variance_one_over_three_fan_in():
+    layer = LAYERS["ignore"](64, 100, key=jr.key(0))
+    assert layer.weight.shape == (100, 64)
+    assert np.max(np.abs(layer.weight)) <= 1 / 8
+    assert np.var(layer.weight) == pytest.approx(1 / (3 * 64), rel=0.05)
+    assert not np.any(layer.bias)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_first_two_derivatives(name):
+    a = jnp.array([-1e4, -800, -40, -3, -0.5, -1e-9, 0, 1e-9, 0.5, 3, 40, 800, 1e4])
+    reference, activation = REFERENCE[name], ACTIVATIONS[name]
+
+    @jax.jit
+    @jax.vmap
+    def both(a):
+        first, second = jax.grad(reference), jax.grad(jax.grad(reference))
+        derivatives = [jax.grad(lambda a, i=i: activation(a)[i])(a) for i in (0, 1)]
+        return (*activation(a), *derivatives), (reference(a), first(a), first(a), second(a))
+
+    own, expected = both(a)
+    assert np.all(np.isfinite(own))
+    for values, reference_values in zip(own, expected, strict=True):
+        np.testing.assert_allclose(values, reference_values, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_do_not_overflow_in_float32(name):
+    a = jnp.array([-1e30, -1e4, -100, 0, 100, 1e4, 1e30], jnp.float32)
+    both = jax.jit(lambda a: jax.jvp(ACTIVATIONS[name], (a,), (jnp.ones_like(a),)))
+    for values in jax.tree.leaves(both(a)):
+        assert values.dtype == jnp.float32
+        assert np.all(np.isfinite(values))
+
+
+def test_a_function_of_ones_own_is_differentiated():
+    value, slope = resolve(jnp.arctan)(jnp.array([0.5, -2.0]))
+    np.testing.assert_allclose(value, np.arctan([0.5, -2.0]))
+    np.testing.assert_allclose(slope, [0.8, 0.2])
+
+
+def test_float32_in_float32_out():
+    for depth in range(5):
+        field = astype(mlp(3, WIDTHS[:depth]), jnp.float32)
+        out = jax.eval_shape(
+            field.velocity_and_divergence, jnp.float32(0.5), jnp.ones(3, jnp.float32)
+        )
+        assert [leaf.dtype for leaf in out] == [jnp.float32] * 2
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time": "hyper"}, "unknown time layer 'hyper': use one of ignore, concat, squash"),
+        ({"activation": "relu"}, "unknown activation 'relu': use one of tanh, softplus, silu"),
+        ({"dim": 0}, "dim and widths must be at least 1"),
+        ({"widths": (4, 0)}, r"got dim=2, widths=(4, 0)"),
+        ({"context_dim": -1}, "context_dim=-1"),
+    ],
+)
+def test_errors_say_what_is_known(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MLP(**{"dim": 2, "widths": (), "key": jr.key(0)} | settings)

@@ -1,0 +1,69 @@
+"""Imports go one way, and `import jcnf` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    *("errors", "fields", "divergence", "regularizers", "distributions", "solve", "flow"),
+    *("objectives", "train", "checkpoint", "evaluate"),
+]
+SIDE = ("data", "plot", "_canvas")  # what nobody in the chain imports, and what imports errors only
+FILES = sorted((ROOT / "jcnf").rglob("*.py"))
+HEAVY = ["matplotlib", "PIL", "sklearn", "pandas", "tyro", "tqdm", "ott"]
+HEAVY += ["distrax", "tensorflow_probability", "experiments"]
+
+
+def imported(path):
+    """Dotted names a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(path):
+    """The part of jcnf a file belongs to: a module, or a folder."""
+    return path.relative_to(ROOT / "jcnf").parts[0].removesuffix(".py")
+
+
+def users(package):
+    return {part(path) for path in FILES if any(n.split(".")[0] == package for n in imported(path))}
+
+
+def test_every_module_has_its_place():
+    assert {part(path) for path in FILES} == {*ORDER, *SIDE, "__init__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    here = part(path)
+    allowed = {
+        **{name: set(ORDER[: i + 1]) for i, name in enumerate(ORDER)},
+        **{name: {"errors", name} for name in SIDE},
+        "plot": {"errors", "_canvas"},
+        "__init__": set(ORDER),
+    }[here]
+    names = list(imported(path))
+    used = {name.split(".")[1] for name in names if name.startswith("jcnf.")}
+    assert used <= allowed, f"{path} imports {used - allowed}"
+    assert not [name for name in names if name.split(".")[0] in ("experiments", "tests")]
+
+
+def test_diffrax_and_distrax_have_one_user_each():
+    assert users("diffrax") == {"solve"}
+    assert users("distrax") == {"distributions"}
+    assert users("tensorflow_probability") == set()
+
+
+def test_import_is_light():
+    code = f"import sys, jcnf; print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

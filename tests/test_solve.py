@@ -1,0 +1,159 @@
+"""The solve: order, tolerance, error norms, evaluations counted, and failure as a value."""
+
+import re
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Tally, tolerance
+
+from jcnf import Solve
+from jcnf.solve import SOLVERS, integrate
+
+ORDERS = dict(euler=1, heun=2, midpoint=2, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
+START = jnp.array([[1.0, -0.5], [0.3, 0.7]])
+END = 2.0
+
+
+class Growth(eqx.Module):
+    """y' = y cos t: y = y(0) exp(sin t). Counts its evaluations, on the host."""
+
+    evaluations: Tally = eqx.field(static=True)
+
+    def __call__(self, t, y, args):
+        jax.debug.callback(self.add_one)
+        return y * jnp.cos(t)
+
+    def add_one(self):
+        self.evaluations.count += 1
+
+
+class Decay(eqx.Module):
+    """y' = -rate y."""
+
+    def __call__(self, t, y, args):
+        return -args * y
+
+
+class Wave(eqx.Module):
+    """y' = w cos(w t): y = y(0) + sin(w t), with a frequency w for each sample in `args`."""
+
+    def __call__(self, t, y, args):
+        return args * jnp.cos(args * t)
+
+
+@eqx.filter_jit
+def solve_to(field, y0, args, t1, solve):
+    """`integrate` from 0, compiled once for any step and tolerance given as arrays."""
+    return integrate(field, y0, args, jnp.asarray(0.0, y0.dtype), t1, solve)
+
+
+def grow(solve):
+    """Largest error at the end, the statistics, and the evaluations counted."""
+    GROWTH.evaluations.count = 0
+    y, stats = solve_to(GROWTH, START, None, jnp.asarray(END), solve)
+    jax.effects_barrier()
+    error = np.max(np.abs(y - START * np.exp(np.sin(END))))
+    return error, stats, GROWTH.evaluations.count
+
+
+GROWTH = Growth(Tally())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(solver):
+    solve = Solve(solver=solver, step=1.0)
+    order, errors = ORDERS[solver], []
+    for count in (4, 8) if order > 5 else (32, 64):
+        stepped = eqx.tree_at(lambda s: s.step, solve, jnp.asarray(END / count))
+        error, stats, evaluations = grow(stepped)
+        errors.append(error)
+        assert (int(stats.steps), int(stats.rejected), bool(stats.failed)) == (count, 0, False)
+        assert int(stats.nfe) == evaluations
+    assert order - 0.2 < np.log2(errors[0] / errors[1]) < order + 0.6
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "heun"])
+def test_tighter_tolerance_smaller_error_more_evaluations(solver):
+    values = [1e-3, 1e-5, 1e-7, 1e-9] if solver == "dopri5" else [1e-3, 1e-4, 1e-5]
+    solve = Solve(solver=solver)
+    errors, nfes = [], []
+    for value in values:
+        error, stats, evaluations = grow(tolerance(solve, value))
+        errors.append(error)
+        nfes.append(int(stats.nfe))
+        # A first step that is rejected is evaluated anew, and not counted.
+        assert 0 <= evaluations - nfes[-1] <= int(stats.rejected)
+    assert np.all(np.diff(errors) < 0)
+    assert np.all(np.diff(nfes) > 0)
+    assert np.all(np.array(errors) < 10 * np.array(values))
+
+
+def test_worst_norm_bounds_every_sample_where_batch_does_not():
+    frequencies = jnp.concatenate([jnp.zeros((2000, 1)), jnp.full((1, 1), 20.0)])
+    errors = {}
+    for norm in ("batch", "worst"):
+        solve = Solve(rtol=1e-4, atol=1e-4, norm=norm)
+        y, stats = solve_to(Wave(), jnp.zeros((2001, 1)), frequencies, jnp.asarray(1.0), solve)
+        errors[norm] = np.max(np.abs(y - jnp.sin(frequencies)))
+    assert errors["worst"] < 1e-4 < 1e-2 < errors["batch"]
+    assert 0 < int(stats.rejected) < int(stats.steps)
+    assert int(stats.nfe) == 6 * int(stats.steps) + 1
+
+
+def test_worst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
+    from jcnf.solve import _batch_norm, _worst_norm
+
+    error = {"x": jnp.array([[3.0, 0.0], [1.0, 1.0]]), "logdet": jnp.array([0.0, 1.0])}
+    assert _worst_norm(error) == pytest.approx(np.sqrt(9 / 3))
+    assert _batch_norm(error) == pytest.approx(np.sqrt(12 / 6))
+    error["logdet"] = jnp.array([jnp.nan, 1.0])
+    assert _worst_norm(error) == _batch_norm(error) == jnp.inf
+
+
+@pytest.mark.parametrize("norm", ["batch", "worst"])
+def test_nan_in_the_field_or_in_one_sample_fails_in_few_evaluations(norm):
+    solve = Solve(norm=norm, max_steps=100_000)
+    for start, rate in ((START, jnp.nan), (START.at[1].set(jnp.nan), 1.0), (START, 1.0)):
+        _, stats = solve_to(Decay(), start, jnp.asarray(rate), jnp.asarray(END), solve)
+        assert bool(stats.failed) == bool(jnp.isnan(rate) | jnp.any(jnp.isnan(start)))
+        assert int(stats.steps) < 100
+
+
+def test_infinite_end_is_a_failure():
+    solve = Solve(solver="euler", step=0.5)
+    y, stats = solve_to(Decay(), START, jnp.asarray(-1e200), jnp.asarray(END), solve)
+    assert not np.all(np.isfinite(y))
+    assert bool(stats.failed)
+
+
+def test_a_solve_is_hashable_and_takes_diffrax_objects():
+    assert hash(Solve()) == hash(Solve())
+    assert Solve() == Solve()
+    own = Solve(solver=diffrax.Ralston(), adjoint=diffrax.ForwardMode(), step=0.5)
+    y, stats = solve_to(Decay(), START, jnp.asarray(0.1), jnp.asarray(1.0), own)
+    np.testing.assert_allclose(y, START * np.exp(-0.1), rtol=1e-3)
+    assert int(stats.nfe) == 4
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "rk4"}, "unknown solver 'rk4': use one of euler, heun, midpoint, bosh3, tsit5"),
+        ({"adjoint": "magic"}, "unknown adjoint 'magic': use one of checkpoint, direct, backsolve"),
+        ({"norm": "max"}, "unknown norm 'max': use one of batch, worst"),
+        ({"step": -1}, "step must be positive; got -1"),
+        ({"rtol": 0}, "rtol must be positive; got 0"),
+        ({"atol": float("nan")}, "atol must be positive; got nan"),
+        ({"first_step": 0}, "first_step must be positive"),
+        ({"max_steps": 0}, "max_steps must be positive"),
+        ({"solver": "euler"}, "give it a fixed step, as in Solve(solver='euler', step=0.05)"),
+    ],
+)
+def test_errors_say_what_is_known(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Solve(**settings)

@@ -1,0 +1,233 @@
+"""Training: one program, bit for bit repeatable, that trains on nothing that failed."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import Tally, mlp
+
+from jcnf import CNF, Solve, checkpoint, objectives, train
+from jcnf.distributions import ScaledNormal
+from jcnf.regularizers import kinetic
+
+TRACES = Tally()
+KEY = jr.key(7)
+DATA = jnp.asarray(np.random.default_rng(0).normal([1.0, -0.5], [0.5, 1.5], (64, 2)))
+AVERAGE = 0.3  # reached at the fourth step: (1 + 3) / (10 + 3)
+
+
+def objective(flow, x, key):
+    TRACES.count += 1
+    return objectives.likelihood(flow, x, key, solve=Solve(solver="heun", step=0.5))
+
+
+def draw_batch(key, data):
+    return data[jr.randint(key, (32,), 0, len(data))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+    """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Training:
+    """A flow, its optimizer and the one compiled program of this file."""
+
+    def __init__(self):
+        base = ScaledNormal(2, jnp.array([2.0, 0.5]), jnp.array([0.1, 0.2]))
+        self.flow = CNF(mlp(2, (8,), time="concat", scale=0.5), base)
+        self.optimizer = train.make_optimizer(0.05, 100, weight_decay=0.1, clip=1.0)
+        self.run = train.make_run(self.flow, objective, draw_batch, self.optimizer, average=AVERAGE)
+
+    def start(self):
+        return train.init(self.flow, self.optimizer)
+
+
+@pytest.fixture(scope="module")
+def training():
+    return Training()
+
+
+@pytest.fixture(scope="module")
+def ten(training):
+    """The state after 10 uninterrupted steps, and their metrics."""
+    return training.run(training.start(), DATA, KEY, 10)
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_identical(tree, other):
+    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+    assert len(leaves) == len(others) > 0
+    for a, b in zip(leaves, others, strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_killed_and_resumed_ends_bit_for_bit_where_uninterrupted(training, ten, tmp_path):
+    state, _ = training.run(training.start(), DATA, KEY, 4)
+    checkpoint.save(tmp_path / "state", state, {})
+    del state
+    state, _ = checkpoint.load(tmp_path / "state", training.start())
+    state, _ = training.run(state, DATA, KEY, 10)
+    assert_identical(state, ten[0])
+    assert int(state.step) == 10
+
+
+def test_intervals_change_nothing_and_metrics_are_means_over_the_steps(training, ten):
+    state, losses = training.start(), []
+    for until in range(1, 11):
+        state, metrics = training.run(state, DATA, KEY, until)
+        losses.append(metrics["loss"])
+    assert_identical(state, ten[0])
+    assert ten[1]["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    assert set(ten[1]) == {"loss", "nll", "nfe", "grad_norm", "skipped"}
+    assert ten[1]["nfe"] == 4
+    assert ten[1]["skipped"] == 0
+
+
+def test_data_order_depends_on_the_key_and_the_step_alone(training, ten):
+    other, _ = training.run(training.start(), DATA, jr.key(8), 10)
+    assert not np.array_equal(
+        other.params.field.layers[0].linear.bias, ten[0].params.field.layers[0].linear.bias
+    )
+
+
+def test_one_program_for_all_intervals(training, ten):
+    before = TRACES.count
+    state = training.start()
+    for until in (1, 3, 10):
+        state, _ = training.run(state, DATA, KEY, until)
+    assert TRACES.count == before > 0
+    assert training.run._cache_size() == 1
+
+
+def test_the_state_is_donated_and_the_flow_is_not(training):
+    state = training.start()
+    after, _ = training.run(state, DATA, KEY, 2)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(training.flow))
+    trained = train.with_params(training.flow, after.params)
+    start = train.with_params(training.flow, training.start().params)
+    assert_identical(start, training.flow)
+    assert jax.tree.structure(trained) == jax.tree.structure(training.flow)
+    assert np.all(np.isfinite(trained.field(jnp.asarray(0.1), DATA[0])))
+
+
+def test_average_is_that_of_a_hand_computation(training):
+    state = training.start()
+    mean = copied(state.average)
+    for step in range(6):
+        state, _ = training.run(state, DATA, KEY, step + 1)
+        decay = min(AVERAGE, (1 + step) / (10 + step))
+        mean = jax.tree.map(lambda m, p, d=decay: d * m + (1 - d) * p, mean, state.params)
+    for a, b in zip(jax.tree.leaves(state.average), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(training, ten):
+    state, late = training.run(copied(ten[0]), DATA, KEY, 60)
+    state, late = training.run(state, DATA, KEY, 80)
+    # The data are Gaussian: their entropy is what the loss can reach.
+    entropy = np.log(0.5 * 1.5) + np.log(2 * np.pi * np.e)
+    assert ten[1]["loss"] - entropy > 1
+    assert late["loss"] - entropy < 0.35
+    assert jax.tree.leaves(state.params.base) == []
+    trained = train.with_params(training.flow, state.params)
+    assert_identical(trained.base, training.flow.base)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_steps_on_bad_data_are_skipped_and_counted(training, ten, bad):
+    state = copied(ten[0])
+    state, metrics = training.run(state, DATA.at[:].set(bad), KEY, 13)
+    assert int(state.skipped) == metrics["skipped"] == 3
+    assert int(state.step) == 13
+    for name in ("params", "average", "opt_state"):
+        assert_identical(getattr(state, name), getattr(ten[0], name))
+    # Sound data again: training goes on.
+    state, metrics = training.run(state, DATA, KEY, 14)
+    assert int(state.skipped) == 3
+    assert metrics["skipped"] == 0
+    assert not np.array_equal(
+        state.params.field.layers[0].linear.bias, ten[0].params.field.layers[0].linear.bias
+    )
+
+
+@pytest.mark.parametrize("reason", ["failed", "loss", "gradient"])
+def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason):
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    def objective(flow, x, key):
+        weight = flow.field.layers[0].time_weight
+        loss = jnp.sum(weight)
+        if reason == "loss":
+            loss = loss / 0
+        if reason == "gradient":
+            loss = loss + jnp.sum(jnp.sqrt(weight * 0))
+        return loss, {"failed": jnp.asarray(reason == "failed")}
+
+    optimizer = optax.sgd(0.1)
+    run = train.make_run(flow, objective, lambda key, data: data, optimizer)
+    with jax.numpy_dtype_promotion("strict"):
+        state, metrics = run(train.init(flow, optimizer), DATA, KEY, 5)
+    assert int(state.skipped) == metrics["skipped"] == 5
+    assert_identical(state.params, train.partition(flow)[0])
+
+
+def rates(optimizer, steps):
+    """Adam's step under a constant gradient is the learning rate, whatever the gradient."""
+
+    def step(state, _):
+        updates, state = optimizer.update(jnp.array([0.1, -0.3]), state, jnp.zeros(2))
+        return state, -updates[0]
+
+    return np.asarray(jax.lax.scan(step, optimizer.init(jnp.zeros(2)), length=steps)[1])
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    # Adam's own epsilon is 1e-8 of the gradient's size.
+    taken = rates(train.make_optimizer(0.2, 20, warmup=4), 21)
+    np.testing.assert_allclose(taken[:5], [0, 0.05, 0.1, 0.15, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(taken[12], 0.1, rtol=1e-5)  # half way down the cosine
+    assert np.all(np.diff(taken[4:]) < 0)
+    assert abs(taken[20]) < 1e-12
+    plain = rates(train.make_optimizer(0.2, 20), 11)
+    np.testing.assert_allclose(plain[[0, 10]], [0.2, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1.0, np.inf])
+def test_gradients_are_clipped_by_their_global_norm(clip):
+    optimizer = train.make_optimizer(0.1, 10, clip=clip)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    first_moment = optax.tree_utils.tree_get(state, "mu")
+    scale = 0.1 * min(1, clip / 5)
+    np.testing.assert_allclose(first_moment["a"], scale * gradient["a"], rtol=1e-12)
+    np.testing.assert_allclose(first_moment["b"], scale * gradient["b"], rtol=1e-12)
+
+
+def test_weight_decay_is_decoupled():
+    optimizer = train.make_optimizer(0.1, 10, weight_decay=0.5)
+    params = jnp.array([2.0, -4.0])
+    updates, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.1 * 0.5 * params, rtol=1e-12)
+
+
+def test_likelihood_adds_weighted_penalties():
+    flow = CNF(mlp(2, (4,)), ScaledNormal(2))
+    settings = {"solve": Solve(solver="euler", step=0.5)}
+    run = eqx.filter_jit(partial(objectives.likelihood, **settings, penalties={kinetic: 2.0}))
+    loss, metrics = run(flow, DATA, KEY)
+    assert float(loss) == pytest.approx(float(metrics["nll"] + 2 * metrics["kinetic"]), rel=1e-12)
+    assert metrics["kinetic"] > 0
