@@ -145,10 +145,10 @@ def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
     NaN where the covariance is singular: there is no density then.
     """
     train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
-    try:
-        factor = np.linalg.cholesky(np.atleast_2d(np.cov(train, rowvar=False, bias=True)))
-    except np.linalg.LinAlgError:
+    covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))
+    if np.linalg.matrix_rank(covariance, hermitian=True) < len(covariance):
         return float("nan")
+    factor = np.linalg.cholesky(covariance)
     whitened = np.linalg.solve(factor, (test - train.mean(0)).T)
     log_det = np.sum(np.log(np.diag(factor)))
     dim = train.shape[1]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 import jcnf
 
-NUM = 20_000  # draws of an estimator
+NUM = 8000  # draws of an estimator
 TIME, X = jnp.asarray(0.4), jnp.array([0.3, -1.0, 0.7])
 LINEAR = Linear(jnp.asarray(MATRIX))
 FIELDS = {
@@ -39,20 +39,20 @@ def estimates(strategy, field, num=NUM):
     return v, np.asarray(divergences)
 
 
-@pytest.mark.parametrize("strategy", [jcnf.Exact(), jcnf.ForwardMode()])
 @pytest.mark.parametrize("name", FIELDS)
-def test_exact_ones_are_the_trace_of_the_jacobian(name, strategy):
+def test_exact_ones_are_the_trace_of_the_jacobian(name):
     field = FIELDS[name]
 
     @jax.jit
-    def both(x):
-        trace = jnp.trace(jax.jacrev(field, argnums=1)(TIME, x))
-        return strategy(field, TIME, x, None, None), (field(TIME, x), trace)
+    def everything(x):
+        pairs = [s(field, TIME, x, None, None) for s in (jcnf.Exact(), jcnf.ForwardMode())]
+        return pairs, field(TIME, x), jnp.trace(jax.jacrev(field, argnums=1)(TIME, x))
 
-    (v, divergence), (expected, trace) = both(X)
-    np.testing.assert_allclose(v, expected, atol=1e-14)
+    pairs, expected, trace = everything(X)
     assert abs(trace) > 1e-3
-    np.testing.assert_allclose(divergence, trace, rtol=0, atol=1e-10)
+    for v, divergence in pairs:
+        np.testing.assert_allclose(v, expected, atol=1e-14)
+        np.testing.assert_allclose(divergence, trace, rtol=0, atol=1e-10)
 
 
 def test_exact_asks_the_field_first():
@@ -64,11 +64,10 @@ def test_exact_asks_the_field_first():
     assert jcnf.ForwardMode()(Known(), TIME, X, None, None)[1] != 42
 
 
-@pytest.mark.parametrize("name", ["linear", "three"])
 @pytest.mark.parametrize("probes", [1, 4])
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-def test_hutchinson_is_unbiased_and_its_variance_falls_as_one_over_probes(noise, probes, name):
-    field = FIELDS[name]
+def test_hutchinson_is_unbiased_and_its_variance_falls_as_one_over_probes(noise, probes):
+    field = FIELDS["three"]
     v, draws = estimates(jcnf.Hutchinson(probes, noise), field)
     jacobian = np.asarray(jax.jacfwd(field, argnums=1)(TIME, X))
     np.testing.assert_allclose(v, field(TIME, X), atol=1e-14)

@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_it_promises(toy_run):
     assert summary["experiment"] == "toy2d"
     assert summary["config"]["steps"] == 10
     assert set(summary) == {
-        "experiment", "config", "metrics", "numerics", "timing", "environment"
+        "experiment", "config", "metrics", "numerics", "timing", "warnings", "environment"
     }  # fmt: skip
     metrics = summary["metrics"]
     assert metrics["nll_gap"] == pytest.approx(metrics["test_nll"] - metrics["entropy"], abs=0.1)
@@ -118,6 +118,8 @@ BAD = {
     "negative rate": (["toy2d", "--learning-rate", "-1"], ["--learning-rate"]),
     "width 0": (["toy2d", "--widths", "0"], ["widths"]),
     "resume without out": (["toy2d", "--resume"], ["--out"]),
+    "negative seed": (["toy2d", "--seed", "-1"], ["--seed"]),
+    "step too small": (["toy2d", "--fixed-step", "1e-4"], ["--fixed-step", "--max-steps"]),
     "resume nothing": (["toy2d", "--resume", "--out", "nowhere"], ["nowhere", "--resume"]),
     "out in a file": (["toy2d", "--out", "text.csv/run"], ["text.csv/run", "--out"]),
     "no data": (["density"], ["--data", "--from"]),
@@ -194,6 +196,16 @@ def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, toy_run):
     assert done.returncode == 2
     assert "damaged" in done.stderr
     assert (tmp_path / "checkpoint.jcnf").read_bytes() == damaged
+
+
+def test_a_missing_checkpoint_is_no_new_start(tmp_path, toy_run):
+    out, _ = toy_run
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    done = run("toy2d", "--out", tmp_path, "--resume", "--steps", 10, "--test-points", 5000, *SMALL)
+    assert done.returncode == 2
+    assert "checkpoint.jcnf is missing" in done.stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow

@@ -76,13 +76,10 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(solver):
     assert order - 0.2 < np.log2(errors[0] / errors[1]) < order + 0.6
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "heun"])
-def test_tighter_tolerance_smaller_error_more_evaluations(solver):
-    values = [1e-3, 1e-5, 1e-7, 1e-9] if solver == "dopri5" else [1e-3, 1e-4, 1e-5]
-    solve = Solve(solver=solver)
-    errors, nfes = [], []
+def test_tighter_tolerance_smaller_error_more_evaluations():
+    values, errors, nfes = [1e-3, 1e-5, 1e-7, 1e-9], [], []
     for value in values:
-        error, stats, evaluations = grow(tolerance(solve, value))
+        error, stats, evaluations = grow(tolerance(Solve(), value))
         errors.append(error)
         nfes.append(int(stats.nfe))
         # A first step that is rejected is evaluated anew, and not counted.
@@ -92,16 +89,32 @@ def test_tighter_tolerance_smaller_error_more_evaluations(solver):
     assert np.all(np.array(errors) < 10 * np.array(values))
 
 
+def waves(norm, start, frequencies):
+    """Error at t = 1 under a tolerance of 1e-4, and the statistics."""
+    solve = Solve(rtol=1e-4, atol=1e-4, norm=norm)
+    y, stats = solve_to(Wave(), start, frequencies, jnp.asarray(1.0), solve)
+    return np.max(np.abs(y - start - np.sin(frequencies))), stats
+
+
+STILL = jnp.zeros((2001, 1))
+ONE_MOVES = STILL.at[-1].set(20.0)
+
+
 def test_worst_norm_bounds_every_sample_where_batch_does_not():
-    frequencies = jnp.concatenate([jnp.zeros((2000, 1)), jnp.full((1, 1), 20.0)])
-    errors = {}
-    for norm in ("batch", "worst"):
-        solve = Solve(rtol=1e-4, atol=1e-4, norm=norm)
-        y, stats = solve_to(Wave(), jnp.zeros((2001, 1)), frequencies, jnp.asarray(1.0), solve)
-        errors[norm] = np.max(np.abs(y - jnp.sin(frequencies)))
-    assert errors["worst"] < 1e-4 < 1e-2 < errors["batch"]
+    error, stats = waves("worst", STILL, ONE_MOVES)
+    assert error < 1e-4
     assert 0 < int(stats.rejected) < int(stats.steps)
     assert int(stats.nfe) == 6 * int(stats.steps) + 1
+    assert waves("batch", STILL, ONE_MOVES)[0] > 1e-2
+
+
+@pytest.mark.parametrize("norm", ["batch", "worst"])
+def test_nan_in_the_field_or_in_one_sample_fails_in_few_evaluations(norm):
+    for start, frequencies in ((STILL, STILL.at[7].set(np.nan)), (STILL.at[7].set(np.nan), STILL)):
+        _, stats = waves(norm, start, frequencies)
+        assert bool(stats.failed)
+        assert int(stats.steps) < 50
+    assert not waves(norm, STILL, STILL)[1].failed
 
 
 def test_worst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
@@ -112,15 +125,6 @@ def test_worst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
     assert _batch_norm(error) == pytest.approx(np.sqrt(12 / 6))
     error["logdet"] = jnp.array([jnp.nan, 1.0])
     assert _worst_norm(error) == _batch_norm(error) == jnp.inf
-
-
-@pytest.mark.parametrize("norm", ["batch", "worst"])
-def test_nan_in_the_field_or_in_one_sample_fails_in_few_evaluations(norm):
-    solve = Solve(norm=norm, max_steps=100_000)
-    for start, rate in ((START, jnp.nan), (START.at[1].set(jnp.nan), 1.0), (START, 1.0)):
-        _, stats = solve_to(Decay(), start, jnp.asarray(rate), jnp.asarray(END), solve)
-        assert bool(stats.failed) == bool(jnp.isnan(rate) | jnp.any(jnp.isnan(start)))
-        assert int(stats.steps) < 100
 
 
 def test_infinite_end_is_a_failure():

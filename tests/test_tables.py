@@ -82,6 +82,14 @@ def test_standardize_and_back(tmp_path):
         table.scale.unstandardize(x[:, :2])
 
 
+def test_rows_too_large_for_float32_are_named(tmp_path):
+    scale = load_table(saved(tmp_path, normal())).scale
+    rows = np.zeros((3, 3))
+    rows[1, 0] = 1e60
+    with pytest.raises(InputError, match=f"row 2, column {scale.columns[0]}.*float32"):
+        scale.standardize(rows)
+
+
 def test_log_scale_is_the_jacobian_of_standardizing(tmp_path):
     x = normal() * [0.1, 20, 300] + 3
     table = load_table(saved(tmp_path, x))
