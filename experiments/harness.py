@@ -29,6 +29,10 @@ def main(run: Callable[[S], None], settings: type[S]) -> None:
         run(config)
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sys.exit(_fail("error: out of memory: lower --batch, --widths or the rows asked for", 2))
     except KeyboardInterrupt:
         sys.exit(
             _fail("interrupted: go on with the same command, --out RUN_DIRECTORY and --resume", 130)

@@ -41,16 +41,16 @@ class RunSettings:
         self.at_least(0, "seed")
 
     def at_least(self, lowest: float, *names: str) -> None:
-        """Raise `InputError` where a setting is below `lowest`, infinite or NaN."""
+        """Raise `InputError` where a setting is below `lowest`, above int32, or NaN."""
         for name in names:
-            if not lowest <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}")
+            if not lowest <= getattr(self, name) < 2**31:
+                raise InputError(f"--{name.replace('_', '-')} must be from {lowest} to {2**31 - 1}")
 
     def positive(self, *names: str) -> None:
         """Raise `InputError` where a setting is not above 0, or is NaN."""
         for name in names:
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,9 @@ class FlowSettings(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "steps", "log_every", "checkpoint_every", "validate_every", "batch")
+        self.at_least(
+            1, "steps", "log_every", "checkpoint_every", "validate_every", "batch", "max_steps"
+        )
         self.at_least(0, "warmup", "kinetic", "weight_decay")
         self.positive("learning_rate", "clip", "test_tolerance")
         if not 0 <= self.average < 1:

@@ -44,8 +44,8 @@ class CNF(eqx.Module):
             raise ValueError(
                 f"field and base must have the same dim; got {self.field.dim} and {self.base.dim}"
             )
-        if not self.t1 > 0:
-            raise ValueError(f"t1 must be positive; got {self.t1}")
+        if not 0 < self.t1 < np.inf:
+            raise ValueError(f"t1 must be positive and finite; got {self.t1}")
 
 
 class FlowState(eqx.Module):

@@ -6,6 +6,7 @@ accuracy is bought by the error norm instead: `norm="worst"`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,8 @@ class Solve(eqx.Module):
         _known("norm", self.norm, _NORMS)
         for name in ("rtol", "atol", "step", "first_step", "max_steps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive; got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value}")
         if self.step is None and not isinstance(
             self.diffrax_solver(), diffrax.AbstractAdaptiveSolver
         ):

@@ -41,7 +41,7 @@ def test_grid_rows_are_y_and_columns_x():
     )
     flow = CNF(eqx.tree_at(lambda f: f.layers, field, (layer,)), StandardNormal(2))
     solve = Solve(solver="euler", step=1.0)
-    grid = evaluate.grid(flow, (-4.0, 6.0, -3.0, 7.0), n=20, solve=solve)
+    grid = evaluate.grid(flow, (-4.0, 6.0, -6.0, 4.0), n=20, solve=solve)
     row, column = np.unravel_index(np.argmax(grid.log_prob), (20, 20))
     x, y = (evaluate.cell_centres(interval, 20) for interval in (grid.extent[:2], grid.extent[2:]))
     assert (abs(x[column] - 1), abs(y[row] - 2)) == (0.25, 0.25)

@@ -184,6 +184,22 @@ def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason):
     assert_identical(state.params, train.partition(flow)[0])
 
 
+def test_metrics_are_means_over_the_updates_applied():
+    flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.1)
+
+    def objective(flow, x, key):
+        zero = 0 * jnp.sum(flow.field.layers[0].time_weight)
+        return x + zero, {"twice": 2 * x, "failed": jnp.asarray(False)}
+
+    def draw_batch(key, data):
+        return jnp.where(jr.bernoulli(key), jnp.nan, 3.0)
+
+    run = train.make_run(flow, objective, draw_batch, optimizer)
+    state, metrics = run(train.init(flow, optimizer), DATA, KEY, 20)
+    assert 0 < int(state.skipped) == metrics["skipped"] < 20
+    assert (metrics["loss"], metrics["twice"], metrics["grad_norm"]) == (3, 6, 0)
+
+
 def rates(optimizer, steps):
     """Adam's step under a constant gradient is the learning rate, whatever the gradient."""
 

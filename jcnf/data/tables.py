@@ -146,6 +146,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Float[np.ndarray, "rows dim
             f"{raw.path}: holds the parts {', '.join(raw.parts)}; save the one to score in a file "
             "of its own, as one 2-D array"
         )
+    if not len(raw.parts["rows"]):
+        raise InputError(f"{raw.path}: no rows; give at least one")
     return raw.parts["rows"]
 
 
