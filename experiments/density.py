@@ -48,8 +48,8 @@ class Density(FlowSettings):
     steps: int = 6000
     # samples in a training batch
     batch: int = 512
-    # peak learning rate: linear warm-up, then a cosine to zero
-    learning_rate: float = 5e-3
+    # gradient norm above which gradients are scaled down
+    clip: float = 10.0
     # steps between validations; the parameters with the best one are kept
     validate_every: int = 500
 

@@ -104,13 +104,13 @@ class FlowSettings(RunSettings):
     # samples in a training batch
     batch: int = 256
     # peak learning rate: linear warm-up, then a cosine to zero
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     # steps of warm-up; at most a tenth of all
     warmup: int = 100
     # decoupled weight decay
     weight_decay: float = 0.0
     # gradient norm above which gradients are scaled down
-    clip: float = 10.0
+    clip: float = 2.0
     # decay of the parameters' moving average, which is what is evaluated
     average: float = 0.999
 
