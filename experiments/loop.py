@@ -45,7 +45,7 @@ def fit(
     records = read_jsonl(run.log)
     if run.checkpoint.exists():
         (state, best), notes = checkpoint.load(run.checkpoint, (state, best))
-    elif records and records[-1]["step"] >= settings.checkpoint_every:
+    elif records and records[-1]["step"] > settings.checkpoint_every:
         raise InputError(
             f"{run.checkpoint} is missing, though {run.log.name} goes to step "
             f"{records[-1]['step']}: restore it, or start a new run with another --out"

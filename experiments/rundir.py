@@ -50,6 +50,8 @@ class RunDir:
             )
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
+        if not started and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
         if started:
             self._same_settings()
         else:

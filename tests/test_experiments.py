@@ -122,6 +122,7 @@ BAD = {
     "step too small": (["toy2d", "--fixed-step", "1e-4"], ["--fixed-step", "--max-steps"]),
     "resume nothing": (["toy2d", "--resume", "--out", "nowhere"], ["nowhere", "--resume"]),
     "out in a file": (["toy2d", "--out", "text.csv/run"], ["text.csv/run", "--out"]),
+    "out of something else": (["toy2d", "--out", "."], ["not empty", "--out"]),
     "no data": (["density"], ["--data", "--from"]),
     "missing file": (["density", "--data", "none.csv"], ["none.csv"]),
     "text": (["density", "--data", "text.csv"], ["row 2", "column 2", "'high'", "--drop"]),
