@@ -174,6 +174,9 @@ def _transport(flow, x, times, context, solve):
 
 def _chunks(arrays, n, size):
     """Pieces of at most `size` rows, the last one padded by repeating its last row."""
+    # An index past the end would be clamped by jax, and give the last row again.
+    if any(len(a) != n for a in jax.tree.leaves(arrays)):
+        raise ValueError(f"expected one row of context for each of the {n} points")
     size = min(size, n)
     for start in range(0, n, size):
         rows = np.minimum(np.arange(start, start + size), n - 1)

@@ -113,6 +113,13 @@ def test_standard_error_is_scipys():
     assert evaluate.standard_error(values) == pytest.approx(stats.sem(values), rel=1e-12)
 
 
+def test_a_context_of_another_length_is_refused(unchecked):
+    flow = CNF(mlp(2, (4,), context_dim=1), StandardNormal(2))
+    for rows in (3, 7):
+        with pytest.raises(ValueError, match="one row of context for each of the 5 points"):
+            evaluate.score(flow, jnp.zeros((5, 2)), context=jnp.zeros((rows, 1)))
+
+
 def test_gaussian_of_a_singular_covariance_has_no_density():
     x = np.random.default_rng(0).normal(size=(50, 2))
     assert np.isnan(evaluate.gaussian_nll(x[:, [0, 1, 0]], x[:, [0, 1, 0]]))
