@@ -26,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from experiments.harness import main
+from experiments.quick import toy_flow
 from experiments.rundir import RunDir
 from experiments.settings import RunSettings
 from jcnf import CNF, Solve, distributions, fields, objectives, train
@@ -103,18 +104,6 @@ def programs(flow: CNF) -> dict[str, Callable]:
         "per-sample, documented": functools.partial(per_sample, dt0=None),
         "per-sample, tuned": functools.partial(per_sample, **tuned),
     }
-
-
-def toy_flow(steps: int) -> CNF:
-    """2-D, 64-64-64 tanh, after `steps` steps on 8gaussians."""
-    field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(0))
-    flow = CNF(field, distributions.StandardNormal(2))
-    optimizer = train.make_optimizer(2e-3, max(steps, 1))
-    objective = functools.partial(objectives.likelihood, solve=Solve(rtol=1e-4, atol=1e-4))
-    data = toy("8gaussians")
-    run_steps = train.make_run(flow, objective, lambda key, _: data.sample(key, 256), optimizer)
-    state, _ = run_steps(train.init(flow, optimizer), None, jr.key(1), steps)
-    return train.with_params(flow, state.params)
 
 
 def cases(steps: int) -> list[Case]:

@@ -126,6 +126,7 @@ def train_and_measure(settings: Density) -> None:
             f"{settings.data} has {rows} training rows, fewer than a batch of {settings.batch}: "
             f"give --batch {max(rows // 4, 1)}"
         )
+    settings.check_objective(dim)
     # Read before training: a table that cannot be scored is better known now.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
     gaussian_nll = evaluate.gaussian_nll(table.train, table.test)
@@ -154,7 +155,8 @@ def train_and_measure(settings: Density) -> None:
     samples = sample_rows(settings, flow, table.scale, key, count, run_dir.path)
     test = jnp.asarray(table.test, float)
     # The chunk of the validation, so that one compiled program serves both.
-    scores = evaluate.score(flow, test, solve=solve, chunk=len(validation))
+    certificate = evaluate.certify(flow, test, solve=solve, chunk=len(validation))
+    scores = certificate.scores
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
@@ -162,16 +164,10 @@ def train_and_measure(settings: Density) -> None:
         "gaussian_nll": gaussian_nll,
         "val_nll": fitted.val_nll,
     }
-    numerics = {
-        "nfe_forward": scores.nfe,
-        "nfe_sample": samples.nfe,
-        "roundtrip_error": evaluate.roundtrip_error(flow, validation, solve=solve),
-        "solver_failures": scores.failures + samples.failures,
-        "skipped_updates": fitted.skipped,
-    }
+    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
     draw_figures(run_dir, settings, flow, table, samples.x[-1], scores.nll)
     run_dir.save_figures(training=plot.training_curves(fitted.records))
-    run_dir.finish(metrics, numerics, fitted.timing, table.warnings)
+    run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *certificate.warnings()])
 
 
 def draw_figures(

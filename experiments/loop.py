@@ -56,7 +56,12 @@ def fit(
     start = time.perf_counter()
     key = jr.fold_in(jr.key(settings.seed), 1)
     run_steps = train.make_run(
-        flow, settings.make_objective(), draw_batch, optimizer, average=settings.average
+        flow,
+        settings.make_objective(),
+        draw_batch,
+        optimizer,
+        average=settings.average,
+        differentiate=train.differentiator(settings.make_solve()),
     )
     if step < settings.steps:
         run_steps = run_steps.lower(state, data, key, settings.steps).compile()

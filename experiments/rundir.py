@@ -107,6 +107,8 @@ class RunDir:
             shown = "  ".join(f"{key} {_shown(value)}" for key, value in part.items())
             if shown:
                 print(f"{name}: {shown}")
+        for warning in warnings:
+            print(f"warning: {warning}")
         print(f"results and figures: {self.path}")
 
 

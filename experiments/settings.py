@@ -8,13 +8,16 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.random as jr
 
 from jcnf import (
     CNF,
     Exact,
+    ForwardMode,
     Hutchinson,
     Solve,
     distributions,
@@ -24,6 +27,7 @@ from jcnf import (
     regularizers,
     train,
 )
+from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
 
 
@@ -67,9 +71,11 @@ class FlowSettings(RunSettings):
     checkpoint_every: int = 200
     # steps between validations; the parameters with the best one are kept
     validate_every: int = 200
-    # hidden widths of the field
+    # mlp, residual (mlp - x), mixture (of two mlps), planar (by a hypernet), potential (OT-Flow)
+    field: str = "mlp"
+    # hidden widths of the field; planar: units, hypernet's width; potential: width, rank
     widths: tuple[int, ...] = (64, 64, 64)
-    # how time enters a layer: ignore, concat, squash, concatsquash
+    # how time enters a layer: ignore, concat, squash, concatsquash, hyper, blend
     time: str = "concat"
     # tanh, softplus, silu, elu, sine, identity
     activation: str = "tanh"
@@ -77,11 +83,16 @@ class FlowSettings(RunSettings):
     base: str = "normal"
     # end time T of the flow
     t1: float = 1.0
-    # divergence while training: exact, hutchinson (held-out numbers are always exact)
+    # train the end time along, from T on
+    learn_t1: bool = False
+    # half width of the base's random time while training, 0 for none (STEER)
+    steer: float = 0.0
+    # divergence while training: exact, forward, hutchinson, hutch++, xtrace (held-out numbers are
+    # always exact)
     divergence: str = "exact"
-    # Hutchinson's probes
+    # probes of an estimated divergence, and of the jacobian and lambda2 penalties
     probes: int = 1
-    # Hutchinson's noise: rademacher, gaussian
+    # Hutchinson's noise: rademacher, gaussian, orthogonal
     noise: str = "rademacher"
     # ODE solver while training: euler, heun, midpoint, bosh3, tsit5, dopri5, dopri8
     solver: str = "dopri5"
@@ -91,7 +102,7 @@ class FlowSettings(RunSettings):
     atol: float = 1e-3
     # fixed step in t instead of the tolerances
     fixed_step: float | None = None
-    # checkpoint, direct, backsolve, backsolve_seminorm
+    # checkpoint, direct, backsolve, backsolve_seminorm, reversible, forward
     adjoint: str = "checkpoint"
     # error norm while training: batch, worst
     norm: str = "batch"
@@ -99,8 +110,9 @@ class FlowSettings(RunSettings):
     max_steps: int = 256
     # both tolerances of held-out numbers and samples
     test_tolerance: float = 1e-5
-    # weight of the kinetic energy penalty
-    kinetic: float = 0.0
+    # penalties and their weights, as in "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
+    # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
+    penalties: dict[str, float] = dataclasses.field(default_factory=dict)
     # samples in a training batch
     batch: int = 256
     # peak learning rate: linear warm-up, then a cosine to zero
@@ -120,19 +132,16 @@ class FlowSettings(RunSettings):
         self.at_least(
             1, "steps", "log_every", "checkpoint_every", "validate_every", "batch", "max_steps"
         )
-        self.at_least(0, "warmup", "kinetic", "weight_decay")
+        self.at_least(0, "warmup", "weight_decay", "steer")
+        for name, weight in self.penalties.items():
+            if not 0 <= weight < math.inf:
+                raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
         self.positive("learning_rate", "clip", "test_tolerance")
         if not 0 <= self.average < 1:
             raise InputError("--average must be in [0, 1)")
-        if self.divergence not in ("exact", "hutchinson"):
-            raise InputError(f"unknown divergence '{self.divergence}': use exact or hutchinson")
-        if self.base not in distributions.BASES:
-            raise InputError(
-                f"unknown base '{self.base}': use one of {', '.join(distributions.BASES)}"
-            )
         try:
-            self.make_objective()
             self.make_test_solve()
+            self.make_objective()
             eqx.filter_eval_shape(self.make_flow, 1)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -142,20 +151,29 @@ class FlowSettings(RunSettings):
                 "raise --max-steps, or the step"
             )
 
+    def check_objective(self, dim: int) -> None:
+        """Raise `InputError` for what does not go together in `dim` dimensions, by tracing it."""
+
+        def loss(x):
+            return self.make_objective()(self.make_flow(dim), x, jr.key(0))
+
+        try:
+            eqx.filter_eval_shape(loss, jax.ShapeDtypeStruct((2, dim), float))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
     def make_flow(self, dim: int) -> CNF:
         """The untrained flow."""
-        field = fields.MLP(
-            dim,
-            self.widths,
-            time=self.time,
-            activation=self.activation,
-            key=jr.fold_in(jr.key(self.seed), 0),
-        )
-        return CNF(field, distributions.BASES[self.base](dim), t1=self.t1)
+        make = _named("field", self.field, FIELDS)
+        field = make(self, dim, jr.fold_in(jr.key(self.seed), 0))
+        base = _named("base", self.base, distributions.BASES)(dim)
+        if self.learn_t1:
+            return CNF(fields.TimeChange(field, rate=self.t1), base)
+        return CNF(field, base, t1=self.t1)
 
-    def make_objective(self) -> train.Objective:
-        """Likelihood by the training solve."""
-        solve = Solve(
+    def make_solve(self) -> Solve:
+        """The training solve."""
+        return Solve(
             solver=self.solver,
             rtol=self.rtol,
             atol=self.atol,
@@ -164,13 +182,25 @@ class FlowSettings(RunSettings):
             norm=self.norm,
             max_steps=self.max_steps,
         )
-        exact = self.divergence == "exact"
-        divergence = Exact() if exact else Hutchinson(self.probes, self.noise)
+
+    def make_divergence(self) -> Divergence:
+        """The training divergence."""
+        make: Any = _named("divergence", self.divergence, DIVERGENCES)
+        if make is ForwardMode:
+            return make()
+        if make is Exact:
+            return make(self.probes if {"jacobian", "lambda2"} & self.penalties.keys() else 0)
+        return make(self.probes, **{"noise": self.noise} if make is Hutchinson else {})
+
+    def make_objective(self) -> train.Objective:
+        """Likelihood by the training solve."""
+        penalties = {regularizers.named(n): weight for n, weight in self.penalties.items()}
         return functools.partial(
             objectives.likelihood,
-            solve=solve,
-            divergence=divergence,
-            penalties={regularizers.kinetic: self.kinetic} if self.kinetic else {},
+            solve=self.make_solve(),
+            divergence=self.make_divergence(),
+            penalties=penalties,
+            steer=self.steer,
         )
 
     def make_test_solve(self) -> Solve:
@@ -187,3 +217,38 @@ class FlowSettings(RunSettings):
             weight_decay=self.weight_decay,
             clip=self.clip,
         )
+
+
+def _mlp(settings, dim, key):
+    return fields.MLP(
+        dim, settings.widths, time=settings.time, activation=settings.activation, key=key
+    )
+
+
+def _mixture(settings, dim, key):
+    *expert_keys, key = jr.split(key, 3)
+    return fields.Mixture([_mlp(settings, dim, k) for k in expert_keys], key=key)
+
+
+def _two_widths(make):
+    def field(settings, dim, key):
+        if len(settings.widths) != 2:
+            raise ValueError(f"the {settings.field} field takes two widths; got {settings.widths}")
+        return make(dim, *settings.widths, key=key)
+
+    return field
+
+
+FIELDS = {
+    "mlp": _mlp,
+    "residual": lambda settings, dim, key: fields.Residual(_mlp(settings, dim, key)),
+    "mixture": _mixture,
+    "planar": _two_widths(fields.Planar),
+    "potential": _two_widths(fields.Potential),
+}
+
+
+def _named(what, name, table):
+    if name not in table:
+        raise ValueError(f"unknown {what} '{name}': use one of {', '.join(table)}")
+    return table[name]

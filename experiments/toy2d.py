@@ -29,6 +29,7 @@ class Toy2D(FlowSettings):
         super().check()
         toy(self.data)
         self.at_least(2, "test_points")
+        self.check_objective(dim=2)
 
 
 def square(half: float) -> tuple[float, float, float, float]:
@@ -57,26 +58,20 @@ def run(settings: Toy2D) -> None:
 
     print(f"measuring on {settings.test_points} fresh points, drawing the figures")
     test = sample(test_key, settings.test_points)
-    scores = evaluate.score(flow, test, solve=solve)
+    # The window of the figures may cut off what a model puts outside it.
+    certificate = evaluate.certify(
+        flow, test, solve=solve, extent=square(2 * density.extent), cells=300
+    )
+    scores = certificate.scores
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
     view = evaluate.grid(flow, square(density.extent), solve=solve)
-    # The window of the figures may cut off what a model puts outside it.
-    mass = evaluate.grid(flow, square(2 * density.extent), 300, solve=solve)
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
         "nll_gap": float(np.mean(gaps)),
         "nll_gap_stderr": evaluate.standard_error(gaps),
         "entropy": density.entropy,
-        "mass": mass.mass,
-    }
-    numerics = {
-        "nfe_forward": scores.nfe,
-        "nfe_sample": samples.nfe,
-        "roundtrip_error": evaluate.roundtrip_error(flow, validation, solve=solve),
-        "solver_failures": sum(part.failures for part in (scores, samples, view, mass)),
-        "skipped_updates": fitted.skipped,
     }
     plane(
         run_dir,
@@ -90,7 +85,8 @@ def run(settings: Toy2D) -> None:
         true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
     )
     run_dir.save_figures(training=plot.training_curves(fitted.records))
-    run_dir.finish(metrics, numerics, fitted.timing)
+    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
 
 
 if __name__ == "__main__":

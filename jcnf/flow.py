@@ -83,9 +83,9 @@ class _Augmented(eqx.Module):
         field, noise, context, sign = args
 
         def one(t, x, context, noise):
-            v, divergence = self.divergence(field, t, x, context, noise)
-            rates = {r.__name__: sign * r(t, x, v) for r in self.regularizers}
-            return v, divergence, rates
+            local = self.divergence(field, t, x, context, noise)
+            rates = {r.__name__: sign * r(field, t, x, context, local) for r in self.regularizers}
+            return local.velocity, local.divergence, rates
 
         rate = _over_batch(one, t.astype(state.x.dtype))
         return FlowState(*rate(state.x, context, noise))

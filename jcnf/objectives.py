@@ -7,10 +7,13 @@ function of that form; `functools.partial` binds its settings.
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Exact
+from jcnf.fields import TimeChange
 from jcnf.flow import CNF, transform
 from jcnf.solve import Solve
 
@@ -18,21 +21,31 @@ from jcnf.solve import Solve
 def likelihood(
     flow: CNF,
     x: Float[Array, "batch dim"],
-    key: Key[Array, ""],
+    key: Key[Array, ""] | None,
     *,
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     penalties: Mapping[Callable, float] = MappingProxyType({}),
+    steer: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean negative log-likelihood in nats, plus weighted penalties (FFJORD; RNODE).
 
-    `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights. `key` is consumed
-    once, by a stochastic divergence only. The metrics are "nll", each penalty's mean by the name
-    of its function, "nfe" and "failed".
+    `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights. With `steer` = b > 0
+    the base is at a time drawn from (-b, b), one for the batch, in place of 0 (STEER, Ghosh et al.
+    2020, whose end is the base's). `key` is consumed once, by a stochastic divergence and by
+    `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe" and
+    "failed".
 
-    **Raises:** `ValueError` as `jcnf.transform` does.
+    **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
+    if steer:
+        if key is None or not 0 < steer < flow.t1:
+            raise ValueError(f"steer must be in [0, {flow.t1}) and needs a key; got {steer}")
+        key, steer_key = jr.split(key)
+        start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
+        steered = TimeChange(flow.field, rate=1 - start / flow.t1, start=start)
+        flow = eqx.tree_at(lambda flow: flow.field, flow, steered)
     result = transform(
         flow,
         x,
@@ -45,5 +58,5 @@ def likelihood(
     nll = -jnp.mean(flow.base.log_prob(result.x) + result.logdet)
     means = {name: jnp.mean(value) for name, value in result.penalties.items()}
     loss = nll + sum(weight * means[r.__name__] for r, weight in penalties.items())
-    stats = {"nfe": result.stats.nfe, "failed": result.stats.failed}
+    stats = {"nfe": result.stats.nfe, "failed": jnp.any(result.stats.failed)}
     return loss, {"nll": nll, **means, **stats}

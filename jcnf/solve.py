@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jcnf import reversible
+
 SOLVERS: dict[str, type[diffrax.AbstractSolver]] = {
     "euler": diffrax.Euler,
     "heun": diffrax.Heun,
@@ -29,12 +31,12 @@ SOLVERS: dict[str, type[diffrax.AbstractSolver]] = {
 
 
 class Stats(eqx.Module):
-    """What a solve cost and whether it arrived; scalars, one solve for the whole batch."""
+    """What a solve cost, as scalars, and which of the batch did not arrive."""
 
     nfe: Int[Array, ""]  # evaluations of the right-hand side, forward
     steps: Int[Array, ""]  # steps tried
     rejected: Int[Array, ""]  # of them, rejected
-    failed: Bool[Array, ""]  # stopped short of the end, or arrived non-finite
+    failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
 
 
 class Solve(eqx.Module):
@@ -51,7 +53,9 @@ class Solve(eqx.Module):
       backpropagation through a bounded loop; "backsolve": the continuous adjoint (Chen et al.
       2018), constant memory, accurate to the tolerance, and the one that raises where its
       backward solve fails; "backsolve_seminorm": the same without error control on the
-      parameters' adjoint (Kidger et al. 2021). Or a diffrax adjoint.
+      parameters' adjoint (Kidger et al. 2021); "reversible": an algebraically reversible form of
+      the solver, exact and in constant memory, at two evaluations for one (McCallum & Foster 2024);
+      "forward": no reverse mode but `jax.jvp`, for few parameters. Or a diffrax adjoint.
     - `norm`: "batch" = RMS over batch and components; "worst" = the largest over the batch of
       each sample's RMS, so that every sample is within tolerance.
     - `max_steps`: the solve gives up after so many steps tried.
@@ -71,7 +75,7 @@ class Solve(eqx.Module):
 
     def __check_init__(self):
         _known("solver", self.solver, SOLVERS)
-        _known("adjoint", self.adjoint, _ADJOINTS)
+        _known("adjoint", self.adjoint, (*_ADJOINTS, "reversible"))
         _known("norm", self.norm, _NORMS)
         for name in ("rtol", "atol", "step", "first_step", "max_steps"):
             value = getattr(self, name)
@@ -98,7 +102,7 @@ class Solve(eqx.Module):
     def controller(self, norm) -> diffrax.AbstractStepSizeController:
         """Step size control under an error norm over the state's pytree."""
         if self.step is not None:
-            return diffrax.ConstantStepSize()
+            return _FixedSteps()
         # A step below dtmin ends a solve that met NaN, which would else go on to max_steps.
         # diffrax leaves no last step so short: 100 ulps of float64 are more.
         return diffrax.PIDController(
@@ -110,6 +114,8 @@ class Solve(eqx.Module):
 
         One more for each rejection of the very first step is not counted.
         """
+        if self.adjoint == "reversible":
+            return steps * reversible.evaluations(self.diffrax_solver(), adaptive=self.step is None)
         tableau = getattr(self.diffrax_solver(), "tableau", None)
         if tableau is None:
             return steps
@@ -129,11 +135,29 @@ def integrate(
     """The state at `t1`, or at each of `times` along a new first axis, and what it cost.
 
     `vector_field(t, y, args)` is a Module and everything differentiable is in `args`, as backsolve
-    needs. Every leaf of `y0` has the batch as its first axis. A failed solve is a value, not an
-    error: its last state comes back with `Stats.failed`.
+    needs. Every leaf of `y0` has the batch as its first axis.
+
+    Failure is a value. A solve that hits `max_steps`, or meets a state that is not finite, stops:
+    its last finite state comes back, for all times it did not reach, with `Stats.failed`. Under
+    `norm="worst"` these are the samples at fault, those that a step of the average length that
+    `max_steps` allows would put out of tolerance or make non-finite, where there are such; all of
+    the batch otherwise.
+
+    **Raises:** `ValueError` for `times` under the "reversible" adjoint, which keeps the end only.
     """
-    span = t1 - t0
-    first = span * solve.first_step if solve.step is None else jnp.sign(span) * solve.step
+    march = _march_reversibly if solve.adjoint == "reversible" else _march
+    first = (t1 - t0) * solve.first_step if solve.step is None else jnp.sign(t1 - t0) * solve.step
+    ys, last, t, steps, rejected = march(vector_field, y0, args, t0, t1, first, solve, times)
+    return ys, Stats(
+        nfe=solve.evaluations(steps),
+        steps=steps,
+        rejected=rejected,
+        failed=_failed(vector_field, last, args, t, t1, first, solve),
+    )
+
+
+def _march(vector_field, y0, args, t0, t1, first, solve, times):
+    """diffrax's solve: the states saved, the last state and its time, steps and rejections."""
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
         solve.diffrax_solver(),
@@ -142,23 +166,95 @@ def integrate(
         first,
         y0,
         args,
-        saveat=diffrax.SaveAt(t1=True) if times is None else diffrax.SaveAt(ts=times),
+        saveat=diffrax.SaveAt(ts=times, t1=True),
         stepsize_controller=solve.controller(_NORMS[solve.norm]),
         adjoint=solve.diffrax_adjoint(batch=jax.tree.leaves(y0)[0].shape[0]),
         max_steps=solve.max_steps,
         # Raising from inside a compiled program costs a host callback a step.
         throw=False,
     )
-    ys = solution.ys if times is not None else jax.tree.map(lambda y: y[0], solution.ys)
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(ys)]
-    arrived = solution.result == diffrax.RESULTS.successful
-    steps = solution.stats["num_steps"]
-    return ys, Stats(
-        nfe=solve.evaluations(steps),
-        steps=steps,
-        rejected=solution.stats["num_rejected_steps"],
-        failed=~(arrived & jnp.all(jnp.stack(finite))),
+    # The last state follows those at `times`, or what of them was reached; the rest is infinite.
+    ts: Any = solution.ts
+    count = jnp.sum(jnp.isfinite(ts)) - 1
+    last, t = jax.tree.map(lambda rows: rows[count], (solution.ys, ts))
+    stats = (t, solution.stats["num_steps"], solution.stats["num_rejected_steps"])
+    if times is None:
+        return last, last, *stats
+
+    def at_times(rows, last):
+        reached = (jnp.arange(len(times)) < count).reshape(-1, *[1] * last.ndim)
+        return jnp.where(reached, rows[:-1], last[None])
+
+    return jax.tree.map(at_times, solution.ys, last), last, *stats
+
+
+def _march_reversibly(vector_field, y0, args, t0, t1, first, solve, times):
+    if times is not None:
+        raise ValueError(
+            "the 'reversible' adjoint keeps the end of a solve only: "
+            "use adjoint='checkpoint' for a trajectory"
+        )
+    last, *stats = reversible.integrate_reversibly(
+        vector_field,
+        y0,
+        args,
+        t0,
+        t1,
+        first,
+        solver=solve.diffrax_solver(),
+        controller=solve.controller(_NORMS[solve.norm]),
+        max_steps=solve.max_steps,
     )
+    return last, last, *stats
+
+
+def _failed(vector_field, y, args, t, t1, first, solve):
+    """The samples that failed, (batch,), of a solve that ended at `t` in the state `y`."""
+    y, args, t = jax.tree.map(
+        lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a, (y, args, t)
+    )
+    finite = jnp.isfinite(_mean_square(y))
+    stopped = jnp.broadcast_to(t != t1, finite.shape)
+    if solve.norm == "worst":
+        step = first / solve.first_step / solve.max_steps if solve.step is None else first
+
+        def at_fault():
+            error = _mean_square(_scaled_error(vector_field, y, args, t, step, solve))
+            fault = ~(error < 1)
+            return fault | ~jnp.any(fault)
+
+        stopped = jax.lax.cond(t != t1, at_fault, lambda: stopped)
+    return stopped | ~finite
+
+
+def _scaled_error(vector_field, y, args, t, step, solve):
+    """The error of one step over its tolerance; of a fixed step 0, or NaN where not finite."""
+    solver, term = solve.diffrax_solver(), diffrax.ODETerm(vector_field)
+    state = solver.init(term, t, t + step, y, args)
+    end, error, *_ = solver.step(term, t, t + step, y, args, state, made_jump=False)
+    if solve.step is not None:
+        return jax.tree.map(lambda end: end - end, end)
+
+    def scaled(start, end, error):
+        return error / (solve.atol + solve.rtol * jnp.maximum(jnp.abs(start), jnp.abs(end)))
+
+    return jax.tree.map(scaled, y, end, error)
+
+
+class _FixedSteps(diffrax.ConstantStepSize):
+    """Steps of one size, up to the last finite state."""
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        _, t, t_next, jump, state, result = super().adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+        )
+        leaves = jax.tree.leaves(y1_candidate)
+        keep: Any = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        stop = diffrax.RESULTS.dt_min_reached
+        result = diffrax.RESULTS.where(keep, result, stop)
+        return keep, jnp.where(keep, t, t0), t_next, jump, state, result
 
 
 def _finite(mean_square):
@@ -172,9 +268,13 @@ def _batch_norm(error):
 
 
 def _worst_norm(error):
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(error)]
-    total = sum(jnp.sum(leaf**2, axis=1) for leaf in flat)
-    return _finite(jnp.max(total) / sum(leaf.shape[1] for leaf in flat))
+    return _finite(jnp.max(_mean_square(error)))
+
+
+def _mean_square(tree):
+    """Of each sample, over all that it has in the leaves of `tree`: (batch,)."""
+    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(tree)]
+    return sum(jnp.sum(leaf**2, axis=1) for leaf in flat) / sum(leaf.shape[1] for leaf in flat)
 
 
 _NORMS = {"batch": _batch_norm, "worst": _worst_norm}
@@ -194,6 +294,7 @@ def _backsolve(norm):
 _ADJOINTS = {
     "checkpoint": lambda solve, batch: diffrax.RecursiveCheckpointAdjoint(),
     "direct": lambda solve, batch: diffrax.DirectAdjoint(),
+    "forward": lambda solve, batch: diffrax.ForwardMode(),
     "backsolve": _backsolve(_batch_norm),
     "backsolve_seminorm": _backsolve(diffrax.adjoint_rms_seminorm),
 }

@@ -4,6 +4,7 @@ Data order and noise derive from (key, step) alone, so that a run killed and res
 checkpoint ends bit for bit where the uninterrupted one does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, Key, PyTree
 
 from jcnf.flow import CNF
+from jcnf.solve import Solve
 
 Objective = Callable[[CNF, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
 DrawBatch = Callable[[Key[Array, ""], Any], Any]
@@ -71,6 +74,31 @@ def with_params(flow: CNF, params: PyTree) -> CNF:
     return eqx.combine(params, partition(flow)[1])
 
 
+def by_forward_mode(function: Callable) -> Callable:
+    """As `by_reverse_mode`, with one jvp for each parameter in place of a backward pass."""
+
+    def value_and_grad(params):
+        flat, unravel = ravel_pytree(params)
+
+        def twice(flat):
+            value, aux = function(unravel(flat))
+            return value, (value, aux)
+
+        gradient, outputs = jax.jacfwd(twice, has_aux=True)(flat)
+        return outputs, unravel(gradient)
+
+    return value_and_grad
+
+
+# From `function(params) -> (value, aux)` to one that gives (value, aux) and the gradient.
+by_reverse_mode = functools.partial(jax.value_and_grad, has_aux=True)
+
+
+def differentiator(solve: Solve) -> Callable:
+    """Forward mode for the "forward" adjoint, which has no other; reverse mode otherwise."""
+    return by_forward_mode if solve.adjoint == "forward" else by_reverse_mode
+
+
 def make_run(
     flow: CNF,
     objective: Objective,
@@ -78,13 +106,15 @@ def make_run(
     optimizer: optax.GradientTransformation,
     *,
     average: float = 0.999,
+    differentiate: Callable = by_reverse_mode,
 ) -> jax.stages.Wrapped:
     """Compile-once training: `run(state, data, key, until) -> (state, metrics)`.
 
     `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
     donates `state`. `draw_batch(key, data)` gives a batch inside the compiled program and
     `objective(flow, batch, key)` its loss. `average` is the decay of the parameters' moving
-    average, lower at first: min(average, (1 + step) / (10 + step)).
+    average, lower at first: min(average, (1 + step) / (10 + step)). `differentiate` is what
+    `differentiator` gives for the objective's solve.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
     counted. The metrics are means over the updates applied, of the objective's own, "loss" and
@@ -100,7 +130,7 @@ def make_run(
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, metrics), grads = differentiate(loss_of)(state.params)
         norm = optax.global_norm(grads)
         metrics = dict(metrics)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~metrics.pop("failed")

@@ -14,6 +14,7 @@ CORE = [
     "divergence",
     "regularizers",
     "distributions",
+    "reversible",
     "solve",
     "flow",
     "objectives",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from field_table import quick_jit
 from helpers import astype, mlp
 
 from jcnf.fields import ACTIVATIONS, LAYERS, MLP
@@ -19,6 +20,7 @@ REFERENCE = {
     "silu": jax.nn.silu,
     "elu": jax.nn.elu,
     "sine": jnp.sin,
+    "logcosh": lambda a: jnp.logaddexp(a, -a),
     "identity": lambda a: a,
 }
 
@@ -41,6 +43,32 @@ def test_divergence_at_every_depth_and_time_layer(time, depth):
         assert_divergence_is_the_trace(field)
 
 
+@pytest.mark.parametrize("depth", range(1, 5))
+def test_divergence_under_modulation_at_every_depth(depth):
+    field = mlp(3, WIDTHS[:depth], context_dim=2, conditioning="modulate", scale=1.0)
+    assert_divergence_is_the_trace(field)
+
+
+def test_modulation_is_its_formula():
+    field = mlp(3, (4, 5), time="ignore", context_dim=2, conditioning="modulate")
+    x, context = np.array([0.2, -1.0, 0.5]), np.array([0.9, -0.2])
+    h = x
+    for layer, modulation in zip(field.layers[:-1], field.modulations, strict=True):
+        gain, shift = np.split(modulation.weight @ context + modulation.bias, 2)
+        h = np.tanh((1 + gain) * (layer.weight @ h + layer.bias) + shift)
+    expected = field.layers[-1].weight @ h + field.layers[-1].bias
+    v = field(jnp.asarray(0.7), jnp.asarray(x), jnp.asarray(context))
+    np.testing.assert_allclose(v, expected, rtol=1e-13)
+
+
+def test_keys_are_consumed_layer_by_layer():
+    """Saved runs rebuild their field from its key: the order must not change."""
+    key = jr.key(3)
+    field = MLP(3, (4,), time="ignore", key=key)
+    for layer, k, sizes in zip(field.layers, jr.split(key), [(3, 4), (4, 3)], strict=True):
+        np.testing.assert_array_equal(layer.weight, LAYERS["ignore"](*sizes, key=k).weight)
+
+
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, jnp.arctan])
 def test_divergence_of_every_activation(activation):
     for depth in (1, 2, 3):
@@ -57,18 +85,28 @@ def test_divergence_in_one_dimension():
 @pytest.mark.parametrize("time", LAYERS)
 def test_layers_are_their_formulas(time):
     layer = mlp(3, (4,), time=time).layers[0]
+    layer = jax.tree.map(np.asarray, layer)
     t, x = 0.7, np.array([0.2, -1.0, 0.5])
-    gate, shift, linear = 1.0, 0.0, layer
-    if time == "concat":
-        linear, shift = layer.linear, layer.time_weight * t
-    if time == "concatsquash":
-        shift, linear = layer.time_weight * t, layer.squash
-    if "squash" in time:
-        gate = 1 / (1 + np.exp(-(np.asarray(linear.gate_weight) * t + linear.gate_bias)))
-        linear = linear.linear
-    expected = (np.asarray(linear.weight) @ x + np.asarray(linear.bias)) * gate + shift
+    match time:
+        case "ignore":
+            expected = layer.weight @ x + layer.bias
+        case "concat":
+            expected = layer.linear.weight @ x + layer.linear.bias + layer.time_weight * t
+        case "squash" | "concatsquash":
+            squash, shift = (
+                (layer, 0) if time == "squash" else (layer.squash, layer.time_weight * t)
+            )
+            gate = 1 / (1 + np.exp(-(squash.gate_weight * t + squash.gate_bias)))
+            expected = (squash.linear.weight @ x + squash.linear.bias) * gate + shift
+        case "hyper":
+            h = np.tanh(layer.hidden_weight * t + layer.hidden_bias)
+            weight = layer.linear.weight + np.einsum("oih,h->oi", layer.weight_map, h)
+            expected = weight @ x + layer.linear.bias + layer.bias_map @ h
+        case "blend":
+            expected = (1 - t) * (layer.start.weight @ x + layer.start.bias)
+            expected += t * (layer.end.weight @ x + layer.end.bias)
     weight, bias = layer.affine(jnp.asarray(t))
-    np.testing.assert_allclose(weight @ x + bias, expected, rtol=1e-14)
+    np.testing.assert_allclose(weight @ x + bias, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("time", LAYERS)
@@ -94,6 +132,19 @@ def test_initial_weights_have_variance_one_over_three_fan_in():
     assert np.max(np.abs(layer.weight)) <= 1 / 8
     assert np.var(layer.weight) == pytest.approx(1 / (3 * 64), rel=0.05)
     assert not np.any(layer.bias)
+
+
+@pytest.mark.parametrize("time", ["hyper", "blend"])
+def test_layers_of_many_weights_start_on_the_scale_of_one(time):
+    @quick_jit
+    def ends(key):
+        layer = LAYERS[time](64, 100, key=key)
+        return [layer.affine(jnp.asarray(t)) for t in (0.0, 1.0)]
+
+    for weight, bias in ends(jr.key(0)):
+        assert weight.shape == (100, 64)
+        assert 1 / (3 * 64) * 0.95 < np.var(weight) < 2 / (3 * 64)
+        assert np.max(np.abs(bias)) < 1
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -142,11 +193,14 @@ def test_float32_in_float32_out():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time": "hyper"}, "unknown time layer 'hyper': use one of ignore, concat, squash"),
+        ({"time": "gate"}, "unknown time layer 'gate': use one of ignore, concat, squash"),
         ({"activation": "relu"}, "unknown activation 'relu': use one of tanh, softplus, silu"),
         ({"dim": 0}, "dim and widths must be at least 1"),
         ({"widths": (4, 0)}, r"got dim=2, widths=(4, 0)"),
         ({"context_dim": -1}, "context_dim=-1"),
+        ({"conditioning": "film"}, "unknown conditioning 'film': use 'concat' or 'modulate'"),
+        ({"conditioning": "modulate", "widths": (4,)}, "give context_dim and widths"),
+        ({"conditioning": "modulate", "context_dim": 2}, "give context_dim and widths"),
     ],
 )
 def test_errors_say_what_is_known(settings, message):

@@ -98,7 +98,7 @@ def test_penalty_and_logdet_in_both_directions(direction):
     sign = 1 if direction == "to_data" else -1
     np.testing.assert_allclose(result.logdet, sign * T * np.trace(MATRIX), atol=1e-9)
     np.testing.assert_allclose(result.x, carried(X, sign * T), atol=1e-9)
-    assert not result.stats.failed
+    assert not jnp.any(result.stats.failed)
 
 
 def test_trajectory_follows_the_path_both_ways():
@@ -156,7 +156,7 @@ def test_round_trip_in_float32():
     x, solve = X.astype(jnp.float32), Solve(rtol=1e-6, atol=1e-6)
     there = transform(flow, x, solve=solve, regularizers=(kinetic,))
     back = transform(flow, there.x, direction="to_data", solve=solve, regularizers=(kinetic,))
-    assert not there.stats.failed
+    assert not jnp.any(there.stats.failed)
     assert np.max(np.abs(back.x - x)) < 1e-5
     assert np.max(np.abs(back.logdet + there.logdet)) < 1e-5
     floats = [leaf for leaf in jax.tree.leaves((there, back)) if eqx.is_inexact_array(leaf)]
@@ -164,7 +164,7 @@ def test_round_trip_in_float32():
 
 
 def test_regularizers_add_up_by_name():
-    def squared_norm(t, x, velocity):
+    def squared_norm(field, t, x, context, local):
         return jnp.sum(x**2)
 
     run = partial(jcnf.transform, linear(), solve=COARSE, regularizers=(kinetic, squared_norm))
@@ -243,7 +243,7 @@ def test_vmap_over_flows_keys_and_single_samples():
 def test_a_failed_solve_is_a_value_of_transform():
     solve = Solve(rtol=1e-10, atol=1e-10, max_steps=2)
     result = transform(linear(), X, solve=solve)
-    assert bool(result.stats.failed)
+    assert jnp.all(result.stats.failed)
     assert int(result.stats.steps) == 2
     assert np.all(np.isfinite(result.x))
     assert np.all(np.isfinite(result.logdet))

@@ -47,6 +47,11 @@ def sine(a):
     return jnp.sin(a), jnp.cos(a)
 
 
+def logcosh(a):
+    """s = log(e^a + e^{-a}) = |a| + log(1 + e^{-2|a|}), s' = tanh a."""
+    return softplus(2 * a)[0] - a, jnp.tanh(a)
+
+
 def identity(a):
     """s = a, s' = 1: a linear field."""
     return a, jnp.ones_like(a)
@@ -58,6 +63,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": silu,
     "elu": elu,
     "sine": sine,
+    "logcosh": logcosh,
     "identity": identity,
 }
 

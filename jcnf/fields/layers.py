@@ -3,7 +3,7 @@
 That time enters only through W and b is what makes the closed-form divergences of
 `jcnf.fields.mlp` hold for every layer here: under `vmap` over a batch, `affine(t)` is computed
 once per evaluation, not once per sample. The layers are FFJORD's (Grathwohl et al. 2019): ignore,
-concat, squash and concatsquash.
+concat, squash, concatsquash, hyper and blend.
 """
 
 from abc import abstractmethod
@@ -26,7 +26,8 @@ class TimeLinear(eqx.Module):
         """The layer at time `t`: weight (out, in) and bias (out,)."""
 
 
-def _uniform(key, shape, fan_in):
+def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Array:
+    """Initial weights: uniform with variance 1/(3 fan-in); consumes `key`."""
     bound = fan_in**-0.5
     return jr.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -38,7 +39,7 @@ class Ignore(TimeLinear):
     bias: Float[Array, " out"]
 
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
-        self.weight = _uniform(key, (out_size, in_size), in_size)
+        self.weight = uniform(key, (out_size, in_size), in_size)
         self.bias = jnp.zeros(out_size)
 
     def affine(self, t):
@@ -55,7 +56,7 @@ class Concat(TimeLinear):
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         linear_key, time_key = jr.split(key)
         self.linear = Ignore(in_size, out_size, key=linear_key)
-        self.time_weight = _uniform(time_key, (out_size,), in_size + 1)
+        self.time_weight = uniform(time_key, (out_size,), in_size + 1)
 
     def affine(self, t):
         """W, b + w t."""
@@ -72,8 +73,8 @@ class Squash(TimeLinear):
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         linear_key, gate_key, bias_key = jr.split(key, 3)
         self.linear = Ignore(in_size, out_size, key=linear_key)
-        self.gate_weight = _uniform(gate_key, (out_size,), 1)
-        self.gate_bias = _uniform(bias_key, (out_size,), 1)
+        self.gate_weight = uniform(gate_key, (out_size,), 1)
+        self.gate_bias = uniform(bias_key, (out_size,), 1)
 
     def affine(self, t):
         """diag(s) W, s * b with s = sigmoid(g t + c)."""
@@ -90,7 +91,7 @@ class ConcatSquash(TimeLinear):
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         squash_key, time_key = jr.split(key)
         self.squash = Squash(in_size, out_size, key=squash_key)
-        self.time_weight = _uniform(time_key, (out_size,), 1)
+        self.time_weight = uniform(time_key, (out_size,), 1)
 
     def affine(self, t):
         """diag(s) W, s * b + w t with s = sigmoid(g t + c)."""
@@ -98,9 +99,53 @@ class ConcatSquash(TimeLinear):
         return weight, bias + self.time_weight * t
 
 
+class Hyper(TimeLinear):
+    """W(t) x + b(t), both from a hypernetwork of time with one hidden layer of tanh units.
+
+    The weights start as those of `Ignore` plus a term in t of no larger variance.
+    """
+
+    linear: Ignore
+    hidden_weight: Float[Array, " hidden"]
+    hidden_bias: Float[Array, " hidden"]
+    weight_map: Float[Array, "out in hidden"]
+    bias_map: Float[Array, "out hidden"]
+
+    def __init__(self, in_size: int, out_size: int, *, hidden: int = 8, key: Key[Array, ""]):
+        keys = jr.split(key, 5)
+        self.linear = Ignore(in_size, out_size, key=keys[0])
+        self.hidden_weight = uniform(keys[1], (hidden,), 1)
+        self.hidden_bias = uniform(keys[2], (hidden,), 1)
+        self.weight_map = uniform(keys[3], (out_size, in_size, hidden), in_size * hidden)
+        self.bias_map = uniform(keys[4], (out_size, hidden), in_size * hidden)
+
+    def affine(self, t):
+        """W + V h, b + u h with h = tanh(p t + q)."""
+        h = jnp.tanh(self.hidden_weight * t + self.hidden_bias)
+        return self.linear.weight + self.weight_map @ h, self.linear.bias + self.bias_map @ h
+
+
+class Blend(TimeLinear):
+    """A linear layer at t=0 that turns into another by t=1."""
+
+    start: Ignore
+    end: Ignore
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        start_key, end_key = jr.split(key)
+        self.start = Ignore(in_size, out_size, key=start_key)
+        self.end = Ignore(in_size, out_size, key=end_key)
+
+    def affine(self, t):
+        """W0 + (W1 - W0) t, b0 + (b1 - b0) t."""
+        return jax.tree.map(lambda a, b: a + (b - a) * t, self.start.affine(t), self.end.affine(t))
+
+
 LAYERS: dict[str, Callable[..., TimeLinear]] = {
     "ignore": Ignore,
     "concat": Concat,
     "squash": Squash,
     "concatsquash": ConcatSquash,
+    "hyper": Hyper,
+    "blend": Blend,
 }

@@ -1,5 +1,6 @@
 """The multilayer perceptron in x whose layers depend on time, with its exact divergence."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.layers import LAYERS, TimeLinear
+from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
 
 
 class MLP(eqx.Module):
@@ -22,15 +23,20 @@ class MLP(eqx.Module):
 
     - `dim`: dimension of x.
     - `widths`: hidden widths, input side first; `()` is an affine field.
-    - `time`: how time enters: "ignore", "concat", "squash" or "concatsquash".
+    - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
     - `activation`: a name in `jcnf.fields.activations.ACTIVATIONS`, or an elementwise function.
-    - `context_dim`: size of the conditioning vector c joined to x; 0 for none.
+    - `context_dim`: size of the conditioning vector c; 0 for none.
+    - `conditioning`: how c enters. "concat": joined to x; "modulate": a hidden layer's
+      pre-activation a becomes (1 + gain(c)) * a + shift(c), with a gain and a shift for each unit,
+      affine in c (FiLM, Perez et al. 2018).
     - `key`: consumed once, for the initial weights: uniform with variance 1/(3 fan-in).
 
-    **Raises:** `ValueError` for unknown names and for sizes below 1.
+    **Raises:** `ValueError` for unknown names, for sizes below 1, and for "modulate" without a
+    context or without a hidden layer.
     """
 
     layers: tuple[TimeLinear, ...]
+    modulations: tuple[Ignore, ...] | None  # c -> (gain, shift) of each hidden layer
     dim: int = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
@@ -43,37 +49,58 @@ class MLP(eqx.Module):
         time: str = "concatsquash",
         activation: str | Callable = "tanh",
         context_dim: int = 0,
+        conditioning: str = "concat",
         key: Key[Array, ""],
     ):
         if time not in LAYERS:
             raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
-        sizes = (dim + context_dim, *widths, dim)
+        if conditioning not in ("concat", "modulate"):
+            raise ValueError(f"unknown conditioning {conditioning!r}: use 'concat' or 'modulate'")
+        modulated = tuple(widths) if conditioning == "modulate" else ()
+        sizes = (dim if modulated else dim + context_dim, *widths, dim)
         if min(dim, *sizes) < 1 or context_dim < 0:
             raise ValueError(
                 f"dim and widths must be at least 1 and context_dim at least 0; "
                 f"got dim={dim}, widths={tuple(widths)}, context_dim={context_dim}"
             )
-        keys = jr.split(key, len(sizes) - 1)
-        layer = LAYERS[time]
-        self.layers = tuple(
-            layer(i, o, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
-        )
+        if conditioning == "modulate" and not (modulated and context_dim):
+            raise ValueError(
+                "conditioning='modulate' needs a context and hidden layers: give context_dim and "
+                f"widths; got context_dim={context_dim}, widths={tuple(widths)}"
+            )
         self.dim = dim
         self.context_dim = context_dim
         self.activation = resolve(activation)
+        keys = iter(jr.split(key, len(sizes) - 1 + len(modulated)))
+        self.layers = tuple(
+            LAYERS[time](i, o, key=next(keys)) for i, o in itertools.pairwise(sizes)
+        )
+        # None, not (): the adjoint state of a continuous adjoint may hold no empty tuple.
+        self.modulations = (
+            tuple(Ignore(context_dim, 2 * w, key=next(keys)) for w in modulated) or None
+        )
 
     def _forward(self, t, x, context):
-        """Velocity, the weights at t, and each hidden layer's s'(a)."""
-        h = x if context is None else jnp.concatenate([x, context])
+        """Velocity, the weights at t, and each hidden layer's slope d_l."""
+        h = x if context is None or self.modulations else jnp.concatenate([x, context])
         weights, slopes = [], []
         for i, layer in enumerate(self.layers):
             weight, bias = layer.affine(t)
             weights.append(weight)
             h = weight @ h + bias
             if i < len(self.layers) - 1:
-                h, slope = self.activation(h)
+                h, slope = self._activate(i, h, context)
                 slopes.append(slope)
         return h, weights, slopes
+
+    def _activate(self, i, a, context):
+        """Hidden layer `i` from its pre-activation a, which c may modulate, and its slope in a."""
+        if self.modulations is None:
+            return self.activation(a)
+        modulation = self.modulations[i]
+        gain, shift = jnp.split(modulation.weight @ context + modulation.bias, 2)
+        h, slope = self.activation((1 + gain) * a + shift)
+        return h, (1 + gain) * slope
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
@@ -85,6 +112,8 @@ class MLP(eqx.Module):
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """v (dim,) and tr(dv/dx), exactly, with d_l = s'(a_l) and o the elementwise product.
+
+        Where c modulates, d_l = (1 + gain_l) * s'((1 + gain_l) * a_l + shift_l).
 
         - no hidden layer: tr W_1.
         - one: d_1' diag(W_1 W_2): a dot product a sample.

@@ -1,0 +1,134 @@
+"""Gradients by every adjoint: their error against the tolerance, their memory against the steps.
+
+On a flow trained on 8gaussians. Errors are relative to the gradient of the exact flow (float64,
+tolerance 1e-9, itself checked by finite differences), in all parameters, computed in float64 so
+that the adjoint is seen and not rounding; `float32` in the summary is the error of float32 at
+--float32-at. Memory is the temporary memory of the compiled gradient, as XLA plans it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array
+
+from experiments.harness import main
+from experiments.quick import toy_flow
+from experiments.rundir import RunDir
+from experiments.settings import RunSettings
+from jcnf import CNF, Solve, curves, evaluate, objectives, train
+from jcnf.data.toys import toy
+from jcnf.evaluate.doubled import in_float64
+
+ADJOINTS = ("checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible")
+STEPS = (20, 80, 320, 1280)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adjoints(RunSettings):
+    """What to measure."""
+
+    # optimiser steps of the flow measured
+    steps: int = 1000
+    # points in a batch
+    batch: int = 256
+    # the tolerances are 1e-LOOSEST to 1e-TIGHTEST
+    loosest: int = 2
+    # see --loosest
+    tightest: int = 8
+    # tolerance at which float32 is audited as well
+    float32_at: float = 1e-5
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.at_least(0, "steps")
+        self.at_least(1, "batch", "loosest", "tightest")
+        self.positive("float32_at")
+
+
+def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float]]:
+    """Relative error of the gradient, by adjoint, at each tolerance; NaN where a solve failed."""
+    found: dict[str, list[float]] = {}
+    for adjoint in ADJOINTS:
+        for tolerance in tolerances:
+            solve = Solve(rtol=tolerance, atol=tolerance, adjoint=adjoint, max_steps=4096)
+            audit = in_float64(functools.partial(evaluate.audit_gradients, solve=solve), flow, x)
+            error = np.nan if audit.failed else audit.to_true
+            found.setdefault(adjoint, []).append(error)
+            print(f"  {adjoint:20} tolerance {tolerance:.0e}: {error:.1e}")
+    return found
+
+
+def memory(flow: CNF, x: Array, adjoint: str, steps: int) -> int:
+    """Bytes of temporary memory of the compiled gradient over so many fixed steps."""
+    params, static = train.partition(flow)
+    solve = Solve(step=flow.t1 / steps, adjoint=adjoint, max_steps=steps)
+
+    def loss(params, x):
+        return objectives.likelihood(eqx.combine(params, static), x, None, solve=solve)[0]
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+    plan: Any = compiled.memory_analysis()
+    return plan.temp_size_in_bytes
+
+
+def run(settings: Adjoints) -> None:
+    """Train, audit, measure, draw, print a table."""
+    run_dir = RunDir("adjoints", settings)
+    flow = toy_flow(settings.steps)
+    x = toy("8gaussians").sample(jr.fold_in(jr.key(settings.seed), 2), settings.batch)
+
+    print("bytes of temporary memory for 20, 80, 320, 1280 steps, and the exponent of the fit")
+    bytes_of, exponents = {}, {}
+    for adjoint in ADJOINTS:
+        bytes_of[adjoint] = [memory(flow, x, adjoint, steps) for steps in STEPS]
+        exponents[adjoint] = curves.exponent(STEPS, bytes_of[adjoint])
+        print(f"  {adjoint:20} {bytes_of[adjoint]}  {exponents[adjoint]:.2f}")
+
+    print("relative error of the gradient")
+    tolerances = [10.0**-k for k in range(settings.loosest, settings.tightest + 1)]
+    found = errors(flow, x, tolerances)
+    single = {}
+    for adjoint in ADJOINTS:
+        at = settings.float32_at
+        solve = Solve(rtol=at, atol=at, adjoint=adjoint, max_steps=4096)
+        single[adjoint] = evaluate.audit_gradients(flow, jnp.asarray(x), solve=solve).to_true
+        print(f"  {adjoint:20} float32, tolerance {at:.0e}: {single[adjoint]:.1e}")
+
+    panels = [
+        curves.Panel(
+            "relative error of the gradient",
+            "rtol = atol",
+            "to the gradient of the exact flow",
+            {name: (tolerances, series) for name, series in found.items()},
+        ),
+        curves.Panel(
+            "temporary memory of the gradient",
+            "fixed steps",
+            "MiB",
+            {
+                f"{name}: steps^{exponents[name]:.2f}": (STEPS, np.array(series) / 2**20)
+                for name, series in bytes_of.items()
+            },
+        ),
+    ]
+    run_dir.save_figures(adjoints=curves.scaling(panels))
+    run_dir.write_json(
+        "adjoints.json",
+        {"tolerances": tolerances, "errors": found, "steps": STEPS, "bytes": bytes_of},
+    )
+    run_dir.finish(
+        {f"memory exponent, {name}": value for name, value in exponents.items()},
+        {f"gradient error in float32, {name}": value for name, value in single.items()},
+        {},
+    )
+
+
+if __name__ == "__main__":
+    main(run, Adjoints)

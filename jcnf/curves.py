@@ -1,0 +1,53 @@
+"""Curves on logarithmic axes, for how something scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jcnf import _canvas as c
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # a name that run-time type checkers can resolve without matplotlib
+
+Values = Sequence[float] | np.ndarray
+
+
+class Panel(NamedTuple):
+    """Named series of (x, y) on one pair of logarithmic axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, tuple[Values, Values]]
+
+
+@c.styled
+def scaling(panels: Sequence[Panel]) -> Figure:
+    """Show each panel's series as lines with a marker at each point; one colour a name.
+
+    Points that are not positive and finite have no place on such axes: they are left out.
+    """
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    figure = c.new_figure(c.WIDTH, 3.6)
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, (x, y) in panel.series.items():
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            drawn = np.isfinite(y) & (y > 0)
+            place = names.index(name)
+            style: Any = {"color": f"C{place}", "marker": "osD^vPX*"[place % 8]}
+            ax.plot(x[drawn], y[drawn], label=name, ms=4, lw=1, **style)
+        ax.set(xscale="log", yscale="log", title=panel.title)
+        ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        ax.grid(alpha=0.3, lw=0.5)
+        ax.legend()
+    return figure
+
+
+def exponent(x: Values, y: Values) -> float:
+    """p of the fit y = c x^p, by least squares on logarithms."""
+    return float(np.polyfit(np.log(np.asarray(x)), np.log(np.asarray(y)), 1)[0])

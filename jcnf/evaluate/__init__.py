@@ -1,0 +1,22 @@
+"""Held-out numbers: exact divergence, tight tolerance, fixed-size chunks compiled once.
+
+Nothing here draws conclusions from a solve that failed: its samples come back as NaN, counted.
+"""
+
+from jcnf.evaluate.certificate import Certificate as Certificate
+from jcnf.evaluate.certificate import certify as certify
+from jcnf.evaluate.density import Grid as Grid
+from jcnf.evaluate.density import cell_centres as cell_centres
+from jcnf.evaluate.density import gaussian_nll as gaussian_nll
+from jcnf.evaluate.density import grid as grid
+from jcnf.evaluate.gradients import GradientAudit as GradientAudit
+from jcnf.evaluate.gradients import audit_gradients as audit_gradients
+from jcnf.evaluate.scores import ACCURATE as ACCURATE
+from jcnf.evaluate.scores import CHUNK as CHUNK
+from jcnf.evaluate.scores import Scores as Scores
+from jcnf.evaluate.scores import Transport as Transport
+from jcnf.evaluate.scores import draw as draw
+from jcnf.evaluate.scores import roundtrip_error as roundtrip_error
+from jcnf.evaluate.scores import score as score
+from jcnf.evaluate.scores import standard_error as standard_error
+from jcnf.evaluate.scores import transport as transport

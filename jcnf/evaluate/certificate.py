@@ -1,0 +1,156 @@
+"""How far the numbers of a flow can be trusted: numerical error beside statistical error."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf.divergence import Divergence, Drawn, Exact
+from jcnf.evaluate.chunks import CHUNK
+from jcnf.evaluate.density import Grid, grid
+from jcnf.evaluate.doubled import in_float64
+from jcnf.evaluate.scores import ACCURATE, Scores, roundtrip, score, standard_error
+from jcnf.flow import CNF
+from jcnf.solve import Solve
+
+MASS_TOLERANCE = 1e-3
+
+
+class Certificate(NamedTuple):
+    """Log-densities of points, with what is known of their errors."""
+
+    scores: Scores  # of all points, by the solve certified; the mean over draws of an estimator
+    log_prob_error: np.ndarray  # (reference points,) nats: how far they are from the reference's
+    estimator_stderr: float  # of the mean NLL, by an estimator's noise, nats; 0 when exact
+    roundtrip_error: float  # max |x - to_data(to_base(x))|
+    nfe_backward: float  # base to data, without the log-det
+    failures: int  # points that did not arrive, forward, and there and back
+    grid: Grid | None  # the density in 1 or 2 dimensions
+
+    @property
+    def nll_error(self) -> float:
+        """Mean numerical error of a log-density, which bounds that of the NLL, nats."""
+        return float(np.mean(self.log_prob_error))
+
+    def numerics(self) -> dict[str, float]:
+        """The figures for a summary, by name."""
+        figures = {
+            "nfe_forward": self.scores.nfe,
+            "nfe_backward": self.nfe_backward,
+            "roundtrip_error": self.roundtrip_error,
+            "log_prob_error": self.nll_error,
+            "log_prob_error_max": float(np.max(self.log_prob_error)),
+            "solver_failures": self.failures,
+        }
+        if self.estimator_stderr:
+            figures["estimator_stderr"] = self.estimator_stderr
+        if self.grid is not None:
+            figures["mass"] = self.grid.mass
+        return figures
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the numbers, one sentence each; empty when they can be trusted."""
+        found = []
+        if self.failures:
+            found.append(f"the solve failed for {self.failures} points: their numbers are missing")
+        error = self.nll_error + self.estimator_stderr
+        if not error <= self.scores.stderr:
+            found.append(
+                f"the numerical error of the NLL, {error:.1e} nats, is not below its statistical "
+                f"error of {self.scores.stderr:.1e}: tighten the tolerance, or average more probes"
+            )
+        if self.grid is not None and not abs(self.grid.mass - 1) <= MASS_TOLERANCE:
+            found.append(
+                f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: the extent is "
+                "too small, the cells are too coarse, or the solve is too loose"
+            )
+        return found
+
+
+def certify(
+    flow: CNF,
+    x: Float[Array, "n dim"],
+    *,
+    key: Key[Array, ""] | None = None,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    draws: int = 8,
+    reference_points: int = 1000,
+    extent: tuple[float, ...] | None = None,
+    cells: int = 200,
+    chunk: int = CHUNK,
+) -> Certificate:
+    """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
+
+    The numerical error is the difference to the same log-densities in float64 by a solver of
+    another order (dopri8) at a hundredth of the tolerance, for `reference_points` of the points;
+    it has rounding in it as well. The round trip is of at most `chunk` points. A stochastic
+    `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are the means.
+    In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half
+    as much again at each side.
+    """
+    x = jnp.asarray(x)
+    settings = {"context": context, "solve": solve, "chunk": chunk}
+    keys: Any = [None]
+    if key is not None and divergence.draw(key, 1, x.shape[1], x.dtype) is not None:
+        keys = jax.random.split(key, draws)
+    scored = [score(flow, x, key=k, divergence=divergence, **settings) for k in keys]
+    log_probs = np.stack([s.log_prob for s in scored])
+    scores = Scores(
+        log_prob=log_probs.mean(0),
+        nfe=float(np.mean([s.nfe for s in scored])),
+        failed=np.any([s.failed for s in scored], axis=0),
+    )
+    noise = divergence.draw(keys[0], len(x), x.shape[1], x.dtype)
+    few = _evenly(len(x), reference_points)
+    few = few[~scores.failed[few]]
+    x_few, context_few, noise_few = _rows((x, context, noise), few)
+    reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
+    x_some, context_some = _rows((x, context), _evenly(len(x), chunk))
+    roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
+    return Certificate(
+        scores=scores,
+        log_prob_error=np.abs(log_probs[0, few] - reference),
+        estimator_stderr=standard_error(log_probs.mean(1)) if len(keys) > 1 else 0.0,
+        roundtrip_error=roundtrip_error,
+        nfe_backward=back.nfe,
+        failures=scores.failures + back.failures,
+        grid=_grid(flow, x, extent, cells, solve) if x.shape[1] <= 2 and context is None else None,
+    )
+
+
+def _evenly(n, count):
+    return np.linspace(0, n - 1, min(count, n)).astype(int)
+
+
+def _rows(arrays, index):
+    return jax.tree.map(lambda a: a[index], arrays)
+
+
+def _reference(flow, x, context, solve, divergence):
+    """Log-densities in float64 by another method, two digits more accurate; same noise."""
+    loosest = 1e-6 if solve.step is not None else min(solve.rtol, solve.atol)
+    tolerance = max(loosest / 100, 1e-10)
+    accurate = Solve(
+        solver="dopri8",
+        rtol=tolerance,
+        atol=tolerance,
+        norm="worst",
+        max_steps=4 * solve.max_steps,
+    )
+
+    def log_probs(flow, x, context, divergence):
+        return score(flow, x, context=context, solve=accurate, divergence=divergence).log_prob
+
+    return in_float64(log_probs, flow, x, context, divergence)
+
+
+def _grid(flow, x, extent, cells, solve):
+    if extent is None:
+        low, high = np.min(x, 0), np.max(x, 0)
+        margin = (high - low) / 2
+        extent = tuple(np.stack([low - margin, high + margin], 1).ravel().tolist())
+    return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve)

@@ -1,0 +1,51 @@
+"""Many rows through one compiled program, a chunk at a time; a row that fails fails alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+CHUNK = 5000
+ATTEMPTS = 5
+
+
+def in_chunks(
+    program: Callable, rows: Any, n: int, size: int = CHUNK
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """`program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
+
+    Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
+    """
+    # An index past the end would be clamped by jax, and give the last row again.
+    if any(len(a) != n for a in jax.tree.leaves(rows)):
+        raise ValueError(f"expected one row of context for each of the {n} points")
+    size = min(size, n)
+    values, nfes, flags = [], [], []
+    for start in range(0, n, size):
+        # The last chunk is filled up with its last row.
+        index = np.minimum(np.arange(start, start + size), n - 1)
+        value, nfe, failed = _solve_chunk(program, rows, index)
+        values.append(value)
+        nfes.append(nfe)
+        flags.append(failed)
+    return np.concatenate(values)[:n], float(np.mean(nfes)), np.concatenate(flags)[:n]
+
+
+def _solve_chunk(program, rows, index):
+    """Values, NFE and flags: rows at fault give their places to a good one, and all is redone."""
+    failed, attempts = np.zeros(len(index), bool), 0
+    while True:
+        good = np.argmin(failed)
+        chosen = np.where(failed, index[good], index)
+        chunk = jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
+        values, stats = jax.device_get(program(*chunk))
+        attempts += 1
+        if not np.any(stats.failed):
+            break
+        failed = failed | stats.failed | (attempts == ATTEMPTS)
+        if np.all(failed):
+            break
+    values = np.array(values)
+    values[failed] = np.nan
+    return values, int(stats.nfe), failed

@@ -1,0 +1,63 @@
+"""A density over its whole space, and the Gaussian it has to beat."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jcnf.evaluate.scores import ACCURATE, score
+from jcnf.flow import CNF
+from jcnf.solve import Solve
+
+
+class Grid(NamedTuple):
+    """A density on an interval or a rectangle."""
+
+    log_prob: np.ndarray  # (n,) or (n, n) nats, at x[j] or [i, j] at (x[j], y[i])
+    points: Array  # (n, 1) or (n * n, 2), row by row
+    extent: tuple[float, ...]  # xmin, xmax and, in the plane, ymin, ymax
+    mass: float  # integral of the density over it
+    failures: int
+
+
+def grid(flow: CNF, extent: tuple[float, ...], n: int = 200, *, solve: Solve = ACCURATE) -> Grid:
+    """The log-density of a flow in 1 or 2 dimensions at the centres of equal cells, n an axis.
+
+    Its integral is over the cells whose solves did not fail.
+    """
+    dim = flow.base.dim
+    if dim > 2 or len(extent) != 2 * dim:
+        raise ValueError(
+            f"a grid needs a flow in 1 or 2 dimensions, and a lowest and highest value for each; "
+            f"got {dim} and {len(extent)} values"
+        )
+    intervals = np.reshape(extent, (dim, 2))
+    axes = [cell_centres(tuple(interval), n) for interval in intervals]
+    points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
+    scores = score(flow, points, solve=solve)
+    volume = np.prod(np.diff(intervals)) / n**dim
+    mass = float(np.nansum(np.exp(scores.log_prob, dtype=np.float64)) * volume)
+    return Grid(scores.log_prob.reshape([n] * dim), points, extent, mass, scores.failures)
+
+
+def cell_centres(interval: tuple[float, float], n: int) -> np.ndarray:
+    """Midpoints of n equal cells of an interval, (n,)."""
+    edges = np.linspace(*interval, n + 1)
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
+    """Test NLL in nats of a full-covariance Gaussian fitted to `train`: the baseline to beat.
+
+    NaN where the covariance is singular: there is no density then.
+    """
+    train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
+    covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))
+    if np.linalg.matrix_rank(covariance, hermitian=True) < len(covariance):
+        return float("nan")
+    factor = np.linalg.cholesky(covariance)
+    whitened = np.linalg.solve(factor, (test - train.mean(0)).T)
+    log_det = np.sum(np.log(np.diag(factor)))
+    dim = train.shape[1]
+    return float(np.mean(np.sum(whitened**2, 0)) / 2 + log_det + dim * np.log(2 * np.pi) / 2)

@@ -1,0 +1,21 @@
+"""The same computation in float64, whatever the precision of the process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def in_float64(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)`, all floating arrays of the arguments and of its work in float64."""
+
+    def double(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        return jnp.asarray(np.asarray(leaf, np.float64))
+
+    with jax.enable_x64(True):
+        return function(*jax.tree.map(double, arguments))

@@ -1,0 +1,156 @@
+"""Log-densities of points, and points carried along the flow."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf.divergence import Divergence, Drawn, Exact
+from jcnf.evaluate.chunks import CHUNK, in_chunks
+from jcnf.flow import CNF, solve_trajectory, transform
+from jcnf.solve import Solve
+
+ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst", max_steps=4096)
+
+
+class Scores(NamedTuple):
+    """Log-densities of a set of points, and what they cost."""
+
+    log_prob: np.ndarray  # (n,) nats; NaN where the solve failed
+    nfe: float  # mean over chunks
+    failed: np.ndarray  # (n,) points whose solve failed
+
+    @property
+    def failures(self) -> int:
+        """Points whose solve failed."""
+        return int(self.failed.sum())
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats; NaN where any solve failed."""
+        return float(-np.mean(self.log_prob))
+
+    @property
+    def stderr(self) -> float:
+        """Its standard error over the points, nats."""
+        return standard_error(self.log_prob)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def score(
+    flow: CNF,
+    x: Float[Array, "n dim"],
+    *,
+    key: Key[Array, ""] | None = None,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    chunk: int = CHUNK,
+) -> Scores:
+    """Log-density of each point, in chunks of one compiled program.
+
+    `key` is consumed once, by a stochastic divergence only; the noise of a point does not depend
+    on `chunk`.
+    """
+    x = jnp.asarray(x)
+    noise = divergence.draw(key, len(x), x.shape[1], x.dtype)
+
+    def program(x, context, noise):
+        return _score(flow, x, context, solve, Drawn(divergence, noise))
+
+    return Scores(*in_chunks(program, (x, context, noise), len(x), chunk))
+
+
+class Transport(NamedTuple):
+    """Points carried along the flow."""
+
+    x: np.ndarray  # (times, n, dim); NaN where the solve failed
+    nfe: float  # mean over chunks
+    failed: np.ndarray  # (n,) points whose solve failed
+
+    @property
+    def failures(self) -> int:
+        """Points whose solve failed."""
+        return int(self.failed.sum())
+
+
+def transport(
+    flow: CNF,
+    x: Float[Array, "n dim"],
+    times: Float[Array, " times"],
+    *,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    chunk: int = CHUNK,
+) -> Transport:
+    """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`."""
+    times = jnp.asarray(times, jnp.result_type(x))
+
+    def program(x, context):
+        return _transport(flow, x, times, context, solve)
+
+    paths, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    return Transport(np.moveaxis(paths, 0, 1), nfe, failed)
+
+
+def draw(
+    flow: CNF,
+    key: Key[Array, ""],
+    num_samples: int,
+    *,
+    context: Float[Array, "num_samples context"] | None = None,
+    solve: Solve = ACCURATE,
+) -> Transport:
+    """Samples at `x[-1]` and the base draws they came from at `x[0]`; consumes `key`."""
+    z = flow.base.sample(key, num_samples)
+    return transport(flow, z, jnp.array([0.0, flow.t1]), context=context, solve=solve)
+
+
+def roundtrip_error(
+    flow: CNF,
+    x: Float[Array, "n dim"],
+    *,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    chunk: int = CHUNK,
+) -> float:
+    """max |x - to_data(to_base(x))| over the points that arrive, in the units of `x`."""
+    return roundtrip(flow, x, context=context, solve=solve, chunk=chunk)[0]
+
+
+def roundtrip(flow: CNF, x, **settings) -> tuple[float, Transport]:
+    """`roundtrip_error`, and the way back."""
+    z = transport(flow, x, jnp.array([flow.t1, 0.0]), **settings)
+    # What did not get there starts back from the origin, and counts as failed.
+    start = jnp.asarray(np.nan_to_num(z.x[-1]))
+    back = transport(flow, start, jnp.array([0.0, flow.t1]), **settings)
+    failed = z.failed | back.failed
+    error = np.abs(back.x[-1] - np.asarray(x))[~failed]
+    return float(np.max(error, initial=np.nan if failed.all() else 0.0)), back._replace(
+        failed=failed
+    )
+
+
+# Accelerators multiply float32 matrices with fewer digits unless told otherwise.
+_full_precision = jax.default_matmul_precision("highest")
+
+
+@eqx.filter_jit
+@_full_precision
+def _score(flow, x, context, solve, divergence):
+    result = transform(flow, x, context=context, solve=solve, divergence=divergence)
+    return flow.base.log_prob(result.x) + result.logdet, result.stats
+
+
+@eqx.filter_jit
+@_full_precision
+def _transport(flow, x, times, context, solve):
+    paths, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
+    return jnp.moveaxis(paths, 1, 0), stats

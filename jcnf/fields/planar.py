@@ -1,0 +1,85 @@
+"""The planar continuous flow, whose units come from a gated hypernetwork of time."""
+
+import itertools
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+
+class Planar(eqx.Module):
+    """v(t, x) = mean_m u_m tanh(w_m . x + b_m) (Chen et al. 2018, section 4).
+
+    The M units' w, u, gates g and b are, in this order, the outputs of one hypernetwork
+    1 -> H -> H -> 3 M dim + M of t with tanh hidden layers, and u is gated: u <- u * sigmoid(g).
+
+    **Arguments:**
+
+    - `dim`: dimension of x.
+    - `width`: number of units M.
+    - `hidden`: hidden width H of the hypernetwork.
+    - `average`: the mean over units; False for their sum, as in the paper.
+    - `key`: consumed once, for the initial weights: uniform with variance 1/(3 fan-in).
+
+    **Raises:** `ValueError` for sizes below 1.
+    """
+
+    hypernet: tuple[eqx.nn.Linear, ...]
+    dim: int = eqx.field(static=True)
+    average: bool = eqx.field(static=True)
+    context_dim: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 64,
+        hidden: int = 32,
+        *,
+        average: bool = True,
+        key: Key[Array, ""],
+    ):
+        if min(dim, width, hidden) < 1:
+            raise ValueError(
+                "dim, width and hidden must be at least 1; "
+                f"got dim={dim}, width={width}, hidden={hidden}"
+            )
+        sizes = (1, hidden, hidden, 3 * width * dim + width)
+        keys = jr.split(key, 3)
+        self.hypernet = tuple(
+            eqx.nn.Linear(i, o, key=k)
+            for (i, o), k in zip(itertools.pairwise(sizes), keys, strict=True)
+        )
+        self.dim = dim
+        self.average = average
+
+    def units(
+        self, t: Float[Array, ""]
+    ) -> tuple[Float[Array, "width dim"], Float[Array, "width dim"], Float[Array, " width"]]:
+        """w (width, dim), u (width, dim), gated, and b (width,) at time `t`."""
+        *hidden, last = self.hypernet
+        h = t[None]
+        for layer in hidden:
+            h = jnp.tanh(layer(h))
+        h = last(h)
+        width = h.size // (3 * self.dim + 1)
+        w, u, gate = h[:-width].reshape(3, width, self.dim)
+        return w, u * jax.nn.sigmoid(gate), h[-width:]
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        return self.velocity_and_divergence(t, x)[0]
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and div v = mean_m (u_m . w_m) (1 - tanh(w_m . x + b_m)^2)."""
+        w, u, b = self.units(t)
+        if self.average:
+            u = u / len(u)
+        h = jnp.tanh(w @ x + b)
+        return h @ u, (1 - h * h) @ jnp.sum(u * w, axis=1)

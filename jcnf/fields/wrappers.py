@@ -1,0 +1,158 @@
+"""Fields made of fields. A divergence stays a closed form where every field inside has one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.core import Tracer
+from jaxtyping import Array, Float, Key
+
+from jcnf.fields.jacobian import velocity_and_divergence
+from jcnf.fields.layers import uniform
+
+
+class Wrapper(eqx.Module):
+    """A field around another, of the same `dim` and `context_dim`."""
+
+    field: eqx.AbstractVar[Any]
+
+    @property
+    def dim(self) -> int:
+        """Dimension of x."""
+        return self.field.dim
+
+    @property
+    def context_dim(self) -> int | None:
+        """Size of the conditioning vector; None where the field inside does not say."""
+        return getattr(self.field, "context_dim", None)
+
+
+class Residual(Wrapper):
+    """v(t, x) = f(t, x) - x (FFJORD's residual option, Grathwohl et al. 2019).
+
+    **Arguments:**
+
+    - `field`: f, any field.
+    """
+
+    field: Any
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        return self.field(t, x, context) - x
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and div v = div f - dim."""
+        v, divergence = velocity_and_divergence(self.field, t, x, context)
+        return v - x, divergence - self.dim
+
+
+class TimeChange(Wrapper):
+    """v(t, x) = r f(start + r t, x): the flow of f from `start` on, in time that runs r as fast.
+
+    With `rate=T` and a flow of `t1=1` the end time T of f is trained along (FFJORD's option,
+    Grathwohl et al. 2019). The root of r is what is stored, so that r stays positive.
+
+    **Arguments:**
+
+    - `field`: f, any field.
+    - `rate`: r at first, positive.
+    - `start`: the time of f at t=0; not trained.
+
+    **Raises:** `ValueError` for a rate that is not positive and finite (where it is concrete).
+    """
+
+    field: Any
+    sqrt_rate: Float[Array, ""]
+    start: float | Float[Array, ""]
+
+    def __init__(
+        self, field: Any, rate: float | Float[Array, ""], start: float | Float[Array, ""] = 0.0
+    ):
+        if not isinstance(rate, Tracer) and not 0 < rate < jnp.inf:
+            raise ValueError(f"rate must be positive and finite; got {rate}")
+        self.field = field
+        self.sqrt_rate = jnp.sqrt(jnp.asarray(rate, jnp.result_type(rate, float)))
+        self.start = start
+
+    @property
+    def rate(self) -> Float[Array, ""]:
+        """r, the time of f that passes in a unit of time."""
+        return self.sqrt_rate**2
+
+    def _time(self, t):
+        return jax.lax.stop_gradient(self.start) + self.rate * t
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        return self.rate * self.field(self._time(t), x, context)
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and div v = r div f."""
+        v, divergence = velocity_and_divergence(self.field, self._time(t), x, context)
+        return self.rate * v, self.rate * divergence
+
+
+class Mixture(eqx.Module):
+    """v(t, x) = sum_i p_i(t) f_i(t, x), p = softmax(w t + b): experts that take turns in time.
+
+    FFJORD's mixture layer (Grathwohl et al. 2019), over whole fields. The shares p depend on time
+    alone, so that divergences mix as velocities do.
+
+    **Arguments:**
+
+    - `fields`: the experts f_i, of one `dim` and, where they have it, one `context_dim`.
+    - `key`: consumed once, for w and b: uniform in (-1, 1).
+
+    **Raises:** `ValueError` for no fields, and for fields that differ in `dim` or `context_dim`.
+    """
+
+    fields: tuple[Any, ...]
+    share_weight: Float[Array, " fields"]
+    share_bias: Float[Array, " fields"]
+    dim: int = eqx.field(static=True)
+    context_dim: int | None = eqx.field(static=True)
+
+    def __init__(self, fields: Sequence[Any], *, key: Key[Array, ""]):
+        dims = {field.dim for field in fields}
+        context_dims = {getattr(field, "context_dim", None) for field in fields} - {None}
+        if len(dims) != 1 or len(context_dims) > 1:
+            raise ValueError(
+                "a mixture needs fields, of one dim and one context_dim; "
+                f"got {len(fields)} of dim {dims or None} and context_dim {context_dims or None}"
+            )
+        weight_key, bias_key = jr.split(key)
+        self.fields = tuple(fields)
+        self.share_weight = uniform(weight_key, (len(self.fields),), 1)
+        self.share_bias = uniform(bias_key, (len(self.fields),), 1)
+        (self.dim,) = dims
+        self.context_dim = next(iter(context_dims), None)
+
+    def shares(self, t: Float[Array, ""]) -> Float[Array, " fields"]:
+        """p(t), the experts' shares of the velocity: positive, and 1 together."""
+        return jax.nn.softmax(self.share_weight * t + self.share_bias)
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        return self.shares(t) @ jnp.stack([field(t, x, context) for field in self.fields])
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and div v = sum_i p_i div f_i."""
+        pairs = [velocity_and_divergence(field, t, x, context) for field in self.fields]
+        v, divergence = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
+        return self.shares(t) @ v, self.shares(t) @ divergence

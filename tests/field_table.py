@@ -1,0 +1,59 @@
+"""Every field there is, small: what all fields must do is tested on each row.
+
+A row is a function without arguments, for building is work. The fields are of dimension 3; those
+with `context_dim` take a context of 2.
+"""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from helpers import MATRIX, Linear
+
+from jcnf.fields import LAYERS, MLP, Mixture, Planar, Potential, Residual, TimeChange
+
+# For programs that run once: quick to compile, slow to run.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick_jit = partial(jax.jit, compiler_options=QUICK)
+
+
+def drawn(make, *args, scale=1.5, seed=0, **settings):
+    """A field whose arrays numpy draws, by fan-in: compiling initialisers takes long."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[1:]) if leaf.ndim > 1 else 4
+        return jnp.asarray(rng.normal(0, scale / np.sqrt(fan_in), leaf.shape))
+
+    return jax.tree.map(draw, eqx.filter_eval_shape(make, *args, key=jr.key(0), **settings))
+
+
+def mixture(*experts):
+    """A mixture of these, whose shares are drawn beside them."""
+    w, b = jnp.array([1.3, -0.4]), jnp.array([-0.2, 0.5])
+    shell = eqx.filter_eval_shape(Mixture, experts, key=jr.key(0))
+    return eqx.tree_at(lambda m: (m.fields, m.share_weight, m.share_bias), shell, (experts, w, b))
+
+
+concat = partial(drawn, MLP, 3, (4, 5), context_dim=2)
+planar = partial(drawn, Planar, 3, width=5, hidden=4)
+no_closed_form = partial(Linear, jnp.asarray(MATRIX))
+
+FIELDS = {
+    **{f"mlp {time}": partial(drawn, MLP, 3, (4, 5), time=time) for time in LAYERS},
+    "mlp one hidden layer": partial(drawn, MLP, 3, (4,), activation="softplus"),
+    "mlp three hidden layers": partial(drawn, MLP, 3, (4, 5, 4), activation="silu", scale=2.5),
+    "mlp context": concat,
+    "mlp modulated": partial(concat, conditioning="modulate"),
+    "planar": planar,
+    "planar summed": partial(planar, average=False),
+    "potential": partial(drawn, Potential, 3, width=5, rank=2),
+    "residual": lambda: Residual(concat()),
+    "residual without closed form": lambda: Residual(no_closed_form()),
+    "time change": lambda: TimeChange(concat(), 1.4, start=0.2),
+    "mixture": lambda: mixture(concat(), concat(seed=1)),
+    "mixture without closed form": lambda: mixture(no_closed_form(), drawn(MLP, 3, (4,), seed=1)),
+}

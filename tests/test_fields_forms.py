@@ -1,0 +1,181 @@
+"""Planar, potential and wrapped fields against their formulas, written out."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from field_table import FIELDS, drawn, mixture, quick_jit
+from helpers import MATRIX, Linear, astype
+
+from jcnf.fields import MLP, Mixture, Planar, Potential, Residual, TimeChange
+
+TIME, X = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])
+LINEAR = Linear(jnp.asarray(MATRIX))
+
+
+class Clock(eqx.Module):
+    """v = t c: no x in it."""
+
+    direction: jax.Array
+    dim: int = eqx.field(static=True, default=3)
+
+    def __call__(self, t, x, context=None):
+        return t * self.direction
+
+
+def test_planar_is_its_formula():
+    """theta(t) in the order W, U, G, B; U sigmoid(G); the sum over units, or their mean."""
+    summed, t, x, dim, width = FIELDS["planar summed"](), 0.3, np.asarray(X), 3, 5
+    theta = np.array([t])
+    for layer in summed.hypernet[:2]:
+        theta = np.tanh(layer.weight @ theta + layer.bias)
+    theta = np.asarray(summed.hypernet[2].weight @ theta + summed.hypernet[2].bias)
+    assert theta.shape == (3 * width * dim + width,)
+    v, divergence = np.zeros(dim), 0.0
+    for m in range(width):
+        w, u, g = (theta[(k * width + m) * dim :][:dim] for k in range(3))
+        u = u / (1 + np.exp(-g))
+        h = np.tanh(w @ x + theta[3 * width * dim + m])
+        v += u * h
+        divergence += u @ w * (1 - h**2)
+    for field, count in ((summed, 1), (FIELDS["planar"](), width)):
+        own_v, own_divergence = field.velocity_and_divergence(TIME, X)
+        np.testing.assert_allclose(own_v, v / count, rtol=1e-12)
+        np.testing.assert_allclose(own_divergence, divergence / count, rtol=1e-12)
+
+
+def test_planar_starts_away_from_zero():
+    """With biases of zero in its hypernetwork it would stand still at t=0."""
+    field = quick_jit(lambda key: Planar(2, width=4, hidden=3, key=key))(jr.key(0))
+    assert [layer.weight.shape for layer in field.hypernet] == [(3, 1), (3, 3), (28, 3)]
+    assert np.max(np.abs(field(jnp.asarray(0.0), jnp.ones(2)))) > 1e-3
+
+
+def test_potential_is_its_formula():
+    field = FIELDS["potential"]()
+    k0, b0 = np.asarray(field.opening.weight), np.asarray(field.opening.bias)
+    k1, b1 = np.asarray(field.inner.weight), np.asarray(field.inner.bias)
+    a, s = np.asarray(field.factor), np.array([*X, TIME])
+    h = np.log(2 * np.cosh(k0 @ s + b0))
+    n = h + np.log(2 * np.cosh(k1 @ h + b1))
+    expected = field.weight @ n + s @ a.T @ a @ s / 2 + field.slope @ s + field.constant
+    np.testing.assert_allclose(field.potential(TIME, X), expected, rtol=1e-12)
+
+
+@quick_jit
+def derivatives(field, t, x):
+    """Closed forms, and the same by differentiating the potential."""
+    by_x, by_t = jax.grad(field.potential, argnums=(1, 0))(t, x)
+    laplacian = jnp.trace(jax.hessian(field.potential, argnums=1)(t, x))
+    own = (field.gradient(t, x), *field.velocity_and_divergence(t, x))
+    return own, (jnp.append(by_x, by_t), -by_x, -laplacian)
+
+
+def test_potential_has_the_gradient_and_laplacian_of_autodiff():
+    field = FIELDS["potential"]()
+    # Without biases every pre-activation is 0 at the origin, where |a| has no derivative.
+    bare = eqx.tree_at(
+        lambda f: (f.opening.bias, f.inner.bias), field, (jnp.zeros(5), jnp.zeros(5))
+    )
+    for f, t, x in ((field, TIME, X), (bare, jnp.zeros(()), jnp.zeros(3))):
+        own, expected = derivatives(f, t, x)
+        for values, by_autodiff in zip(own, expected, strict=True):
+            assert np.max(np.abs(by_autodiff)) > 1e-2
+            np.testing.assert_allclose(values, by_autodiff, rtol=0, atol=1e-10)
+
+
+def test_potential_does_not_overflow_in_float32():
+    field, t, x = astype((FIELDS["potential"](), TIME, X * 1e8), jnp.float32)
+    for values in jax.tree.leaves(derivatives(field, t, x)):
+        assert np.all(np.isfinite(values))
+
+
+def test_potential_has_no_more_rows_than_rank_and_starts_moderate():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
+
+    @quick_jit
+    def initial(key):
+        field = Potential(4, key=key)
+        return field, jax.vmap(field, in_axes=(None, 0))(TIME, x)
+
+    field, v = initial(jr.key(0))
+    assert field.factor.shape == (5, 5)
+    assert 0.1 < np.sqrt(np.mean(np.square(v))) < 2
+
+
+def test_residual_subtracts_x():
+    v, divergence = Residual(LINEAR).velocity_and_divergence(TIME, X)
+    np.testing.assert_allclose(v, (MATRIX - np.eye(3)) @ X, rtol=1e-13)
+    np.testing.assert_allclose(divergence, np.trace(MATRIX) - 3, rtol=1e-13)
+
+
+def test_mixture_shares_by_a_softmax_in_time():
+    field = mixture(LINEAR, Clock(jnp.array([1.0, 2.0, -1.0])))
+    logits = field.share_weight * 0.3 + field.share_bias
+    p = np.exp(logits) / np.sum(np.exp(logits))
+    v, divergence = field.velocity_and_divergence(TIME, X)
+    expected = p[0] * MATRIX @ X + p[1] * 0.3 * np.array([1, 2, -1])
+    np.testing.assert_allclose(v, expected, rtol=1e-13)
+    np.testing.assert_allclose(divergence, p[0] * np.trace(MATRIX), rtol=1e-13)
+    assert field.shares(jnp.asarray(5.0))[0] > 0.99
+
+
+def test_time_change_runs_the_field_faster_from_its_start():
+    field = TimeChange(Clock(jnp.ones(3)), 2.5, start=0.2)
+    np.testing.assert_allclose(field.rate, 2.5)
+    np.testing.assert_allclose(field(TIME, X), 2.5 * (0.2 + 2.5 * 0.3) * np.ones(3))
+    np.testing.assert_allclose(TimeChange(LINEAR, 2.5).velocity_and_divergence(TIME, X)[1], 2.75)
+
+
+def test_time_change_trains_its_rate_and_never_its_start():
+    field = TimeChange(Clock(jnp.ones(3)), 2.5, start=0.2)
+    assert len(jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array))) == 2
+    rate = TimeChange(Clock(jnp.ones(3)), 3.0).sqrt_rate
+    assert not rate.weak_type  # or the first update would compile anew
+    np.testing.assert_allclose(rate**2, 3)
+
+    @quick_jit
+    def gradients(rate, start):
+        return jax.grad(lambda *a: TimeChange(Clock(jnp.ones(3)), *a)(TIME, X)[0], argnums=(0, 1))(
+            rate, start
+        )
+
+    by_rate, by_start = gradients(jnp.asarray(2.5), jnp.asarray(0.2))
+    np.testing.assert_allclose(by_rate, 0.2 + 2 * 2.5 * 0.3, rtol=1e-13)  # of r (start + r t)
+    assert by_start == 0
+
+
+def test_wrappers_have_the_context_of_what_is_inside():
+    conditional, plain = drawn(MLP, 3, (4,), context_dim=2), drawn(MLP, 3, (4,))
+    for wrap in (Residual, lambda field: TimeChange(field, 2.0), mixture_of_two):
+        assert [wrap(f).context_dim for f in (conditional, plain, LINEAR)] == [2, 0, None]
+    assert mixture(LINEAR, conditional).context_dim == 2
+
+
+def mixture_of_two(field):
+    return mixture(field, field)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Planar(2, 0, key=jr.key(0)), "got dim=2, width=0, hidden=32"),
+        (lambda: Potential(2, rank=0, key=jr.key(0)), "got dim=2, width=32, rank=0"),
+        (lambda: TimeChange(LINEAR, 0.0), "rate must be positive and finite; got 0.0"),
+        (lambda: TimeChange(LINEAR, float("nan")), "rate must be positive and finite; got nan"),
+        (lambda: Mixture((), key=jr.key(0)), "a mixture needs fields"),
+        (lambda: mixture(LINEAR, Clock(jnp.ones(2), 2)), "got 2 of dim {2, 3}"),
+        (
+            lambda: mixture(drawn(MLP, 3, (4,)), drawn(MLP, 3, (4,), context_dim=2)),
+            "of dim {3} and context_dim {0, 2}",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

@@ -1,0 +1,95 @@
+"""What every field must do: shapes, dtypes, and a divergence that is the trace, gradients too."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from field_table import FIELDS, quick_jit
+from helpers import Linear, astype
+from jax.extend.core import Literal
+from jax.flatten_util import ravel_pytree
+
+from jcnf.fields import velocity_and_divergence
+
+TIME, X = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])
+CONTEXT = jnp.array([0.9, -0.2])
+BATCH = 11  # a size that no field has
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_divergence_is_the_trace_and_so_is_its_gradient(name):
+    field = FIELDS[name]()
+    context = CONTEXT if field.context_dim else None
+    assert field.dim == 3
+    params, static = eqx.partition(field, eqx.is_inexact_array)
+
+    def closed_form(params, t):
+        v, divergence = eqx.combine(params, static).velocity_and_divergence(t, X, context)
+        return divergence, v
+
+    def trace(params, t):
+        field = eqx.combine(params, static)
+        return jnp.trace(jax.jacfwd(field, argnums=1)(t, X, context)), field(t, X, context)
+
+    @quick_jit
+    def both(params, t):
+        return [
+            jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, t)
+            for f in (closed_form, trace)
+        ]
+
+    ((divergence, v), own), ((expected, velocity), gradient) = both(params, TIME)
+    assert v.shape == velocity.shape == (3,)
+    assert divergence.shape == ()
+    assert abs(expected) > 1e-2
+    np.testing.assert_allclose(v, velocity, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(divergence, expected, rtol=0, atol=1e-10)
+    own, gradient = ravel_pytree(own)[0], ravel_pytree(gradient)[0]
+    assert np.linalg.norm(gradient) > 1e-2
+    np.testing.assert_allclose(own, gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_float32_in_float32_out(name):
+    field, x, t, context = astype((FIELDS[name](), X, TIME, CONTEXT), jnp.float32)
+    arguments = (t, x, context if field.context_dim else None)
+    out = jax.eval_shape(field.velocity_and_divergence, *arguments)
+    leaves = [jax.eval_shape(field, *arguments), *jax.tree.leaves(out)]
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [
+        ((3,), jnp.float32),
+        ((3,), jnp.float32),
+        ((), jnp.float32),
+    ]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_depends_on_time_alone_is_computed_once_for_a_batch(name):
+    field = FIELDS[name]()
+    batched = [jnp.zeros((BATCH, 3)), jnp.zeros((BATCH, 2))][: 2 if field.context_dim else 1]
+    over_batch = jax.vmap(field, in_axes=(None, *[0] * len(batched)))
+    jaxpr = jax.make_jaxpr(over_batch)(TIME, *batched).jaxpr
+    of_sample = set(jaxpr.invars[1:])
+    for equation in jaxpr.eqns:
+        if of_sample & {v for v in equation.invars if not isinstance(v, Literal)}:
+            of_sample.update(equation.outvars)
+            # Units, of which there are at most 10, and never a matrix a sample.
+            assert max(v.aval.size for v in equation.outvars) <= BATCH * 10
+        else:
+            assert not [v for v in equation.outvars if BATCH in v.aval.shape]
+
+
+def test_fields_without_a_closed_form_fall_back_on_forward_mode():
+    matrix = jnp.array([[1.0, 2.0], [3.0, 5.0]])
+    v, divergence = velocity_and_divergence(Linear(matrix, 2), TIME, jnp.array([1.0, -1.0]))
+    np.testing.assert_allclose(v, [-1, -2], rtol=1e-14)
+    np.testing.assert_allclose(divergence, 6, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_holds_an_empty_tuple(name):
+    """backsolve carries the parameters in its state, where an empty tuple crashes diffrax."""
+    leaves = jax.tree.leaves(
+        FIELDS[name](), is_leaf=lambda node: isinstance(node, tuple) and not node
+    )
+    assert not [leaf for leaf in leaves if isinstance(leaf, tuple)]
