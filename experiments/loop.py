@@ -16,6 +16,8 @@ from experiments.settings import FlowSettings
 from jcnf import CNF, checkpoint, train
 from jcnf.errors import InputError
 
+STUCK = 50  # steps in a row without an update, after which training gives up
+
 
 class Fitted(NamedTuple):
     """What training gave."""
@@ -67,6 +69,7 @@ def fit(
         run_steps = run_steps.lower(state, data, key, settings.steps).compile()
     compile_s = time.perf_counter() - start
 
+    stuck = 0  # steps since an update was applied
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
     with tqdm(total=settings.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
         while step < settings.steps:
@@ -78,6 +81,7 @@ def fit(
             seconds = time.perf_counter() - tic
             record["step_ms"] = 1e3 * seconds / (until - step)
             notes["train_s"] += seconds
+            stuck = stuck + until - step if record["skipped"] == until - step else 0
             bar.update(until - step)
             bar.set_postfix_str(_shown(record, state))
             step, last = until, until == settings.steps
@@ -89,8 +93,15 @@ def fit(
                     finite = math.isfinite(record["val_nll"])
                     notes["best_nll"] = record["val_nll"] if finite else None
             log.add({"step": step, **record, "train_s": notes["train_s"]})
-            if last or step % settings.checkpoint_every == 0:
+            if last or stuck >= STUCK or step % settings.checkpoint_every == 0:
                 checkpoint.save(run.checkpoint, (state, best), notes)
+            if stuck >= STUCK:
+                raise InputError(
+                    f"no update could be applied in the last {stuck} steps: their solves failed, "
+                    "or their gradients were not finite. Start anew with a smaller "
+                    "--learning-rate or --clip, a larger --max-steps, or looser --rtol and "
+                    f"--atol; {run.path} keeps the state and the log up to here"
+                )
     skipped = int(state.skipped)
     if skipped > settings.steps // 2:
         print(

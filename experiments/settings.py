@@ -102,7 +102,7 @@ class FlowSettings(RunSettings):
     atol: float = 1e-3
     # fixed step in t instead of the tolerances
     fixed_step: float | None = None
-    # checkpoint, direct, backsolve, backsolve_seminorm, reversible, forward
+    # checkpoint, direct, backsolve, backsolve_seminorm, reversible, forward (few parameters only)
     adjoint: str = "checkpoint"
     # error norm while training: batch, worst
     norm: str = "batch"

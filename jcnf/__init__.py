@@ -1,11 +1,15 @@
 """jcnf: continuous normalizing flows in JAX, as pure functions over Equinox modules."""
 
+from jcnf import augmented as augmented
 from jcnf import distributions as distributions
 from jcnf import fields as fields
 from jcnf import objectives as objectives
+from jcnf import regularizers as regularizers
 from jcnf.divergence import Exact as Exact
 from jcnf.divergence import ForwardMode as ForwardMode
 from jcnf.divergence import Hutchinson as Hutchinson
+from jcnf.divergence import HutchPlusPlus as HutchPlusPlus
+from jcnf.divergence import XTrace as XTrace
 from jcnf.flow import CNF as CNF
 from jcnf.flow import log_prob as log_prob
 from jcnf.flow import sample as sample

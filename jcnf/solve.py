@@ -200,7 +200,7 @@ def _march_reversibly(vector_field, y0, args, t0, t1, first, solve, times):
         args,
         t0,
         t1,
-        first,
+        jnp.asarray(first),
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,

@@ -4,7 +4,6 @@ Data order and noise derive from (key, step) alone, so that a run killed and res
 checkpoint ends bit for bit where the uninterrupted one does.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +73,20 @@ def with_params(flow: CNF, params: PyTree) -> CNF:
     return eqx.combine(params, partition(flow)[1])
 
 
+def by_reverse_mode(function: Callable) -> Callable:
+    """`function(params) -> (value, aux)`, made to return a function that gives its gradient too."""
+
+    def differentiated(params):
+        value, pull_back, aux = jax.vjp(function, params, has_aux=True)
+        return (value, aux), lambda: pull_back(jnp.ones_like(value))[0]
+
+    return differentiated
+
+
 def by_forward_mode(function: Callable) -> Callable:
     """As `by_reverse_mode`, with one jvp for each parameter in place of a backward pass."""
 
-    def value_and_grad(params):
+    def differentiated(params):
         flat, unravel = ravel_pytree(params)
 
         def twice(flat):
@@ -85,13 +94,9 @@ def by_forward_mode(function: Callable) -> Callable:
             return value, (value, aux)
 
         gradient, outputs = jax.jacfwd(twice, has_aux=True)(flat)
-        return outputs, unravel(gradient)
+        return outputs, lambda: unravel(gradient)
 
-    return value_and_grad
-
-
-# From `function(params) -> (value, aux)` to one that gives (value, aux) and the gradient.
-by_reverse_mode = functools.partial(jax.value_and_grad, has_aux=True)
+    return differentiated
 
 
 def differentiator(solve: Solve) -> Callable:
@@ -130,10 +135,13 @@ def make_run(
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key)
 
-        (loss, metrics), grads = differentiate(loss_of)(state.params)
-        norm = optax.global_norm(grads)
+        (loss, metrics), gradient = differentiate(loss_of)(state.params)
         metrics = dict(metrics)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~metrics.pop("failed")
+        good = jnp.isfinite(loss) & ~metrics.pop("failed")
+        # A solve that failed took all its steps: there is no point in going back through them.
+        grads = jax.lax.cond(good, gradient, lambda: jax.tree.map(jnp.zeros_like, state.params))
+        norm = optax.global_norm(grads)
+        good &= jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))

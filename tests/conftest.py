@@ -1,5 +1,16 @@
 """x64, strict dtype promotion, no rank promotion, and the annotations of the core checked."""
 
+import os
+
+# Compiling is most of what the tests do, and takes a third of the time without XLA's optimisations.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    ]
+)
+
 import jax
 import jaxtyping
 import pytest
@@ -17,6 +28,7 @@ CORE = [
     "reversible",
     "solve",
     "flow",
+    "augmented",
     "objectives",
     "train",
     "checkpoint",

@@ -71,16 +71,16 @@ def test_scores_are_log_densities_in_chunks_of_one_program():
 
 def test_a_row_that_fails_is_nan_and_fails_alone():
     flow = CNF(NotANumber(), StandardNormal(2))
-    x = np.full((10, 2), 0.5)
-    x[[5, 9]] = 3.0  # in the second and in the last, filled up, of four chunks
-    scores = evaluate.score(flow, jnp.asarray(x), chunk=3)
+    x = np.full((40, 2), 0.5)
+    x[[5, 39]] = 3.0  # in the first and in the last, filled up, of two chunks
+    scores = evaluate.score(flow, jnp.asarray(x), chunk=22)
     assert scores.failures == 2
-    np.testing.assert_array_equal(np.flatnonzero(scores.failed), [5, 9])
+    np.testing.assert_array_equal(np.flatnonzero(scores.failed), [5, 39])
     np.testing.assert_array_equal(np.isnan(scores.log_prob), scores.failed)
     expected = flow.base.log_prob(jnp.full((1, 2), 0.5 / np.e))[0] - 2
     np.testing.assert_allclose(scores.log_prob[~scores.failed], expected, atol=1e-4)
     assert np.isnan(scores.nll)
-    path = evaluate.transport(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=3)
+    path = evaluate.transport(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=22)
     np.testing.assert_array_equal(path.failed, scores.failed)
     np.testing.assert_array_equal(np.isnan(path.x).any((0, 2)), scores.failed)
 

@@ -58,9 +58,13 @@ def test_a_run_leaves_everything_it_promises(toy_run):
     }  # fmt: skip
     metrics = summary["metrics"]
     assert metrics["nll_gap"] == pytest.approx(metrics["test_nll"] - metrics["entropy"], abs=0.1)
-    assert metrics["mass"] == pytest.approx(1, abs=0.01)
-    assert summary["numerics"]["solver_failures"] == summary["numerics"]["skipped_updates"] == 0
-    assert summary["numerics"]["roundtrip_error"] < 1e-3
+    numerics = summary["numerics"]
+    assert numerics["mass"] == pytest.approx(1, abs=0.01)
+    assert numerics["solver_failures"] == numerics["skipped_updates"] == 0
+    assert numerics["roundtrip_error"] < 1e-3
+    assert 0 < numerics["log_prob_error"] <= numerics["log_prob_error_max"] < 1e-2
+    assert numerics["nfe_backward"] > 0
+    assert summary["warnings"] == []
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 4, 6, 8, 10]
     assert [r["step"] for r in records if "val_nll" in r] == [4, 8, 10]
@@ -240,3 +244,31 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
         for p in (tmp_path / "whole", killed)
     ]
     assert losses[0] == losses[1]
+
+
+def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
+    wild = ["--learning-rate", 1e6, "--clip", 1e30, "--warmup", 0, "--max-steps", 16]
+    done = run("toy2d", "--out", tmp_path / "run", "--steps", 1000, *wild, *SMALL)
+    assert done.returncode == 2
+    assert "error: no update could be applied in the last 50 steps" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "checkpoint.jcnf").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings", "figure"),
+    [
+        ("adjoints", ["--steps", 2, "--batch", 8, "--loosest", 3, "--tightest", 3], "adjoints"),
+        (
+            "estimators",
+            ["--steps", 2, "--dim", 3, "--points", 4, "--draws", 3, "--time-dims", 5],
+            "variance",
+        ),
+    ],
+)
+def test_measurements_run_and_draw(tmp_path, name, settings, figure):
+    done = run(name, "--out", tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "figures" / f"{figure}.png").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["experiment"] == name

@@ -14,6 +14,7 @@ import pytest
 from helpers import (
     MATRIX,
     TIGHT,
+    NotANumber,
     T,
     affine,
     astype,
@@ -314,3 +315,28 @@ def test_other_errors_say_what_to_do():
     for t1 in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="t1 must be positive"):
             CNF(mlp(2, ()), StandardNormal(2), t1=t1)
+
+
+def test_a_field_too_stiff_for_its_solver_ends_soon():
+    flow = CNF(mlp(3, (8, 8), scale=300.0), StandardNormal(3), t1=T)
+    for solve in (Solve(max_steps=64), Solve(solver="euler", step=T / 64)):
+        for direction in ("to_base", "to_data"):
+            result = transform(flow, X, direction=direction, solve=solve)
+            assert np.all(np.isfinite(result.x))
+            assert int(result.stats.steps) <= 64
+            if solve.step is None:
+                assert np.all(result.stats.failed)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not reach its end"):
+        jcnf.log_prob(flow, X, solve=Solve(max_steps=64))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not reach its end"):
+        jcnf.sample(flow, jr.key(0), 5, solve=Solve(max_steps=64))
+
+
+def test_the_times_of_a_trajectory_that_were_not_reached_hold_the_last_state():
+    flow = CNF(NotANumber(), StandardNormal(2))  # v = x, up to 1
+    x, times = jnp.array([[0.5, 0.1]]), jnp.linspace(0.0, 1.0, 5)
+    path, stats = jcnf.flow.solve_trajectory(flow, x, times, solve=TIGHT)
+    assert np.all(stats.failed)
+    np.testing.assert_allclose(path[:3, 0], x * np.exp(times[:3, None]), rtol=1e-8)
+    np.testing.assert_array_equal(path[3], path[4])
+    np.testing.assert_allclose(path[3, 0], [1.0, 0.2], rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "fields", "divergence", "regularizers", "distributions", "reversible", "solve"),
-    *("flow", "objectives", "train", "checkpoint", "evaluate"),
+    *("flow", "augmented", "objectives", "train", "checkpoint", "evaluate"),
 ]
 # What nobody in the chain imports, and what imports errors only.
 SIDE = ("data", "plot", "curves", "_canvas")

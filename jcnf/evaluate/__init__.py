@@ -9,8 +9,11 @@ from jcnf.evaluate.density import Grid as Grid
 from jcnf.evaluate.density import cell_centres as cell_centres
 from jcnf.evaluate.density import gaussian_nll as gaussian_nll
 from jcnf.evaluate.density import grid as grid
+from jcnf.evaluate.doubled import in_float64 as in_float64
 from jcnf.evaluate.gradients import GradientAudit as GradientAudit
 from jcnf.evaluate.gradients import audit_gradients as audit_gradients
+from jcnf.evaluate.gradients import loss_gradient as loss_gradient
+from jcnf.evaluate.gradients import relative_error as relative_error
 from jcnf.evaluate.scores import ACCURATE as ACCURATE
 from jcnf.evaluate.scores import CHUNK as CHUNK
 from jcnf.evaluate.scores import Scores as Scores

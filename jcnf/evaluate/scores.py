@@ -13,7 +13,7 @@ from jcnf.evaluate.chunks import CHUNK, in_chunks
 from jcnf.flow import CNF, solve_trajectory, transform
 from jcnf.solve import Solve
 
-ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst", max_steps=4096)
+ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
 
 
 class Scores(NamedTuple):

@@ -1,0 +1,65 @@
+"""Augmented flows: data of fewer dimensions than the flow has (Huang, Dinh & Courville 2020).
+
+The flow is over (x, e), with e ~ N(0, I) in the extra dimensions of the data: any CNF whose field
+and base have `dim + extra` dimensions. What paths cannot do in `dim` dimensions, cross without
+meeting, they can do there (ANODE, Dupont et al. 2019), and the density stays a density. It is
+trained by `jcnf.objectives.likelihood` on batches of `augment`: a bound, less the entropy of e,
+which is constant. Samples are `jcnf.sample(...)[:, :dim]`.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf.divergence import Divergence, Exact
+from jcnf.flow import CNF, log_prob
+from jcnf.solve import Solve
+
+
+def augment(
+    x: Float[Array, "batch dim"], key: Key[Array, ""], extra: int
+) -> Float[Array, "batch dim_and_extra"]:
+    """`x` with `extra` standard normal dimensions joined to it; consumes `key`.
+
+    **Raises:** `ValueError` for `extra` below 0.
+    """
+    if extra < 0:
+        raise ValueError(f"extra must be at least 0; got {extra}")
+    return jnp.concatenate([x, jr.normal(key, (x.shape[0], extra), x.dtype)], axis=1)
+
+
+def log_prob_bound(
+    flow: CNF,
+    x: Float[Array, "batch dim"],
+    key: Key[Array, ""],
+    *,
+    samples: int = 1,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve = Solve(),  # noqa: B008 (frozen)
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+) -> Float[Array, " batch"]:
+    """A lower bound in expectation of log p(x), (batch,) nats: log mean_k p(x, e_k) / N(e_k; 0, I).
+
+    It rises towards log p(x) with the number of `samples` (Burda et al. 2016), which go through
+    one solve after the other. `key` is consumed once, for e and a stochastic divergence.
+
+    **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
+    """
+    extra = flow.base.dim - x.shape[1]
+    if extra < 0 or samples < 1:
+        raise ValueError(
+            f"expected at most {flow.base.dim} dimensions and at least 1 sample; "
+            f"got {x.shape[1]} and {samples}"
+        )
+
+    def log_weight(key):
+        e_key, noise_key = jr.split(key)
+        joined = augment(x, e_key, extra)
+        joint = log_prob(
+            flow, joined, key=noise_key, context=context, solve=solve, divergence=divergence
+        )
+        return joint - jnp.sum(jax.scipy.stats.norm.logpdf(joined[:, x.shape[1] :]), axis=1)
+
+    weights = jax.lax.map(log_weight, jr.split(key, samples))
+    return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype))
