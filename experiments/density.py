@@ -99,7 +99,7 @@ def score_rows(
     print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
     if scores.failures:
         print(
-            f"warning: the solve failed for {scores.failures} rows, solved together: nan in "
+            f"warning: the solve failed for {scores.failures} rows: nan in "
             f"{SCORES}; leave out rows far outside the training data"
         )
 

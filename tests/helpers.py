@@ -31,6 +31,13 @@ class Linear(eqx.Module):
         return self.matrix @ x
 
 
+class Swing(Linear):
+    """v = cos(t) A x: x(t) = expm(A sin t) x(0), div v = cos(t) tr A."""
+
+    def __call__(self, t, x, context=None):
+        return jnp.cos(t) * (self.matrix @ x)
+
+
 class NotANumber(eqx.Module):
     """v = x, but NaN once any component exceeds 1."""
 
@@ -109,3 +116,8 @@ def tolerance(solve, value):
     """A Solve whose tolerances are arrays: one compiled program serves them all."""
     value = jnp.asarray(value)
     return eqx.tree_at(lambda s: (s.rtol, s.atol), solve, (value, value))
+
+
+def slope(function, h=1e-3):
+    """f'(0) by central differences of order 4."""
+    return (8 * (function(h) - function(-h)) - function(2 * h) + function(-2 * h)) / (12 * h)

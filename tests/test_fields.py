@@ -75,6 +75,11 @@ def test_divergence_of_every_activation(activation):
         assert_divergence_is_the_trace(mlp(3, WIDTHS[:depth], activation=activation))
 
 
+def test_divergence_of_a_field_narrower_than_its_dimension():
+    for depth in (1, 2, 3, 4):
+        assert_divergence_is_the_trace(mlp(3, (2, 1, 2, 3)[:depth]))
+
+
 def test_divergence_in_one_dimension():
     field, x = mlp(1, WIDTHS[:2]), jnp.array([0.4])
     both = jax.jit(lambda t: (field.velocity_and_divergence(t, x), jax.jacfwd(field, 1)(t, x)))

@@ -119,8 +119,8 @@ class MLP(eqx.Module):
         - one: d_1' diag(W_1 W_2): a dot product a sample.
         - two: d_2' (W_2 o (W_1 W_3)') d_1: the matrix depends on t alone, so that a sample costs
           one h x h product whatever the dimension.
-        - more: the Jacobian's columns are pushed through the inner layers, dim products with each;
-          the outer two layers cost nothing.
+        - more: columns are pushed through the inner layers, min(dim, first width) products with
+          each: those of the Jacobian, or of tr(W_1 W_{L+1} ...) from the first hidden layer on.
         """
         v, weights, slopes = self._forward(t, x, context)
         first, last = weights[0][:, : self.dim], weights[-1]
@@ -131,8 +131,11 @@ class MLP(eqx.Module):
                 return v, jnp.sum(first * last.T, axis=1) @ d1
             case [d1, d2]:
                 return v, d2 @ ((weights[1] * (first @ last).T) @ d1)
-        # Columns as rows, (dim, h): under vmap the batch then folds into one matrix product.
-        columns = slopes[0][None] * first.T
+        entry, readout = first.T, last
+        if self.dim > len(first):
+            entry, readout = jnp.eye(len(first), dtype=first.dtype), first @ last
+        # Columns as rows: under vmap the batch then folds into one matrix product.
+        columns = slopes[0][None] * entry
         for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
             columns = slope[None] * (columns @ weight.T)
-        return v, jnp.sum(last * columns)
+        return v, jnp.sum(readout * columns)
