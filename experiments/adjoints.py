@@ -116,10 +116,8 @@ def run(settings: Adjoints) -> None:
             "temporary memory of the gradient",
             "fixed steps",
             "MiB",
-            {
-                f"{name}: steps^{exponents[name]:.2f}": (STEPS, np.array(series) / 2**20)
-                for name, series in bytes_of.items()
-            },
+            {name: (STEPS, np.array(series) / 2**20) for name, series in bytes_of.items()},
+            {name: f"{name}: steps^{round(p, 2) + 0.0}" for name, p in exponents.items()},
         ),
     ]
     run_dir.save_figures(adjoints=curves.scaling(panels))

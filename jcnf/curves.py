@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ class Panel(NamedTuple):
     x_label: str
     y_label: str
     series: Mapping[str, tuple[Values, Values]]
+    labels: Mapping[str, str] = MappingProxyType({})  # for the legend, in place of names
 
 
 @c.styled
@@ -40,7 +42,7 @@ def scaling(panels: Sequence[Panel]) -> Figure:
             drawn = np.isfinite(y) & (y > 0)
             place = names.index(name)
             style: Any = {"color": f"C{place}", "marker": "osD^vPX*"[place % 8]}
-            ax.plot(x[drawn], y[drawn], label=name, ms=4, lw=1, **style)
+            ax.plot(x[drawn], y[drawn], label=panel.labels.get(name, name), ms=8 - place % 8, lw=1, **style)
         ax.set(xscale="log", yscale="log", title=panel.title)
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
         ax.grid(alpha=0.3, lw=0.5)
