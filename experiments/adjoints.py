@@ -9,6 +9,7 @@ of 256 dimensions and a narrow field, where it is the states kept that count.
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import equinox as eqx
@@ -43,12 +44,14 @@ class Adjoints(RunSettings):
     tightest: int = 8
     # tolerance at which float32 is audited as well
     float32_at: float = 1e-5
+    # timed rounds
+    rounds: int = 9
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(0, "steps")
-        self.at_least(1, "batch", "loosest", "tightest")
+        self.at_least(1, "batch", "loosest", "tightest", "rounds")
         self.positive("float32_at")
 
 
@@ -65,6 +68,19 @@ def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float
             found.setdefault(adjoint, []).append(error)
             print(f"  {adjoint:20} tolerance {tolerance:.0e}: {error:.1e}")
     return found
+
+
+def seconds(flow: CNF, x: Array, solves: dict[str, Solve], rounds: int) -> dict[str, float]:
+    """Median seconds of the compiled gradient under each solve, taken in turn."""
+    for solve in solves.values():
+        evaluate.loss_gradient(flow, x, solve=solve)
+    series: dict[str, list[float]] = {name: [] for name in solves}
+    for _ in range(rounds):
+        for name, solve in solves.items():
+            tic = time.perf_counter()
+            evaluate.loss_gradient(flow, x, solve=solve)
+            series[name].append(time.perf_counter() - tic)
+    return {name: float(np.median(values)) for name, values in series.items()}
 
 
 def memory(adjoint: str, steps: int) -> int:
@@ -98,12 +114,19 @@ def run(settings: Adjoints) -> None:
     print("relative error of the gradient")
     tolerances = [10.0**-k for k in range(settings.loosest, settings.tightest + 1)]
     found = errors(flow, x, tolerances)
-    single = {}
-    for adjoint in ADJOINTS:
-        at = settings.float32_at
-        solve = Solve(rtol=at, atol=at, adjoint=adjoint, max_steps=4096)
-        single[adjoint] = evaluate.audit_gradients(flow, jnp.asarray(x), solve=solve).to_true
-        print(f"  {adjoint:20} float32, tolerance {at:.0e}: {single[adjoint]:.1e}")
+    single, ratios = {}, {}
+    at = settings.float32_at
+    solves = {
+        adjoint: Solve(rtol=at, atol=at, adjoint=adjoint, max_steps=4096) for adjoint in ADJOINTS
+    }
+    taken = seconds(flow, x, solves, settings.rounds)
+    for adjoint, solve in solves.items():
+        single[adjoint] = evaluate.audit_gradients(flow, x, solve=solve).to_true
+        ratios[adjoint] = taken[adjoint] / taken["checkpoint"]
+        print(
+            f"  {adjoint:20} float32, tolerance {at:.0e}: {single[adjoint]:.1e}, "
+            f"{1e3 * taken[adjoint]:.0f} ms, {ratios[adjoint]:.2f} of checkpoint's"
+        )
 
     panels = [
         curves.Panel(
@@ -128,7 +151,7 @@ def run(settings: Adjoints) -> None:
     run_dir.finish(
         {f"memory exponent, {name}": value for name, value in exponents.items()},
         {f"gradient error in float32, {name}": value for name, value in single.items()},
-        {},
+        {f"time over checkpoint's, {name}": value for name, value in ratios.items()},
     )
 
 
