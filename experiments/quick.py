@@ -11,19 +11,19 @@ from jcnf.data.toys import toy
 
 
 def train_quickly(
-    flow: CNF, draw: Callable[[Key[Array, ""]], Array], steps: int, learning_rate: float = 2e-3
+    flow: CNF, draw: Callable[[Key[Array, ""]], Array], steps: int, seed: int = 0
 ) -> CNF:
     """`flow` after `steps` of maximum likelihood on batches `draw(key)`."""
-    optimizer = train.make_optimizer(learning_rate, max(steps, 1))
+    optimizer = train.make_optimizer(2e-3, max(steps, 1))
     objective = functools.partial(objectives.likelihood, solve=Solve(rtol=1e-4, atol=1e-4))
     run_steps = train.make_run(flow, objective, lambda key, _: draw(key), optimizer)
-    state, _ = run_steps(train.init(flow, optimizer), None, jr.key(1), steps)
+    state, _ = run_steps(train.init(flow, optimizer), None, jr.fold_in(jr.key(seed), 1), steps)
     return train.with_params(flow, state.params)
 
 
-def toy_flow(steps: int) -> CNF:
+def toy_flow(steps: int, seed: int = 0) -> CNF:
     """2-D, 64-64-64 tanh, after `steps` steps on 8gaussians."""
-    field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(0))
+    field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
     data = toy("8gaussians")
-    return train_quickly(flow, lambda key: data.sample(key, 256), steps)
+    return train_quickly(flow, lambda key: data.sample(key, 256), steps, seed)

@@ -59,7 +59,7 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSettings(RunSettings):
-    """A flow with an MLP field, trained by maximum likelihood with AdamW."""
+    """A flow, trained by maximum likelihood with AdamW."""
 
     # optimiser steps
     steps: int = 2000
@@ -75,15 +75,15 @@ class FlowSettings(RunSettings):
     field: str = "mlp"
     # hidden widths of the field; planar: units, hypernet's width; potential: width, rank
     widths: tuple[int, ...] = (64, 64, 64)
-    # how time enters a layer: ignore, concat, squash, concatsquash, hyper, blend
+    # of the first three: how time enters, ignore, concat, squash, concatsquash, hyper, blend
     time: str = "concat"
-    # tanh, softplus, silu, elu, sine, identity
+    # of the first three: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "tanh"
     # base distribution: normal, logistic
     base: str = "normal"
     # end time T of the flow
     t1: float = 1.0
-    # train the end time along, from T on
+    # train the end time along, from T on (--weight-decay pulls it towards 0)
     learn_t1: bool = False
     # half width of the base's random time while training, 0 for none (STEER)
     steer: float = 0.0

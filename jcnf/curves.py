@@ -41,8 +41,9 @@ def scaling(panels: Sequence[Panel]) -> Figure:
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
             drawn = np.isfinite(y) & (y > 0)
             place = names.index(name)
-            style: Any = {"color": f"C{place}", "marker": "osD^vPX*"[place % 8]}
-            ax.plot(x[drawn], y[drawn], label=panel.labels.get(name, name), ms=8 - place % 8, lw=1, **style)
+            label = panel.labels.get(name, name)
+            mark: Any = {"marker": "osD^vPX*"[place % 8], "ms": 8 - place % 8}
+            ax.plot(x[drawn], y[drawn], label=label, color=f"C{place}", lw=1, **mark)
         ax.set(xscale="log", yscale="log", title=panel.title)
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
         ax.grid(alpha=0.3, lw=0.5)

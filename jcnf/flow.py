@@ -111,7 +111,7 @@ def transform(
 
     Solves dx/dt = v(t, x), d logdet/dt = div v (Chen et al. 2018, eq. 8) and, for each of
     `regularizers`, d penalty/|dt| = rate, as one ODE for the whole batch. It never raises for a
-    solve that fails: the last state comes back with `stats.failed`.
+    solve that fails: the last finite state comes back with `stats.failed`.
 
     **Arguments:**
 

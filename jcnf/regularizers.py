@@ -79,7 +79,7 @@ def taylor(order: int) -> Callable:
 def hjb(field, t, x, context, local: Local) -> Rate:
     """|dPhi/dt - 1/2 |grad Phi|^2| for a field v = -grad Phi (OT-Flow, Onken et al. 2021).
 
-    Zero where the paths are straight and their speed is constant. `field` gives
+    Where it is zero, paths are straight and their speed is constant. `field` gives
     `gradient(t, x)` (dim + 1,), that of Phi in (x, t).
 
     **Raises:** `ValueError` for a field without.
@@ -98,11 +98,13 @@ def lambda1(field, t, x, context, local: Local) -> Rate:
 def lambda2(field, t, x, context, local: Local) -> Rate:
     """|J e|, not squared (DiffEqFlux's FFJORD, whose |e'J| has the same law for Gaussian e).
 
-    With k probes it is the root of the mean square.
+    With k probes it is the root of the mean square; with exact products it is |J|_F.
 
     **Raises:** `ValueError` where the divergence took no products.
     """
-    return jnp.sqrt(_shared(local))
+    square = _shared(local)
+    # The root has no derivative at 0, where a last layer of zeros begins.
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 REGULARIZERS: dict[str, Callable] = {

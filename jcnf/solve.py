@@ -1,4 +1,4 @@
-"""How an ODE over a whole batch is solved: one frozen object, and the only use of diffrax.
+"""How an ODE over a whole batch is solved: one frozen object; diffrax here and in `reversible`.
 
 The batch is one ODE, never a `vmap` of solves: under `vmap` every sample waits for the slowest, the
 loop carries selects, and the backward pass holds one parameter cotangent per sample. Per-sample

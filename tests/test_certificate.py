@@ -70,9 +70,24 @@ def test_what_cannot_be_trusted_is_said():
     broken = CNF(NotANumber(), StandardNormal(2))
     x = jnp.asarray(np.full((40, 2), 0.3)).at[7].set(2.0)
     found = evaluate.certify(broken, x, extent=(-0.1, 0.1, -0.1, 0.1), cells=3)
-    assert found.failures == 2  # scored, and there and back
-    assert found.warnings()[0].startswith("the solve failed for 2 points")
+    assert found.failures == 1
+    assert found.warnings()[0].startswith("the solve failed for 1 points")
     assert np.all(np.isfinite(found.log_prob_error))
+    assert found.numerics()["grid_failures"] == 0
+
+    found = evaluate.certify(broken, x[7:8].repeat(40, 0), extent=(1.5, 2.0, 1.5, 2.0), cells=3)
+    assert found.failures == 40
+    assert np.isnan(found.numerics()["log_prob_error"])
+    assert any("9 cells of the grid" in warning for warning in found.warnings())
+
+
+def test_a_spread_needs_two_draws(unchecked):
+    with pytest.raises(ValueError, match="at least 2 draws"):
+        evaluate.certify(linear(), X, key=jr.key(0), divergence=Hutchinson(), draws=1)
+    with pytest.raises(ValueError, match="Hutchinson draws noise: pass key"):
+        evaluate.certify(linear(), X, divergence=Hutchinson())
+    with pytest.raises(ValueError, match="at least one point"):
+        evaluate.score(linear(), X[:0])
 
 
 def test_mass_in_one_dimension():

@@ -69,6 +69,13 @@ def test_scores_are_log_densities_in_chunks_of_one_program():
     assert tally.count == traced > 0
 
 
+def test_one_of_a_few_rows_fails_alone():
+    x = jnp.asarray(np.full((5, 2), 0.5)).at[2].set(3.0)
+    scores = evaluate.score(CNF(NotANumber(), StandardNormal(2)), x)
+    assert np.flatnonzero(scores.failed).tolist() == [2]
+    assert scores.stderr == 0
+
+
 def test_a_row_that_fails_is_nan_and_fails_alone():
     flow = CNF(NotANumber(), StandardNormal(2))
     x = np.full((40, 2), 0.5)

@@ -74,10 +74,10 @@ class Hutchinson(Estimator):
 
     **Arguments:**
 
-    - `probes`: number of probes averaged; the variance falls as 1/probes.
+    - `probes`: number of probes averaged; the variance of independent ones falls as 1/probes.
     - `noise`: "rademacher" (+-1; no variance from the diagonal of A), "gaussian", or "orthogonal"
-      (directions at right angles, uniform on the sphere: as many as dimensions give the trace
-      itself).
+      (directions at right angles, uniform up to sign: a variance that falls faster, to 0 for as
+      many as dimensions).
     """
 
     noise: str = eqx.field(static=True, default="rademacher")
@@ -106,7 +106,8 @@ class HutchPlusPlus(Estimator):
     """tr(Q'AQ) + mean_k g_k' (I-QQ') A (I-QQ') g_k, with Q an orthonormal basis of A S.
 
     The trace over the range that A S catches is exact, and only the rest is estimated (Meyer,
-    Musco, Musco & Woodruff 2021, algorithm 1). S and G have `probes` Rademacher columns each.
+    Musco, Musco & Woodruff 2021, algorithm 1). S has `probes` Gaussian columns, for no two of
+    them may be parallel, as Rademacher's often are in few dimensions; G as many of Rademacher's.
     """
 
     @property
@@ -116,7 +117,11 @@ class HutchPlusPlus(Estimator):
 
     def _noise(self, key, batch, dim, dtype):
         self._at_most(dim)
-        return _rademacher(key, batch, 2 * self.probes, dim, dtype)
+        sketch_key, probe_key = jr.split(key)
+        sketch = _gaussian(sketch_key, batch, self.probes, dim, dtype)
+        return jnp.concatenate(
+            [sketch, _rademacher(probe_key, batch, self.probes, dim, dtype)], axis=1
+        )
 
     def __call__(self, field, t, x, context, noise):
         """Velocity, the estimate, and the mean of |A s|^2 over the columns of S."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jcnf.divergence import Divergence, Drawn, Exact
+from jcnf.divergence import Divergence, Drawn, Estimator, Exact
 from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.density import Grid, grid
 from jcnf.evaluate.doubled import in_float64
@@ -26,13 +26,16 @@ class Certificate(NamedTuple):
     estimator_stderr: float  # of the mean NLL, by an estimator's noise, nats; 0 when exact
     roundtrip_error: float  # max |x - to_data(to_base(x))|
     nfe_backward: float  # base to data, without the log-det
-    failures: int  # points that did not arrive, forward, and there and back
+    failures: int  # points that did not arrive, forward or back again
     grid: Grid | None  # the density in 1 or 2 dimensions
 
     @property
     def nll_error(self) -> float:
-        """Mean numerical error of a log-density, which bounds that of the NLL, nats."""
-        return float(np.mean(self.log_prob_error))
+        """Mean numerical error of a log-density, which bounds that of the NLL, nats.
+
+        NaN where it is not known: no point arrived, or the reference failed.
+        """
+        return float(np.mean(self.log_prob_error)) if len(self.log_prob_error) else np.nan
 
     def numerics(self) -> dict[str, float]:
         """The figures for a summary, by name."""
@@ -41,13 +44,13 @@ class Certificate(NamedTuple):
             "nfe_backward": self.nfe_backward,
             "roundtrip_error": self.roundtrip_error,
             "log_prob_error": self.nll_error,
-            "log_prob_error_max": float(np.max(self.log_prob_error)),
+            "log_prob_error_max": float(np.max(self.log_prob_error, initial=self.nll_error)),
             "solver_failures": self.failures,
         }
         if self.estimator_stderr:
             figures["estimator_stderr"] = self.estimator_stderr
         if self.grid is not None:
-            figures["mass"] = self.grid.mass
+            figures |= {"mass": self.grid.mass, "grid_failures": self.grid.failures}
         return figures
 
     def warnings(self) -> list[str]:
@@ -55,12 +58,14 @@ class Certificate(NamedTuple):
         found = []
         if self.failures:
             found.append(f"the solve failed for {self.failures} points: their numbers are missing")
-        error = self.nll_error + self.estimator_stderr
-        if not error <= self.scores.stderr:
+        error, statistical = self.nll_error + self.estimator_stderr, self.scores.stderr
+        if not error <= statistical:
             found.append(
                 f"the numerical error of the NLL, {error:.1e} nats, is not below its statistical "
-                f"error of {self.scores.stderr:.1e}: tighten the tolerance, or average more probes"
+                f"error of {statistical:.1e}: tighten the tolerance, or average more probes"
             )
+        if self.grid is not None and self.grid.failures:
+            found.append(f"the solve failed for {self.grid.failures} cells of the grid")
         if self.grid is not None and not abs(self.grid.mass - 1) <= MASS_TOLERANCE:
             found.append(
                 f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: the extent is "
@@ -85,17 +90,21 @@ def certify(
 ) -> Certificate:
     """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
 
-    The numerical error is the difference to the same log-densities in float64 by a solver of
-    another order (dopri8) at a hundredth of the tolerance, for `reference_points` of the points;
-    it has rounding in it as well. The round trip is of at most `chunk` points. A stochastic
-    `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are the means.
-    In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half
-    as much again at each side.
+    The numerical error is the difference to the same log-densities in float64 by dopri8 at a
+    hundredth of the tolerance (1e-8 for fixed steps, and never below 1e-10), for
+    `reference_points` of the points; it has rounding in it as well. The round trip is of at most
+    `chunk` points. An estimated `divergence` is drawn `draws` times (`key` is consumed once), and
+    log-densities are the means. In 1 or 2 dimensions the density is integrated over `extent`, by
+    default that of `x` and half as much again at each side.
+
+    **Raises:** `ValueError` for bad shapes, and for fewer than 2 draws of an estimator.
     """
     x = jnp.asarray(x)
     settings = {"context": context, "solve": solve, "chunk": chunk}
-    keys: Any = [None]
-    if key is not None and divergence.draw(key, 1, x.shape[1], x.dtype) is not None:
+    keys: Any = [key]
+    if isinstance(divergence, Estimator) and key is not None:
+        if draws < 2:
+            raise ValueError(f"the spread of an estimator needs at least 2 draws; got {draws}")
         keys = jax.random.split(key, draws)
     scored = [score(flow, x, key=k, divergence=divergence, **settings) for k in keys]
     log_probs = np.stack([s.log_prob for s in scored])
@@ -107,17 +116,22 @@ def certify(
     noise = divergence.draw(keys[0], len(x), x.shape[1], x.dtype)
     few = _evenly(len(x), reference_points)
     few = few[~scores.failed[few]]
-    x_few, context_few, noise_few = _rows((x, context, noise), few)
-    reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
-    x_some, context_some = _rows((x, context), _evenly(len(x), chunk))
+    reference = np.full(len(few), np.nan)
+    if len(few):
+        x_few, context_few, noise_few = _rows((x, context, noise), few)
+        reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
+    some = _evenly(len(x), chunk)
+    x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
+    failed = scores.failed.copy()
+    failed[some] |= back.failed
     return Certificate(
         scores=scores,
         log_prob_error=np.abs(log_probs[0, few] - reference),
         estimator_stderr=standard_error(log_probs.mean(1)) if len(keys) > 1 else 0.0,
         roundtrip_error=roundtrip_error,
         nfe_backward=back.nfe,
-        failures=scores.failures + back.failures,
+        failures=int(failed.sum()),
         grid=_grid(flow, x, extent, cells, solve) if x.shape[1] <= 2 and context is None else None,
     )
 

@@ -1,4 +1,7 @@
-"""Many rows through one compiled program, a chunk at a time; a row that fails fails alone."""
+"""Many rows through one compiled program, a chunk at a time.
+
+A few rows that fail fail alone: the chunk is solved again without them, up to `ATTEMPTS` times.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +11,7 @@ import numpy as np
 
 CHUNK = 5000
 ATTEMPTS = 3
-FEW = 0.1  # the share of a chunk's rows that may fail; with more it is the flow that fails
+FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
 
 
 def in_chunks(
@@ -18,6 +21,8 @@ def in_chunks(
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
+    if n == 0:
+        raise ValueError("expected at least one point; got none")
     # An index past the end would be clamped by jax, and give the last row again.
     if any(len(a) != n for a in jax.tree.leaves(rows)):
         raise ValueError(f"expected one row of context for each of the {n} points")
@@ -45,8 +50,8 @@ def _solve_chunk(program, rows, index):
         if not np.any(stats.failed):
             break
         failed = failed | stats.failed
-        few = len(np.unique(index[failed])) <= FEW * len(np.unique(index))
-        if attempts == ATTEMPTS or not few:
+        few = len(np.unique(index[failed])) <= max(10, FEW * len(np.unique(index)))
+        if np.all(failed) or attempts == ATTEMPTS or not few:
             failed[:] = True
             break
     values = np.array(values)

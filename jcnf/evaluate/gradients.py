@@ -24,7 +24,9 @@ DIFFERENCE = 1e-3
 class GradientAudit(NamedTuple):
     """Relative errors |g - g'| / |g'| of a gradient of the loss in all parameters."""
 
-    to_discretised: float  # g' backpropagates through the steps of the same solver
+    # g' backpropagates through the steps of the same solver; of "reversible", which takes steps of
+    # its own, this is the difference of the two schemes.
+    to_discretised: float
     to_true: float  # g' is that of the exact flow: in float64, at a tolerance of 1e-9
     of_reference: float  # that g' itself, along itself, against central differences of the loss
     failed: bool  # whether a solve failed, so that the rest means nothing

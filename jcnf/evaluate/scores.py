@@ -35,13 +35,13 @@ class Scores(NamedTuple):
 
     @property
     def stderr(self) -> float:
-        """Its standard error over the points, nats."""
-        return standard_error(self.log_prob)
+        """Its standard error over the points that arrived, nats."""
+        return standard_error(self.log_prob[~self.failed])
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    """Of the mean of independent values; infinite for fewer than 2."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.inf
 
 
 def score(

@@ -1,6 +1,6 @@
 """Fields made of fields. A divergence stays a closed form where every field inside has one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -64,7 +64,8 @@ class TimeChange(Wrapper):
 
     - `field`: f, any field.
     - `rate`: r at first, positive.
-    - `start`: the time of f at t=0; not trained.
+    - `start`: the time of f at t=0. It has no gradient; give a float, for weight decay would move
+      an array.
 
     **Raises:** `ValueError` for a rate that is not positive and finite (where it is concrete).
     """
@@ -102,6 +103,17 @@ class TimeChange(Wrapper):
         """v (dim,) and div v = r div f."""
         v, divergence = velocity_and_divergence(self.field, self._time(t), x, context)
         return self.rate * v, self.rate * divergence
+
+    @property
+    def gradient(self) -> Callable:
+        """That of the potential r Phi(x, start + r t) in (x, t), where f has one."""
+        gradient = self.field.gradient  # no such attribute here either, where f has none
+
+        def of(t, x):
+            *_, dt = scaled = self.rate * gradient(self._time(t), x)
+            return scaled.at[-1].set(self.rate * dt)
+
+        return of
 
 
 class Mixture(eqx.Module):
