@@ -25,6 +25,7 @@ from experiments.rundir import RunDir
 from experiments.settings import RunSettings
 from jcnf import CNF, Solve, curves, distributions, evaluate, fields, objectives, train
 from jcnf.data.toys import toy
+from jcnf.errors import InputError
 
 ADJOINTS = ("checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible")
 STEPS = (20, 80, 320, 1280)
@@ -53,6 +54,8 @@ class Adjoints(RunSettings):
         self.at_least(0, "steps")
         self.at_least(1, "batch", "loosest", "tightest", "rounds")
         self.positive("float32_at")
+        if not self.loosest <= self.tightest <= 12:
+            raise InputError("--tightest must be from --loosest to 12")
 
 
 def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float]]:

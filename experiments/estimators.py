@@ -39,6 +39,7 @@ from jcnf import (
     transform,
 )
 from jcnf.divergence import Estimator, ForwardMode, Hutchinson, HutchPlusPlus, XTrace
+from jcnf.errors import InputError
 
 SOLVE = Solve(rtol=1e-4, atol=1e-4)
 MAKERS = {
@@ -75,6 +76,8 @@ class Estimators(RunSettings):
         self.at_least(2, "dim", "points", "draws")
         self.at_least(0, "steps")
         self.at_least(1, "rounds")
+        if any(dim < 1 for dim in self.time_dims):
+            raise InputError("--time-dims must be at least 1")
 
 
 def mixture(dim: int):

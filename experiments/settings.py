@@ -132,6 +132,7 @@ class FlowSettings(RunSettings):
         self.at_least(
             1, "steps", "log_every", "checkpoint_every", "validate_every", "batch", "max_steps"
         )
+        self.at_least(1, "probes")
         self.at_least(0, "warmup", "weight_decay", "steer")
         for name, weight in self.penalties.items():
             if not 0 <= weight < math.inf:
@@ -195,6 +196,8 @@ class FlowSettings(RunSettings):
     def make_objective(self) -> train.Objective:
         """Likelihood by the training solve."""
         penalties = {regularizers.named(n): weight for n, weight in self.penalties.items()}
+        if len(penalties) < len(self.penalties):
+            raise ValueError(f"a penalty is named twice: {', '.join(self.penalties)}")
         return functools.partial(
             objectives.likelihood,
             solve=self.make_solve(),

@@ -46,6 +46,8 @@ def log_prob_bound(
 
     **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
     """
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"expected x of shape (batch, dim); got {jnp.shape(x)}")
     extra = flow.base.dim - x.shape[1]
     if extra < 0 or samples < 1:
         raise ValueError(

@@ -70,7 +70,9 @@ class _Velocity(eqx.Module):
 
     def __call__(self, t, x, args):
         field, context = args
-        return _over_batch(field, t.astype(x.dtype))(x, context)
+        v = _over_batch(field, t.astype(x.dtype))(x, context)
+        _check_shape("the field", v, x.shape)
+        return v
 
 
 class _Augmented(eqx.Module):
@@ -84,11 +86,22 @@ class _Augmented(eqx.Module):
 
         def one(t, x, context, noise):
             local = self.divergence(field, t, x, context, noise)
-            rates = {r.__name__: sign * r(field, t, x, context, local) for r in self.regularizers}
+            _check_shape("the field", local.velocity, x.shape)
+            _check_shape("the divergence", local.divergence, ())
+            rates = {r.__name__: r(field, t, x, context, local) for r in self.regularizers}
+            for name, rate in rates.items():
+                _check_shape(f"the penalty {name}", rate, ())
+            rates = {name: sign * rate for name, rate in rates.items()}
             return local.velocity, local.divergence, rates
 
         rate = _over_batch(one, t.astype(state.x.dtype))
         return FlowState(*rate(state.x, context, noise))
+
+
+def _check_shape(what, value, shape):
+    # A wrong one might broadcast, and give a density of nothing.
+    if jnp.shape(value) != shape:
+        raise ValueError(f"{what} must give an array of shape {shape}; got {jnp.shape(value)}")
 
 
 def _over_batch(function, t):
@@ -123,13 +136,15 @@ def transform(
 
     **Raises:** `ValueError` for a wrong shape or dtype, an unknown direction, a missing key.
     """
-    _check(flow, x, context)
+    check_batch(flow, x, context)
     if direction not in ("to_base", "to_data"):
         raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
     x = jnp.asarray(x)
     batch, dim = x.shape
     noise = divergence.draw(key, batch, dim, x.dtype)
     zeros = jnp.zeros(batch, x.dtype)
+    if not all(callable(r) and hasattr(r, "__name__") for r in regularizers):
+        raise ValueError(f"expected functions as in jcnf.regularizers; got {regularizers}")
     penalties = {r.__name__: zeros for r in regularizers}
     if len(penalties) < len(regularizers):
         raise ValueError(f"regularizers must have names of their own; got {list(penalties)}")
@@ -180,7 +195,7 @@ def sample(
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
     z = flow.base.sample(key, num_samples)
-    _check(flow, z, context)
+    check_batch(flow, z, context)
     args = (flow.field, context)
     x, stats = integrate(_Velocity(), z, args, _time(0.0, z), _time(flow.t1, z), solve)
     return _arrived(x, stats)
@@ -245,7 +260,7 @@ def solve_trajectory(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
 ) -> tuple[Float[Array, "times batch dim"], Stats]:
     """`trajectory` with the solver's statistics; a failed solve is `stats.failed`, not raised."""
-    _check(flow, x, context)
+    check_batch(flow, x, context)
     if jnp.ndim(times) != 1 or jnp.shape(times)[0] < 2:
         raise ValueError(f"times must be a vector of at least 2; got shape {jnp.shape(times)}")
     if not isinstance(times, Tracer):
@@ -262,7 +277,8 @@ def _time(t, x):
     return np.asarray(t, x.dtype)
 
 
-def _check(flow, x, context):
+def check_batch(flow: CNF, x, context) -> None:
+    """Raise `ValueError` where `x` is no batch for `flow`, or `context` none for it."""
     dim = flow.base.dim
     shape = jnp.shape(x)
     if len(shape) != 2 or shape[1] != dim:
@@ -272,6 +288,15 @@ def _check(flow, x, context):
         raise ValueError("expected at least one sample; got an empty batch")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"expected x of a floating dtype; got {jnp.result_type(x)}")
+    widest = max(
+        (leaf.dtype for leaf in jax.tree.leaves(flow) if eqx.is_inexact_array(leaf)),
+        key=lambda dtype: dtype.itemsize,
+        default=jnp.result_type(x),
+    )
+    if widest.itemsize > jnp.result_type(x).itemsize:
+        raise ValueError(
+            f"the flow is of {widest} and x of {jnp.result_type(x)}: cast it, x.astype({widest})"
+        )
     shape_of_context = (shape[0], 0) if context is None else jnp.shape(context)
     if shape_of_context[:-1] != shape[:1]:
         raise ValueError(f"expected context of shape ({shape[0]}, context); got {shape_of_context}")

@@ -17,6 +17,9 @@ from jcnf.fields import TimeChange
 from jcnf.flow import CNF, transform
 from jcnf.solve import Solve
 
+# Names of metrics, here and in `jcnf.train`.
+RESERVED = {"nll", "nfe", "failed", "loss", "grad_norm", "skipped"}
+
 
 def likelihood(
     flow: CNF,
@@ -39,6 +42,9 @@ def likelihood(
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
+    taken = RESERVED & {r.__name__ for r in penalties}
+    if taken:
+        raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
     if steer:
         if key is None or not 0 < steer < flow.t1:
             raise ValueError(f"steer must be in [0, {flow.t1}) and needs a key; got {steer}")

@@ -60,7 +60,7 @@ def taylor(order: int) -> Callable:
 
     The regularizer of order K >= 1, named "taylorK"; `taylor(1)` is |v|^2. Its cost grows as K^2.
     """
-    if order < 1:
+    if not isinstance(order, int) or order < 1:
         raise ValueError(f"the order must be at least 1; got {order}")
 
     def rate(field, t, x, context, local: Local) -> Rate:
@@ -130,7 +130,7 @@ def named(name: str) -> Callable:
     if name in REGULARIZERS:
         return REGULARIZERS[name]
     order = name.removeprefix("taylor")
-    if name.startswith("taylor") and order.isdecimal():
+    if name.startswith("taylor") and order.isascii() and order.isdecimal():
         return taylor(int(order))
     raise ValueError(
         f"unknown penalty {name!r}: use one of {', '.join(REGULARIZERS)}, or taylorK as in taylor3"

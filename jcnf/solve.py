@@ -76,11 +76,16 @@ class Solve(eqx.Module):
     def __check_init__(self):
         _known("solver", self.solver, SOLVERS)
         _known("adjoint", self.adjoint, (*_ADJOINTS, "reversible"))
-        _known("norm", self.norm, _NORMS)
+        if self.norm not in _NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}: use one of {', '.join(_NORMS)}")
         for name in ("rtol", "atol", "step", "first_step", "max_steps"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {value}")
+            if name == "step" and value is None:
+                continue
+            if value is None or isinstance(value, str) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value!r}")
+        if not isinstance(self.max_steps, int):
+            raise ValueError(f"max_steps must be a whole number; got {self.max_steps}")
         if self.step is None and not isinstance(
             self.diffrax_solver(), diffrax.AbstractAdaptiveSolver
         ):
@@ -158,14 +163,16 @@ def integrate(
 
 def _march(vector_field, y0, args, t0, t1, first, solve, times):
     """diffrax's solve: the states saved, the last state and its time, steps and rejections."""
+    # Flat, for the adjoint state of a continuous adjoint may hold no empty tuple, as a field may.
+    leaves, structure = jax.tree.flatten(args)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(vector_field),
+        diffrax.ODETerm(_OfLeaves(vector_field, structure)),
         solve.diffrax_solver(),
         t0,
         t1,
         first,
         y0,
-        args,
+        leaves,
         saveat=diffrax.SaveAt(ts=times, t1=True),
         stepsize_controller=solve.controller(_NORMS[solve.norm]),
         adjoint=solve.diffrax_adjoint(batch=jax.tree.leaves(y0)[0].shape[0]),
@@ -186,6 +193,16 @@ def _march(vector_field, y0, args, t0, t1, first, solve, times):
         return jnp.where(reached, rows[:-1], last[None])
 
     return jax.tree.map(at_times, solution.ys, last), last, *stats
+
+
+class _OfLeaves(eqx.Module):
+    """A vector field of the leaves of its arguments."""
+
+    vector_field: Callable[..., Any]
+    structure: Any = eqx.field(static=True)
+
+    def __call__(self, t, y, leaves):
+        return self.vector_field(t, y, jax.tree.unflatten(self.structure, leaves))
 
 
 def _march_reversibly(vector_field, y0, args, t0, t1, first, solve, times):

@@ -86,7 +86,7 @@ def test_a_spread_needs_two_draws(unchecked):
         evaluate.certify(linear(), X, key=jr.key(0), divergence=Hutchinson(), draws=1)
     with pytest.raises(ValueError, match="Hutchinson draws noise: pass key"):
         evaluate.certify(linear(), X, divergence=Hutchinson())
-    with pytest.raises(ValueError, match="at least one point"):
+    with pytest.raises(ValueError, match="at least one sample"):
         evaluate.score(linear(), X[:0])
 
 

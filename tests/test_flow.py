@@ -317,6 +317,50 @@ def test_other_errors_say_what_to_do():
             CNF(mlp(2, ()), StandardNormal(2), t1=t1)
 
 
+class Narrow(eqx.Module):
+    """A field that gives one component of two."""
+
+    dim: int = eqx.field(static=True, default=2)
+
+    def __call__(self, t, x, context=None):
+        return x[:1]
+
+
+def test_what_has_a_wrong_shape_is_refused_and_not_broadcast(unchecked):
+    def per_component(field, t, x, context, local):
+        return x**2
+
+    flow = CNF(Narrow(), StandardNormal(2))
+    for run in (jcnf.log_prob, partial(jcnf.trajectory, times=jnp.array([0.0, 1.0]))):
+        with pytest.raises(ValueError, match=r"the field must give an array of shape \(.*2,?\)"):
+            run(flow, X[:, :2])
+    with pytest.raises(ValueError, match=r"penalty per_component must give an array of shape \(\)"):
+        transform(linear(), X, regularizers=(per_component,))
+    with pytest.raises(ValueError, match="expected functions as in"):
+        transform(linear(), X, regularizers=("kinetic",))
+    with pytest.raises(ValueError, match=r"cast it, x.astype\(float64\)"):
+        jcnf.log_prob(linear(), X.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("adjoint", ["checkpoint", "backsolve", "reversible"])
+def test_fields_may_have_empty_parts(adjoint):
+    class Empty(eqx.Module):
+        matrix: jax.Array
+        nothing: tuple = ()
+        none: None = None
+        dim: int = eqx.field(static=True, default=3)
+
+        def __call__(self, t, x, context=None):
+            return self.matrix @ x
+
+    def loss(matrix):
+        flow = CNF(Empty(matrix), StandardNormal(3))
+        return jnp.sum(jcnf.transform(flow, X, solve=Solve(adjoint=adjoint)).logdet)
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(MATRIX))
+    np.testing.assert_allclose(gradient, -len(X) * np.eye(3), atol=1e-4)
+
+
 def test_a_field_too_stiff_for_its_solver_ends_soon():
     flow = CNF(mlp(3, (8, 8), scale=300.0), StandardNormal(3), t1=T)
     for solve in (Solve(max_steps=64), Solve(solver="euler", step=T / 64)):

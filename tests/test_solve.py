@@ -170,6 +170,10 @@ def test_a_solve_is_hashable_and_takes_diffrax_objects():
         ({"atol": float("nan")}, "atol must be positive and finite; got nan"),
         ({"first_step": 0}, "first_step must be positive"),
         ({"max_steps": 0}, "max_steps must be positive"),
+        ({"max_steps": 10.5}, "max_steps must be a whole number; got 10.5"),
+        ({"rtol": None}, "rtol must be positive and finite; got None"),
+        ({"step": "0.1"}, "step must be positive and finite; got '0.1'"),
+        ({"norm": None}, "unknown norm None"),
         ({"solver": "euler"}, "give it a fixed step, as in Solve(solver='euler', step=0.05)"),
     ],
 )

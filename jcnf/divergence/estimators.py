@@ -23,7 +23,7 @@ class Estimator(Divergence):
     probes: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        if self.probes < 1:
+        if not isinstance(self.probes, int) or self.probes < 1:
             raise ValueError(f"{type(self).__name__} needs at least 1 probe; got {self.probes}")
 
     @property

@@ -21,7 +21,7 @@ class ForwardMode(Divergence):
     chunk: int = eqx.field(static=True, default=jacobian.CHUNK)
 
     def __check_init__(self):
-        if self.chunk < 1:
+        if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"chunk must be at least 1; got {self.chunk}")
 
     def __call__(self, field, t, x, context, noise):
@@ -41,7 +41,7 @@ class Exact(Divergence):
     probes: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        if self.probes < 0:
+        if not isinstance(self.probes, int) or self.probes < 0:
             raise ValueError(f"probes must be at least 0; got {self.probes}")
 
     def draw(self, key, batch, dim, dtype):

@@ -12,7 +12,7 @@ from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.density import Grid, grid
 from jcnf.evaluate.doubled import in_float64
 from jcnf.evaluate.scores import ACCURATE, Scores, roundtrip, score, standard_error
-from jcnf.flow import CNF
+from jcnf.flow import CNF, check_batch
 from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
@@ -99,6 +99,7 @@ def certify(
 
     **Raises:** `ValueError` for bad shapes, and for fewer than 2 draws of an estimator.
     """
+    check_batch(flow, x, context)
     x = jnp.asarray(x)
     settings = {"context": context, "solve": solve, "chunk": chunk}
     keys: Any = [key]
@@ -120,6 +121,7 @@ def certify(
     if len(few):
         x_few, context_few, noise_few = _rows((x, context, noise), few)
         reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
+    plain = x.shape[1] <= 2 and context is None
     some = _evenly(len(x), chunk)
     x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
@@ -132,7 +134,7 @@ def certify(
         roundtrip_error=roundtrip_error,
         nfe_backward=back.nfe,
         failures=int(failed.sum()),
-        grid=_grid(flow, x, extent, cells, solve) if x.shape[1] <= 2 and context is None else None,
+        grid=_grid(flow, x[~failed], extent, cells, solve) if plain else None,
     )
 
 
@@ -163,8 +165,10 @@ def _reference(flow, x, context, solve, divergence):
 
 
 def _grid(flow, x, extent, cells, solve):
+    if extent is None and not len(x):
+        return None
     if extent is None:
         low, high = np.min(x, 0), np.max(x, 0)
-        margin = (high - low) / 2
+        margin = np.where(high > low, (high - low) / 2, 1)
         extent = tuple(np.stack([low - margin, high + margin], 1).ravel().tolist())
     return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve)

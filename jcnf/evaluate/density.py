@@ -33,6 +33,10 @@ def grid(flow: CNF, extent: tuple[float, ...], n: int = 200, *, solve: Solve = A
             f"got {dim} and {len(extent)} values"
         )
     intervals = np.reshape(extent, (dim, 2))
+    if n < 1 or not np.all(np.diff(intervals) > 0) or not np.all(np.isfinite(intervals)):
+        raise ValueError(
+            f"a grid needs at least one cell, and an extent that rises; got {n}, {extent}"
+        )
     axes = [cell_centres(tuple(interval), n) for interval in intervals]
     points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
     scores = score(flow, points, solve=solve)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.doubled import in_float64
-from jcnf.flow import CNF
+from jcnf.flow import CNF, check_batch
 from jcnf.objectives import likelihood
 from jcnf.solve import Solve
 from jcnf.train import differentiator, partition
@@ -48,6 +48,7 @@ def audit_gradients(
     differences of the loss (of order 4, along the gradient). All share one draw of the noise of a
     stochastic `divergence`, which consumes `key`.
     """
+    check_batch(flow, x, context)
     noise = divergence.draw(key, len(x), x.shape[1], x.dtype)
     arguments = (flow, x, context, Drawn(divergence, noise), tuple(penalties.items()))
     own, failed = _gradient(solve, *arguments)

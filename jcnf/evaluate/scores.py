@@ -1,5 +1,6 @@
 """Log-densities of points, and points carried along the flow."""
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.chunks import CHUNK, in_chunks
-from jcnf.flow import CNF, solve_trajectory, transform
+from jcnf.flow import CNF, check_batch, solve_trajectory, transform
 from jcnf.solve import Solve
 
 ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
@@ -59,6 +60,7 @@ def score(
     `key` is consumed once, by a stochastic divergence only; the noise of a point does not depend
     on `chunk`.
     """
+    check_batch(flow, x, context)
     x = jnp.asarray(x)
     noise = divergence.draw(key, len(x), x.shape[1], x.dtype)
 
@@ -90,7 +92,12 @@ def transport(
     solve: Solve = ACCURATE,
     chunk: int = CHUNK,
 ) -> Transport:
-    """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`."""
+    """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`.
+
+    By the solver itself where `solve.adjoint` is "reversible": no gradient is taken.
+    """
+    check_batch(flow, x, context)
+    solve = dataclasses.replace(solve, adjoint="checkpoint")
     times = jnp.asarray(times, jnp.result_type(x))
 
     def program(x, context):
