@@ -31,13 +31,6 @@ class Linear(eqx.Module):
         return self.matrix @ x
 
 
-class Swing(Linear):
-    """v = cos(t) A x: x(t) = expm(A sin t) x(0), div v = cos(t) tr A."""
-
-    def __call__(self, t, x, context=None):
-        return jnp.cos(t) * (self.matrix @ x)
-
-
 class NotANumber(eqx.Module):
     """v = x, but NaN once any component exceeds 1."""
 
