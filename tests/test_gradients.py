@@ -28,7 +28,7 @@ STRATEGIES = {
     "exact": Exact(),
     "forward": ForwardMode(),
     **{noise: Hutchinson(2, noise) for noise in NOISES},
-    "hutch++": HutchPlusPlus(2),
+    "hutch++": HutchPlusPlus(),
     "xtrace": XTrace(2),
 }
 # The gradient of a solve's own steps is exact however few they are; that of a continuous adjoint

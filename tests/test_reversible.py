@@ -326,7 +326,7 @@ def test_any_args_in_a_while_loop_in_either_dtype():
     ("settings", "message"),
     [
         ({"solver": diffrax.Kvaerno3()}, "needs an explicit Runge-Kutta method; got Kvaerno3"),
-        ({"coupling": 0}, "coupling must be above 0 and at most 1; got 0"),
+        ({"coupling": 0.0}, "coupling must be above 0 and at most 1; got 0"),
         ({"coupling": 1.5}, "coupling must be above 0 and at most 1; got 1.5"),
     ],
 )
