@@ -3,11 +3,12 @@
 from abc import abstractmethod
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array
 
+from jcnf.divergence.orthogonal import inverse_transposed, orthonormalise
 from jcnf.divergence.strategy import Divergence, Local
 from jcnf.fields.jacobian import products
 
@@ -60,8 +61,8 @@ def _gaussian(key, batch, probes, dim, dtype):
 
 
 def _orthogonal(key, batch, probes, dim, dtype):
-    rows, _ = jnp.linalg.qr(jr.normal(key, (batch, dim, probes), dtype))
-    return dim**0.5 * jnp.swapaxes(rows, 1, 2)
+    bases, _ = jax.vmap(orthonormalise)(jr.normal(key, (batch, probes, dim), dtype))
+    return dim**0.5 * bases
 
 
 NOISES = {"rademacher": _rademacher, "gaussian": _gaussian, "orthogonal": _orthogonal}
@@ -127,9 +128,8 @@ class HutchPlusPlus(Estimator):
         """Velocity, the estimate, and the mean of |A s|^2 over the columns of S."""
         sketch, probes = noise[: self.probes], noise[self.probes :]
         v, images = products(field, t, x, context, sketch)
-        columns, _ = jnp.linalg.qr((images + SHIFT * sketch).T)
-        basis = columns.T
-        rest = probes - (probes @ columns) @ basis
+        basis, _ = orthonormalise(images + SHIFT * sketch)
+        rest = probes - (probes @ basis.T) @ basis
         _, moved = products(field, t, x, context, jnp.concatenate([basis, rest]))
         inside, outside = moved[: self.probes], moved[self.probes :]
         trace = jnp.sum(basis * inside) + jnp.sum(rest * outside) / self.probes
@@ -156,16 +156,16 @@ class XTrace(Estimator):
     def __call__(self, field, t, x, context, noise):
         """Velocity, the estimate, and the mean of |A e|^2."""
         v, images = products(field, t, x, context, noise)
-        q, r = jnp.linalg.qr((images + SHIFT * noise).T)
-        _, moved = products(field, t, x, context, q.T)
+        basis, r = orthonormalise(images + SHIFT * noise)
+        _, moved = products(field, t, x, context, basis)
         # Column i of `left_out` is the direction in the range of Q that Q_i lacks:
         # Q_i Q_i' = Q (I - s_i s_i') Q', with s_i along the i-th column of the inverse of R'.
-        left_out = solve_triangular(r, jnp.eye(self.probes, dtype=r.dtype), trans="T")
+        left_out = inverse_transposed(r)
         left_out /= jnp.linalg.norm(left_out, axis=0, keepdims=True)
-        inner = moved @ q  # its transpose is Q'AQ
-        caught = q.T @ noise.T
+        inner = moved @ basis.T  # its transpose is Q'AQ
+        caught = basis @ noise.T
         caught -= left_out * jnp.sum(left_out * caught, axis=0, keepdims=True)
-        rest = noise.T - q @ caught
+        rest = noise.T - basis.T @ caught
         rest_images = images.T - moved.T @ caught
         inside = jnp.trace(inner) - jnp.sum(left_out * (inner.T @ left_out), axis=0)
         freedom = x.shape[0] - self.probes + 1
