@@ -1,8 +1,13 @@
-"""Learn the density of a table of numbers; score rows and draw samples, now or from a saved run."""
+"""Learn the density of a table of numbers; score rows and draw samples, now or from a saved run.
+
+With --context, the density of the other columns given these.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -31,27 +36,32 @@ class Density(FlowSettings):
     data: Path | None = None
     # columns to leave out, by name or number
     drop: tuple[str, ...] = ()
+    # columns that are given, by name or number (after --drop): the density is that of the others
+    context: tuple[str, ...] = ()
     # add uniform noise of one step to columns whose values repeat
     dequantise: bool = False
     # table whose rows' log-densities go to log_prob.csv, in the units of the data
     score: Path | None = None
     # rows to sample to samples.csv, others for another --seed (default: 10000 after training)
     samples: int | None = None
+    # with --context: table whose rows give it to the samples in turn (default: the test rows, after
+    # training)
+    given: Path | None = None
     # finished run to score with and sample from, without training
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     # rows of the validation part by which the parameters to keep are chosen
-    validation_rows: int = 4000
+    validation_rows: int = 2000
 
     # hidden widths of the field
     widths: tuple[int, ...] = (128, 128)
+    # resnet: pairs of a sine and a cosine of time beside the time itself
+    frequencies: int = 8
     # optimiser steps
-    steps: int = 6000
-    # samples in a training batch
-    batch: int = 512
-    # gradient norm above which gradients are scaled down
-    clip: float = 10.0
+    steps: int = 20_000
     # steps between validations; the parameters with the best one are kept
-    validate_every: int = 500
+    validate_every: int = 1000
+    # validations without a new best after which a part of training ends early; 0 for never
+    patience: int = 8
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
@@ -63,38 +73,92 @@ class Density(FlowSettings):
             raise InputError("--from needs --score PATH or --samples N: say what is wanted")
 
 
+class Columns(NamedTuple):
+    """Which columns of a table are modelled, and which are given."""
+
+    scale: Standardizer  # of all of them
+    places: list[int]  # of the modelled ones
+    given: list[int]  # of the context
+
+    @classmethod
+    def of(cls, scale: Standardizer, context: tuple[str, ...]) -> "Columns":
+        """By the names or numbers of the context."""
+        given = scale.positions(context)
+        places = [i for i in range(len(scale.columns)) if i not in given]
+        if not places:
+            raise InputError("--context leaves no column to model: name fewer")
+        return cls(scale, places, given)
+
+    @property
+    def modelled(self) -> Standardizer:
+        """The scale of the modelled columns."""
+        return self.scale.take(self.places)
+
+    def split(self, rows: np.ndarray) -> tuple[Array, Array | None]:
+        """Standardized whole rows as (x, context), on the device; no context is None."""
+        x = jnp.asarray(rows[:, self.places], float)
+        return x, jnp.asarray(rows[:, self.given], float) if self.given else None
+
+    def join(self, x: np.ndarray, context: Array | None) -> np.ndarray:
+        """Whole rows again."""
+        rows = np.zeros((len(x), len(self.scale.columns)))
+        rows[:, self.places] = x
+        if context is not None:
+            rows[:, self.given] = context
+        return rows
+
+
 def run(settings: Density) -> None:
     """Train and measure, or load a trained run; then score and sample."""
     if settings.from_run is None:
-        train_and_measure(settings)
+        assert settings.data is not None  # by `check`
+        table = load_table(
+            settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
+        )
+        train_and_measure("density", settings, table)
         return
     flow, trained, notes = load_flow(settings.from_run, Density)
     out = settings.out or settings.from_run
     for name, wanted in ((SCORES, settings.score), (SAMPLES, settings.samples)):
         if wanted and (out / name).exists():
             raise InputError(f"{out / name} exists: give another directory with --out")
+    columns = Columns.of(Standardizer.from_json(notes["table"]), trained.context)
+    context = _context_rows(settings, columns)
+    if settings.samples is not None and trained.context and context is None:
+        raise InputError(
+            f"{settings.from_run} is a density given {', '.join(trained.context)}: name a table of "
+            "them with --given"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"cannot write to {out} ({error.strerror}): choose another --out"
         ) from None
-    scale = Standardizer.from_json(notes["table"])
     if settings.score is not None:
-        score_rows(trained, flow, scale, read_rows(settings.score, scale.columns), out)
+        rows = read_rows(settings.score, columns.scale.columns)
+        score_rows(trained, flow, columns, rows, out)
     if settings.samples is not None:
         # Not the key of training's samples: these are others.
         key = jr.fold_in(jr.key(settings.seed), 5)
-        sample_rows(trained, flow, scale, key, settings.samples, out)
+        sample_rows(trained, flow, columns, key, settings.samples, context, out)
 
 
-def score_rows(
-    settings: Density, flow: CNF, scale: Standardizer, rows: np.ndarray, out: Path
-) -> None:
+def _context_rows(settings: Density, columns: Columns) -> np.ndarray | None:
+    """The rows of --given, standardized (rows, context)."""
+    if settings.given is None:
+        return None
+    scale = columns.scale.take(columns.given)
+    if not columns.given:
+        raise InputError("--given is of no use to a density without --context: drop it")
+    return scale.standardize(read_rows(settings.given, scale.columns))
+
+
+def score_rows(settings: Density, flow: CNF, columns: Columns, rows: np.ndarray, out: Path) -> None:
     """Write each row's log-density, nats in the units of the data, to log_prob.csv."""
-    x = jnp.asarray(scale.standardize(rows), float)
-    scores = evaluate.score(flow, x, solve=settings.make_test_solve())
-    log_prob = scores.log_prob - scale.log_scale
+    x, context = columns.split(columns.scale.standardize(rows))
+    scores = evaluate.score(flow, x, context=context, solve=settings.make_test_solve())
+    log_prob = scores.log_prob - columns.modelled.log_scale
     write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
     print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
     if scores.failures:
@@ -105,67 +169,93 @@ def score_rows(
 
 
 def sample_rows(
-    settings: Density, flow: CNF, scale: Standardizer, key: Key[Array, ""], count: int, out: Path
-) -> evaluate.Transport:
-    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`."""
-    samples = evaluate.draw(flow, key, count, solve=settings.make_test_solve())
-    write_rows(out / SAMPLES, scale.unstandardize(samples.x[-1]), scale.columns)
+    settings: Density,
+    flow: CNF,
+    columns: Columns,
+    key: Key[Array, ""],
+    count: int,
+    context: np.ndarray | None,
+    out: Path,
+) -> np.ndarray:
+    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`.
+
+    `context` (rows, context), standardized, is gone through again and again. Returns whole rows.
+    """
+    given = None
+    if context is not None:
+        given = jnp.asarray(context[np.arange(count) % len(context)], float)
+    drawn = evaluate.draw(flow, key, count, context=given, solve=settings.make_test_solve())
+    rows = columns.scale.unstandardize(columns.join(drawn.x[-1], given))
+    write_rows(out / SAMPLES, rows, columns.scale.columns)
     print(f"{out / SAMPLES}: {count} samples")
-    return samples
+    return rows
 
 
-def train_and_measure(settings: Density) -> None:
-    """Train on the table's training part, keep the best of validation, measure on the test."""
-    assert settings.data is not None  # by `check`
-    table = load_table(
-        settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
-    )
-    rows, dim = table.train.shape
-    if rows < settings.batch:
-        raise InputError(
-            f"{settings.data} has {rows} training rows, fewer than a batch of {settings.batch}: "
-            f"give --batch {max(rows // 4, 1)}"
-        )
-    settings.check_objective(dim)
+def train_and_measure(
+    name: str, settings: Density, table: Table, peers: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """Train on the table's training part, keep the best of validation, measure on the test.
+
+    `peers` are figures of other models, to stand beside.
+    """
+    columns = Columns.of(table.scale, settings.context)
+    scale = columns.modelled
+    rows = len(table.train)
+    settings.check_objective(len(columns.places), len(columns.given))
     # Read before training: a table that cannot be scored is better known now.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
+    context_rows = _context_rows(settings, columns)
     gaussian_nll = evaluate.gaussian_nll(table.train, table.test)
-    run_dir = RunDir("density", settings, resume=settings.resume)
+    if columns.given:  # p(x | c) = p(x, c) / p(c)
+        given = table.take(columns.given)
+        gaussian_nll -= evaluate.gaussian_nll(given.train, given.test)
+    run_dir = RunDir(name, settings, resume=settings.resume)
     for warning in table.warnings:
         print(f"warning: {warning}")
 
     count = min(settings.validation_rows, len(table.val))
     evenly = np.linspace(0, len(table.val) - 1, count).astype(int)
-    validation = jnp.asarray(table.val[evenly], float)
-    solve = settings.make_test_solve()
+    validation, val_context = columns.split(table.val[evenly])
+    solve, quick = settings.make_test_solve(), settings.make_validation_solve()
+    data = columns.split(table.train)
+
+    def draw_batch(key, data):
+        index = jr.randint(key, (settings.batch,), 0, rows)
+        x, context = data
+        return x[index] if context is None else (x[index], context[index])
+
     fitted = fit(
         run_dir,
         settings,
-        settings.make_flow(dim),
-        draw_batch=lambda key, data: data[jr.randint(key, (settings.batch,), 0, rows)],
-        data=jnp.asarray(table.train, float),
-        validate=lambda flow: evaluate.score(flow, validation, solve=solve).nll,
+        settings.make_flow(len(columns.places), len(columns.given)),
+        draw_batch=draw_batch,
+        data=data,
+        validate=lambda flow: (
+            evaluate.score(flow, validation, context=val_context, solve=quick).nll
+        ),
     )
     flow = fitted.flow
     run_dir.save_flow(flow, {"table": table.scale.to_json(), "warnings": table.warnings})
 
     if to_score is not None:
-        score_rows(settings, flow, table.scale, to_score, run_dir.path)
+        score_rows(settings, flow, columns, to_score, run_dir.path)
+    test, context = columns.split(table.test)
+    if context is not None and context_rows is None:
+        context_rows = np.asarray(context)
     key, count = jr.fold_in(jr.key(settings.seed), 3), settings.samples or 10_000
-    samples = sample_rows(settings, flow, table.scale, key, count, run_dir.path)
-    test = jnp.asarray(table.test, float)
-    # The chunk of the validation, so that one compiled program serves both.
-    certificate = evaluate.certify(flow, test, solve=solve, chunk=len(validation))
+    samples = sample_rows(settings, flow, columns, key, count, context_rows, run_dir.path)
+    certificate = evaluate.certify(flow, test, context=context, solve=solve)
     scores = certificate.scores
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
-        "test_nll_original": scores.nll + table.scale.log_scale,
+        "test_nll_original": scores.nll + scale.log_scale,
         "gaussian_nll": gaussian_nll,
         "val_nll": fitted.val_nll,
+        **peers,
     }
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
-    draw_figures(run_dir, settings, flow, table, samples.x[-1], scores.nll)
+    draw_figures(run_dir, settings, flow, table, samples, scores.nll)
     run_dir.save_figures(training=plot.training_curves(fitted.records))
     run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *certificate.warnings()])
 
@@ -175,12 +265,15 @@ def draw_figures(
     settings: Density,
     flow: CNF,
     table: Table,
-    samples: np.ndarray,
+    drawn: np.ndarray,
     test_nll: float,
 ) -> None:
-    """One column: a histogram; two: the figures of the plane; more: pair plots of samples."""
+    """One column: a histogram; two: the figures of the plane; more: pair plots of samples.
+
+    `drawn` are whole rows in the units of the data.
+    """
     scale, solve = table.scale, settings.make_test_solve()
-    data, drawn = scale.unstandardize(table.test), scale.unstandardize(samples)
+    data = scale.unstandardize(table.test)
     if len(scale.columns) == 1:
         line = np.linspace(table.test.min() - 0.5, table.test.max() + 0.5, 1000)[:, None]
         log_prob = evaluate.score(flow, jnp.asarray(line, float), solve=solve).log_prob
@@ -192,7 +285,7 @@ def draw_figures(
             scale.columns[0],
         )
         run_dir.save_figures(density=figure)
-    elif len(scale.columns) == 2:
+    elif len(scale.columns) == 2 and not settings.context:
         # Standardized: equal axes suit columns of unequal units.
         (x0, y0), (x1, y1) = np.quantile(table.test, [0.001, 0.999], axis=0)
         grid = evaluate.grid(flow, (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5), solve=solve)
@@ -200,7 +293,7 @@ def draw_figures(
             run_dir,
             flow,
             table.test,
-            samples,
+            scale.standardize(drawn),
             grid,
             key=jr.fold_in(jr.key(settings.seed), 4),
             solve=solve,

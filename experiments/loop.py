@@ -1,5 +1,6 @@
 """The training loop: progress, metrics, validation, checkpoints, resumption."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -37,88 +38,134 @@ def fit(
     data: Any,
     validate: Callable[[CNF], float],
 ) -> Fitted:
-    """Train from the beginning, or from the run's checkpoint, to `settings.steps`.
+    """Train from the beginning, or from the run's checkpoint, through the settings' stages.
 
-    `validate(flow)` is a held-out NLL in nats; it chooses the parameters to keep.
+    A batch is x, or a pair (x, context). `validate(flow)` is a held-out NLL in nats; it chooses the
+    parameters to keep, and those that the next stage starts from.
     """
-    optimizer = settings.make_optimizer()
-    state = train.init(flow, optimizer)
-    best, notes = jax.tree.map(jnp.copy, state.average), {"best_nll": None, "train_s": 0.0}
+    stages = settings.make_stages()
     records = read_jsonl(run.log)
+    place = _Place()
     if run.checkpoint.exists():
-        (state, best), notes = checkpoint.load(run.checkpoint, (state, best))
+        place = _Place(**checkpoint.read_notes(run.checkpoint))
     elif records and records[-1]["step"] > settings.checkpoint_every:
         raise InputError(
             f"{run.checkpoint} is missing, though {run.log.name} goes to step "
             f"{records[-1]['step']}: restore it, or start a new run with another --out"
         )
-    step = int(state.step)
-    log = MetricsLog(run.log, records, step)
+    state = train.init(flow, stages[place.stage].optimizer)
+    best = jax.tree.map(jnp.copy, state.average)
+    if run.checkpoint.exists():
+        (state, best), _ = checkpoint.load(run.checkpoint, (state, best))
+    log = MetricsLog(run.log, records, int(state.step))
 
-    start = time.perf_counter()
+    start, compile_s = time.perf_counter(), 0.0
     key = jr.fold_in(jr.key(settings.seed), 1)
-    run_steps = train.make_run(
-        flow,
-        settings.make_objective(),
-        draw_batch,
-        optimizer,
-        average=settings.average,
-        differentiate=train.differentiator(settings.make_solve()),
-    )
-    if step < settings.steps:
-        run_steps = run_steps.lower(state, data, key, settings.steps).compile()
-    compile_s = time.perf_counter() - start
-
-    stuck = 0  # steps since an update was applied
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
-    with tqdm(total=settings.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
-        while step < settings.steps:
-            # One dispatch to the next step at which anything happens on the host.
-            until = min(settings.steps, *(step - step % n + n for n in events))
-            tic = time.perf_counter()
-            state, metrics = run_steps(state, data, key, until)
-            record = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            seconds = time.perf_counter() - tic
-            record["step_ms"] = 1e3 * seconds / (until - step)
-            notes["train_s"] += seconds
-            stuck = stuck + until - step if record["skipped"] == until - step else 0
-            bar.update(until - step)
-            bar.set_postfix_str(_shown(record, state))
-            step, last = until, until == settings.steps
-            if last or step % settings.validate_every == 0:
-                record["val_nll"] = validate(train.with_params(flow, state.average))
-                if notes["best_nll"] is None or record["val_nll"] < notes["best_nll"]:
-                    best = jax.tree.map(jnp.copy, state.average)
-                    # A validation that failed is beaten by any that does not.
-                    finite = math.isfinite(record["val_nll"])
-                    notes["best_nll"] = record["val_nll"] if finite else None
-            log.add({"step": step, **record, "train_s": notes["train_s"]})
-            if last or stuck >= STUCK or step % settings.checkpoint_every == 0:
-                checkpoint.save(run.checkpoint, (state, best), notes)
-            if stuck >= STUCK:
-                raise InputError(
-                    f"no update could be applied in the last {stuck} steps: their solves failed, "
-                    "or their gradients were not finite. Start anew with a smaller "
-                    "--learning-rate or --clip, a larger --max-steps, or looser --rtol and "
-                    f"--atol; {run.path} keeps the state and the log up to here"
-                )
+    total = sum(stage.steps for stage in stages)
+    with tqdm(total=total, initial=int(state.step), unit="step", dynamic_ncols=True) as bar:
+        while True:
+            stage, step, stuck = stages[place.stage], int(state.step), 0
+            end = step if place.over(settings.patience) else place.first_step + stage.steps
+            if step == end:
+                break
+            run_steps, seconds = _compiled(flow, stage, draw_batch, settings, (state, data, key))
+            compile_s += seconds
+            while step < end:
+                # One dispatch to the next step at which anything happens on the host.
+                until = min(end, *(step - step % n + n for n in events))
+                tic = time.perf_counter()
+                state, metrics = run_steps(state, data, key, until)
+                record = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                seconds = time.perf_counter() - tic
+                record["step_ms"] = 1e3 * seconds / (until - step)
+                place.train_s += seconds
+                # Steps since an update was applied.
+                stuck = stuck + until - step if record["skipped"] == until - step else 0
+                bar.update(until - step)
+                bar.set_postfix_str(_shown(record, state))
+                step = until
+                if step == end or step % settings.validate_every == 0:
+                    record["val_nll"] = validate(train.with_params(flow, state.average))
+                    if place.improved_by(record["val_nll"]):
+                        best = jax.tree.map(jnp.copy, state.average)
+                    if place.over(settings.patience):
+                        end = step
+                log.add({"step": step, **record, "train_s": place.train_s})
+                if step == end or stuck >= STUCK or step % settings.checkpoint_every == 0:
+                    if step == end and place.stage + 1 < len(stages):
+                        place.stage, place.first_step, place.worse = place.stage + 1, step, 0
+                        state = _next(state, best, stages[place.stage].optimizer)
+                    checkpoint.save(run.checkpoint, (state, best), dataclasses.asdict(place))
+                if stuck >= STUCK:
+                    raise InputError(
+                        f"no update could be applied in the last {stuck} steps: their solves "
+                        "failed, or their gradients were not finite. Start anew with a smaller "
+                        "--learning-rate or --clip, a larger --max-steps, or looser --rtol and "
+                        f"--atol; {run.path} keeps the state and the log up to here"
+                    )
     skipped = int(state.skipped)
-    if skipped > settings.steps // 2:
+    if skipped > step // 2:
         print(
-            f"warning: {skipped} of {settings.steps} updates were skipped: see the help of --clip, "
+            f"warning: {skipped} of {step} updates were skipped: see the help of --clip, "
             "--learning-rate, --max-steps and the tolerances"
         )
     timing = {
         "compile_s": compile_s,
-        "train_s": notes["train_s"],
+        "train_s": place.train_s,
         "fit_s": time.perf_counter() - start,
         "step_ms_median": statistics.median(r["step_ms"] for r in log.records),
     }
-    val_nll = math.nan if notes["best_nll"] is None else notes["best_nll"]
+    val_nll = math.nan if place.best_nll is None else place.best_nll
     return Fitted(train.with_params(flow, best), val_nll, log.records, skipped, timing)
 
 
+@dataclasses.dataclass
+class _Place:
+    """Where training has come to: what a checkpoint notes beside the state."""
+
+    stage: int = 0  # number of the part of training
+    first_step: int = 0  # steps taken before it
+    worse: int = 0  # validations of it without a new best
+    best_nll: float | None = None  # lowest of all validations, nats; None before any was finite
+    train_s: float = 0.0
+
+    def improved_by(self, nll: float) -> bool:
+        """Note a validation; whether it is the best. One that failed is beaten by any other."""
+        better = self.best_nll is None or nll < self.best_nll
+        self.worse = 0 if better else self.worse + 1
+        if better and math.isfinite(nll):
+            self.best_nll = nll
+        return better
+
+    def over(self, patience: int) -> bool:
+        """Whether the stage ends early: after `patience` validations without a new best."""
+        return 0 < patience <= self.worse
+
+
+def _compiled(flow, stage, draw_batch, settings, args):
+    """The program of a stage for `args`, and the seconds it took to compile."""
+    start = time.perf_counter()
+    program = train.make_run(
+        flow,
+        stage.objective,
+        draw_batch,
+        stage.optimizer,
+        average=settings.average,
+        differentiate=stage.differentiate,
+    )
+    return program.lower(*args, 0).compile(), time.perf_counter() - start
+
+
+def _next(state, best, optimizer):
+    """The state that a new stage starts from: the best parameters, and a fresh optimiser."""
+    params, average = (jax.tree.map(jnp.copy, best) for _ in range(2))
+    opt_state = jax.tree.map(jnp.copy, optimizer.init(best))
+    return train.TrainState(params, average, opt_state, step=state.step, skipped=state.skipped)
+
+
 def _shown(record, state):
-    text = "{loss:.3f} nats, {step_ms:.1f} ms, {nfe:.0f} NFE".format(**record)
+    shown = {"loss": "loss {:.3f}", "step_ms": "{:.1f} ms", "nfe": "{:.0f} NFE"}
+    parts = [form.format(record[name]) for name, form in shown.items() if name in record]
     skipped = int(state.skipped)
-    return f"{text}, {skipped} skipped" if skipped else text
+    return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)

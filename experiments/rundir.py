@@ -91,7 +91,13 @@ class RunDir:
     def save_flow(self, flow: CNF, notes: dict[str, Any]) -> None:
         """Save the trained parameters as flow.jcnf, with the settings and `notes` of its use."""
         notes = json_ready(
-            {"experiment": self.name, "config": self.config, "dim": flow.base.dim} | notes
+            {
+                "experiment": self.name,
+                "config": self.config,
+                "dim": flow.base.dim,
+                "context_dim": getattr(flow.field, "context_dim", None) or 0,
+            }
+            | notes
         )
         checkpoint.save(self.path / "flow.jcnf", train.partition(flow)[0], notes)
 
@@ -121,12 +127,12 @@ def load_flow(path: Path, kind: type[S]) -> tuple[CNF, S, dict[str, Any]]:
     config: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
     }
-    if config.keys() != names:
+    if not names <= config.keys():
         raise InputError(
             f"{path} is a run of another experiment or version ({notes['experiment']})"
         )
-    settings = kind(**config)
-    flow = settings.make_flow(notes["dim"])
+    settings = kind(**{name: config[name] for name in names})
+    flow = settings.make_flow(notes["dim"], notes["context_dim"])
     params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
     return train.with_params(flow, params), settings, notes
 

@@ -7,28 +7,43 @@ help texts.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.random as jr
+import optax
 
+from experiments.fields import FIELDS
 from jcnf import (
     CNF,
     Exact,
     ForwardMode,
     Hutchinson,
     Solve,
+    couplings,
     distributions,
     evaluate,
     fields,
     objectives,
+    paths,
     regularizers,
+    times,
     train,
 )
 from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
+
+
+class Stage(NamedTuple):
+    """A part of training, with an optimiser of its own."""
+
+    objective: train.Objective  # of a flow, a batch x or (x, context), and a key
+    steps: int
+    optimizer: optax.GradientTransformation
+    differentiate: Callable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,32 +74,53 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSettings(RunSettings):
-    """A flow, trained by maximum likelihood with AdamW."""
+    """A flow, trained with AdamW by one objective, and then perhaps by maximum likelihood."""
 
+    # what is trained by: flow_matching (nothing is solved), likelihood, mixed (their sum)
+    objective: str = "flow_matching"
     # optimiser steps
-    steps: int = 2000
+    steps: int = 10_000
+    # steps of maximum likelihood afterwards
+    finetune_steps: int = 0
     # go on from the checkpoint in --out
     resume: bool = False
     # steps between lines of metrics.jsonl
-    log_every: int = 20
+    log_every: int = 200
     # steps between checkpoints
-    checkpoint_every: int = 200
+    checkpoint_every: int = 2000
     # steps between validations; the parameters with the best one are kept
-    validate_every: int = 200
-    # mlp, residual (mlp - x), mixture (of two mlps), planar (by a hypernet), potential (OT-Flow)
-    field: str = "mlp"
-    # hidden widths of the field; planar: units, hypernet's width; potential: width, rank
-    widths: tuple[int, ...] = (64, 64, 64)
-    # of the first three: how time enters, ignore, concat, squash, concatsquash, hyper, blend
+    validate_every: int = 2000
+    # validations without a new best after which a part of training ends early; 0 for never
+    patience: int = 0
+    # resnet, mlp, residual (mlp - x), mixture (of two mlps), planar (by a hypernet), potential
+    # (OT-Flow)
+    field: str = "resnet"
+    # hidden widths of the field; resnet: that of each block; planar: units, hypernet's width;
+    # potential: width, rank
+    widths: tuple[int, ...] = (96, 96)
+    # mlp, residual, mixture: how time enters, ignore, concat, squash, concatsquash,
+    # hyper, blend
     time: str = "concat"
-    # of the first three: tanh, softplus, silu, elu, sine, identity, logcosh
-    activation: str = "tanh"
+    # resnet: pairs of a sine and a cosine of time beside the time itself
+    frequencies: int = 4
+    # but for planar, potential: tanh, softplus, silu, elu, sine, identity, logcosh
+    activation: str = "silu"
     # base distribution: normal, logistic
     base: str = "normal"
     # end time T of the flow
     t1: float = 1.0
     # train the end time along, from T on (--weight-decay pulls it towards 0)
     learn_t1: bool = False
+    # flow matching's path: linear, trigonometric, sigma_min, variance_preserving, stochastic
+    path: str = "linear"
+    # which base sample goes to which data point: independent, exact (optimal transport), sinkhorn
+    coupling: str = "independent"
+    # where on its path a sample is looked at: uniform, lattice, late, logit_normal
+    times: str = "late"
+    # share of flow matching's contexts that are left out, for guidance afterwards
+    drop_context: float = 0.0
+    # flow matching's weight in the mixed objective, beside a likelihood of weight 1
+    matching_weight: float = 1.0
     # half width of the base's random time while training, 0 for none (STEER)
     steer: float = 0.0
     # divergence while training: exact, forward, hutchinson, hutch++, xtrace (held-out numbers are
@@ -114,15 +150,17 @@ class FlowSettings(RunSettings):
     # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
     penalties: dict[str, float] = dataclasses.field(default_factory=dict)
     # samples in a training batch
-    batch: int = 256
+    batch: int = 1024
     # peak learning rate: linear warm-up, then a cosine to zero
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
+    # the same of the steps of --finetune-steps
+    finetune_learning_rate: float = 1e-3
     # steps of warm-up; at most a tenth of all
-    warmup: int = 100
+    warmup: int = 200
     # decoupled weight decay
     weight_decay: float = 0.0
     # gradient norm above which gradients are scaled down
-    clip: float = 2.0
+    clip: float = 10.0
     # decay of the parameters' moving average, which is what is evaluated
     average: float = 0.999
 
@@ -133,16 +171,17 @@ class FlowSettings(RunSettings):
             1, "steps", "log_every", "checkpoint_every", "validate_every", "batch", "max_steps"
         )
         self.at_least(1, "probes")
-        self.at_least(0, "warmup", "weight_decay", "steer")
+        self.at_least(0, "warmup", "weight_decay", "steer", "finetune_steps", "patience")
+        self.at_least(0, "matching_weight", "frequencies")
         for name, weight in self.penalties.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
-        self.positive("learning_rate", "clip", "test_tolerance")
+        self.positive("learning_rate", "finetune_learning_rate", "clip", "test_tolerance")
         if not 0 <= self.average < 1:
             raise InputError("--average must be in [0, 1)")
         try:
             self.make_test_solve()
-            self.make_objective()
+            self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 1)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -152,21 +191,25 @@ class FlowSettings(RunSettings):
                 "raise --max-steps, or the step"
             )
 
-    def check_objective(self, dim: int) -> None:
+    def check_objective(self, dim: int, context_dim: int = 0) -> None:
         """Raise `InputError` for what does not go together in `dim` dimensions, by tracing it."""
-
-        def loss(x):
-            return self.make_objective()(self.make_flow(dim), x, jr.key(0))
-
+        x = jax.ShapeDtypeStruct((2, dim), float)
+        batch = (x, jax.ShapeDtypeStruct((2, context_dim), float)) if context_dim else x
         try:
-            eqx.filter_eval_shape(loss, jax.ShapeDtypeStruct((2, dim), float))
+            for stage in self.make_stages():
+                eqx.filter_eval_shape(
+                    lambda batch, stage=stage: stage.objective(
+                        self.make_flow(dim, context_dim), batch, jr.key(0)
+                    ),
+                    batch,
+                )
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    def make_flow(self, dim: int) -> CNF:
+    def make_flow(self, dim: int, context_dim: int = 0) -> CNF:
         """The untrained flow."""
         make = _named("field", self.field, FIELDS)
-        field = make(self, dim, jr.fold_in(jr.key(self.seed), 0))
+        field = make(self, dim, context_dim, jr.fold_in(jr.key(self.seed), 0))
         base = _named("base", self.base, distributions.BASES)(dim)
         if self.learn_t1:
             return CNF(fields.TimeChange(field, rate=self.t1), base)
@@ -193,7 +236,41 @@ class FlowSettings(RunSettings):
             return make(self.probes if {"jacobian", "lambda2"} & self.penalties.keys() else 0)
         return make(self.probes, **{"noise": self.noise} if make is Hutchinson else {})
 
-    def make_objective(self) -> train.Objective:
+    def make_stages(self) -> list[Stage]:
+        """Training by `objective`, and then by likelihood where there are steps for it."""
+        likelihood, matching = self.make_likelihood(), self.make_matching()
+        weights = {likelihood: 1.0, matching: self.matching_weight}
+        objective = {
+            "flow_matching": matching,
+            "likelihood": likelihood,
+            "mixed": functools.partial(objectives.mixed, weights=weights),
+        }
+        plan = [(_named("objective", self.objective, objective), self.steps, self.learning_rate)]
+        if self.finetune_steps:
+            plan.append((likelihood, self.finetune_steps, self.finetune_learning_rate))
+        return [
+            Stage(
+                of_batch(objective),
+                steps,
+                self.make_optimizer(steps, rate),
+                train.by_reverse_mode
+                if objective is matching
+                else train.differentiator(self.make_solve()),
+            )
+            for objective, steps, rate in plan
+        ]
+
+    def make_matching(self) -> Callable:
+        """Flow matching."""
+        return functools.partial(
+            objectives.flow_matching,
+            path=_named("path", self.path, paths.PATHS),
+            coupling=_named("coupling", self.coupling, couplings.COUPLINGS),
+            time=_named("times", self.times, times.TIMES),
+            drop_context=self.drop_context,
+        )
+
+    def make_likelihood(self) -> Callable:
         """Likelihood by the training solve."""
         penalties = {regularizers.named(n): weight for n, weight in self.penalties.items()}
         if len(penalties) < len(self.penalties):
@@ -211,44 +288,29 @@ class FlowSettings(RunSettings):
         tolerance = self.test_tolerance
         return dataclasses.replace(evaluate.ACCURATE, rtol=tolerance, atol=tolerance)
 
-    def make_optimizer(self):
+    def make_validation_solve(self) -> Solve:
+        """The solve of validations: digits enough to choose parameters by."""
+        return dataclasses.replace(self.make_test_solve(), rtol=1e-3, atol=1e-3, norm="batch")
+
+    def make_optimizer(self, steps: int, learning_rate: float) -> optax.GradientTransformation:
         """AdamW, warm-up and cosine, clipping."""
         return train.make_optimizer(
-            self.learning_rate,
-            self.steps,
-            warmup=min(self.warmup, self.steps // 10),
+            learning_rate,
+            steps,
+            warmup=min(self.warmup, steps // 10),
             weight_decay=self.weight_decay,
             clip=self.clip,
         )
 
 
-def _mlp(settings, dim, key):
-    return fields.MLP(
-        dim, settings.widths, time=settings.time, activation=settings.activation, key=key
-    )
+def of_batch(objective: Callable) -> train.Objective:
+    """An objective of x and a context, as one of a batch: x, or the pair (x, context)."""
 
+    def of(flow, batch, key):
+        x, context = batch if isinstance(batch, tuple) else (batch, None)
+        return objective(flow, x, key, context=context)
 
-def _mixture(settings, dim, key):
-    *expert_keys, key = jr.split(key, 3)
-    return fields.Mixture([_mlp(settings, dim, k) for k in expert_keys], key=key)
-
-
-def _two_widths(make):
-    def field(settings, dim, key):
-        if len(settings.widths) != 2:
-            raise ValueError(f"the {settings.field} field takes two widths; got {settings.widths}")
-        return make(dim, *settings.widths, key=key)
-
-    return field
-
-
-FIELDS = {
-    "mlp": _mlp,
-    "residual": lambda settings, dim, key: fields.Residual(_mlp(settings, dim, key)),
-    "mixture": _mixture,
-    "planar": _two_widths(fields.Planar),
-    "potential": _two_widths(fields.Potential),
-}
+    return of
 
 
 def _named(what, name, table):

@@ -1,4 +1,4 @@
-"""Learn a density in the plane: the eight toy sets of FFJORD, by maximum likelihood."""
+"""Learn a density in the plane: the eight toy sets of FFJORD."""
 
 import dataclasses
 
@@ -13,6 +13,8 @@ from experiments.rundir import RunDir
 from experiments.settings import FlowSettings
 from jcnf import evaluate, plot
 from jcnf.data.toys import toy
+
+VALIDATION_POINTS = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,15 @@ def run(settings: Toy2D) -> None:
     run_dir = RunDir("toy2d", settings, resume=settings.resume)
     val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
     sample = jax.jit(density.sample, static_argnums=1)
-    validation = sample(val_key, evaluate.CHUNK)
-    solve = settings.make_test_solve()
+    validation = sample(val_key, VALIDATION_POINTS)
+    solve, quick = settings.make_test_solve(), settings.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
         settings.make_flow(2),
         draw_batch=lambda key, _: density.sample(key, settings.batch),
         data=None,
-        validate=lambda flow: evaluate.score(flow, validation, solve=solve).nll,
+        validate=lambda flow: evaluate.score(flow, validation, solve=quick).nll,
     )
     flow = fitted.flow
     run_dir.save_flow(flow, {})

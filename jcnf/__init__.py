@@ -1,10 +1,13 @@
 """jcnf: continuous normalizing flows in JAX, as pure functions over Equinox modules."""
 
 from jcnf import augmented as augmented
+from jcnf import couplings as couplings
 from jcnf import distributions as distributions
 from jcnf import fields as fields
 from jcnf import objectives as objectives
+from jcnf import paths as paths
 from jcnf import regularizers as regularizers
+from jcnf import times as times
 from jcnf.divergence import Exact as Exact
 from jcnf.divergence import ForwardMode as ForwardMode
 from jcnf.divergence import Hutchinson as Hutchinson

@@ -136,10 +136,13 @@ def make_run(
             return objective(eqx.combine(params, static), batch, noise_key)
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
-        metrics = dict(metrics)
-        good = jnp.isfinite(loss) & ~metrics.pop("failed")
-        # A solve that failed took all its steps: there is no point in going back through them.
-        grads = jax.lax.cond(good, gradient, lambda: jax.tree.map(jnp.zeros_like, state.params))
+        metrics, good = dict(metrics), jnp.isfinite(loss)
+        if "failed" in metrics:
+            good &= ~metrics.pop("failed")
+            # A solve that failed took all its steps: there is no point in going back through them.
+            grads = jax.lax.cond(good, gradient, lambda: jax.tree.map(jnp.zeros_like, state.params))
+        else:
+            grads = gradient()
         norm = optax.global_norm(grads)
         good &= jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -13,7 +13,17 @@ import jax.random as jr
 import numpy as np
 from helpers import MATRIX, Linear
 
-from jcnf.fields import LAYERS, MLP, Mixture, Planar, Potential, Residual, TimeChange
+from jcnf.fields import (
+    LAYERS,
+    MLP,
+    Guided,
+    Mixture,
+    Planar,
+    Potential,
+    Residual,
+    ResNet,
+    TimeChange,
+)
 
 # For programs that run once: quick to compile, slow to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -51,6 +61,8 @@ FIELDS = {
     "planar": planar,
     "planar summed": partial(planar, average=False),
     "potential": partial(drawn, Potential, 3, width=5, rank=2),
+    "resnet": partial(drawn, ResNet, 3, 5, 2, frequencies=2, context_dim=2),
+    "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: Residual(concat()),
     "residual without closed form": lambda: Residual(no_closed_form()),
     "time change": lambda: TimeChange(concat(), 1.4, start=0.2),

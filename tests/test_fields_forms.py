@@ -1,4 +1,4 @@
-"""Planar, potential and wrapped fields against their formulas, written out."""
+"""Planar, potential, residual and wrapped fields against their formulas, written out."""
 
 import re
 
@@ -11,9 +11,20 @@ import pytest
 from field_table import FIELDS, drawn, mixture, quick_jit
 from helpers import MATRIX, Linear, astype
 
-from jcnf.fields import MLP, Mixture, Planar, Potential, Residual, TimeChange
+from jcnf.fields import (
+    MLP,
+    Guided,
+    Mixture,
+    Planar,
+    Potential,
+    Residual,
+    ResNet,
+    TimeChange,
+    velocity_and_divergence,
+)
 
 TIME, X = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])
+CONTEXT = jnp.array([0.9, -0.2])
 LINEAR = Linear(jnp.asarray(MATRIX))
 
 
@@ -107,6 +118,82 @@ def test_potential_has_no_more_rows_than_rank_and_starts_moderate():
     assert 0.1 < np.sqrt(np.mean(np.square(v))) < 2
 
 
+def silu(a):
+    return a / (1 + np.exp(-a))
+
+
+def test_resnet_is_its_formula():
+    field, t = FIELDS["resnet"](), 0.3
+    angles = np.pi * np.array([1, 2]) * t
+    e = np.array([t, *np.sin(angles), *np.cos(angles), *CONTEXT])
+    h = np.asarray(field.entry.weight @ X + field.entry.bias)
+    assert len(field.blocks) == 2
+    for block in field.blocks:
+        parts = (block.inner, block.condition, block.outer)
+        (w, p), (u, q), (v, r) = (map(np.asarray, (m.weight, m.bias)) for m in parts)
+        h = h + v @ silu(w @ silu(h) + p + u @ e + q) + r
+    expected = np.asarray(field.readout.weight) @ silu(h) + np.asarray(field.readout.bias)
+    np.testing.assert_allclose(field(TIME, X, CONTEXT), expected, rtol=1e-12)
+
+
+def test_resnet_starts_at_rest_with_all_blocks_alive():
+    make = quick_jit(lambda key: ResNet(3, 16, 2, frequencies=1, context_dim=2, key=key))
+    field = make(jr.key(0))
+    np.testing.assert_array_equal(field(TIME, X, CONTEXT), np.zeros(3))
+    weights = [field.entry.weight]
+    weights += [m.weight for b in field.blocks for m in (b.inner, b.condition, b.outer)]
+    for weight in weights:
+        assert np.var(weight) == pytest.approx(1 / (3 * weight.shape[1]), rel=0.5)
+    corners = {float(weight[0, 0]) for weight in weights}
+    assert len(corners) == len(weights)  # each has a key of its own
+
+
+@pytest.mark.parametrize("frequencies", [0, 1, 2])
+def test_frequencies_tell_times_apart(frequencies):
+    """With the weight of the bare time at 0, only they do, and the first has period 2."""
+    field = drawn(ResNet, 3, 5, 2, frequencies=frequencies)
+    assert field.blocks[0].condition.weight.shape == (5, 1 + 2 * frequencies)
+
+    def conditions(field):
+        return [block.condition.weight for block in field.blocks]
+
+    timeless = [weight.at[:, 0].set(0) for weight in conditions(field)]
+    field = eqx.tree_at(conditions, field, timeless)
+    now, later, period = (field(TIME + dt, X) for dt in (0, 1, 2))
+    np.testing.assert_allclose(period, now, rtol=0, atol=1e-12)
+    assert (np.max(np.abs(later - now)) > 1e-2) == (frequencies > 0)
+
+
+def test_guidance_is_linear_in_its_scale():
+    f = FIELDS["mlp context"]()
+    with_context, without = (f(TIME, X, c) for c in (CONTEXT, jnp.zeros(2)))
+    assert np.max(np.abs(with_context - without)) > 1e-2
+    for scale in (0.0, 0.3, 1.0, 2.5):
+        expected = (1 - scale) * without + scale * with_context
+        v = Guided(f, scale)(TIME, X, CONTEXT)
+        np.testing.assert_allclose(v, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["guided", "mlp modulated", "resnet"])
+def test_the_divergence_of_a_guided_field_is_the_trace(name):
+    """In closed form where the field inside has one, and by forward mode where not."""
+    inside = FIELDS[name]()
+    field = inside if name == "guided" else Guided(inside, 2.5)
+
+    @quick_jit
+    def both(t, x, c):
+        return field.velocity_and_divergence(t, x, c), (
+            field(t, x, c),
+            jnp.trace(jax.jacrev(field, argnums=1)(t, x, c)),
+        )
+
+    own, expected = both(TIME, X, CONTEXT)
+    plain = velocity_and_divergence(field.field, TIME, X, CONTEXT)[1]
+    assert abs(plain - expected[1]) > 1e-2
+    for value, other in zip(own, expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=0, atol=1e-10)
+
+
 def test_residual_subtracts_x():
     v, divergence = Residual(LINEAR).velocity_and_divergence(TIME, X)
     np.testing.assert_allclose(v, (MATRIX - np.eye(3)) @ X, rtol=1e-13)
@@ -151,7 +238,13 @@ def test_time_change_trains_its_rate_and_never_its_start():
 
 def test_wrappers_have_the_context_of_what_is_inside():
     conditional, plain = drawn(MLP, 3, (4,), context_dim=2), drawn(MLP, 3, (4,))
-    for wrap in (Residual, lambda field: TimeChange(field, 2.0), mixture_of_two):
+    wraps = (
+        Residual,
+        lambda field: TimeChange(field, 2.0),
+        lambda field: Guided(field, 2.0),
+        mixture_of_two,
+    )
+    for wrap in wraps:
         assert [wrap(f).context_dim for f in (conditional, plain, LINEAR)] == [2, 0, None]
     assert mixture(LINEAR, conditional).context_dim == 2
 
@@ -166,6 +259,15 @@ def mixture_of_two(field):
     [
         (lambda: Planar(2, 0, key=jr.key(0)), "got dim=2, width=0, hidden=32"),
         (lambda: Potential(2, rank=0, key=jr.key(0)), "got dim=2, width=32, rank=0"),
+        (lambda: ResNet(2, 0, key=jr.key(0)), "got dim=2, width=0, blocks=2"),
+        (lambda: ResNet(2, blocks=0, key=jr.key(0)), "got dim=2, width=128, blocks=0"),
+        (lambda: ResNet(0, key=jr.key(0)), "dim, width and blocks must be at least 1"),
+        (lambda: ResNet(2, frequencies=-1, key=jr.key(0)), "frequencies=-1, context_dim=0"),
+        (lambda: ResNet(2, context_dim=-1, key=jr.key(0)), "frequencies=0, context_dim=-1"),
+        (
+            lambda: ResNet(2, activation="relu", key=jr.key(0)),
+            "unknown activation 'relu': use one of tanh",
+        ),
         (lambda: TimeChange(LINEAR, 0.0), "rate must be positive and finite; got 0.0"),
         (lambda: TimeChange(LINEAR, float("nan")), "rate must be positive and finite; got nan"),
         (lambda: Mixture((), key=jr.key(0)), "a mixture needs fields"),

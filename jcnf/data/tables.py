@@ -65,6 +65,30 @@ class Standardizer:
             )
         return rows
 
+    def positions(self, wanted: Iterable[str | int]) -> list[int]:
+        """Where the columns `wanted` are, by name or 1-based number, in the table's order.
+
+        Raises:
+            InputError: a column that is not there, or one named twice.
+        """
+        numbers = {str(i + 1): i for i in range(len(self.columns))}
+        places = numbers | {name: i for i, name in enumerate(self.columns)}
+        wanted = [str(item) for item in wanted]
+        if unknown := [item for item in wanted if item not in places]:
+            raise InputError(
+                f"no column {unknown[0]}; there are {', '.join(self.columns[:20])}, "
+                f"or by number 1 to {len(self.columns)}"
+            )
+        found = sorted(places[item] for item in wanted)
+        if len(set(found)) < len(found):
+            raise InputError(f"a column is named twice: {', '.join(wanted)}")
+        return found
+
+    def take(self, places: Sequence[int]) -> "Standardizer":
+        """That of the columns at `places`."""
+        names = tuple(self.columns[i] for i in places)
+        return Standardizer(self.mean[places], self.std[places], names)
+
     def to_json(self) -> dict[str, list]:
         """As lists, exactly."""
         return {"mean": list(self.mean), "std": list(self.std), "columns": list(self.columns)}
@@ -85,6 +109,11 @@ class Table:
     test: Float32[np.ndarray, "test dim"]
     scale: Standardizer
     warnings: tuple[str, ...]  # one line each: what makes the table unfit, and what to do
+
+    def take(self, places: Sequence[int]) -> "Table":
+        """The columns at `places`, with the warnings of all."""
+        train, val, test = (part[:, places] for part in (self.train, self.val, self.test))
+        return Table(train, val, test, self.scale.take(places), self.warnings)
 
 
 def load_table(

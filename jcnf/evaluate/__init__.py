@@ -9,6 +9,7 @@ from jcnf.evaluate.density import Grid as Grid
 from jcnf.evaluate.density import cell_centres as cell_centres
 from jcnf.evaluate.density import gaussian_nll as gaussian_nll
 from jcnf.evaluate.density import grid as grid
+from jcnf.evaluate.discrepancy import mmd as mmd
 from jcnf.evaluate.doubled import in_float64 as in_float64
 from jcnf.evaluate.gradients import GradientAudit as GradientAudit
 from jcnf.evaluate.gradients import audit_gradients as audit_gradients

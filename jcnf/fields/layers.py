@@ -25,6 +25,15 @@ class TimeLinear(eqx.Module):
     def affine(self, t: Float[Array, ""]) -> Affine:
         """The layer at time `t`: weight (out, in) and bias (out,)."""
 
+    def __call__(self, t: Float[Array, ""], x: Float[Array, " in"]) -> Float[Array, " out"]:
+        """W(t) x + b(t).
+
+        Overridden where the product is had without W(t), which is another one for each sample where
+        samples have times of their own, as in flow matching.
+        """
+        weight, bias = self.affine(t)
+        return weight @ x + bias
+
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Array:
     """Initial weights: uniform with variance 1/(3 fan-in); consumes `key`."""
@@ -78,8 +87,16 @@ class Squash(TimeLinear):
 
     def affine(self, t):
         """diag(s) W, s * b with s = sigmoid(g t + c)."""
-        gate = jax.nn.sigmoid(self.gate_weight * t + self.gate_bias)
+        gate = self.gate(t)
         return gate[:, None] * self.linear.weight, gate * self.linear.bias
+
+    def gate(self, t: Float[Array, ""]) -> Float[Array, " out"]:
+        """s."""
+        return jax.nn.sigmoid(self.gate_weight * t + self.gate_bias)
+
+    def __call__(self, t, x):
+        """s * (W x + b)."""
+        return self.gate(t) * self.linear(t, x)
 
 
 class ConcatSquash(TimeLinear):
@@ -97,6 +114,10 @@ class ConcatSquash(TimeLinear):
         """diag(s) W, s * b + w t with s = sigmoid(g t + c)."""
         weight, bias = self.squash.affine(t)
         return weight, bias + self.time_weight * t
+
+    def __call__(self, t, x):
+        """s * (W x + b) + w t."""
+        return self.squash(t, x) + self.time_weight * t
 
 
 class Hyper(TimeLinear):

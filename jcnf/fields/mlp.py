@@ -81,17 +81,15 @@ class MLP(eqx.Module):
         )
 
     def _forward(self, t, x, context):
-        """Velocity, the weights at t, and each hidden layer's slope d_l."""
+        """Velocity, and each hidden layer's slope d_l."""
         h = x if context is None or self.modulations else jnp.concatenate([x, context])
-        weights, slopes = [], []
+        slopes = []
         for i, layer in enumerate(self.layers):
-            weight, bias = layer.affine(t)
-            weights.append(weight)
-            h = weight @ h + bias
+            h = layer(t, h)
             if i < len(self.layers) - 1:
                 h, slope = self._activate(i, h, context)
                 slopes.append(slope)
-        return h, weights, slopes
+        return h, slopes
 
     def _activate(self, i, a, context):
         """Hidden layer `i` from its pre-activation a, which c may modulate, and its slope in a."""
@@ -122,7 +120,8 @@ class MLP(eqx.Module):
         - more: columns are pushed through the inner layers, min(dim, first width) products with
           each: those of the Jacobian, or of tr(W_1 W_{L+1} ...) from the first hidden layer on.
         """
-        v, weights, slopes = self._forward(t, x, context)
+        v, slopes = self._forward(t, x, context)
+        weights = [layer.affine(t)[0] for layer in self.layers]
         first, last = weights[0][:, : self.dim], weights[-1]
         match slopes:
             case []:

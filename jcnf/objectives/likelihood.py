@@ -1,8 +1,4 @@
-"""What is minimised: `objective(flow, x, key, ...) -> (loss, metrics)`, both scalars.
-
-`metrics` has "failed", true when the loss is not to be trained upon. A new objective is one
-function of that form; `functools.partial` binds its settings.
-"""
+"""Maximum likelihood, through the solve."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,8 +13,8 @@ from jcnf.fields import TimeChange
 from jcnf.flow import CNF, transform
 from jcnf.solve import Solve
 
-# Names of metrics, here and in `jcnf.train`.
-RESERVED = {"nll", "nfe", "failed", "loss", "grad_norm", "skipped"}
+# Names of metrics, of objectives and of `jcnf.train`.
+RESERVED = {"nll", "matching", "nfe", "failed", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(

@@ -1,0 +1,109 @@
+"""Learn p(x | class) of two moons, and sample it with classifier-free guidance."""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from experiments.harness import main
+from experiments.loop import fit
+from experiments.rundir import RunDir
+from experiments.settings import FlowSettings
+from experiments.toy2d import VALIDATION_POINTS
+from jcnf import evaluate, fields, plot, scatter
+from jcnf.data import classes
+
+SHOWN = 2000  # samples of each class in the picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditional(FlowSettings):
+    """Two moons by class, and the conditional flow that learns them."""
+
+    # fresh points of each class for the held-out NLL
+    test_points: int = 10_000
+    # strengths of guidance to draw: 0 leaves the class out, 1 is p(x | class)
+    guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+
+    # share of flow matching's contexts that are left out, for guidance afterwards
+    drop_context: float = 0.1
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.at_least(2, "test_points")
+        self.check_objective(dim=2, context_dim=classes.CLASSES)
+
+
+def run(settings: Conditional) -> None:
+    """Train, measure on fresh points of each class, draw guided samples."""
+    run_dir = RunDir("conditional", settings, resume=settings.resume)
+    val_key, test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 3)
+
+    def labelled(key, num):
+        label_key, point_key = jr.split(key)
+        labels = jr.randint(label_key, (num,), 0, classes.CLASSES)
+        return classes.sample(point_key, labels), labels
+
+    def draw_batch(key, _):
+        x, labels = labelled(key, settings.batch)
+        return x, classes.one_hot(labels)
+
+    validation, val_labels = labelled(val_key, VALIDATION_POINTS)
+    val_context = classes.one_hot(val_labels)
+    solve, quick = settings.make_test_solve(), settings.make_validation_solve()
+    fitted = fit(
+        run_dir,
+        settings,
+        settings.make_flow(2, classes.CLASSES),
+        draw_batch=draw_batch,
+        data=None,
+        validate=lambda flow: (
+            evaluate.score(flow, validation, context=val_context, solve=quick).nll
+        ),
+    )
+    flow = fitted.flow
+    run_dir.save_flow(flow, {})
+
+    labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.test_points)
+    test, context = classes.sample(test_key, labels), classes.one_hot(labels)
+    certificate = evaluate.certify(flow, test, context=context, solve=solve)
+    log_prob = certificate.scores.log_prob
+    gaps = np.asarray(classes.log_prob(test, labels)) - log_prob
+    metrics = {
+        "test_nll": certificate.scores.nll,
+        "test_nll_stderr": certificate.scores.stderr,
+        "nll_gap": float(np.mean(gaps)),
+        "nll_gap_stderr": evaluate.standard_error(gaps),
+        "entropy": classes.ENTROPY,
+    }
+    for label in range(classes.CLASSES):
+        of_class = np.asarray(labels) == label
+        metrics[f"test_nll_class{label}"] = float(-np.mean(log_prob[of_class]))
+        metrics[f"nll_gap_class{label}"] = float(np.mean(gaps[of_class]))
+    shown = jnp.repeat(jnp.arange(classes.CLASSES), SHOWN)
+    z = flow.base.sample(sample_key, len(shown))
+    clouds = []
+    for scale in settings.guidance:
+        # An array: another scale is the same program.
+        guided = eqx.tree_at(
+            lambda flow: flow.field, flow, fields.Guided(flow.field, jnp.asarray(scale, float))
+        )
+        times = jnp.array([0.0, flow.t1])
+        paths = evaluate.transport(
+            guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
+        )
+        clouds.append((f"guidance {scale:g}", paths.x[-1], np.asarray(shown)))
+    clouds.insert(0, ("data", np.asarray(classes.sample(sample_key, shown)), np.asarray(shown)))
+    run_dir.save_figures(
+        guidance=scatter.by_class(clouds, classes.EXTENT),
+        training=plot.training_curves(fitted.records, loss_units="loss"),
+    )
+    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+
+
+if __name__ == "__main__":
+    main(run, Conditional)

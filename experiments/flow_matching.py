@@ -1,0 +1,159 @@
+"""One flow on a toy, trained in four ways by the clock.
+
+They are likelihood, flow matching, flow matching with pairs by optimal transport, and flow matching
+followed by likelihood.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from experiments.harness import main
+from experiments.quick import step_seconds, train_stages
+from experiments.rundir import MetricsLog, RunDir
+from experiments.settings import Stage
+from experiments.spline_flow import train_spline_flow
+from experiments.toy2d import Toy2D
+from jcnf import evaluate
+from jcnf.curves import Panel, scaling
+from jcnf.data.toys import Toy, toy
+from jcnf.errors import InputError
+
+MMD_POINTS = 5000
+GROWTH = (
+    1.6  # an average step of likelihood over one at first: a trained flow takes longer to solve
+)
+FINETUNE_SHARE = 0.4  # of the budget, by likelihood after flow matching
+
+# What a way to train changes in the settings of its first part.
+WAYS: dict[str, dict[str, Any]] = {
+    "likelihood": {"objective": "likelihood"},
+    "flow_matching": {"objective": "flow_matching"},
+    "transport": {"objective": "flow_matching", "coupling": "exact"},
+    "finetuned": {"objective": "flow_matching"},
+}
+PEER = "spline_flow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatching(Toy2D):
+    """A toy, a network, budgets of training time, and the ways to train."""
+
+    # seconds of training, each a run of its own with a schedule that ends there
+    budgets: tuple[float, ...] = (5.0, 15.0, 60.0)
+    # the ways: likelihood, flow_matching, transport (its pairs), finetuned (by likelihood in the
+    # end), and spline_flow, a peer (flowjax)
+    ways: tuple[str, ...] = tuple(WAYS)
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        for way in self.ways:
+            if way not in (*WAYS, PEER):
+                raise InputError(f"unknown way '{way}': use some of {', '.join(WAYS)}, {PEER}")
+        if not self.budgets or not all(0 < budget < math.inf for budget in self.budgets):
+            raise InputError("--budgets must be positive numbers of seconds")
+
+
+def run(settings: FlowMatching) -> None:
+    """Train in each way for each budget; measure; draw gap against seconds."""
+    density = toy(settings.data)
+    run_dir = RunDir("flow_matching", settings)
+    log = MetricsLog(run_dir.log, [], 0)
+    test = density.sample(jr.fold_in(jr.key(settings.seed), 2), settings.test_points)
+    true = np.asarray(density.log_prob(test))
+    results: dict[str, dict[str, float]] = {}
+    for way in settings.ways:
+        measure = peer(settings, density) if way == PEER else ours(settings, density, way)
+        for budget in sorted(settings.budgets):
+            log_prob, figures = measure(budget, test)
+            gaps = true - log_prob
+            figures |= {
+                "nll_gap": float(np.mean(gaps)),
+                "nll_gap_stderr": evaluate.standard_error(gaps),
+                "test_nll": float(-np.mean(log_prob)),
+            }
+            results[f"{way}_{budget:g}"] = figures
+            log.add({"step": len(log.records) + 1, "way": way, "budget": budget, **figures})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"{way} {budget:g} s: {shown}")
+
+    def curve(way, name):
+        return [results[f"{way}_{budget:g}"][name] for budget in sorted(settings.budgets)]
+
+    curves = {way: (curve(way, "seconds"), curve(way, "nll_gap")) for way in settings.ways}
+    panel = Panel(settings.data, "training seconds", "gap (nats)", curves)
+    run_dir.save_figures(gaps=scaling([panel]))
+    run_dir.finish({key: value["nll_gap"] for key, value in results.items()}, results, {})
+
+
+Measure = Callable[[float, Any], tuple[np.ndarray, dict[str, float]]]
+
+
+def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
+    """`measure(budget, test) -> (log-densities, figures)` of a flow of ours trained in a `way`."""
+    first = dataclasses.replace(settings, **WAYS[way], finetune_steps=0)
+    flow = settings.make_flow(2)
+    test_solve = settings.make_test_solve()
+
+    def draw_batch(key, _):
+        return density.sample(key, settings.batch)
+
+    def seconds_of(settings):
+        by_likelihood = settings.objective == "likelihood"
+        seconds = step_seconds(
+            flow, settings.make_stages()[0], draw_batch, steps=20 if by_likelihood else 200
+        )
+        return seconds * (GROWTH if by_likelihood else 1)
+
+    likelihood = dataclasses.replace(first, objective="likelihood")
+    first_seconds = seconds_of(first)
+    share = FINETUNE_SHARE if way == "finetuned" else 0.0
+    finetune_seconds = seconds_of(likelihood) if share else math.inf
+
+    def stages(budget) -> list[Stage]:
+        steps = max(1, round((1 - share) * budget / first_seconds))
+        finetune_steps = round(share * budget / finetune_seconds)
+        return dataclasses.replace(first, steps=steps, finetune_steps=finetune_steps).make_stages()
+
+    def measure(budget, test):
+        trained = train_stages(flow, stages(budget), draw_batch, seed=settings.seed)
+        scores = evaluate.score(trained.flow, test, solve=test_solve)
+        key, noise_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))
+        samples = evaluate.draw(trained.flow, key, MMD_POINTS, solve=settings.make_solve())
+        fresh = density.sample(noise_key, MMD_POINTS)
+        return scores.log_prob, {
+            "seconds": trained.seconds,
+            "steps": trained.steps,
+            "mmd": evaluate.mmd(jnp.asarray(samples.x[-1]), fresh),
+            "nfe_to_sample": samples.nfe,
+            "nfe_forward": scores.nfe,
+            "solver_failures": scores.failures,
+        }
+
+    return measure
+
+
+def peer(settings: FlowMatching, density: Toy) -> Measure:
+    """The same of a neural spline flow."""
+
+    def measure(budget, test):
+        trained = train_spline_flow(
+            lambda key, _: density.sample(key, settings.batch),
+            None,
+            seconds=budget,
+            seed=settings.seed,
+        )
+        figures = {"seconds": trained.seconds, "steps": float(trained.steps)}
+        return trained.log_prob(test), figures
+
+    return measure
+
+
+if __name__ == "__main__":
+    main(run, FlowMatching)

@@ -1,0 +1,71 @@
+"""Held-out likelihood of a real table: the MAF suite as published, or any table."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import jax.random as jr
+
+from experiments import density
+from experiments.density import Density
+from experiments.harness import main
+from experiments.spline_flow import train_spline_flow
+from jcnf import evaluate
+from jcnf.data.maf_suite import load_maf_suite
+from jcnf.data.tables import Table, load_table
+from jcnf.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tabular(Density):
+    """A table, the flow that learns it, and the spline flow it is compared with."""
+
+    # one of the MAF suite, whose raw files are in --data: power, gas, hepmass, miniboone, bsds300
+    suite: str | None = None
+    # seconds for a neural spline flow on the same split, a peer (flowjax); 0 for none
+    peer_seconds: float = 0.0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.at_least(0, "peer_seconds")
+        if self.from_run is not None:
+            raise InputError("--from is for experiments.density, which reads these runs too")
+        if self.suite is not None and (self.drop or self.dequantise):
+            raise InputError("--suite has a preprocessing of its own: leave --drop, --dequantise")
+
+
+def run(settings: Tabular) -> None:
+    """Train, measure; then the peer."""
+    assert settings.data is not None  # by `check`
+    if settings.suite is not None:
+        table = load_maf_suite(settings.suite, settings.data)
+    else:
+        table = load_table(
+            settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
+        )
+    peers = peer(settings, table) if settings.peer_seconds else {}
+    density.train_and_measure("tabular", settings, table, peers)
+
+
+def peer(settings: Tabular, table: Table) -> dict[str, float]:
+    """Test NLL, nats, of a neural spline flow on the table, and what it took."""
+    train, val, test = (jnp.asarray(part, float) for part in (table.train, table.val, table.test))
+    trained = train_spline_flow(
+        lambda key, data: data[jr.randint(key, (min(512, len(train)),), 0, len(train))],
+        train,
+        seconds=settings.peer_seconds,
+        seed=settings.seed,
+        val=val,
+    )
+    log_prob = trained.log_prob(test)
+    figures = {
+        "spline_nll": float(-log_prob.mean()),
+        "spline_nll_stderr": evaluate.standard_error(log_prob),
+        "spline_seconds": trained.seconds,
+    }
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return figures
+
+
+if __name__ == "__main__":
+    main(run, Tabular)

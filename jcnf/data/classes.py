@@ -1,0 +1,40 @@
+"""Two moons by class: a conditional density p(x | label) that is known.
+
+The moons are those of `jcnf.data.toys`, which are each other's reflection: the upper is class 0,
+the lower class 1.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jcnf.data import toys
+
+CLASSES = 2
+EXTENT = toys.toy("moons").extent
+# Of a class, in nats, as the toys': the least mean of -log p(x | label) that a model can have.
+ENTROPY = 1.70257015
+_CENTRE = (0.0, 0.3)
+_sample, _density = toys._curve(toys._moon, 80, 0.2, centre=_CENTRE)
+_log_prob = toys._batched(_density)
+
+
+def sample(key: Key[Array, ""], labels: Int[Array, " num"]) -> Float[Array, "num 2"]:
+    """A point of each label's class, (num, 2); consumes `key`."""
+    return _turned(_sample(key, len(labels)), labels)
+
+
+def log_prob(x: Float[Array, "batch 2"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    """log p(x | label) in nats, (batch,)."""
+    return _log_prob(_turned(x, labels))
+
+
+def one_hot(labels: Int[Array, " num"]) -> Float[Array, "num 2"]:
+    """Labels as contexts, (num, 2)."""
+    return jnp.asarray(labels[:, None] == jnp.arange(CLASSES)[None], float)
+
+
+def _turned(x, labels):
+    """The reflection in the centre of the points of class 1."""
+    sign = jnp.where(labels == 1, -1, 1).astype(x.dtype)[:, None]
+    centre = jnp.asarray(_CENTRE, x.dtype)[None]
+    return centre + sign * (x - centre)

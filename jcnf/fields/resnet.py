@@ -1,0 +1,117 @@
+"""The residual network: wide and deep fields that are trained without being solved."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf.fields.activations import Activation, resolve
+from jcnf.fields.layers import Ignore
+
+
+class Block(eqx.Module):
+    """h + V s(W s(h) + U e): one residual block, told the time and the context by e."""
+
+    inner: Ignore  # W
+    condition: Ignore  # U
+    outer: Ignore  # V
+
+    def __init__(self, width: int, condition_size: int, *, key: Key[Array, ""]):
+        inner_key, condition_key, outer_key = jr.split(key, 3)
+        self.inner = Ignore(width, width, key=inner_key)
+        self.condition = Ignore(condition_size, width, key=condition_key)
+        self.outer = Ignore(width, width, key=outer_key)
+
+
+class ResNet(eqx.Module):
+    """v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W x.
+
+    Blocks that pass their input on can be many, and the time may be told apart finely: e(t, c) is
+    (t, sin pi t, cos pi t, ..., sin F pi t, cos F pi t, c). Its divergence
+    takes one product with each layer a dimension, which suits a field that is trained by flow
+    matching and scored now and then.
+
+    **Arguments:**
+
+    - `dim`: dimension of x.
+    - `width`: of the hidden layers.
+    - `blocks`: how many, each of two layers.
+    - `activation`: as in `jcnf.fields.MLP`.
+    - `frequencies`: F; 0 for the bare time.
+    - `context_dim`: size of the conditioning vector c; 0 for none.
+    - `key`: consumed once, for the initial weights. Those of R are 0, so that at first v = 0.
+
+    **Raises:** `ValueError` for an unknown activation, and for sizes that are too small.
+    """
+
+    entry: Ignore
+    blocks: tuple[Block, ...]
+    readout: Ignore
+    dim: int = eqx.field(static=True)
+    context_dim: int = eqx.field(static=True)
+    frequencies: int = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 128,
+        blocks: int = 2,
+        *,
+        activation: str | Callable = "silu",
+        frequencies: int = 0,
+        context_dim: int = 0,
+        key: Key[Array, ""],
+    ):
+        if min(dim, width, blocks) < 1 or min(frequencies, context_dim) < 0:
+            raise ValueError(
+                "dim, width and blocks must be at least 1, frequencies and context_dim at least 0; "
+                f"got dim={dim}, width={width}, blocks={blocks}, frequencies={frequencies}, "
+                f"context_dim={context_dim}"
+            )
+        self.dim = dim
+        self.context_dim = context_dim
+        self.frequencies = frequencies
+        self.activation = resolve(activation)
+        entry_key, readout_key, *keys = jr.split(key, 2 + blocks)
+        conditions = 1 + 2 * frequencies + context_dim
+        self.entry = Ignore(dim, width, key=entry_key)
+        self.blocks = tuple(Block(width, conditions, key=k) for k in keys)
+        readout = Ignore(width, dim, key=readout_key)
+        self.readout = eqx.tree_at(lambda r: r.weight, readout, jnp.zeros_like(readout.weight))
+
+    def _push(self, t, x, context, columns):
+        """The velocity, and the products of its Jacobian with `columns` (k, dim), as rows."""
+        angles = jnp.asarray(np.pi * np.arange(1, self.frequencies + 1), t.dtype) * t
+        condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
+        if context is not None:
+            condition = jnp.concatenate([condition, context])
+        h, pushed = self.entry(t, x), columns @ self.entry.weight.T
+        for block in self.blocks:
+            a, slope = self.activation(h)
+            b, inner_slope = self.activation(block.inner(t, a) + block.condition(t, condition))
+            h = h + block.outer(t, b)
+            inner = inner_slope[None] * ((slope[None] * pushed) @ block.inner.weight.T)
+            pushed = pushed + inner @ block.outer.weight.T
+        a, slope = self.activation(h)
+        return self.readout(t, a), (slope[None] * pushed) @ self.readout.weight.T
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        return self._push(t, x, context, jnp.zeros((0, self.dim), x.dtype))[0]
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and tr(dv/dx), exactly: `dim` products with each layer.
+
+        The slopes are had with the activations and once for all columns, for which forward mode
+        takes longer.
+        """
+        v, jacobian = self._push(t, x, context, jnp.eye(self.dim, dtype=x.dtype))
+        return v, jnp.trace(jacobian)

@@ -1,0 +1,11 @@
+"""What is minimised: `objective(flow, batch, key, ...) -> (loss, metrics)`, scalars.
+
+`metrics` may have "failed", true where a solve failed and the loss is not to be trained upon. A new
+objective is one function of that form; `functools.partial` binds its settings.
+"""
+
+from jcnf.objectives.likelihood import RESERVED as RESERVED
+from jcnf.objectives.likelihood import likelihood as likelihood
+from jcnf.objectives.matching import flow_matching as flow_matching
+from jcnf.objectives.matching import rectified as rectified
+from jcnf.objectives.mixed import mixed as mixed

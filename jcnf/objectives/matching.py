@@ -1,0 +1,79 @@
+"""Flow matching: a field learns its velocity from paths drawn at random, and nothing is solved."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf import couplings, paths, times
+from jcnf.flow import CNF, check_batch
+
+
+def flow_matching(
+    flow: CNF,
+    x: Float[Array, "batch dim"],
+    key: Key[Array, ""],
+    *,
+    context: Float[Array, "batch context"] | None = None,
+    path: paths.Path = paths.linear,
+    coupling: couplings.Coupling = couplings.independent,
+    time: times.Times = times.lattice,
+    drop_context: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean of |v(t, x_t, c) - dx_t/dt|^2, x_t on a path from a base sample to the data point x.
+
+    Its minimiser carries the base to the data as likelihood's does (Lipman et al. 2023, theorem 2;
+    Albergo & Vanden-Eijnden 2023; Liu et al. 2023), so that `log_prob` and `sample` are those of
+    any flow. The loss is a sum over coordinates and has an unknown positive minimum, unlike nats.
+
+    `path`, `coupling` and `time` are functions as in `jcnf.paths`, `jcnf.couplings` and
+    `jcnf.times`. With `drop_context` p > 0 each context is 0 with probability p, as guidance needs
+    (`jcnf.fields.Guided`). `key` is consumed once. The metrics are "matching", the loss.
+
+    **Raises:** `ValueError` for bad shapes, a path that returns another shape than x, and a
+    `drop_context` not in [0, 1) or without a context.
+    """
+    check_batch(flow, x, context)
+    base_key, coupling_key, drop_key, key = jr.split(key, 4)
+    x0 = flow.base.sample(base_key, len(x), x.dtype)
+    x0 = x0[coupling(coupling_key, x0, x, context)]
+    if drop_context:
+        if context is None or not 0 < drop_context < 1:
+            raise ValueError(f"drop_context must be in [0, 1), of a context; got {drop_context}")
+        kept = jr.bernoulli(drop_key, 1 - drop_context, (len(x), 1))
+        context = jnp.where(kept, context, 0)
+    return _match(flow, x0, x, key, context, path, time)
+
+
+def rectified(
+    flow: CNF,
+    pairs: tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]],
+    key: Key[Array, ""],
+    *,
+    context: Float[Array, "batch context"] | None = None,
+    time: times.Times = times.lattice,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Flow matching along straight lines between given `pairs` (x0, x1): reflow (Liu et al. 2023).
+
+    With pairs that a trained flow joins (`jcnf.evaluate.draw` gives them), the new flow has the
+    same ends and straighter paths, which a few Euler steps follow. `key` is consumed once.
+
+    **Raises:** `ValueError` for bad shapes.
+    """
+    x0, x1 = pairs
+    for end in pairs:
+        check_batch(flow, end, context)
+    return _match(flow, x0, x1, key, context, paths.linear, time)
+
+
+def _match(flow, x0, x1, key, context, path, time):
+    time_key, noise_key = jr.split(key)
+    s = time(time_key, len(x1)).astype(x1.dtype)
+    z = jr.normal(noise_key, x1.shape, x1.dtype)
+    x, u = jax.vmap(lambda *args: paths.velocity(path, *args))(s, x0, x1, z)
+    if x.shape != x1.shape:
+        raise ValueError(f"the path must give points of shape {x1.shape}; got {x.shape}")
+    # The field's time runs to t1: dx/dt = dx/ds / t1.
+    v = jax.vmap(flow.field)(flow.t1 * s, x, context)
+    loss = jnp.mean(jnp.sum((v - u / flow.t1) ** 2, axis=-1))
+    return loss, {"matching": loss}

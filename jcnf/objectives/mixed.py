@@ -1,0 +1,43 @@
+"""Several objectives at once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf.flow import CNF
+
+
+def mixed(
+    flow: CNF,
+    x: Any,
+    key: Key[Array, ""],
+    *,
+    weights: Mapping[Callable, float],
+    **settings: Any,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The weighted sum of objectives on one batch: flow matching together with likelihood, say.
+
+    `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
+    all. `key` is split among them. The metrics are those of all; "failed" where any failed.
+
+    **Raises:** `ValueError` for no objectives, and where two have a metric of one name.
+    """
+    if not weights:
+        raise ValueError("mixed needs objectives: give weights={objective: weight}")
+    loss, metrics = jnp.zeros(()), {}
+    for key_of, (objective, weight) in zip(
+        jr.split(key, len(weights)), weights.items(), strict=True
+    ):
+        value, more = objective(flow, x, key_of, **settings)
+        twice = (metrics.keys() & more.keys()) - {"failed"}
+        if twice:
+            raise ValueError(
+                f"two objectives have a metric of one name: {', '.join(sorted(twice))}"
+            )
+        if "failed" in metrics and "failed" in more:
+            more = more | {"failed": metrics["failed"] | more["failed"]}
+        loss, metrics = loss + weight * value, metrics | more
+    return loss, metrics

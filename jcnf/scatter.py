@@ -1,0 +1,39 @@
+"""Points of several classes side by side, for conditional flows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf import _canvas as c
+from jcnf._canvas import WIDTH, Figure
+
+
+@c.styled
+def by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: float) -> Figure:
+    """Show each cloud, (title, points (batch, 2), classes (batch,)), in a panel of [-half, half]^2.
+
+    A colour for each class; titles count the points that are dropped or outside.
+    """
+    if not clouds:
+        raise ValueError("expected at least one cloud of points")
+    figure = c.new_figure(WIDTH, WIDTH / len(clouds) + 0.75, "compressed")
+    axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
+    box = np.array([[-half, -half], [half, half]])
+    for ax, (title, points, classes) in zip(axes, clouds, strict=True):
+        x, classes = c.array(points, "points", "(batch, 2)", 2), np.asarray(classes)
+        if classes.shape != x.shape[:1]:
+            raise ValueError(f"expected classes of shape {x.shape[:1]}; got {classes.shape}")
+        for label in np.unique(classes):
+            kept = c.thin(c.finite(x[classes == label]), c.MAX_DOTS)
+            ax.scatter(*kept.T, s=2, lw=0, alpha=0.6, color=f"C{label}", label=f"class {label}")
+        notes = c.notes("points", len(x), c.finite(x), *box)
+        ax.set_title("\n".join([title, *notes]), fontsize=8)
+        ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$")
+    axes[0].set_ylabel("$x_2$")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=3
+    )
+    return figure
