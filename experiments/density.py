@@ -4,9 +4,8 @@ With --context, the density of the other columns given these.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
@@ -66,11 +65,15 @@ class Density(FlowSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        if (self.data is None) == (self.from_run is None):
+        if self.needs_data() == (self.data is None):
             raise InputError("give --data PATH to train, or --from RUN_DIR to use a trained run")
         self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
         if self.from_run is not None and self.score is None and self.samples is None:
             raise InputError("--from needs --score PATH or --samples N: say what is wanted")
+
+    def needs_data(self) -> bool:
+        """Whether a table has to be named."""
+        return self.from_run is None
 
 
 class Columns(NamedTuple):
@@ -192,11 +195,14 @@ def sample_rows(
 
 
 def train_and_measure(
-    name: str, settings: Density, table: Table, peers: Mapping[str, float] = MappingProxyType({})
+    name: str,
+    settings: Density,
+    table: Table,
+    peers: Callable[[], dict[str, float]] = dict,
 ) -> None:
     """Train on the table's training part, keep the best of validation, measure on the test.
 
-    `peers` are figures of other models, to stand beside.
+    `peers()` gives figures of other models, to stand beside.
     """
     columns = Columns.of(table.scale, settings.context)
     scale = columns.modelled
@@ -252,7 +258,7 @@ def train_and_measure(
         "test_nll_original": scores.nll + scale.log_scale,
         "gaussian_nll": gaussian_nll,
         "val_nll": fitted.val_nll,
-        **peers,
+        **peers(),
     }
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
     draw_figures(run_dir, settings, flow, table, samples, scores.nll)

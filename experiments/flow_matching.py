@@ -25,9 +25,8 @@ from jcnf.data.toys import Toy, toy
 from jcnf.errors import InputError
 
 MMD_POINTS = 5000
-GROWTH = (
-    1.6  # an average step of likelihood over one at first: a trained flow takes longer to solve
-)
+# An average step of likelihood over one at first: a trained flow takes longer to solve.
+GROWTH = 3.0
 FINETUNE_SHARE = 0.4  # of the budget, by likelihood after flow matching
 
 # What a way to train changes in the settings of its first part.

@@ -1,6 +1,7 @@
 """Held-out likelihood of a real table: the MAF suite as published, or any table."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,22 +11,28 @@ from experiments.density import Density
 from experiments.harness import main
 from experiments.spline_flow import train_spline_flow
 from jcnf import evaluate
+from jcnf.data.digits import load_digits_table
 from jcnf.data.maf_suite import load_maf_suite
 from jcnf.data.tables import Table, load_table
 from jcnf.errors import InputError
+
+DIGITS = "digits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tabular(Density):
     """A table, the flow that learns it, and the spline flow it is compared with."""
 
-    # one of the MAF suite, whose raw files are in --data: power, gas, hepmass, miniboone, bsds300
+    # digits (scikit-learn's, 8x8), or one of the MAF suite, whose raw files are in --data: power,
+    # gas, hepmass, miniboone, bsds300
     suite: str | None = None
     # seconds for a neural spline flow on the same split, a peer (flowjax); 0 for none
     peer_seconds: float = 0.0
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
+        if self.suite == DIGITS and self.data is not None:
+            raise InputError("--suite digits comes with scikit-learn: leave out --data")
         super().check()
         self.at_least(0, "peer_seconds")
         if self.from_run is not None:
@@ -33,18 +40,28 @@ class Tabular(Density):
         if self.suite is not None and (self.drop or self.dequantise):
             raise InputError("--suite has a preprocessing of its own: leave --drop, --dequantise")
 
+    def needs_data(self) -> bool:
+        """Whether a table has to be named."""
+        return self.suite != DIGITS
+
 
 def run(settings: Tabular) -> None:
     """Train, measure; then the peer."""
+    table = load(settings)
+    peers = functools.partial(peer, settings, table) if settings.peer_seconds else dict
+    density.train_and_measure("tabular", settings, table, peers)
+
+
+def load(settings: Tabular) -> Table:
+    """The table, in its three parts."""
+    if settings.suite == DIGITS:
+        return load_digits_table()
     assert settings.data is not None  # by `check`
     if settings.suite is not None:
-        table = load_maf_suite(settings.suite, settings.data)
-    else:
-        table = load_table(
-            settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
-        )
-    peers = peer(settings, table) if settings.peer_seconds else {}
-    density.train_and_measure("tabular", settings, table, peers)
+        return load_maf_suite(settings.suite, settings.data)
+    return load_table(
+        settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
+    )
 
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:
@@ -58,13 +75,11 @@ def peer(settings: Tabular, table: Table) -> dict[str, float]:
         val=val,
     )
     log_prob = trained.log_prob(test)
-    figures = {
+    return {
         "spline_nll": float(-log_prob.mean()),
         "spline_nll_stderr": evaluate.standard_error(log_prob),
         "spline_seconds": trained.seconds,
     }
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return figures
 
 
 if __name__ == "__main__":

@@ -136,3 +136,34 @@ def test_a_context_of_another_length_is_refused(unchecked):
 def test_gaussian_of_a_singular_covariance_has_no_density():
     x = np.random.default_rng(0).normal(size=(50, 2))
     assert np.isnan(evaluate.gaussian_nll(x[:, [0, 1, 0]], x[:, [0, 1, 0]]))
+
+
+def gaussians(seed, n, shift=0.0):
+    return np.random.default_rng(seed).normal([shift, 0.0], 1.0, (n, 2))
+
+
+def test_mmd_is_that_of_its_definition():
+    x, y = gaussians(0, 30), gaussians(1, 40, 0.5)
+    distances = ((y[:, None] - y[None]) ** 2).sum(-1)
+    median = np.median(distances)
+
+    def mean_kernel(a, b):
+        d = ((a[:, None] - b[None]) ** 2).sum(-1) / median
+        return np.mean([np.exp(-d / (2 * s**2)) for s in (0.25, 0.5, 1, 2, 4)])
+
+    square = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    assert evaluate.mmd(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(square**0.5, rel=1e-9)
+
+
+def test_mmd_grows_with_the_shift_above_its_floor():
+    y = jnp.asarray(gaussians(0, 1000))
+    floor, near, far = (
+        evaluate.mmd(jnp.asarray(gaussians(1, 1000, shift)), y) for shift in (0.0, 0.3, 1.0)
+    )
+    assert floor < (2 / 1000) ** 0.5 < near < far
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (1, 2)])
+def test_mmd_refuses_what_is_no_pair_of_samples(shape, unchecked):
+    with pytest.raises(ValueError, match="expected two samples"):
+        evaluate.mmd(jnp.zeros(shape), jnp.zeros((5, 2)))

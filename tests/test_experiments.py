@@ -13,6 +13,7 @@ import pytest
 
 SMALL = ["--widths", "8", "--batch", "32", "--validate-every", "4", "--log-every", "2"]
 SMALL += ["--checkpoint-every", "4"]
+FEW = ["--test-points", "50", "--widths", "8", "--batch", "16"]
 
 
 def command(name, *words):
@@ -110,6 +111,38 @@ def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
     again = run("density", "--from", density_run, "--score", table, "--out", tmp_path)
     assert again.returncode == 2
     assert "log_prob.csv exists" in again.stderr
+
+
+def test_density_given_a_column_scores_and_samples_the_others(table, tmp_path):
+    out = tmp_path / "run"
+    words = ["--data", table, "--out", out, "--context", "a", "2", "--finetune-steps", 2]
+    done = run("density", *words, "--steps", 200, "--warmup", 0, *SMALL)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    metrics = summary["metrics"]
+    x = np.loadtxt(table, delimiter=",", skiprows=1)
+    # A density of c alone: of one column, in its units.
+    assert metrics["test_nll_original"] - metrics["test_nll"] == pytest.approx(
+        np.log(x[:, 2].std()), abs=0.2
+    )
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [("matching" in r, "nll" in r) for r in records[-2:]] == [(True, False), (False, True)]
+    samples = np.loadtxt(out / "samples.csv", delimiter=",", skiprows=1)
+    # The given columns are those of test rows.
+    known = {tuple(row) for row in np.round(x[:, :2], 2)}
+    assert {tuple(row) for row in np.round(samples[:50, :2], 2)} <= known
+
+    again = tmp_path / "again"
+    words = ["--from", out, "--score", table, "--samples", 3, "--out", again]
+    refused = run("density", *words)
+    assert refused.returncode == 2
+    assert "--given" in refused.stderr
+    (tmp_path / "given.csv").write_text("a,b\n100,50\n-80,7\n")
+    done = run("density", *words, "--given", tmp_path / "given.csv")
+    assert done.returncode == 0, done.stderr
+    drawn = np.loadtxt(again / "samples.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(drawn[:, :2], [[100, 50], [-80, 7], [100, 50]], rtol=1e-4)
+    assert np.loadtxt(again / "log_prob.csv", skiprows=1).shape == (600,)
 
 
 BAD = {
@@ -274,6 +307,17 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
             ["--steps", 2, "--dim", 3, "--points", 4, "--draws", 3, "--time-dims", 5],
             "variance",
         ),
+        (
+            "flow_matching",
+            ["--budgets", 0.1, 0.2, *FEW],
+            "gaps",
+        ),
+        (
+            "reflow",
+            ["--steps", 20, "--reflow-steps", 20, "--pairs", 50, "--mmd-points", 50, *FEW],
+            "mmd",
+        ),
+        ("conditional", ["--steps", 10, "--test-points", 20, *SMALL], "guidance"),
     ],
 )
 def test_measurements_run_and_draw(tmp_path, name, settings, figure):
@@ -281,3 +325,72 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "figures" / f"{figure}.png").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["experiment"] == name
+
+
+@pytest.mark.slow
+def test_a_table_of_the_suite_is_measured_and_read_by_density(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "miniboone").mkdir()
+    np.save(tmp_path / "miniboone" / "data.npy", rng.normal(size=(2000, 43)))
+    out = tmp_path / "run"
+    words = ["--suite", "miniboone", "--data", tmp_path, "--out", out, "--steps", 10, *SMALL]
+    done = run("tabular", *words)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "summary.json").read_text())["metrics"]
+    assert metrics["gaussian_nll"] < metrics["test_nll"] + 1
+    done = run("density", "--from", out, "--samples", 5, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_digits_are_dequantised_and_split_for_good():
+    from jcnf.data.digits import load_digits_table
+
+    table, again = load_digits_table(), load_digits_table()
+    assert [len(p) for p in (table.train, table.val, table.test)] == [1079, 119, 599]
+    np.testing.assert_array_equal(table.test, again.test)
+    levels = 17 * table.scale.unstandardize(table.test)
+    assert (levels > -1e-5).all()
+    assert (levels < 17).all()
+    np.testing.assert_allclose(table.train.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(table.train.std(axis=0), 1, atol=1e-4)
+    noise = levels % 1
+    assert 0.45 < noise.mean() < 0.55
+
+
+@pytest.mark.slow
+def test_killed_between_stages_ends_bit_for_bit_the_same(tmp_path):
+    words = ["--steps", 30, "--finetune-steps", 30, "--test-points", 100, *SMALL]
+    whole = run("toy2d", "--out", tmp_path / "whole", *words)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("toy2d", "--out", killed, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = killed / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 20):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    resumed = run("toy2d", "--out", killed, "--resume", *words)
+    assert resumed.returncode == 0, resumed.stderr
+    flows = [
+        (p / "flow.jcnf").read_bytes().split(b"\n", 1)[1] for p in (tmp_path / "whole", killed)
+    ]
+    assert flows[0] == flows[1]
+
+
+def test_a_part_of_training_ends_early_and_the_next_goes_on(tmp_path):
+    """A rate that blows up: no validation after the first few is a new best."""
+    words = ["--steps", 400, "--patience", 2, "--finetune-steps", 4, "--learning-rate", 1.0]
+    out = tmp_path / "run"
+    done = run("toy2d", "--out", out, *words, "--warmup", 0, "--test-points", 100, *SMALL)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    matching = [r for r in records if "matching" in r]
+    assert matching[-1]["step"] < 400
+    nlls = [r["val_nll"] for r in matching if "val_nll" in r]
+    assert min(n for n in nlls[-2:]) >= min(nlls)
+    assert [r["step"] for r in records if "nll" in r][-1] == matching[-1]["step"] + 4

@@ -688,3 +688,21 @@ def test_rows_of_other_columns(tmp_path):
     path = saved(tmp_path, X)
     with fails("no column a", "the 2 columns a, c", "the 3 x1, x2, x3", path=path):
         read_rows(path, ["a", "c"])
+
+
+def test_columns_are_taken_with_their_scale(tmp_path):
+    path = tmp_path / "table.csv"
+    x = np.random.default_rng(0).normal([1.0, 5.0, -3.0], [1.0, 2.0, 0.5], (100, 3))
+    np.savetxt(path, x, delimiter=",", header="a,b,c", comments="")
+    table = load_table(path)
+    places = table.scale.positions(["c", "1"])
+    assert places == [0, 2]
+    part = table.take(places)
+    assert part.scale.columns == ("a", "c")
+    np.testing.assert_array_equal(part.test, table.test[:, [0, 2]])
+    np.testing.assert_allclose(
+        part.scale.unstandardize(part.train), table.scale.unstandardize(table.train)[:, [0, 2]]
+    )
+    for wanted, said in ((["q"], "no column q; there are a, b, c"), (["a", 1], "named twice")):
+        with pytest.raises(InputError, match=said):
+            table.scale.positions(wanted)
