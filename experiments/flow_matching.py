@@ -89,7 +89,9 @@ def run(settings: FlowMatching) -> None:
     curves = {way: (curve(way, "seconds"), curve(way, "nll_gap")) for way in settings.ways}
     panel = Panel(settings.data, "training seconds", "gap (nats)", curves)
     run_dir.save_figures(gaps=scaling([panel]))
-    run_dir.finish({key: value["nll_gap"] for key, value in results.items()}, results, {})
+    run_dir.write_json("results.json", results)
+    gaps = {f"nll_gap_{name}": figures["nll_gap"] for name, figures in results.items()}
+    run_dir.finish(gaps, {}, {name: figures["seconds"] for name, figures in results.items()})
 
 
 Measure = Callable[[float, Any], tuple[np.ndarray, dict[str, float]]]
