@@ -191,9 +191,6 @@ def measure_matching(case: Case, rounds: int) -> dict[str, float]:
     params, static = train.partition(case.flow)
     batch, per_dispatch = case.x[:MATCHING_BATCH], 50
 
-    def draw_batch(key, data):
-        return data[jr.randint(key, (MATCHING_BATCH,), 0, len(data))]
-
     def loss(params, x, t):
         v = jax.vmap(eqx.combine(params, static).field)(t, x)
         return jnp.mean(jnp.sum((v - batch) ** 2, axis=-1))
@@ -208,7 +205,9 @@ def measure_matching(case: Case, rounds: int) -> dict[str, float]:
         return jax.lax.fori_loop(0, per_dispatch, body, (params, jnp.zeros(())))
 
     t = jr.uniform(jr.key(6), (MATCHING_BATCH,))
-    steps = train.make_run(case.flow, objectives.flow_matching, draw_batch, optimizer)
+    steps = train.make_run(
+        case.flow, objectives.flow_matching, train.draw_rows(MATCHING_BATCH), optimizer
+    )
     state = train.init(case.flow, optimizer)
     state, _ = steps(state, case.x, jr.key(7), per_dispatch)
     jax.block_until_ready(passes(params, batch, t))

@@ -1,6 +1,7 @@
 """Learn p(x | class) of two moons, and sample it with classifier-free guidance."""
 
 import dataclasses
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,16 +11,17 @@ import numpy as np
 from experiments.harness import main
 from experiments.loop import fit
 from experiments.rundir import RunDir
-from experiments.settings import FlowSettings
+from experiments.settings import FitSettings
 from experiments.toy2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, plot, scatter
 from jcnf.data import classes
+from jcnf.errors import InputError
 
 SHOWN = 2000  # samples of each class in the picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conditional(FlowSettings):
+class Conditional(FitSettings):
     """Two moons by class, and the conditional flow that learns them."""
 
     # fresh points of each class for the held-out NLL
@@ -34,13 +36,20 @@ class Conditional(FlowSettings):
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(2, "test_points")
+        if not all(math.isfinite(scale) for scale in self.guidance):
+            raise InputError("--guidance must be finite numbers")
+        if not self.drop_context and set(self.guidance) - {1.0}:
+            raise InputError(
+                "guidance needs a flow that knows what to do without the class: give "
+                "--drop-context with --objective flow_matching, or --guidance 1"
+            )
         self.check_objective(dim=2, context_dim=classes.CLASSES)
 
 
 def run(settings: Conditional) -> None:
     """Train, measure on fresh points of each class, draw guided samples."""
     run_dir = RunDir("conditional", settings, resume=settings.resume)
-    val_key, test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 3)
+    val_key, test_key, sample_key, data_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
 
     def labelled(key, num):
         label_key, point_key = jr.split(key)
@@ -96,10 +105,10 @@ def run(settings: Conditional) -> None:
             guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
         )
         clouds.append((f"guidance {scale:g}", paths.x[-1], np.asarray(shown)))
-    clouds.insert(0, ("data", np.asarray(classes.sample(sample_key, shown)), np.asarray(shown)))
+    clouds.insert(0, ("data", np.asarray(classes.sample(data_key, shown)), np.asarray(shown)))
     run_dir.save_figures(
         guidance=scatter.by_class(clouds, classes.EXTENT),
-        training=plot.training_curves(fitted.records, loss_units="loss"),
+        training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
     run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())

@@ -18,8 +18,8 @@ from experiments.figures import plane
 from experiments.harness import main
 from experiments.loop import fit
 from experiments.rundir import RunDir, load_flow
-from experiments.settings import FlowSettings
-from jcnf import CNF, evaluate, plot
+from experiments.settings import FitSettings
+from jcnf import CNF, evaluate, plot, train
 from jcnf.data.tables import Standardizer, Table, load_table, read_rows, write_rows
 from jcnf.errors import InputError
 
@@ -28,7 +28,7 @@ SCORES = "log_prob.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Density(FlowSettings):
+class Density(FitSettings):
     """A table, the flow that learns it, and what is wanted of it."""
 
     # the table: .csv, .csv.gz, .npy, or .npz (arrays train, val and test keep their split)
@@ -36,6 +36,7 @@ class Density(FlowSettings):
     # columns to leave out, by name or number
     drop: tuple[str, ...] = ()
     # columns that are given, by name or number (after --drop): the density is that of the others
+    # (numbers all: give classes as columns of zeros and ones)
     context: tuple[str, ...] = ()
     # add uniform noise of one step to columns whose values repeat
     dequantise: bool = False
@@ -70,6 +71,12 @@ class Density(FlowSettings):
         self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
         if self.from_run is not None and self.score is None and self.samples is None:
             raise InputError("--from needs --score PATH or --samples N: say what is wanted")
+        if self.from_run is not None and (self.context or self.drop or self.dequantise):
+            raise InputError("--from has its columns from the run: leave --context, --drop, ...")
+        if self.from_run is not None and self.given is not None and self.samples is None:
+            raise InputError("--given is for samples: add --samples N")
+        if self.drop_context:
+            raise InputError("--drop-context is for guidance, which tables have none of: leave it")
 
     def needs_data(self) -> bool:
         """Whether a table has to be named."""
@@ -191,6 +198,8 @@ def sample_rows(
     rows = columns.scale.unstandardize(columns.join(drawn.x[-1], given))
     write_rows(out / SAMPLES, rows, columns.scale.columns)
     print(f"{out / SAMPLES}: {count} samples")
+    if drawn.failures:
+        print(f"warning: the solve failed for {drawn.failures} samples: nan in {SAMPLES}")
     return rows
 
 
@@ -206,7 +215,6 @@ def train_and_measure(
     """
     columns = Columns.of(table.scale, settings.context)
     scale = columns.modelled
-    rows = len(table.train)
     settings.check_objective(len(columns.places), len(columns.given))
     # Read before training: a table that cannot be scored is better known now.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
@@ -223,19 +231,12 @@ def train_and_measure(
     evenly = np.linspace(0, len(table.val) - 1, count).astype(int)
     validation, val_context = columns.split(table.val[evenly])
     solve, quick = settings.make_test_solve(), settings.make_validation_solve()
-    data = columns.split(table.train)
-
-    def draw_batch(key, data):
-        index = jr.randint(key, (settings.batch,), 0, rows)
-        x, context = data
-        return x[index] if context is None else (x[index], context[index])
-
     fitted = fit(
         run_dir,
         settings,
         settings.make_flow(len(columns.places), len(columns.given)),
-        draw_batch=draw_batch,
-        data=data,
+        draw_batch=train.draw_rows(settings.batch),
+        data=columns.split(table.train),
         validate=lambda flow: (
             evaluate.score(flow, validation, context=val_context, solve=quick).nll
         ),
@@ -262,7 +263,9 @@ def train_and_measure(
     }
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
     draw_figures(run_dir, settings, flow, table, samples, scores.nll)
-    run_dir.save_figures(training=plot.training_curves(fitted.records))
+    run_dir.save_figures(
+        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+    )
     run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *certificate.warnings()])
 
 

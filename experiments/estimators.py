@@ -100,7 +100,9 @@ def subject(settings: Estimators) -> tuple[CNF, Array]:
     """The flow measured, and its points at the end of the data."""
     key = jr.fold_in(jr.key(settings.seed), 2)
     if settings.from_run is not None:
-        flow, _, _ = load_flow(settings.from_run, Density)
+        flow, _, notes = load_flow(settings.from_run, Density)
+        if notes["context_dim"]:
+            raise InputError(f"{settings.from_run} is a density with a --context: give another")
         return flow, jnp.asarray(evaluate.draw(flow, key, settings.points).x[-1])
     draw = mixture(settings.dim)
     field = fields.MLP(settings.dim, (128, 128), time="concat", key=jr.key(settings.seed))

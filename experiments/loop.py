@@ -13,7 +13,8 @@ import jax.random as jr
 from tqdm import tqdm
 
 from experiments.rundir import MetricsLog, RunDir, read_jsonl
-from experiments.settings import FlowSettings
+from experiments.settings import FitSettings
+from experiments.stages import compiled, next_state
 from jcnf import CNF, checkpoint, train
 from jcnf.errors import InputError
 
@@ -32,7 +33,7 @@ class Fitted(NamedTuple):
 
 def fit(
     run: RunDir,
-    settings: FlowSettings,
+    settings: FitSettings,
     flow: CNF,
     draw_batch: train.DrawBatch,
     data: Any,
@@ -65,12 +66,13 @@ def fit(
     total = sum(stage.steps for stage in stages)
     with tqdm(total=total, initial=int(state.step), unit="step", dynamic_ncols=True) as bar:
         while True:
-            stage, step, stuck = stages[place.stage], int(state.step), 0
+            stage, step = stages[place.stage], int(state.step)
             end = step if place.over(settings.patience) else place.first_step + stage.steps
             if step == end:
                 break
-            run_steps, seconds = _compiled(flow, stage, draw_batch, settings, (state, data, key))
-            compile_s += seconds
+            tic = time.perf_counter()
+            run_steps = compiled(flow, stage, draw_batch, state, data)
+            compile_s += time.perf_counter() - tic
             while step < end:
                 # One dispatch to the next step at which anything happens on the host.
                 until = min(end, *(step - step % n + n for n in events))
@@ -80,8 +82,7 @@ def fit(
                 seconds = time.perf_counter() - tic
                 record["step_ms"] = 1e3 * seconds / (until - step)
                 place.train_s += seconds
-                # Steps since an update was applied.
-                stuck = stuck + until - step if record["skipped"] == until - step else 0
+                place.stuck = place.stuck + until - step if record["skipped"] == until - step else 0
                 bar.update(until - step)
                 bar.set_postfix_str(_shown(record, state))
                 step = until
@@ -92,14 +93,14 @@ def fit(
                     if place.over(settings.patience):
                         end = step
                 log.add({"step": step, **record, "train_s": place.train_s})
-                if step == end or stuck >= STUCK or step % settings.checkpoint_every == 0:
+                if step == end or place.stuck >= STUCK or step % settings.checkpoint_every == 0:
                     if step == end and place.stage + 1 < len(stages):
                         place.stage, place.first_step, place.worse = place.stage + 1, step, 0
-                        state = _next(state, best, stages[place.stage].optimizer)
+                        state = next_state(state, best, stages[place.stage])
                     checkpoint.save(run.checkpoint, (state, best), dataclasses.asdict(place))
-                if stuck >= STUCK:
+                if place.stuck >= STUCK:
                     raise InputError(
-                        f"no update could be applied in the last {stuck} steps: their solves "
+                        f"no update could be applied in the last {place.stuck} steps: their solves "
                         "failed, or their gradients were not finite. Start anew with a smaller "
                         "--learning-rate or --clip, a larger --max-steps, or looser --rtol and "
                         f"--atol; {run.path} keeps the state and the log up to here"
@@ -127,41 +128,22 @@ class _Place:
     stage: int = 0  # number of the part of training
     first_step: int = 0  # steps taken before it
     worse: int = 0  # validations of it without a new best
+    stuck: int = 0  # steps since an update was applied
     best_nll: float | None = None  # lowest of all validations, nats; None before any was finite
     train_s: float = 0.0
 
     def improved_by(self, nll: float) -> bool:
-        """Note a validation; whether it is the best. One that failed is beaten by any other."""
-        better = self.best_nll is None or nll < self.best_nll
-        self.worse = 0 if better else self.worse + 1
-        if better and math.isfinite(nll):
-            self.best_nll = nll
-        return better
+        """Note a validation; whether its parameters are to be kept: any, until one is finite."""
+        first, finite = self.best_nll is None, math.isfinite(nll)
+        if finite and (self.best_nll is None or nll < self.best_nll):
+            self.best_nll, self.worse = nll, 0
+            return True
+        self.worse += 1
+        return first
 
     def over(self, patience: int) -> bool:
         """Whether the stage ends early: after `patience` validations without a new best."""
         return 0 < patience <= self.worse
-
-
-def _compiled(flow, stage, draw_batch, settings, args):
-    """The program of a stage for `args`, and the seconds it took to compile."""
-    start = time.perf_counter()
-    program = train.make_run(
-        flow,
-        stage.objective,
-        draw_batch,
-        stage.optimizer,
-        average=settings.average,
-        differentiate=stage.differentiate,
-    )
-    return program.lower(*args, 0).compile(), time.perf_counter() - start
-
-
-def _next(state, best, optimizer):
-    """The state that a new stage starts from: the best parameters, and a fresh optimiser."""
-    params, average = (jax.tree.map(jnp.copy, best) for _ in range(2))
-    opt_state = jax.tree.map(jnp.copy, optimizer.init(best))
-    return train.TrainState(params, average, opt_state, step=state.step, skipped=state.skipped)
 
 
 def _shown(record, state):

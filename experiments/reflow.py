@@ -1,20 +1,22 @@
-"""Straighten a flow: train by flow matching, join base and data by it, train on these pairs.
+"""Straighten a flow: join base and data by a trained one, and train on these pairs.
 
 Rectified flow (Liu et al. 2023): how many Euler steps it takes to sample, before and after.
 """
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import tyro
 
 from experiments.harness import main
-from experiments.quick import train_stages
-from experiments.rundir import RunDir
-from experiments.settings import Stage
-from experiments.toy2d import Toy2D
+from experiments.rundir import RunDir, load_flow
+from experiments.stages import Stage, train_stages
+from experiments.toy2d import Toy2D, ToySettings
 from jcnf import CNF, Solve, evaluate, objectives, plot, times, train
 from jcnf.curves import Panel, scaling
 from jcnf.data.toys import toy
@@ -22,11 +24,15 @@ from jcnf.errors import InputError
 
 FRAMES = 21
 PARTICLES = 300
+ENOUGH = 1.5  # times the MMD of two samples of the data: what is as good
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reflow(Toy2D):
-    """A toy, the flow trained on it by flow matching, and its rectification."""
+class Reflow(ToySettings):
+    """A toy, the flow trained on it, and its rectification."""
+
+    # finished run of toy2d on the same --data to rectify; by default a flow is trained here
+    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
 
     # pairs of base and data, by the trained flow
     pairs: int = 50_000
@@ -52,35 +58,39 @@ def run(settings: Reflow) -> None:
     run_dir = RunDir("reflow", settings)
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
     solve = settings.make_test_solve()
-    trained = train_stages(
-        settings.make_flow(2),
-        settings.make_stages(),
-        lambda key, _: density.sample(key, settings.batch),
-        seed=settings.seed,
-    )
-    print(f"trained in {trained.seconds:.1f} s; joining {settings.pairs} pairs")
-    joined = evaluate.draw(trained.flow, keys[0], settings.pairs, solve=solve)
+    original = trained_flow(settings)
+    print(f"joining {settings.pairs} pairs")
+    joined = evaluate.draw(original, keys[0], settings.pairs, solve=solve)
     arrived = ~joined.failed
     pairs = (jnp.asarray(joined.x[0][arrived]), jnp.asarray(joined.x[-1][arrived]))
     optimizer = settings.make_optimizer(settings.reflow_steps, settings.learning_rate)
     objective = functools.partial(objectives.rectified, time=times.TIMES[settings.times])
-    stage = Stage(objective, settings.reflow_steps, optimizer, train.by_reverse_mode)
-
-    def draw_pairs(key, data):
-        index = jr.randint(key, (settings.batch,), 0, len(data[0]))
-        return tuple(part[index] for part in data)
-
-    rectified = train_stages(trained.flow, [stage], draw_pairs, pairs, settings.seed)
+    stage = Stage(
+        objective, settings.reflow_steps, optimizer, train.by_reverse_mode, settings.average
+    )
+    rectified = train_stages(
+        original, [stage], train.draw_rows(settings.batch), pairs, settings.seed
+    )
+    run_dir.save_flow(rectified.flow, {})
 
     fresh = density.sample(keys[1], settings.mmd_points)
     floor = evaluate.mmd(density.sample(keys[2], settings.mmd_points), fresh)
-    flows = {"before": trained.flow, "after": rectified.flow}
-    metrics, series = {"mmd_floor": floor}, {}
+    flows = {"before": original, "after": rectified.flow}
+    metrics, series, failures = {"mmd_floor": floor}, {}, int(joined.failures)
     for name, flow in flows.items():
         z = flow.base.sample(keys[3], settings.mmd_points)
         found = [_euler_mmd(flow, z, n, fresh) for n in settings.euler_steps]
         accurate = evaluate.transport(flow, z, jnp.array([0.0, flow.t1]), solve=solve)
-        metrics[f"mmd_{name}_exact"] = evaluate.mmd(jnp.asarray(accurate.x[-1]), fresh)
+        metrics[f"mmd_{name}_exact"] = _mmd(accurate, fresh)
+        failures += accurate.failures
+        metrics[f"euler_steps_{name}"] = next(
+            (
+                n
+                for n, value in zip(settings.euler_steps, found, strict=True)
+                if value <= ENOUGH * floor
+            ),
+            np.nan,
+        )
         metrics |= {
             f"mmd_{name}_{n}": value for n, value in zip(settings.euler_steps, found, strict=True)
         }
@@ -97,15 +107,40 @@ def run(settings: Reflow) -> None:
         run_dir.save_figures(**{f"paths_{name}": figure})
     panel = Panel(settings.data, "Euler steps", "MMD", series)
     run_dir.save_figures(mmd=scaling([panel]))
-    timing = {"train_s": trained.seconds, "reflow_s": rectified.seconds}
-    run_dir.finish(metrics, {}, timing)
+    timing = {"reflow_s": rectified.seconds}
+    run_dir.finish(metrics, {"solver_failures": failures}, timing)
+
+
+def trained_flow(settings: Reflow) -> CNF:
+    """The flow to rectify: that of --from, or one trained by the settings."""
+    if settings.from_run is not None:
+        flow, trained, _ = load_flow(settings.from_run, Toy2D)
+        if trained.data != settings.data:
+            raise InputError(
+                f"{settings.from_run} has learnt {trained.data}: give --data {trained.data}"
+            )
+        return flow
+    density = toy(settings.data)
+    trained = train_stages(
+        settings.make_flow(2),
+        settings.make_stages(),
+        lambda key, _: density.sample(key, settings.batch),
+        seed=settings.seed,
+    )
+    print(f"trained in {trained.seconds:.1f} s")
+    return trained.flow
 
 
 def _euler_mmd(flow: CNF, z, steps: int, fresh) -> float:
     """MMD of samples by so many Euler steps."""
     solve = Solve(solver="euler", step=flow.t1 / steps, max_steps=steps + 1)
     carried = evaluate.transport(flow, z, jnp.array([0.0, flow.t1]), solve=solve, chunk=len(z))
-    return evaluate.mmd(jnp.asarray(carried.x[-1]), fresh)
+    return _mmd(carried, fresh)
+
+
+def _mmd(carried: evaluate.Transport, fresh) -> float:
+    """MMD of the samples that arrived."""
+    return evaluate.mmd(jnp.asarray(carried.x[-1][~carried.failed]), fresh)
 
 
 if __name__ == "__main__":

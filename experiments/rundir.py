@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from experiments.settings import FlowSettings, RunSettings
+from experiments.settings import FitSettings, RunSettings
 from jcnf import CNF, checkpoint, train
 from jcnf.errors import InputError
 
@@ -21,7 +21,7 @@ from jcnf.errors import InputError
 FREE = ("out", "resume")
 
 
-S = TypeVar("S", bound=FlowSettings)
+S = TypeVar("S", bound=FitSettings)
 
 
 class RunDir:

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +17,7 @@ import jax.random as jr
 import optax
 
 from experiments.fields import FIELDS
+from experiments.stages import Stage
 from jcnf import (
     CNF,
     Exact,
@@ -36,14 +37,7 @@ from jcnf import (
 from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
 
-
-class Stage(NamedTuple):
-    """A part of training, with an optimiser of its own."""
-
-    objective: train.Objective  # of a flow, a batch x or (x, context), and a key
-    steps: int
-    optimizer: optax.GradientTransformation
-    differentiate: Callable
+VALIDATION_TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,22 +70,13 @@ class RunSettings:
 class FlowSettings(RunSettings):
     """A flow, trained with AdamW by one objective, and then perhaps by maximum likelihood."""
 
-    # what is trained by: flow_matching (nothing is solved), likelihood, mixed (their sum)
+    # what is trained by: flow_matching (nothing is solved), likelihood, mixed (likelihood plus
+    # --matching-weight times flow matching)
     objective: str = "flow_matching"
     # optimiser steps
     steps: int = 10_000
     # steps of maximum likelihood afterwards
     finetune_steps: int = 0
-    # go on from the checkpoint in --out
-    resume: bool = False
-    # steps between lines of metrics.jsonl
-    log_every: int = 200
-    # steps between checkpoints
-    checkpoint_every: int = 2000
-    # steps between validations; the parameters with the best one are kept
-    validate_every: int = 2000
-    # validations without a new best after which a part of training ends early; 0 for never
-    patience: int = 0
     # resnet, mlp, residual (mlp - x), mixture (of two mlps), planar (by a hypernet), potential
     # (OT-Flow)
     field: str = "resnet"
@@ -167,12 +152,10 @@ class FlowSettings(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(
-            1, "steps", "log_every", "checkpoint_every", "validate_every", "batch", "max_steps"
-        )
-        self.at_least(1, "probes")
-        self.at_least(0, "warmup", "weight_decay", "steer", "finetune_steps", "patience")
+        self.at_least(1, "steps", "batch", "max_steps", "probes")
+        self.at_least(0, "warmup", "weight_decay", "steer", "finetune_steps")
         self.at_least(0, "matching_weight", "frequencies")
+        self._check_use()
         for name, weight in self.penalties.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
@@ -190,6 +173,26 @@ class FlowSettings(RunSettings):
                 f"--fixed-step {self.fixed_step} needs {self.t1 / self.fixed_step:.0f} steps: "
                 "raise --max-steps, or the step"
             )
+
+    def _check_use(self):
+        """Refuse what the objective would leave unused."""
+        if self.objective == "flow_matching" and not self.finetune_steps:
+            unused = [n for n in ("penalties", "steer") if getattr(self, n)]
+            if unused or self.divergence != "exact":
+                raise InputError(
+                    f"--{unused[0] if unused else 'divergence'} is of use to likelihood alone: add "
+                    "--objective likelihood, or --finetune-steps"
+                )
+        if self.drop_context and (self.objective == "likelihood" or not 0 < self.drop_context < 1):
+            raise InputError(
+                "--drop-context is a share in [0, 1), and of use to flow matching alone; got "
+                f"{self.drop_context} with --objective {self.objective}"
+            )
+
+    @property
+    def loss_units(self) -> str:
+        """What the training loss is measured in."""
+        return "nats" if self.objective == "likelihood" else "no unit"
 
     def check_objective(self, dim: int, context_dim: int = 0) -> None:
         """Raise `InputError` for what does not go together in `dim` dimensions, by tracing it."""
@@ -250,12 +253,13 @@ class FlowSettings(RunSettings):
             plan.append((likelihood, self.finetune_steps, self.finetune_learning_rate))
         return [
             Stage(
-                of_batch(objective),
+                objectives.with_context(objective),
                 steps,
                 self.make_optimizer(steps, rate),
                 train.by_reverse_mode
                 if objective is matching
                 else train.differentiator(self.make_solve()),
+                self.average,
             )
             for objective, steps, rate in plan
         ]
@@ -290,7 +294,8 @@ class FlowSettings(RunSettings):
 
     def make_validation_solve(self) -> Solve:
         """The solve of validations: digits enough to choose parameters by."""
-        return dataclasses.replace(self.make_test_solve(), rtol=1e-3, atol=1e-3, norm="batch")
+        tolerance = max(VALIDATION_TOLERANCE, self.test_tolerance)
+        return dataclasses.replace(self.make_test_solve(), rtol=tolerance, atol=tolerance)
 
     def make_optimizer(self, steps: int, learning_rate: float) -> optax.GradientTransformation:
         """AdamW, warm-up and cosine, clipping."""
@@ -303,14 +308,26 @@ class FlowSettings(RunSettings):
         )
 
 
-def of_batch(objective: Callable) -> train.Objective:
-    """An objective of x and a context, as one of a batch: x, or the pair (x, context)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSettings(FlowSettings):
+    """A flow, trained by the loop that logs, validates, keeps checkpoints and resumes."""
 
-    def of(flow, batch, key):
-        x, context = batch if isinstance(batch, tuple) else (batch, None)
-        return objective(flow, x, key, context=context)
+    # go on from the checkpoint in --out
+    resume: bool = False
+    # steps between lines of metrics.jsonl
+    log_every: int = 200
+    # steps between checkpoints
+    checkpoint_every: int = 2000
+    # steps between validations; the parameters with the best one are kept
+    validate_every: int = 2000
+    # validations without a new best after which a part of training ends early; 0 for never
+    patience: int = 0
 
-    return of
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        super().check()
+        self.at_least(1, "log_every", "checkpoint_every", "validate_every")
+        self.at_least(0, "patience")
 
 
 def _named(what, name, table):

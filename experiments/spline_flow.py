@@ -7,6 +7,7 @@ a cosine to zero at the end of the budget, any number of steps in one dispatch.
 """
 
 import dataclasses
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -35,12 +36,6 @@ class SplineFlow:
     parameters: int
     steps: int
     seconds: float  # of training: no compilation, no validation
-    validations: tuple[tuple[float, float], ...]  # seconds, mean NLL; those of the best are kept
-
-    @property
-    def ms_per_step(self) -> float:
-        """Mean wall time of a step."""
-        return 1e3 * self.seconds / self.steps
 
 
 def train_spline_flow(
@@ -135,36 +130,38 @@ def train_spline_flow(
     warm, _ = timed(start, 2, 1000)
     step_seconds = timed(warm, 22, 1000)[1] / 20
 
-    state, best, spent, step, validations = start, params, 0.0, 0, []
+    state, best, spent, step, lowest = start, params, 0.0, 0, math.inf
     for part in range(1, _PARTS + 1):
         total = step + max(1, round((seconds - spent) / step_seconds))
         step = max(step, round(total * (part / _PARTS) ** 2))
         state, elapsed = timed(state, step, total)
         spent += elapsed
         step_seconds = spent / step if step else step_seconds
-        if val is not None:
-            validations.append((spent, nll(state[1], val)))
-        if val is None or validations[-1][1] <= np.nanmin([v for _, v in validations]):
-            best = state[1]
+        found = -math.inf if val is None else nll(state[1], val)
+        if found < lowest or val is None:
+            best, lowest = state[1], found
     num_parameters = sum(p.size for p in jax.tree.leaves(params))
-    return SplineFlow(
-        lambda x: np.asarray(evaluate(best, x)), num_parameters, step, spent, tuple(validations)
-    )
+    return SplineFlow(lambda x: np.asarray(evaluate(best, x)), num_parameters, step, spent)
+
+
+def require_flowjax() -> None:
+    """Raise `InputError` where flowjax is not installed."""
+    if importlib.util.find_spec("flowjax") is None:
+        raise InputError(
+            "the spline flow needs flowjax: pip install -c constraints.txt -e '.[peers]'"
+        )
 
 
 def _make_flow(key, dim, layers, width, knots, interval):
     """The untrained flow, and the function that makes it usable (masks, constraints)."""
-    try:
-        import paramax  # pyright: ignore[reportMissingImports]
-        from flowjax import (  # pyright: ignore[reportMissingImports]
-            bijections,
-            distributions,
-            flows,
-        )
-    except ImportError:
-        raise InputError(
-            "the spline flow needs flowjax: pip install -c constraints.txt -e '.[peers]'"
-        ) from None
+    require_flowjax()
+    import paramax  # pyright: ignore[reportMissingImports]
+    from flowjax import (  # pyright: ignore[reportMissingImports]
+        bijections,
+        distributions,
+        flows,
+    )
+
     flow = flows.masked_autoregressive_flow(
         key,
         base_dist=distributions.Normal(jnp.zeros(dim)),

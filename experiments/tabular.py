@@ -4,19 +4,19 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-import jax.random as jr
 
 from experiments import density
 from experiments.density import Density
 from experiments.harness import main
-from experiments.spline_flow import train_spline_flow
-from jcnf import evaluate
+from experiments.spline_flow import require_flowjax, train_spline_flow
+from jcnf import evaluate, train
 from jcnf.data.digits import load_digits_table
-from jcnf.data.maf_suite import load_maf_suite
+from jcnf.data.maf_suite import MAF_SUITE, load_maf_suite
 from jcnf.data.tables import Table, load_table
 from jcnf.errors import InputError
 
 DIGITS = "digits"
+PEER_BATCH = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,19 @@ class Tabular(Density):
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
+        if self.from_run is not None:
+            raise InputError("--from is for experiments.density, which reads these runs too")
+        known = (DIGITS, *MAF_SUITE)
+        if self.suite is not None and self.suite.lower() not in known:
+            raise InputError(f"unknown suite '{self.suite}': use one of {', '.join(known)}")
         if self.suite == DIGITS and self.data is not None:
             raise InputError("--suite digits comes with scikit-learn: leave out --data")
         super().check()
         self.at_least(0, "peer_seconds")
-        if self.from_run is not None:
-            raise InputError("--from is for experiments.density, which reads these runs too")
+        if self.peer_seconds:
+            require_flowjax()
+            if self.context:
+                raise InputError("the spline flow takes no context: leave out --peer-seconds")
         if self.suite is not None and (self.drop or self.dequantise):
             raise InputError("--suite has a preprocessing of its own: leave --drop, --dequantise")
 
@@ -66,10 +73,10 @@ def load(settings: Tabular) -> Table:
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:
     """Test NLL, nats, of a neural spline flow on the table, and what it took."""
-    train, val, test = (jnp.asarray(part, float) for part in (table.train, table.val, table.test))
+    rows, val, test = (jnp.asarray(part, float) for part in (table.train, table.val, table.test))
     trained = train_spline_flow(
-        lambda key, data: data[jr.randint(key, (min(512, len(train)),), 0, len(train))],
-        train,
+        train.draw_rows(PEER_BATCH),
+        rows,
         seconds=settings.peer_seconds,
         seed=settings.seed,
         val=val,
@@ -79,6 +86,8 @@ def peer(settings: Tabular, table: Table) -> dict[str, float]:
         "spline_nll": float(-log_prob.mean()),
         "spline_nll_stderr": evaluate.standard_error(log_prob),
         "spline_seconds": trained.seconds,
+        "spline_steps": trained.steps,
+        "spline_parameters": trained.parameters,
     }
 
 

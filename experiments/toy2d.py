@@ -10,7 +10,7 @@ from experiments.figures import plane
 from experiments.harness import main
 from experiments.loop import fit
 from experiments.rundir import RunDir
-from experiments.settings import FlowSettings
+from experiments.settings import FitSettings, FlowSettings
 from jcnf import evaluate, plot
 from jcnf.data.toys import toy
 
@@ -18,7 +18,7 @@ VALIDATION_POINTS = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Toy2D(FlowSettings):
+class ToySettings(FlowSettings):
     """A toy density and the flow that learns it."""
 
     # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings
@@ -32,6 +32,11 @@ class Toy2D(FlowSettings):
         toy(self.data)
         self.at_least(2, "test_points")
         self.check_objective(dim=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy2D(FitSettings, ToySettings):
+    """A toy density and the flow that learns it."""
 
 
 def square(half: float) -> tuple[float, float, float, float]:
@@ -86,7 +91,9 @@ def run(settings: Toy2D) -> None:
         title=f"{settings.data}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
         true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
     )
-    run_dir.save_figures(training=plot.training_curves(fitted.records))
+    run_dir.save_figures(
+        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+    )
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
     run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
 

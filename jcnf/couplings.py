@@ -65,10 +65,15 @@ class Transport(abc.ABC):
 
     def __call__(self, key, x0, x1, context):
         """Partners, group by group; consumes `key`."""
-        points0, points1 = x0, x1
+        # In units of the typical distance, which an entropy is relative to, whatever the context.
+        centred = (x - jnp.mean(x, axis=0, keepdims=True) for x in (x0, x1))
+        spread = sum(jnp.sum(jnp.mean(c**2, axis=0)) for c in centred)
+        apart = jnp.sum((jnp.mean(x0, axis=0) - jnp.mean(x1, axis=0)) ** 2)
+        scale = jax.lax.rsqrt(spread + apart)  # of the mean of |x0 - x1|^2 over all pairs
+        points0, points1 = scale * x0, scale * x1
         if context is not None:
-            scaled = self.context_weight**0.5 * context
-            points0, points1 = (jnp.concatenate([p, scaled], axis=1) for p in (x0, x1))
+            scaled = scale * self.context_weight**0.5 * context
+            points0, points1 = (jnp.concatenate([p, scaled], axis=1) for p in (points0, points1))
         starts = range(0, len(x0), self.group)
         keys = jr.split(key, len(starts))
         found = [
@@ -101,8 +106,8 @@ def _assign(cost):
 class Sinkhorn(Transport):
     """A draw from the entropic plan, by ott-jax on the device.
 
-    - `epsilon`: strength of the entropy, relative to the mean cost. As it falls the plan tends to
-      the assignment of least cost, and takes more iterations to find.
+    - `epsilon`: strength of the entropy, relative to the mean of |x0 - x1|^2. As it falls the
+      plan tends to the assignment of least cost, and takes more iterations to find.
     - `iterations`: at most so many; a plan that takes more draws some base samples too often.
 
     **Raises:** `ValueError` for an epsilon that is not positive, and for no iterations.
@@ -121,11 +126,14 @@ class Sinkhorn(Transport):
 
     def pair(self, key, points0, points1):
         """A partner for each of `points1`, by its row of the plan; consumes `key`."""
-        from ott.geometry.pointcloud import PointCloud
-        from ott.problems.linear.linear_problem import LinearProblem
-        from ott.solvers.linear.sinkhorn import Sinkhorn as Solver
+        try:
+            from ott.geometry.pointcloud import PointCloud
+            from ott.problems.linear.linear_problem import LinearProblem
+            from ott.solvers.linear.sinkhorn import Sinkhorn as Solver
+        except ImportError:
+            raise ValueError("a Sinkhorn coupling needs ott-jax: pip install ott-jax") from None
 
-        geometry: Any = PointCloud(points1, points0, epsilon=self.epsilon, scale_cost="mean")
+        geometry: Any = PointCloud(points1, points0, epsilon=self.epsilon)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             plan = Solver(max_iterations=self.iterations)(LinearProblem(geometry))
             # By the potentials: the plan itself may underflow.

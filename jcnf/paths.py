@@ -55,27 +55,31 @@ class SigmaMin:
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
-    """a x1 + sqrt(1 - a^2) x0 with log a = -(low u + (high - low) u^2 / 2) / 2, u = 1 - s.
+    """a x1 + sqrt(1 - a^2) x0, log a = -(low u + (high - low) u^2 / 2) / 2, u = 1 - (1 - end) s.
 
     The path of a variance-preserving diffusion with the linear schedule from `low` to `high` (Song
     et al. 2021; Lipman et al. 2023, eq. 18), for a standard normal base. At s=0 a is exp(-(low +
-    high) / 4), 0.0066 by default, so that it starts in the base up to that. The velocity grows
-    towards s=1 as (1 - s)^(-1/2), so that the mean of its square is finite only for times kept away
-    from 1.
+    high) / 4), 0.0066 by default, so that it starts in the base up to that. At u=0 the velocity
+    would be infinite: the path stops at u = `end`, in x1 blurred by (low end)^(1/2) x0, 0.01 by
+    default.
 
-    **Raises:** `ValueError` unless 0 < low <= high.
+    **Raises:** `ValueError` unless 0 < low <= high and 0 < end < 1.
     """
 
     low: float = 0.1
     high: float = 20.0
+    end: float = 1e-3
 
     def __post_init__(self):
-        if not 0 < self.low <= self.high < np.inf:
-            raise ValueError(f"expected 0 < low <= high; got {self.low} and {self.high}")
+        if not 0 < self.low <= self.high < np.inf or not 0 < self.end < 1:
+            raise ValueError(
+                "expected 0 < low <= high and 0 < end < 1; "
+                f"got {self.low}, {self.high} and {self.end}"
+            )
 
     def __call__(self, s, x0, x1, z):
         """The point at s."""
-        u = 1 - s
+        u = 1 - (1 - self.end) * s
         exponent = self.low * u + (self.high - self.low) * u**2 / 2
         return jnp.exp(-exponent / 2) * x1 + jnp.sqrt(-jnp.expm1(-exponent)) * x0
 
@@ -90,7 +94,7 @@ class Stochastic:
     """path + sigma gamma(s) z: a stochastic interpolant (Albergo et al. 2023, definition 2.1).
 
     `gamma` is 0 at both ends. sqrt(s (1 - s)), the Brownian bridge, is possible too, but its
-    velocity has no variance at the ends: draw times away from them.
+    velocity has infinite variance at the ends: draw times away from them.
 
     **Raises:** `ValueError` for a negative sigma.
     """

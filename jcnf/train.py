@@ -73,6 +73,17 @@ def with_params(flow: CNF, params: PyTree) -> CNF:
     return eqx.combine(params, partition(flow)[1])
 
 
+def draw_rows(batch: int) -> DrawBatch:
+    """`draw_batch` for a table, or a pytree of tables: `batch` rows at random, the same of each."""
+
+    def draw(key, data):
+        rows = jax.tree.leaves(data)[0].shape[0]
+        index = jr.randint(key, (batch,), 0, rows)
+        return jax.tree.map(lambda table: table[index], data)
+
+    return draw
+
+
 def by_reverse_mode(function: Callable) -> Callable:
     """`function(params) -> (value, aux)`, made to return a function that gives its gradient too."""
 

@@ -170,6 +170,11 @@ BAD = {
     "unknown path": (["toy2d", "--path", "round"], ["round", "linear"]),
     "unknown coupling": (["toy2d", "--coupling", "ot"], ["ot", "sinkhorn"]),
     "unknown times": (["toy2d", "--times", "early"], ["early", "lattice"]),
+    "penalties of no use": (
+        ["toy2d", "--penalties", "hjb", "1"],
+        ["--penalties", "likelihood"],
+    ),
+    "context of a run": (["density", "--from", "r", "--samples", "3", "--drop", "a"], ["--drop"]),
     "unequal blocks": (["toy2d", "--widths", "8", "9"], ["resnet", "one width"]),
     "negative patience": (["toy2d", "--patience", "-1"], ["--patience"]),
     "dropping no context": (["toy2d", "--drop-context", "0.2"], ["drop_context", "context"]),
@@ -337,7 +342,9 @@ def test_a_table_of_the_suite_is_measured_and_read_by_density(tmp_path):
     done = run("tabular", *words)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((out / "summary.json").read_text())["metrics"]
-    assert metrics["gaussian_nll"] < metrics["test_nll"] + 1
+    # The hardly trained flow is its base, which is the data's distribution here.
+    assert metrics["test_nll"] == pytest.approx(43 / 2 * np.log(2 * np.pi * np.e), abs=3)
+    assert metrics["gaussian_nll"] == pytest.approx(metrics["test_nll"], abs=3)
     done = run("density", "--from", out, "--samples", 5, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -369,7 +376,7 @@ def test_killed_between_stages_ends_bit_for_bit_the_same(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     log = killed / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 20):
+    while not (log.exists() and len(log.read_text().splitlines()) >= 14):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.001)
     process.kill()
@@ -383,14 +390,13 @@ def test_killed_between_stages_ends_bit_for_bit_the_same(tmp_path):
 
 
 def test_a_part_of_training_ends_early_and_the_next_goes_on(tmp_path):
-    """A rate that blows up: no validation after the first few is a new best."""
-    words = ["--steps", 400, "--patience", 2, "--finetune-steps", 4, "--learning-rate", 1.0]
+    """At a rate of nothing no validation after the first is a new best."""
+    words = ["--steps", 400, "--patience", 2, "--finetune-steps", 6, "--learning-rate", 1e-30]
     out = tmp_path / "run"
-    done = run("toy2d", "--out", out, *words, "--warmup", 0, "--test-points", 100, *SMALL)
+    done = run("toy2d", "--out", out, *words, "--test-points", 100, *SMALL)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    matching = [r for r in records if "matching" in r]
-    assert matching[-1]["step"] < 400
-    nlls = [r["val_nll"] for r in matching if "val_nll" in r]
-    assert min(n for n in nlls[-2:]) >= min(nlls)
-    assert [r["step"] for r in records if "nll" in r][-1] == matching[-1]["step"] + 4
+    steps = {name: [r["step"] for r in records if name in r] for name in ("matching", "nll")}
+    assert steps == {"matching": [2, 4, 6, 8, 10, 12], "nll": [14, 16, 18]}
+    nlls = [r["val_nll"] for r in records if "val_nll" in r]
+    assert nlls[0] == nlls[1] == nlls[2] > nlls[-1]

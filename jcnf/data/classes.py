@@ -13,8 +13,7 @@ CLASSES = 2
 EXTENT = toys.toy("moons").extent
 # Of a class, in nats, as the toys': the least mean of -log p(x | label) that a model can have.
 ENTROPY = 1.70257015
-_CENTRE = (0.0, 0.3)
-_sample, _density = toys._curve(toys._moon, 80, 0.2, centre=_CENTRE)
+_sample, _density = toys._curve(**toys.MOON)
 _log_prob = toys._batched(_density)
 
 
@@ -36,5 +35,5 @@ def one_hot(labels: Int[Array, " num"]) -> Float[Array, "num 2"]:
 def _turned(x, labels):
     """The reflection in the centre of the points of class 1."""
     sign = jnp.where(labels == 1, -1, 1).astype(x.dtype)[:, None]
-    centre = jnp.asarray(_CENTRE, x.dtype)[None]
+    centre = jnp.asarray(toys.MOON["centre"], x.dtype)[None]
     return centre + sign * (x - centre)

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from jcnf.data.tables import Standardizer, Table
 from jcnf.errors import InputError
 
-__all__ = ["load_maf_suite"]
+__all__ = ["MAF_SUITE", "load_maf_suite"]
 
 _SEED = 42
 _CORRELATED = 0.98  # of two GAS columns above it, the first goes
@@ -93,11 +93,11 @@ def load_maf_suite(name: str, folder: str | os.PathLike) -> Table:
         InputError: an unknown name; a missing or damaged file, or one of another shape; a pickle,
             which is never read; bsds300 without h5py.
     """
-    source = _SUITE.get(name.lower())
+    source = MAF_SUITE.get(name.lower())
     if source is None:
-        near = difflib.get_close_matches(name.lower(), _SUITE, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name.lower(), MAF_SUITE, n=1, cutoff=0)[0]
         raise InputError(
-            f"no data set {name!r} in the MAF suite; there are {', '.join(_SUITE)}: "
+            f"no data set {name!r} in the MAF suite; there are {', '.join(MAF_SUITE)}: "
             f"did you mean {near}?"
         )
     return source.load(*_find(Path(folder), source))
@@ -172,7 +172,7 @@ def _bsds300(path: Path) -> Table:
 
 
 _ARCHIVE = "data.tar.gz of Zenodo record 1161203"
-_SUITE = {
+MAF_SUITE = {
     "power": _Source(
         "power",
         ("data.npy",),

@@ -247,6 +247,9 @@ def _moon(u):
     return jnp.stack([2 * jnp.cos(t) - 1, 2 * jnp.sin(t) - 0.5], axis=-1)
 
 
+MOON = {"path": _moon, "num_nodes": 80, "noise": 0.2, "centre": (0.0, 0.3)}
+
+
 def _roll(u):
     t = 1.5 * math.pi * (1 + 2 * u)
     return jnp.stack([t * jnp.cos(t), t * jnp.sin(t)], axis=-1) / 5
@@ -260,7 +263,7 @@ _TABLE = (
     ("2spirals", *_curve(_spiral, 320, 0.1, jitter=1 / 6, mirrored=True), 2.64545028, 1e-8, 4.0),
     ("checkerboard", _checkerboard_sample, _checkerboard_density, math.log(32), 1e-15, 4.0),
     ("pinwheel", _pinwheel_sample, _pinwheel_density, 2.31778798, 1e-7, 5.0),
-    ("moons", *_curve(_moon, 80, 0.2, mirrored=True, centre=(0.0, 0.3)), 2.39387920, 1e-8, 4.0),
+    ("moons", *_curve(**MOON, mirrored=True), 2.39387920, 1e-8, 4.0),
     ("circles", *_rings((3.0, 1.5), 0.24), 3.26813571, 1e-8, 4.5),
     ("swissroll", *_curve(_roll, 256, 0.2), 2.66964617, 1e-8, 4.0),
     ("rings", *_rings((3.0, 2.25, 1.5, 0.75), 0.08), 2.62318277, 1e-8, 4.0),

@@ -12,8 +12,8 @@ def mmd(x: Float[Array, "n dim"], y: Float[Array, "m dim"]) -> float:
     """Maximum mean discrepancy of two samples (Gretton et al. 2012, eq. 5), positive.
 
     Under a mean of Gaussian kernels whose bandwidths are `SCALES` times the median distance within
-    `y`, which should be the data. The estimate is biased: for samples of one distribution it is
-    not 0 but below (1/n + 1/m)^(1/2), which two samples of the data show.
+    `y`, which should be the data. The estimate is biased: for samples of one distribution it
+    is not 0 but, on average, below (1/n + 1/m)^(1/2): two samples of the data show its floor.
 
     **Raises:** `ValueError` for unequal dimensions, and for fewer than 2 points.
     """

@@ -12,6 +12,8 @@ from jcnf.fields.wrappers import Wrapper
 class Guided(Wrapper):
     """v(t, x, c) = f(t, x, 0) + scale (f(t, x, c) - f(t, x, 0)) (Ho & Salimans 2022).
 
+    In their terms the scale is 1 + w; Zheng et al. 2023 have it for flows.
+
     0 is the null context, which `objectives.flow_matching(..., drop_context=rate)` trains along:
     contexts must not be 0 themselves, so encode classes as one-hot vectors, and give numbers a
     column of ones beside them. With `scale` 1 it is f, with 0 f without a context; above 1 samples

@@ -30,7 +30,7 @@ class ResNet(eqx.Module):
     """v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W x.
 
     Blocks that pass their input on can be many, and the time may be told apart finely: e(t, c) is
-    (t, sin pi t, cos pi t, ..., sin F pi t, cos F pi t, c). Its divergence
+    (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c). Its divergence
     takes one product with each layer a dimension, which suits a field that is trained by flow
     matching and scored now and then.
 

@@ -1,9 +1,10 @@
-"""What is minimised: `objective(flow, batch, key, ...) -> (loss, metrics)`, scalars.
+"""What is minimised: `objective(flow, x, key, *, context=None, ...) -> (loss, metrics)`, scalars.
 
 `metrics` may have "failed", true where a solve failed and the loss is not to be trained upon. A new
 objective is one function of that form; `functools.partial` binds its settings.
 """
 
+from jcnf.objectives.batches import with_context as with_context
 from jcnf.objectives.likelihood import RESERVED as RESERVED
 from jcnf.objectives.likelihood import likelihood as likelihood
 from jcnf.objectives.matching import flow_matching as flow_matching

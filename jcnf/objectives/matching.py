@@ -17,7 +17,7 @@ def flow_matching(
     context: Float[Array, "batch context"] | None = None,
     path: paths.Path = paths.linear,
     coupling: couplings.Coupling = couplings.independent,
-    time: times.Times = times.lattice,
+    time: times.Times = times.late,
     drop_context: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean of |v(t, x_t, c) - dx_t/dt|^2, x_t on a path from a base sample to the data point x.
@@ -51,7 +51,7 @@ def rectified(
     key: Key[Array, ""],
     *,
     context: Float[Array, "batch context"] | None = None,
-    time: times.Times = times.lattice,
+    time: times.Times = times.late,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Flow matching along straight lines between given `pairs` (x0, x1): reflow (Liu et al. 2023).
 
@@ -68,7 +68,8 @@ def rectified(
 
 def _match(flow, x0, x1, key, context, path, time):
     time_key, noise_key = jr.split(key)
-    s = time(time_key, len(x1)).astype(x1.dtype)
+    # Rounding to the dtype of x must not make it 1, where velocities may be infinite.
+    s = jnp.minimum(time(time_key, len(x1)).astype(x1.dtype), 1 - jnp.finfo(x1.dtype).eps)
     z = jr.normal(noise_key, x1.shape, x1.dtype)
     x, u = jax.vmap(lambda *args: paths.velocity(path, *args))(s, x0, x1, z)
     if x.shape != x1.shape:

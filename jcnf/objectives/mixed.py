@@ -1,9 +1,10 @@
 """Several objectives at once."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
@@ -27,7 +28,7 @@ def mixed(
     """
     if not weights:
         raise ValueError("mixed needs objectives: give weights={objective: weight}")
-    loss, metrics = jnp.zeros(()), {}
+    losses, metrics = [], {}
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True
     ):
@@ -39,5 +40,6 @@ def mixed(
             )
         if "failed" in metrics and "failed" in more:
             more = more | {"failed": metrics["failed"] | more["failed"]}
-        loss, metrics = loss + weight * value, metrics | more
-    return loss, metrics
+        losses.append(weight * value)
+        metrics = metrics | more
+    return functools.reduce(operator.add, losses), metrics

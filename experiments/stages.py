@@ -1,0 +1,86 @@
+"""The parts of a training, each with an objective and an optimiser of its own."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+
+from jcnf import CNF, train
+
+WARM_UP = 5  # steps before those that are timed
+
+
+class Stage(NamedTuple):
+    """A part of training."""
+
+    objective: train.Objective  # of a flow, a batch x or (x, context), and a key
+    steps: int
+    optimizer: optax.GradientTransformation
+    differentiate: Callable
+    average: float  # decay of the parameters' moving average
+
+
+def compiled(
+    flow: CNF, stage: Stage, draw_batch: train.DrawBatch, state: train.TrainState, data: Any
+) -> jax.stages.Compiled:
+    """The program of a stage, `program(state, data, key, until)`."""
+    program = train.make_run(
+        flow,
+        stage.objective,
+        draw_batch,
+        stage.optimizer,
+        average=stage.average,
+        differentiate=stage.differentiate,
+    )
+    return program.lower(state, data, jr.key(0), 0).compile()
+
+
+def next_state(state: train.TrainState, params: Any, stage: Stage) -> train.TrainState:
+    """The state that `stage` starts from after others: these parameters, and a fresh optimiser."""
+    fresh = (params, params, stage.optimizer.init(params))
+    # The state is donated: no two of its leaves may share a buffer.
+    params, average, opt_state = jax.tree.map(jnp.copy, fresh)
+    return train.TrainState(params, average, opt_state, step=state.step, skipped=state.skipped)
+
+
+class Trained(NamedTuple):
+    """A flow and what it took."""
+
+    flow: CNF  # with the averaged parameters
+    steps: int
+    seconds: float  # of training: no compilation
+
+
+def train_stages(
+    flow: CNF,
+    stages: Sequence[Stage],
+    draw_batch: train.DrawBatch,
+    data: Any = None,
+    seed: int = 0,
+) -> Trained:
+    """Train through `stages`, each from the averaged parameters of the one before."""
+    key, seconds = jr.fold_in(jr.key(seed), 1), 0.0
+    state = train.init(flow, stages[0].optimizer)
+    for number, stage in enumerate(stages):
+        if number:
+            state = next_state(state, state.average, stage)
+        program = compiled(flow, stage, draw_batch, state, data)
+        until = int(state.step) + stage.steps
+        tic = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state, data, key, until))
+        seconds += time.perf_counter() - tic
+    return Trained(train.with_params(flow, state.average), int(state.step), seconds)
+
+
+def step_seconds(flow: CNF, stage: Stage, draw_batch: train.DrawBatch, steps: int) -> float:
+    """Seconds of one of the first steps, without compilation and warm-up."""
+    state = train.init(flow, stage.optimizer)
+    program = compiled(flow, stage, draw_batch, state, None)
+    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP))
+    tic = time.perf_counter()
+    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP + steps))
+    return (time.perf_counter() - tic) / steps
