@@ -34,6 +34,8 @@ class Conditional(FitSettings):
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
+        if self.objective == "likelihood" and set(self.guidance) - {1.0}:
+            raise InputError("likelihood always knows the class: add --guidance 1")
         super().check()
         self.at_least(2, "test_points")
         if not all(math.isfinite(scale) for scale in self.guidance):

@@ -25,6 +25,8 @@ from jcnf.errors import InputError
 
 SAMPLES = "samples.csv"
 SCORES = "log_prob.csv"
+# What --from goes with.
+WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "test_tolerance"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,13 @@ class Density(FitSettings):
         self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
         if self.from_run is not None and self.score is None and self.samples is None:
             raise InputError("--from needs --score PATH or --samples N: say what is wanted")
-        if self.from_run is not None and (self.context or self.drop or self.dequantise):
-            raise InputError("--from has its columns from the run: leave --context, --drop, ...")
+        if self.from_run is not None:
+            defaults = type(self)()
+            names = {field.name for field in dataclasses.fields(self)} - WITH_FROM
+            given = [n for n in names if getattr(self, n) != getattr(defaults, n)]
+            if given:
+                flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
+                raise InputError(f"--from takes everything from its run: leave out {flags}")
         if self.from_run is not None and self.given is not None and self.samples is None:
             raise InputError("--given is for samples: add --samples N")
         if self.drop_context:
@@ -128,6 +135,8 @@ def run(settings: Density) -> None:
         train_and_measure("density", settings, table)
         return
     flow, trained, notes = load_flow(settings.from_run, Density)
+    if settings.test_tolerance != Density.test_tolerance:
+        trained = dataclasses.replace(trained, test_tolerance=settings.test_tolerance)
     out = settings.out or settings.from_run
     for name, wanted in ((SCORES, settings.score), (SAMPLES, settings.samples)):
         if wanted and (out / name).exists():

@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 
+from experiments.flow_matching import mmd_of
 from experiments.harness import main
 from experiments.rundir import RunDir, load_flow
 from experiments.stages import Stage, train_stages
@@ -24,6 +25,7 @@ from jcnf.errors import InputError
 
 FRAMES = 21
 PARTICLES = 300
+MOST = 100_000  # Euler steps
 ENOUGH = 1.5  # times the MMD of two samples of the data: what is as good
 
 
@@ -48,20 +50,29 @@ class Reflow(ToySettings):
         super().check()
         self.at_least(2, "pairs", "mmd_points")
         self.at_least(1, "reflow_steps")
-        if not self.euler_steps or min(self.euler_steps) < 1:
-            raise InputError("--euler-steps must be whole numbers of at least 1")
+        if not self.euler_steps or not 1 <= min(self.euler_steps) <= max(self.euler_steps) <= MOST:
+            raise InputError(f"--euler-steps must be whole numbers from 1 to {MOST}")
+        if len(set(self.euler_steps)) < len(self.euler_steps):
+            raise InputError("--euler-steps must not repeat a value")
 
 
 def run(settings: Reflow) -> None:
     """Train, rectify, and sample both by few Euler steps."""
     density = toy(settings.data)
-    run_dir = RunDir("reflow", settings)
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
     solve = settings.make_test_solve()
-    original = trained_flow(settings)
+    # A run that cannot be read leaves no directory behind.
+    original = None if settings.from_run is None else read_flow(settings)
+    run_dir = RunDir("reflow", settings)
+    original = original or trained_flow(settings)
     print(f"joining {settings.pairs} pairs")
     joined = evaluate.draw(original, keys[0], settings.pairs, solve=solve)
     arrived = ~joined.failed
+    if arrived.sum() < 2:
+        raise InputError(
+            f"only {arrived.sum()} of {settings.pairs} pairs arrived: give a smaller "
+            "--learning-rate or --clip, or a looser --test-tolerance"
+        )
     pairs = (jnp.asarray(joined.x[0][arrived]), jnp.asarray(joined.x[-1][arrived]))
     optimizer = settings.make_optimizer(settings.reflow_steps, settings.learning_rate)
     objective = functools.partial(objectives.rectified, time=times.TIMES[settings.times])
@@ -81,7 +92,7 @@ def run(settings: Reflow) -> None:
         z = flow.base.sample(keys[3], settings.mmd_points)
         found = [_euler_mmd(flow, z, n, fresh) for n in settings.euler_steps]
         accurate = evaluate.transport(flow, z, jnp.array([0.0, flow.t1]), solve=solve)
-        metrics[f"mmd_{name}_exact"] = _mmd(accurate, fresh)
+        metrics[f"mmd_{name}_exact"] = mmd_of(accurate, fresh)
         failures += accurate.failures
         metrics[f"euler_steps_{name}"] = next(
             (
@@ -111,15 +122,19 @@ def run(settings: Reflow) -> None:
     run_dir.finish(metrics, {"solver_failures": failures}, timing)
 
 
+def read_flow(settings: Reflow) -> CNF:
+    """The flow of --from."""
+    assert settings.from_run is not None
+    flow, trained, _ = load_flow(settings.from_run, Toy2D)
+    if trained.data != settings.data:
+        raise InputError(
+            f"{settings.from_run} has learnt {trained.data}: give --data {trained.data}"
+        )
+    return flow
+
+
 def trained_flow(settings: Reflow) -> CNF:
-    """The flow to rectify: that of --from, or one trained by the settings."""
-    if settings.from_run is not None:
-        flow, trained, _ = load_flow(settings.from_run, Toy2D)
-        if trained.data != settings.data:
-            raise InputError(
-                f"{settings.from_run} has learnt {trained.data}: give --data {trained.data}"
-            )
-        return flow
+    """A flow trained by the settings."""
     density = toy(settings.data)
     trained = train_stages(
         settings.make_flow(2),
@@ -135,12 +150,7 @@ def _euler_mmd(flow: CNF, z, steps: int, fresh) -> float:
     """MMD of samples by so many Euler steps."""
     solve = Solve(solver="euler", step=flow.t1 / steps, max_steps=steps + 1)
     carried = evaluate.transport(flow, z, jnp.array([0.0, flow.t1]), solve=solve, chunk=len(z))
-    return _mmd(carried, fresh)
-
-
-def _mmd(carried: evaluate.Transport, fresh) -> float:
-    """MMD of the samples that arrived."""
-    return evaluate.mmd(jnp.asarray(carried.x[-1][~carried.failed]), fresh)
+    return mmd_of(carried, fresh)
 
 
 if __name__ == "__main__":

@@ -44,10 +44,8 @@ class RunDir:
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()
         if started and not resume:
-            raise InputError(
-                f"{self.path} holds an unfinished run: add --resume to go on with it, "
-                "or choose another --out"
-            )
+            hint = "add --resume to go on with it, or " if "resume" in self.config else ""
+            raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
         if not started and self.path.is_dir() and any(self.path.iterdir()):

@@ -38,6 +38,18 @@ from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
 
 VALIDATION_TOLERANCE = 1e-4
+# Settings, and what puts them to use: objectives, fields, or a flag.
+USERS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("flow_matching", "mixed"): ("path", "coupling", "times", "drop_context"),
+    ("mixed",): ("matching_weight",),
+    ("likelihood", "mixed"): (
+        *("solver", "rtol", "atol", "fixed_step", "adjoint", "norm", "max_steps"),
+        *("probes", "noise", "steer", "divergence", "penalties"),
+    ),
+    ("--finetune-steps",): ("finetune_learning_rate",),
+    ("resnet",): ("frequencies",),
+    ("mlp", "residual", "mixture"): ("time",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +167,6 @@ class FlowSettings(RunSettings):
         self.at_least(1, "steps", "batch", "max_steps", "probes")
         self.at_least(0, "warmup", "weight_decay", "steer", "finetune_steps")
         self.at_least(0, "matching_weight", "frequencies")
-        self._check_use()
         for name, weight in self.penalties.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
@@ -173,21 +184,27 @@ class FlowSettings(RunSettings):
                 f"--fixed-step {self.fixed_step} needs {self.t1 / self.fixed_step:.0f} steps: "
                 "raise --max-steps, or the step"
             )
+        self._check_use()
+
+    def uses(self) -> set[str]:
+        """The parts of the settings that these ones put to use, by the names of `USERS`."""
+        parts = {self.objective, "likelihood" if self.finetune_steps else "", self.field}
+        if self.finetune_steps:
+            parts.add("--finetune-steps")
+        return parts
 
     def _check_use(self):
-        """Refuse what the objective would leave unused."""
-        if self.objective == "flow_matching" and not self.finetune_steps:
-            unused = [n for n in ("penalties", "steer") if getattr(self, n)]
-            if unused or self.divergence != "exact":
+        """Refuse settings that would change nothing."""
+        defaults, uses = type(self)(), self.uses()
+        for users, names in USERS.items():
+            given = [n for n in names if getattr(self, n) != getattr(defaults, n)]
+            if given and not uses & set(users):
+                flags = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise InputError(
-                    f"--{unused[0] if unused else 'divergence'} is of use to likelihood alone: add "
-                    "--objective likelihood, or --finetune-steps"
+                    f"{flags} would change nothing: of use with {' or '.join(users)} alone"
                 )
-        if self.drop_context and (self.objective == "likelihood" or not 0 < self.drop_context < 1):
-            raise InputError(
-                "--drop-context is a share in [0, 1), and of use to flow matching alone; got "
-                f"{self.drop_context} with --objective {self.objective}"
-            )
+        if self.drop_context and not 0 < self.drop_context < 1:
+            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
 
     @property
     def loss_units(self) -> str:

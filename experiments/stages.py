@@ -53,6 +53,7 @@ class Trained(NamedTuple):
     flow: CNF  # with the averaged parameters
     steps: int
     seconds: float  # of training: no compilation
+    skipped: int  # updates that were not applied
 
 
 def train_stages(
@@ -73,7 +74,8 @@ def train_stages(
         tic = time.perf_counter()
         state, _ = jax.block_until_ready(program(state, data, key, until))
         seconds += time.perf_counter() - tic
-    return Trained(train.with_params(flow, state.average), int(state.step), seconds)
+    flow = train.with_params(flow, state.average)
+    return Trained(flow, int(state.step), seconds, int(state.skipped))
 
 
 def step_seconds(flow: CNF, stage: Stage, draw_batch: train.DrawBatch, steps: int) -> float:

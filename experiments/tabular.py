@@ -17,6 +17,7 @@ from jcnf.errors import InputError
 
 DIGITS = "digits"
 PEER_BATCH = 512
+LONGEST = 100_000  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,15 @@ class Tabular(Density):
         if self.from_run is not None:
             raise InputError("--from is for experiments.density, which reads these runs too")
         known = (DIGITS, *MAF_SUITE)
-        if self.suite is not None and self.suite.lower() not in known:
+        if self.suite is not None and self.suite not in known:
             raise InputError(f"unknown suite '{self.suite}': use one of {', '.join(known)}")
+        if self.suite != DIGITS and self.data is None:
+            raise InputError("give --data PATH, or --suite digits")
         if self.suite == DIGITS and self.data is not None:
             raise InputError("--suite digits comes with scikit-learn: leave out --data")
         super().check()
-        self.at_least(0, "peer_seconds")
+        if not 0 <= self.peer_seconds <= LONGEST:
+            raise InputError(f"--peer-seconds must be from 0 to {LONGEST}")
         if self.peer_seconds:
             require_flowjax()
             if self.context:

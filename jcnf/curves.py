@@ -32,7 +32,8 @@ class Panel(NamedTuple):
 def scaling(panels: Sequence[Panel]) -> Figure:
     """Show each panel's series as lines with a marker at each point; one colour a name.
 
-    Points that are not positive and finite have no place on such axes: they are left out.
+    Points that are not positive and finite have no place on such axes: they are left out. Panels
+    with the same legend share one.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     figure = c.new_figure(c.WIDTH, 3.6)
@@ -47,7 +48,12 @@ def scaling(panels: Sequence[Panel]) -> Figure:
         ax.set(xscale="log", yscale="log", title=panel.title)
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
         ax.grid(alpha=0.3, lw=0.5)
-        ax.legend()
+    legends = [ax.get_legend_handles_labels() for ax in figure.axes]
+    if len(panels) > 1 and all(texts == legends[0][1] for _, texts in legends):
+        figure.legend(*legends[0], loc="outside lower center", ncols=len(names))
+    else:
+        for ax in figure.axes:
+            ax.legend()
     return figure
 
 

@@ -33,7 +33,11 @@ def by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: float) ->
         ax.set_title("\n".join([title, *notes]), fontsize=8)
         ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$")
     axes[0].set_ylabel("$x_2$")
+    entries = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=3
+        entries.values(), entries.keys(), loc="outside lower center", ncols=8, markerscale=3
     )
     return figure

@@ -74,11 +74,16 @@ def with_params(flow: CNF, params: PyTree) -> CNF:
 
 
 def draw_rows(batch: int) -> DrawBatch:
-    """`draw_batch` for a table, or a pytree of tables: `batch` rows at random, the same of each."""
+    """`draw_batch` for a table, or a pytree of tables: `batch` rows at random, the same of each.
+
+    It raises `ValueError` for tables without rows, or of unequal numbers of them.
+    """
 
     def draw(key, data):
-        rows = jax.tree.leaves(data)[0].shape[0]
-        index = jr.randint(key, (batch,), 0, rows)
+        rows = {table.shape[0] for table in jax.tree.leaves(data)}
+        if len(rows) != 1 or min(rows) < 1:
+            raise ValueError(f"expected tables of one number of rows, at least 1; got {rows}")
+        index = jr.randint(key, (batch,), 0, *rows)
         return jax.tree.map(lambda table: table[index], data)
 
     return draw

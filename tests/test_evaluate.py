@@ -163,6 +163,12 @@ def test_mmd_grows_with_the_shift_above_its_floor():
     assert floor < (2 / 1000) ** 0.5 < near < far
 
 
+@pytest.mark.parametrize("y", [jnp.ones((6, 2)), jnp.full((6, 2), jnp.nan)])
+def test_mmd_is_never_nan(y):
+    with pytest.raises(ValueError, match="no discrepancy"):
+        evaluate.mmd(jnp.zeros((5, 2)), y)
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (1, 2)])
 def test_mmd_refuses_what_is_no_pair_of_samples(shape, unchecked):
     with pytest.raises(ValueError, match="expected two samples"):

@@ -253,13 +253,18 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
             partial(flow_matching, CNF(Told(), StandardNormal(2)), X, KEY),
             "the field takes a context of size 2; got none",
         ),
-        (partial(rectified, truth(), (X[:, :1], X), KEY), "expected x of shape (batch, 2)"),
-        (partial(rectified, truth(), (X, X[:, :1]), KEY), "expected x of shape (batch, 2)"),
+        (partial(rectified, truth(), (X[:, :1], X), KEY), "expected pairs (x0, x1) of one shape"),
+        (partial(rectified, truth(), (X[:, :1], X[:, :1]), KEY), "expected x of shape (batch, 2)"),
         (
             partial(rectified, CNF(Told(), StandardNormal(2)), (X, X), KEY, context=TWO[:3]),
             "expected context of shape (4, context)",
         ),
         (partial(mixed, truth(), X, KEY, weights={}), "mixed needs objectives"),
+        (partial(mixed, truth(), X, KEY, weights={flow_matching: -1.0}), "weights must be at"),
+        (
+            partial(flow_matching, truth(), X, KEY, coupling=lambda *_: jnp.arange(3)),
+            "whole numbers of shape (4,)",
+        ),
         (
             partial(
                 mixed, truth(), X, KEY,

@@ -61,6 +61,16 @@ def ten(training):
     return training.run(training.start(), DATA, KEY, 10)
 
 
+def test_rows_of_several_tables_belong_together():
+    tables = jnp.arange(5), jnp.arange(5) ** 2
+    rows, squares = train.draw_rows(64)(KEY, tables)
+    assert set(np.asarray(rows).tolist()) == set(range(5))
+    np.testing.assert_array_equal(squares, rows**2)
+    for wrong in ((jnp.zeros((5, 2)), jnp.zeros((4, 2))), jnp.zeros((0, 2))):
+        with pytest.raises(ValueError, match="one number of rows"):
+            train.draw_rows(3)(KEY, wrong)
+
+
 def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 

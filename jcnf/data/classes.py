@@ -28,7 +28,7 @@ def log_prob(x: Float[Array, "batch 2"], labels: Int[Array, " batch"]) -> Float[
 
 
 def one_hot(labels: Int[Array, " num"]) -> Float[Array, "num 2"]:
-    """Labels as contexts, (num, 2)."""
+    """Labels as contexts, (num, 2); other labels than 0 and 1 give zeros, the null context."""
     return jnp.asarray(labels[:, None] == jnp.arange(CLASSES)[None], float)
 
 

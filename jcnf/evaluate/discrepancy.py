@@ -15,13 +15,20 @@ def mmd(x: Float[Array, "n dim"], y: Float[Array, "m dim"]) -> float:
     `y`, which should be the data. The estimate is biased: for samples of one distribution it
     is not 0 but, on average, below (1/n + 1/m)^(1/2): two samples of the data show its floor.
 
-    **Raises:** `ValueError` for unequal dimensions, and for fewer than 2 points.
+    **Raises:** `ValueError` for unequal dimensions, fewer than 2 points, points that are not
+    finite, and a `y` of which most points are the same.
     """
+    x, y = (jnp.asarray(sample, float) for sample in (x, y))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
             f"expected two samples (n, dim) of at least 2 points; got {x.shape} and {y.shape}"
         )
-    square = float(_mmd_squared(jnp.asarray(x), jnp.asarray(y)))
+    square = float(_mmd_squared(x, y))
+    if not np.isfinite(square):
+        raise ValueError(
+            "no discrepancy: a point is not finite, or most points of y are the same; leave out "
+            "those that failed"
+        )
     return float(np.sqrt(max(square, 0.0)))  # rounding may take it below 0
 
 

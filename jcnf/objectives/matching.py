@@ -36,7 +36,13 @@ def flow_matching(
     check_batch(flow, x, context)
     base_key, coupling_key, drop_key, key = jr.split(key, 4)
     x0 = flow.base.sample(base_key, len(x), x.dtype)
-    x0 = x0[coupling(coupling_key, x0, x, context)]
+    partners = coupling(coupling_key, x0, x, context)
+    if partners.shape != (len(x),) or not jnp.issubdtype(partners.dtype, jnp.integer):
+        raise ValueError(
+            f"a coupling must give whole numbers of shape ({len(x)},); "
+            f"got {partners.dtype} of shape {partners.shape}"
+        )
+    x0 = x0[partners]
     if drop_context:
         if context is None or not 0 < drop_context < 1:
             raise ValueError(f"drop_context must be in [0, 1), of a context; got {drop_context}")
@@ -60,6 +66,10 @@ def rectified(
 
     **Raises:** `ValueError` for bad shapes.
     """
+    if len(pairs) != 2 or jnp.shape(pairs[0]) != jnp.shape(pairs[1]):
+        raise ValueError(
+            "expected pairs (x0, x1) of one shape; with a context, batches ((x0, x1), context)"
+        )
     x0, x1 = pairs
     for end in pairs:
         check_batch(flow, end, context)

@@ -1,6 +1,7 @@
 """Several objectives at once."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,10 +25,13 @@ def mixed(
     `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
     all. `key` is split among them. The metrics are those of all; "failed" where any failed.
 
-    **Raises:** `ValueError` for no objectives, and where two have a metric of one name.
+    **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
+    two have a metric of one name.
     """
     if not weights:
         raise ValueError("mixed needs objectives: give weights={objective: weight}")
+    if not all(0 <= weight < math.inf for weight in weights.values()):
+        raise ValueError(f"weights must be at least 0 and finite; got {[*weights.values()]}")
     losses, metrics = [], {}
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True
