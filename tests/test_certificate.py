@@ -103,7 +103,10 @@ def test_a_grid_is_of_one_or_two_dimensions(unchecked):
         evaluate.grid(linear(), (-1.0, 1.0))
 
 
-@pytest.mark.parametrize("adjoint", ["checkpoint", "backsolve", "reversible"])
+@pytest.mark.parametrize(
+    "adjoint",
+    ["checkpoint", *(pytest.param(a, marks=pytest.mark.slow) for a in ("backsolve", "reversible"))],
+)
 def test_audit_of_a_gradient(adjoint):
     flow, penalties = CNF(mlp(3, (4,)), StandardNormal(3), t1=T), {kinetic: 0.1}
     solve = Solve(rtol=1e-6, atol=1e-6, adjoint=adjoint)

@@ -115,8 +115,8 @@ def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
 
 def test_density_given_a_column_scores_and_samples_the_others(table, tmp_path):
     out = tmp_path / "run"
-    words = ["--data", table, "--out", out, "--context", "a", "2", "--finetune-steps", 2]
-    done = run("density", *words, "--steps", 200, "--warmup", 0, *SMALL)
+    words = ["--data", table, "--out", out, "--context", "a", "2"]
+    done = run("density", *words, "--steps", 10, *SMALL)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
     metrics = summary["metrics"]
@@ -125,8 +125,6 @@ def test_density_given_a_column_scores_and_samples_the_others(table, tmp_path):
     assert metrics["test_nll_original"] - metrics["test_nll"] == pytest.approx(
         np.log(x[:, 2].std()), abs=0.2
     )
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [("matching" in r, "nll" in r) for r in records[-2:]] == [(True, False), (False, True)]
     samples = np.loadtxt(out / "samples.csv", delimiter=",", skiprows=1)
     # The given columns are those of test rows.
     known = {tuple(row) for row in np.round(x[:, :2], 2)}
@@ -393,6 +391,7 @@ def test_killed_between_stages_ends_bit_for_bit_the_same(tmp_path):
     assert flows[0] == flows[1]
 
 
+@pytest.mark.slow
 def test_a_part_of_training_ends_early_and_the_next_goes_on(tmp_path):
     """At a rate of nothing no validation after the first is a new best."""
     words = ["--steps", 400, "--patience", 2, "--finetune-steps", 6, "--learning-rate", 1e-30]

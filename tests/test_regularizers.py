@@ -183,7 +183,10 @@ def by_nested_jvps(field, order):
     return field if order == 1 else along_path(by_nested_jvps(field, order - 1))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param(a, marks=pytest.mark.slow if a == "softplus" else ()) for a in ACTIVATIONS],
+)
 def test_taylor_is_nested_jvps(activation):
     field = mlp(2, (3,), scale=1.0, activation=activation)
     t, x = TIME, jnp.array([0.4, -0.9])
