@@ -21,8 +21,8 @@ from jaxtyping import Array
 
 from experiments.harness import main
 from experiments.quick import toy_flow
+from experiments.run_settings import RunSettings
 from experiments.rundir import RunDir
-from experiments.settings import RunSettings
 from jcnf import CNF, Solve, curves, distributions, evaluate, fields, objectives, train
 from jcnf.data.toys import toy
 from jcnf.errors import InputError

@@ -30,8 +30,8 @@ from jaxtyping import Array
 
 from experiments.harness import main
 from experiments.quick import toy_flow
+from experiments.run_settings import RunSettings
 from experiments.rundir import RunDir
-from experiments.settings import RunSettings
 from jcnf import CNF, Solve, distributions, fields, objectives, train
 from jcnf.data.toys import toy
 

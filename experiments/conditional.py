@@ -12,6 +12,7 @@ from experiments.harness import main
 from experiments.loop import fit
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
+from experiments.stages import drawing
 from experiments.toy2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, plot, scatter
 from jcnf.data import classes
@@ -38,6 +39,7 @@ class Conditional(FitSettings):
             raise InputError("likelihood always knows the class: add --guidance 1")
         super().check()
         self.at_least(2, "test_points")
+        self.at_least(1, "lbfgs_batch")
         if not all(math.isfinite(scale) for scale in self.guidance):
             raise InputError("--guidance must be finite numbers")
         if not self.drop_context and set(self.guidance) - {1.0}:
@@ -58,8 +60,8 @@ def run(settings: Conditional) -> None:
         labels = jr.randint(label_key, (num,), 0, classes.CLASSES)
         return classes.sample(point_key, labels), labels
 
-    def draw_batch(key, _):
-        x, labels = labelled(key, settings.batch)
+    def with_classes(key, num):
+        x, labels = labelled(key, num)
         return x, classes.one_hot(labels)
 
     validation, val_labels = labelled(val_key, VALIDATION_POINTS)
@@ -69,7 +71,7 @@ def run(settings: Conditional) -> None:
         run_dir,
         settings,
         settings.make_flow(2, classes.CLASSES),
-        draw_batch=draw_batch,
+        draw_of=drawing(with_classes),
         data=None,
         validate=lambda flow: (
             evaluate.score(flow, validation, context=val_context, solve=quick).nll

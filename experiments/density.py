@@ -244,7 +244,7 @@ def train_and_measure(
         run_dir,
         settings,
         settings.make_flow(len(columns.places), len(columns.given)),
-        draw_batch=train.draw_rows(settings.batch),
+        draw_of=train.draw_rows,
         data=columns.split(table.train),
         validate=lambda flow: (
             evaluate.score(flow, validation, context=val_context, solve=quick).nll
@@ -267,7 +267,7 @@ def train_and_measure(
         "test_nll_stderr": scores.stderr,
         "test_nll_original": scores.nll + scale.log_scale,
         "gaussian_nll": gaussian_nll,
-        "val_nll": fitted.val_nll,
+        "val_nll": fitted.score,
         **peers(),
     }
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}

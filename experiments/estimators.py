@@ -24,8 +24,8 @@ from jaxtyping import Array, Key
 from experiments.density import Density
 from experiments.harness import main
 from experiments.quick import train_quickly
+from experiments.run_settings import RunSettings
 from experiments.rundir import RunDir, load_flow
-from experiments.settings import RunSettings
 from jcnf import (
     CNF,
     Exact,
@@ -107,7 +107,7 @@ def subject(settings: Estimators) -> tuple[CNF, Array]:
     draw = mixture(settings.dim)
     field = fields.MLP(settings.dim, (128, 128), time="concat", key=jr.key(settings.seed))
     flow = CNF(field, distributions.StandardNormal(settings.dim))
-    flow = train_quickly(flow, lambda key: draw(key, 256), settings.steps, settings.seed)
+    flow = train_quickly(flow, draw, settings.steps, settings.seed)
     return flow, draw(key, settings.points)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from experiments.harness import main
 from experiments.rundir import MetricsLog, RunDir
 from experiments.spline_flow import require_flowjax, train_spline_flow
-from experiments.stages import Stage, step_seconds, train_stages
+from experiments.stages import Stage, drawing, step_seconds, train_stages
 from experiments.toy2d import ToySettings
 from jcnf import evaluate
 from jcnf.curves import Panel, scaling
@@ -135,13 +135,12 @@ def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
     test_solve = settings.make_test_solve()
     quick = dataclasses.replace(test_solve, rtol=SAMPLING_TOLERANCE, atol=SAMPLING_TOLERANCE)
 
-    def draw_batch(key, _):
-        return density.sample(key, first.batch)
+    draw_of = drawing(density.sample)
 
     def seconds_of(settings):
         by_likelihood = settings.objective == "likelihood"
         steps = 20 if by_likelihood else 200
-        seconds = step_seconds(flow, settings.make_stages()[0], draw_batch, steps)
+        seconds = step_seconds(flow, settings.make_stages()[0], draw_of, steps)
         return seconds * (GROWTH if by_likelihood else 1)
 
     likelihood = dataclasses.replace(first, objective="likelihood")
@@ -155,7 +154,7 @@ def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
         return dataclasses.replace(first, steps=steps, finetune_steps=finetune_steps).make_stages()
 
     def measure(budget, test):
-        trained = train_stages(flow, stages(budget), draw_batch, seed=settings.seed)
+        trained = train_stages(flow, stages(budget), draw_of, seed=settings.seed)
         scores = evaluate.score(trained.flow, test, solve=test_solve)
         key, noise_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))
         samples = evaluate.draw(trained.flow, key, MMD_POINTS, solve=quick)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax
 import tyro
 
-from experiments.settings import RunSettings
+from experiments.run_settings import RunSettings
 from jcnf.errors import InputError
 
 S = TypeVar("S", bound=RunSettings)

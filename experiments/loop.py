@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from tqdm import tqdm
 
+from experiments.run_settings import LoopSettings
 from experiments.rundir import MetricsLog, RunDir, read_jsonl
-from experiments.settings import FitSettings
-from experiments.stages import compiled, next_state
-from jcnf import CNF, checkpoint, train
+from experiments.stages import DrawOf, compiled, next_state
+from jcnf import checkpoint, train
 from jcnf.errors import InputError
 
 STUCK = 50  # steps in a row without an update, after which training gives up
@@ -24,8 +24,8 @@ STUCK = 50  # steps in a row without an update, after which training gives up
 class Fitted(NamedTuple):
     """What training gave."""
 
-    flow: CNF  # with the averaged parameters of the lowest validation NLL
-    val_nll: float  # that NLL, nats
+    flow: Any  # the model with the averaged parameters of the best validation
+    score: float  # that validation
     records: list[dict]  # of metrics.jsonl
     skipped: int  # updates that were not applied
     timing: dict[str, float]
@@ -33,16 +33,18 @@ class Fitted(NamedTuple):
 
 def fit(
     run: RunDir,
-    settings: FitSettings,
-    flow: CNF,
-    draw_batch: train.DrawBatch,
+    settings: LoopSettings,
+    model: Any,
+    draw_of: DrawOf,
     data: Any,
-    validate: Callable[[CNF], float],
+    validate: Callable[[Any], float],
+    score: str = "val_nll",
 ) -> Fitted:
     """Train from the beginning, or from the run's checkpoint, through the settings' stages.
 
-    A batch is x, or a pair (x, context). `validate(flow)` is a held-out NLL in nats; it chooses the
-    parameters to keep, and those that the next stage starts from.
+    `validate(model)` is a held-out figure, lower when better, that the log calls `score`: a NLL in
+    nats unless said otherwise. It chooses the parameters to keep, and those that the next stage
+    starts from.
     """
     stages = settings.make_stages()
     records = read_jsonl(run.log)
@@ -54,7 +56,7 @@ def fit(
             f"{run.checkpoint} is missing, though {run.log.name} goes to step "
             f"{records[-1]['step']}: restore it, or start a new run with another --out"
         )
-    state = train.init(flow, stages[place.stage].optimizer)
+    state = train.init(model, stages[place.stage].optimizer)
     best = jax.tree.map(jnp.copy, state.average)
     if run.checkpoint.exists():
         (state, best), _ = checkpoint.load(run.checkpoint, (state, best))
@@ -71,7 +73,7 @@ def fit(
             if step == end:
                 break
             tic = time.perf_counter()
-            run_steps = compiled(flow, stage, draw_batch, state, data)
+            run_steps = compiled(model, stage, draw_of, state, data)
             compile_s += time.perf_counter() - tic
             while step < end:
                 # One dispatch to the next step at which anything happens on the host.
@@ -87,8 +89,8 @@ def fit(
                 bar.set_postfix_str(_shown(record, state))
                 step = until
                 if step == end or step % settings.validate_every == 0:
-                    record["val_nll"] = validate(train.with_params(flow, state.average))
-                    if place.improved_by(record["val_nll"]):
+                    record[score] = validate(train.with_params(model, state.average))
+                    if place.improved_by(record[score]):
                         best = jax.tree.map(jnp.copy, state.average)
                     if place.over(settings.patience):
                         end = step
@@ -117,8 +119,8 @@ def fit(
         "fit_s": time.perf_counter() - start,
         "step_ms_median": statistics.median(r["step_ms"] for r in log.records),
     }
-    val_nll = math.nan if place.best_nll is None else place.best_nll
-    return Fitted(train.with_params(flow, best), val_nll, log.records, skipped, timing)
+    best_score = math.nan if place.best is None else place.best
+    return Fitted(train.with_params(model, best), best_score, log.records, skipped, timing)
 
 
 @dataclasses.dataclass
@@ -129,14 +131,14 @@ class _Place:
     first_step: int = 0  # steps taken before it
     worse: int = 0  # validations of it without a new best
     stuck: int = 0  # steps since an update was applied
-    best_nll: float | None = None  # lowest of all validations, nats; None before any was finite
+    best: float | None = None  # lowest of all validations; None before any was finite
     train_s: float = 0.0
 
-    def improved_by(self, nll: float) -> bool:
+    def improved_by(self, score: float) -> bool:
         """Note a validation; whether its parameters are to be kept: any, until one is finite."""
-        first, finite = self.best_nll is None, math.isfinite(nll)
-        if finite and (self.best_nll is None or nll < self.best_nll):
-            self.best_nll, self.worse = nll, 0
+        first, finite = self.best is None, math.isfinite(score)
+        if finite and (self.best is None or score < self.best):
+            self.best, self.worse = score, 0
             return True
         self.worse += 1
         return first

@@ -6,24 +6,23 @@ from collections.abc import Callable
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from experiments.stages import Stage, train_stages
+from experiments.stages import Stage, drawing, train_stages
 from jcnf import CNF, Solve, distributions, fields, objectives, train
 from jcnf.data.toys import toy
 
 
 def train_quickly(
-    flow: CNF, draw: Callable[[Key[Array, ""]], Array], steps: int, seed: int = 0
+    flow: CNF, sample: Callable[[Key[Array, ""], int], Array], steps: int, seed: int = 0
 ) -> CNF:
-    """`flow` after `steps` of maximum likelihood on batches `draw(key)`: no average is taken."""
+    """`flow` after `steps` of maximum likelihood on `sample(key, num)`: no average is taken."""
     objective = functools.partial(objectives.likelihood, solve=Solve(rtol=1e-4, atol=1e-4))
     optimizer = train.make_optimizer(2e-3, max(steps, 1))
-    stage = Stage(objective, steps, optimizer, train.by_reverse_mode, average=0.0)
-    return train_stages(flow, [stage], lambda key, _: draw(key), seed=seed).flow
+    stage = Stage(objective, steps, optimizer, train.by_reverse_mode, average=0.0, batch=256)
+    return train_stages(flow, [stage], drawing(sample), seed=seed).flow
 
 
 def toy_flow(steps: int, seed: int = 0) -> CNF:
     """2-D, 64-64-64 tanh, after `steps` steps on 8gaussians."""
     field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
-    data = toy("8gaussians")
-    return train_quickly(flow, lambda key: data.sample(key, 256), steps, seed)
+    return train_quickly(flow, toy("8gaussians").sample, steps, seed)

@@ -16,7 +16,7 @@ import tyro
 from experiments.flow_matching import mmd_of
 from experiments.harness import main
 from experiments.rundir import RunDir, load_flow
-from experiments.stages import Stage, train_stages
+from experiments.stages import Stage, drawing, train_stages
 from experiments.toy2d import Toy2D, ToySettings
 from jcnf import CNF, Solve, evaluate, objectives, plot, times, train
 from jcnf.curves import Panel, scaling
@@ -77,11 +77,14 @@ def run(settings: Reflow) -> None:
     optimizer = settings.make_optimizer(settings.reflow_steps, settings.learning_rate)
     objective = functools.partial(objectives.rectified, time=times.TIMES[settings.times])
     stage = Stage(
-        objective, settings.reflow_steps, optimizer, train.by_reverse_mode, settings.average
+        objective,
+        settings.reflow_steps,
+        optimizer,
+        train.by_reverse_mode,
+        settings.average,
+        settings.batch,
     )
-    rectified = train_stages(
-        original, [stage], train.draw_rows(settings.batch), pairs, settings.seed
-    )
+    rectified = train_stages(original, [stage], train.draw_rows, pairs, settings.seed)
     run_dir.save_flow(rectified.flow, {})
 
     fresh = density.sample(keys[1], settings.mmd_points)
@@ -139,7 +142,7 @@ def trained_flow(settings: Reflow) -> CNF:
     trained = train_stages(
         settings.make_flow(2),
         settings.make_stages(),
-        lambda key, _: density.sample(key, settings.batch),
+        drawing(density.sample),
         seed=settings.seed,
     )
     print(f"trained in {trained.seconds:.1f} s")

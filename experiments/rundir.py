@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from experiments.settings import FitSettings, RunSettings
+from experiments.run_settings import RunSettings
+from experiments.settings import FitSettings
 from jcnf import CNF, checkpoint, train
 from jcnf.errors import InputError
 

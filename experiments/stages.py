@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jaxtyping import Array, Key
 
 from jcnf import CNF, train
 
@@ -22,19 +23,36 @@ class Stage(NamedTuple):
     optimizer: optax.GradientTransformation
     differentiate: Callable
     average: float  # decay of the parameters' moving average
+    batch: int | None  # samples in a batch; None for all of a table
+    fixed: bool = False  # whether every step has the same batch and the same noise
+
+
+# Batches of a size, or of None for all of a table: `jcnf.train.draw_rows`, or what draws afresh.
+DrawOf = Callable[[int | None], train.DrawBatch]
+
+
+def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
+    """Batches of fresh samples, `sample(key, num)`."""
+
+    def of(num):
+        assert num is not None, "there is no table to take all of"
+        return lambda key, _: sample(key, num)
+
+    return of
 
 
 def compiled(
-    flow: CNF, stage: Stage, draw_batch: train.DrawBatch, state: train.TrainState, data: Any
+    model: Any, stage: Stage, draw_of: DrawOf, state: train.TrainState, data: Any
 ) -> jax.stages.Compiled:
     """The program of a stage, `program(state, data, key, until)`."""
     program = train.make_run(
-        flow,
+        model,
         stage.objective,
-        draw_batch,
+        draw_of(stage.batch),
         stage.optimizer,
         average=stage.average,
         differentiate=stage.differentiate,
+        fixed=stage.fixed,
     )
     return program.lower(state, data, jr.key(0), 0).compile()
 
@@ -59,7 +77,7 @@ class Trained(NamedTuple):
 def train_stages(
     flow: CNF,
     stages: Sequence[Stage],
-    draw_batch: train.DrawBatch,
+    draw_of: DrawOf,
     data: Any = None,
     seed: int = 0,
 ) -> Trained:
@@ -69,7 +87,7 @@ def train_stages(
     for number, stage in enumerate(stages):
         if number:
             state = next_state(state, state.average, stage)
-        program = compiled(flow, stage, draw_batch, state, data)
+        program = compiled(flow, stage, draw_of, state, data)
         until = int(state.step) + stage.steps
         tic = time.perf_counter()
         state, _ = jax.block_until_ready(program(state, data, key, until))
@@ -78,10 +96,10 @@ def train_stages(
     return Trained(flow, int(state.step), seconds, int(state.skipped))
 
 
-def step_seconds(flow: CNF, stage: Stage, draw_batch: train.DrawBatch, steps: int) -> float:
+def step_seconds(flow: CNF, stage: Stage, draw_of: DrawOf, steps: int) -> float:
     """Seconds of one of the first steps, without compilation and warm-up."""
     state = train.init(flow, stage.optimizer)
-    program = compiled(flow, stage, draw_batch, state, None)
+    program = compiled(flow, stage, draw_of, state, None)
     state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP))
     tic = time.perf_counter()
     jax.block_until_ready(program(state, None, jr.key(0), WARM_UP + steps))

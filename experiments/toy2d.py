@@ -11,6 +11,7 @@ from experiments.harness import main
 from experiments.loop import fit
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
+from experiments.stages import drawing
 from jcnf import evaluate, plot
 from jcnf.data.toys import toy
 
@@ -31,6 +32,7 @@ class ToySettings(FlowSettings):
         super().check()
         toy(self.data)
         self.at_least(2, "test_points")
+        self.at_least(1, "lbfgs_batch")
         self.check_objective(dim=2)
 
 
@@ -56,7 +58,7 @@ def run(settings: Toy2D) -> None:
         run_dir,
         settings,
         settings.make_flow(2),
-        draw_batch=lambda key, _: density.sample(key, settings.batch),
+        draw_of=drawing(density.sample),
         data=None,
         validate=lambda flow: evaluate.score(flow, validation, solve=quick).nll,
     )

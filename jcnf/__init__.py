@@ -8,15 +8,15 @@ from jcnf import objectives as objectives
 from jcnf import paths as paths
 from jcnf import regularizers as regularizers
 from jcnf import times as times
+from jcnf.cnf import CNF as CNF
 from jcnf.divergence import Exact as Exact
 from jcnf.divergence import ForwardMode as ForwardMode
 from jcnf.divergence import Hutchinson as Hutchinson
 from jcnf.divergence import HutchPlusPlus as HutchPlusPlus
 from jcnf.divergence import XTrace as XTrace
-from jcnf.flow import CNF as CNF
 from jcnf.flow import log_prob as log_prob
 from jcnf.flow import sample as sample
 from jcnf.flow import sample_and_log_prob as sample_and_log_prob
-from jcnf.flow import trajectory as trajectory
 from jcnf.flow import transform as transform
 from jcnf.solve import Solve as Solve
+from jcnf.trajectories import trajectory as trajectory

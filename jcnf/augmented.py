@@ -13,7 +13,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import CNF, log_prob
+from jcnf.flow import Flow, log_prob
 from jcnf.solve import Solve
 
 
@@ -30,7 +30,7 @@ def augment(
 
 
 def log_prob_bound(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "batch dim"],
     key: Key[Array, ""],
     *,

@@ -1,59 +1,25 @@
-"""Continuous normalizing flows and the pure functions people import.
+"""Flows, and the pure functions people import.
 
-t=0 is the base and t=T the data (T = `flow.t1`). Along the direction solved, `logdet` is the
-integral of +div v dt = log|det d end / d start| (Chen et al. 2018, theorem 1), so that from data
-to base `log_prob(x) = base.log_prob(z) + logdet`, and from base to data
+t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). Along the direction taken,
+`logdet` is log|det d end / d start|, so that from data to base
+`log_prob(x) = base.log_prob(z) + logdet`, and from base to data
 `log_prob(x) = base.log_prob(z) - logdet`.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence, Exact
-from jcnf.solve import Solve, Stats, integrate
+from jcnf.solve import Solve, Stats
 
 Direction = Literal["to_base", "to_data"]
-
-
-class CNF(eqx.Module):
-    """A field that carries a base distribution at t=0 to data at t=t1. A pytree, nothing more.
-
-    **Arguments:**
-
-    - `field`: velocity `field(t, x, context)` of one sample, with an integer `dim`.
-    - `base`: a `jcnf.distributions.Base` of the same `dim`.
-    - `t1`: the end time, positive.
-
-    **Raises:** `ValueError` when the dimensions differ or `t1` is not positive.
-    """
-
-    field: Any
-    base: Base
-    t1: float = eqx.field(static=True, default=1.0)
-
-    def __check_init__(self):
-        if self.field.dim != self.base.dim:
-            raise ValueError(
-                f"field and base must have the same dim; got {self.field.dim} and {self.base.dim}"
-            )
-        if not 0 < self.t1 < np.inf:
-            raise ValueError(f"t1 must be positive and finite; got {self.t1}")
-
-
-class FlowState(eqx.Module):
-    """The state of the augmented ODE, for the whole batch."""
-
-    x: Float[Array, "batch dim"]
-    logdet: Float[Array, " batch"]
-    penalties: dict[str, Float[Array, " batch"]]
 
 
 class Transformed(NamedTuple):
@@ -65,52 +31,47 @@ class Transformed(NamedTuple):
     stats: Stats
 
 
-class _Velocity(eqx.Module):
-    """Right-hand side of x alone: what sampling and trajectories need, and no more."""
+class Flow(eqx.Module):
+    """A bijection between base samples and data. A pytree, nothing more.
 
-    def __call__(self, t, x, args):
-        field, context = args
-        v = _over_batch(field, t.astype(x.dtype))(x, context)
-        _check_shape("the field", v, x.shape)
-        return v
+    A subclass says how a batch is carried, with and without its log-det; the functions below, and
+    whatever stands on them, then serve it as they serve `jcnf.CNF`. Both methods get batches that
+    were checked, and neither raises for a solve that fails: it is `stats.failed`.
+    """
 
+    base: eqx.AbstractVar[Base]
 
-class _Augmented(eqx.Module):
-    """Right-hand side of x, its log-det and its penalties."""
+    @property
+    @abstractmethod
+    def context_dim(self) -> int | None:
+        """Size of the context taken, 0 for none; None where it is not known."""
 
-    divergence: Divergence
-    regularizers: tuple[Callable, ...] = eqx.field(static=True)
+    @abstractmethod
+    def carry(
+        self,
+        x: Float[Array, "batch dim"],
+        direction: Direction,
+        context: Float[Array, "batch context"] | None,
+        solve: Solve,
+    ) -> tuple[Float[Array, "batch dim"], Stats]:
+        """The batch at the other end, and what it cost."""
 
-    def __call__(self, t, state, args):
-        field, noise, context, sign = args
-
-        def one(t, x, context, noise):
-            local = self.divergence(field, t, x, context, noise)
-            _check_shape("the field", local.velocity, x.shape)
-            _check_shape("the divergence", local.divergence, ())
-            rates = {r.__name__: r(field, t, x, context, local) for r in self.regularizers}
-            for name, rate in rates.items():
-                _check_shape(f"the penalty {name}", rate, ())
-            rates = {name: sign * rate for name, rate in rates.items()}
-            return local.velocity, local.divergence, rates
-
-        rate = _over_batch(one, t.astype(state.x.dtype))
-        return FlowState(*rate(state.x, context, noise))
-
-
-def _check_shape(what, value, shape):
-    # A wrong one might broadcast, and give a density of nothing.
-    if jnp.shape(value) != shape:
-        raise ValueError(f"{what} must give an array of shape {shape}; got {jnp.shape(value)}")
-
-
-def _over_batch(function, t):
-    # t is not batched, so whatever depends on it alone is computed once for the batch.
-    return lambda *batched: jax.vmap(function, in_axes=(None, *[0] * len(batched)))(t, *batched)
+    @abstractmethod
+    def carry_with_logdet(
+        self,
+        x: Float[Array, "batch dim"],
+        direction: Direction,
+        key: Key[Array, ""] | None,
+        context: Float[Array, "batch context"] | None,
+        solve: Solve,
+        divergence: Divergence,
+        regularizers: tuple[Callable, ...],
+    ) -> Transformed:
+        """The batch at the other end, its log-det and its penalties, and what it cost."""
 
 
 def transform(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "batch dim"],
     *,
     direction: Direction = "to_base",
@@ -122,9 +83,7 @@ def transform(
 ) -> Transformed:
     """Carry a batch through the flow, with its log-det, penalties and solver statistics.
 
-    Solves dx/dt = v(t, x), d logdet/dt = div v (Chen et al. 2018, eq. 8) and, for each of
-    `regularizers`, d penalty/|dt| = rate, as one ODE for the whole batch. It never raises for a
-    solve that fails: the last finite state comes back with `stats.failed`.
+    It never raises for a solve that fails: the last finite state comes back with `stats.failed`.
 
     **Arguments:**
 
@@ -139,31 +98,18 @@ def transform(
     check_batch(flow, x, context)
     if direction not in ("to_base", "to_data"):
         raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
-    x = jnp.asarray(x)
-    batch, dim = x.shape
-    noise = divergence.draw(key, batch, dim, x.dtype)
-    zeros = jnp.zeros(batch, x.dtype)
     if not all(callable(r) and hasattr(r, "__name__") for r in regularizers):
         raise ValueError(f"expected functions as in jcnf.regularizers; got {regularizers}")
-    penalties = {r.__name__: zeros for r in regularizers}
-    if len(penalties) < len(regularizers):
-        raise ValueError(f"regularizers must have names of their own; got {list(penalties)}")
-    start = FlowState(x, zeros, penalties)
-    t0, t1 = (flow.t1, 0.0) if direction == "to_base" else (0.0, flow.t1)
-    sign = jnp.asarray(np.sign(t1 - t0), x.dtype)
-    end, stats = integrate(
-        _Augmented(divergence, tuple(regularizers)),
-        start,
-        (flow.field, noise, context, sign),
-        _time(t0, x),
-        _time(t1, x),
-        solve,
+    if len({r.__name__ for r in regularizers}) < len(regularizers):
+        names = [r.__name__ for r in regularizers]
+        raise ValueError(f"regularizers must have names of their own; got {names}")
+    return flow.carry_with_logdet(
+        jnp.asarray(x), direction, key, context, solve, divergence, tuple(regularizers)
     )
-    return Transformed(end.x, end.logdet, end.penalties, stats)
 
 
 def log_prob(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "batch dim"],
     *,
     key: Key[Array, ""] | None = None,
@@ -179,11 +125,11 @@ def log_prob(
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
     result = transform(flow, x, key=key, context=context, solve=solve, divergence=divergence)
-    return _arrived(flow.base.log_prob(result.x) + result.logdet, result.stats)
+    return arrived(flow.base.log_prob(result.x) + result.logdet, result.stats)
 
 
 def sample(
-    flow: CNF,
+    flow: Flow,
     key: Key[Array, ""],
     num_samples: int,
     *,
@@ -196,13 +142,11 @@ def sample(
     """
     z = flow.base.sample(key, num_samples)
     check_batch(flow, z, context)
-    args = (flow.field, context)
-    x, stats = integrate(_Velocity(), z, args, _time(0.0, z), _time(flow.t1, z), solve)
-    return _arrived(x, stats)
+    return arrived(*flow.carry(z, "to_data", context, solve))
 
 
 def sample_and_log_prob(
-    flow: CNF,
+    flow: Flow,
     key: Key[Array, ""],
     num_samples: int,
     *,
@@ -228,56 +172,10 @@ def sample_and_log_prob(
         divergence=divergence,
     )
     log_probs = flow.base.log_prob(z) - result.logdet
-    return _arrived((result.x, log_probs), result.stats)
+    return arrived((result.x, log_probs), result.stats)
 
 
-def trajectory(
-    flow: CNF,
-    x: Float[Array, "batch dim"],
-    times: Float[Array, " times"],
-    *,
-    context: Float[Array, "batch context"] | None = None,
-    solve: Solve = Solve(),  # noqa: B008 (frozen)
-) -> Float[Array, "times batch dim"]:
-    """The batch at each of `times`, (times, batch, dim), from its state `x` at `times[0]`.
-
-    `times` run one way, up or down: `linspace(0, flow.t1, n)` carries base samples to data.
-    Between steps the solver's interpolant is used.
-
-    **Raises:** `ValueError` for bad shapes and for times that are not monotone (checked where
-    they are concrete); `equinox.EquinoxRuntimeError` when the solve fails.
-    """
-    xs, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
-    return _arrived(xs, stats)
-
-
-def solve_trajectory(
-    flow: CNF,
-    x: Float[Array, "batch dim"],
-    times: Float[Array, " times"],
-    *,
-    context: Float[Array, "batch context"] | None = None,
-    solve: Solve = Solve(),  # noqa: B008 (frozen)
-) -> tuple[Float[Array, "times batch dim"], Stats]:
-    """`trajectory` with the solver's statistics; a failed solve is `stats.failed`, not raised."""
-    check_batch(flow, x, context)
-    if jnp.ndim(times) != 1 or jnp.shape(times)[0] < 2:
-        raise ValueError(f"times must be a vector of at least 2; got shape {jnp.shape(times)}")
-    if not isinstance(times, Tracer):
-        steps = np.diff(np.asarray(times))
-        if not (np.all(steps > 0) or np.all(steps < 0)):
-            raise ValueError("times must strictly increase or strictly decrease")
-    x = jnp.asarray(x)
-    times = jnp.asarray(times, x.dtype)
-    return integrate(_Velocity(), x, (flow.field, context), times[0], times[-1], solve, times)
-
-
-def _time(t, x):
-    # A concrete scalar: diffrax checks the sign of the first step at trace time, not at run time.
-    return np.asarray(t, x.dtype)
-
-
-def check_batch(flow: CNF, x, context) -> None:
+def check_batch(flow: Flow, x, context) -> None:
     """Raise `ValueError` where `x` is no batch for `flow`, or `context` none for it."""
     dim = flow.base.dim
     shape = jnp.shape(x)
@@ -300,15 +198,16 @@ def check_batch(flow: CNF, x, context) -> None:
     shape_of_context = (shape[0], 0) if context is None else jnp.shape(context)
     if shape_of_context[:-1] != shape[:1]:
         raise ValueError(f"expected context of shape ({shape[0]}, context); got {shape_of_context}")
-    size, got = getattr(flow.field, "context_dim", None), shape_of_context[-1]
+    size, got = flow.context_dim, shape_of_context[-1]
     if size is not None and got != size:
         raise ValueError(
-            f"the field takes a context of size {size}; got {got or 'none'}: "
+            f"the flow takes a context of size {size}; got {got or 'none'}: "
             "pass context of shape (batch, context)"
         )
 
 
-def _arrived(value, stats):
+def arrived(value: Any, stats: Stats) -> Any:
+    """`value`, or an error at run time that says what to do where its solve failed."""
     return eqx.error_if(
         value,
         stats.failed,

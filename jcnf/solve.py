@@ -19,10 +19,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jcnf import reversible
 
+
+class RK4(diffrax.AbstractERK):
+    """The classical Runge-Kutta method of order 4 (Kutta 1901), which has no error estimate."""
+
+    tableau = diffrax.ButcherTableau(
+        a_lower=(np.array([1 / 2]), np.array([0, 1 / 2]), np.array([0.0, 0, 1])),
+        b_sol=np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+        b_error=np.zeros(4),
+        c=np.array([1 / 2, 1 / 2, 1]),
+    )
+    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+
+    def order(self, terms):
+        """Of the error of a solve in its step."""
+        return 4
+
+
 SOLVERS: dict[str, type[diffrax.AbstractSolver]] = {
     "euler": diffrax.Euler,
     "heun": diffrax.Heun,
     "midpoint": diffrax.Midpoint,
+    "rk4": RK4,
     "bosh3": diffrax.Bosh3,
     "tsit5": diffrax.Tsit5,
     "dopri5": diffrax.Dopri5,
@@ -86,13 +104,18 @@ class Solve(eqx.Module):
                 raise ValueError(f"{name} must be positive and finite; got {value!r}")
         if not isinstance(self.max_steps, int):
             raise ValueError(f"max_steps must be a whole number; got {self.max_steps}")
-        if self.step is None and not isinstance(
-            self.diffrax_solver(), diffrax.AbstractAdaptiveSolver
-        ):
+        if self.step is None and not self._estimates_errors():
             raise ValueError(
                 f"solver {self.solver!r} has no error estimate: give it a fixed step, "
                 "as in Solve(solver='euler', step=0.05)"
             )
+
+    def _estimates_errors(self):
+        solver = self.diffrax_solver()
+        tableau = getattr(solver, "tableau", None)
+        return isinstance(solver, diffrax.AbstractAdaptiveSolver) and (
+            tableau is None or np.any(tableau.b_error)
+        )
 
     def diffrax_solver(self) -> diffrax.AbstractSolver:
         """The solver as diffrax's object."""

@@ -15,17 +15,17 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, Key, PyTree
 
-from jcnf.flow import CNF
+from jcnf.distributions import Base
 from jcnf.solve import Solve
 
-Objective = Callable[[CNF, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
+Objective = Callable[[Any, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
 DrawBatch = Callable[[Key[Array, ""], Any], Any]
 
 
 class TrainState(eqx.Module):
     """Everything a run needs to go on; arrays only, and no random key."""
 
-    params: PyTree  # the trainable part of the flow
+    params: PyTree  # the trainable part of the model
     average: PyTree  # its exponential moving average
     opt_state: PyTree
     step: Int[Array, ""]  # steps taken, skipped ones included
@@ -52,37 +52,45 @@ def make_optimizer(
     )
 
 
-def partition(flow: CNF) -> tuple[CNF, CNF]:
-    """The trainable arrays of a flow, and the rest: the base is never trained."""
-    spec = jax.tree.map(eqx.is_inexact_array, flow)
-    frozen_base = jax.tree.map(lambda _: False, spec.base)
-    return eqx.partition(flow, eqx.tree_at(lambda f: f.base, spec, frozen_base))
+def partition(model: PyTree) -> tuple[PyTree, PyTree]:
+    """The trainable arrays of a flow, or of a field, and the rest: bases are never trained."""
+
+    def is_base(node):
+        return isinstance(node, Base)
+
+    def trainable(node):
+        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not is_base(node), node)
+
+    return eqx.partition(model, jax.tree.map(trainable, model, is_leaf=is_base))
 
 
-def init(flow: CNF, optimizer: optax.GradientTransformation) -> TrainState:
+def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    params: Any = partition(flow)[0]
+    params: Any = partition(model)[0]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, params, optimizer.init(params), step=zero, skipped=zero)
-    # The state is donated, so that no two of its leaves may share a buffer, with `flow` or not.
+    # The state is donated, so that no two of its leaves may share a buffer, with `model` or not.
     return jax.tree.map(jnp.copy, state)
 
 
-def with_params(flow: CNF, params: PyTree) -> CNF:
-    """`flow` with trained parameters in place of its own: `state.average`, to evaluate."""
-    return eqx.combine(params, partition(flow)[1])
+def with_params(model: PyTree, params: PyTree) -> Any:
+    """`model` with trained parameters in place of its own: `state.average`, to evaluate."""
+    return eqx.combine(params, partition(model)[1])
 
 
-def draw_rows(batch: int) -> DrawBatch:
+def draw_rows(batch: int | None) -> DrawBatch:
     """`draw_batch` for a table, or a pytree of tables: `batch` rows at random, the same of each.
 
-    It raises `ValueError` for tables without rows, or of unequal numbers of them.
+    None gives all of them, in order. It raises `ValueError` for tables without rows, or of unequal
+    numbers of them.
     """
 
     def draw(key, data):
         rows = {table.shape[0] for table in jax.tree.leaves(data)}
         if len(rows) != 1 or min(rows) < 1:
             raise ValueError(f"expected tables of one number of rows, at least 1; got {rows}")
+        if batch is None:
+            return data
         index = jr.randint(key, (batch,), 0, *rows)
         return jax.tree.map(lambda table: table[index], data)
 
@@ -121,35 +129,43 @@ def differentiator(solve: Solve) -> Callable:
 
 
 def make_run(
-    flow: CNF,
+    model: PyTree,
     objective: Objective,
     draw_batch: DrawBatch,
     optimizer: optax.GradientTransformation,
     *,
     average: float = 0.999,
     differentiate: Callable = by_reverse_mode,
+    fixed: bool = False,
 ) -> jax.stages.Wrapped:
     """Compile-once training: `run(state, data, key, until) -> (state, metrics)`.
 
     `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
     donates `state`. `draw_batch(key, data)` gives a batch inside the compiled program and
-    `objective(flow, batch, key)` its loss. `average` is the decay of the parameters' moving
-    average, lower at first: min(average, (1 + step) / (10 + step)). `differentiate` is what
-    `differentiator` gives for the objective's solve.
+    `objective(model, batch, key)` its loss, of a flow or of whatever is trained. `average` is the
+    decay of the parameters' moving average, lower at first: min(average, (1 + step) / (10 + step)).
+    `differentiate` is what `differentiator` gives for the objective's solve. With `fixed`, every
+    step has the same batch and the same noise, as an optimiser with a line search (`optax.lbfgs`)
+    needs.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
     counted. The metrics are means over the updates applied, of the objective's own, "loss" and
     "grad_norm", and "skipped", the number of those that were not.
     """
-    _, static = partition(flow)
+    _, static = partition(model)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
-        batch_key, noise_key = jr.split(jr.fold_in(key, state.step))
+        batch_key, noise_key = jr.split(jr.fold_in(key, 0 if fixed else state.step))
         batch = draw_batch(batch_key, data)
 
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key)
+
+        def value_of(params):  # for a line search, which must not go where solves fail
+            loss, metrics = loss_of(params)
+            return jnp.where(metrics.get("failed", False), jnp.inf, loss)
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
         metrics, good = dict(metrics), jnp.isfinite(loss)
@@ -161,7 +177,9 @@ def make_run(
             grads = gradient()
         norm = optax.global_norm(grads)
         good &= jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_of
+        )
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
         mean = jax.tree.map(

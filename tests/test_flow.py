@@ -379,7 +379,7 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
 def test_the_times_of_a_trajectory_that_were_not_reached_hold_the_last_state():
     flow = CNF(NotANumber(), StandardNormal(2))  # v = x, up to 1
     x, times = jnp.array([[0.5, 0.1]]), jnp.linspace(0.0, 1.0, 5)
-    path, stats = jcnf.flow.solve_trajectory(flow, x, times, solve=TIGHT)
+    path, stats = jcnf.trajectories.solve_trajectory(flow, x, times, solve=TIGHT)
     assert np.all(stats.failed)
     np.testing.assert_allclose(path[:3, 0], x * np.exp(times[:3, None]), rtol=1e-8)
     np.testing.assert_array_equal(path[3], path[4])

@@ -13,7 +13,7 @@ from helpers import Tally, tolerance
 from jcnf import Solve
 from jcnf.solve import SOLVERS, integrate
 
-ORDERS = dict(euler=1, heun=2, midpoint=2, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
+ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 START = jnp.array([[1.0, -0.5], [0.3, 0.7]])
 END = 2.0
 

@@ -64,6 +64,9 @@ def reference(name, num, seed=0):
     noise = normal() + 1j * normal()
     if name == "8gaussians":
         z = (4 * np.exp(0.25j * np.pi * rng.integers(8, size=num)) + 0.5 * noise) / 1.414
+    elif name == "6gaussians":
+        z = 4 * np.exp(1j * np.pi / 3 * rng.integers(6, size=num)) + 0.5 * noise
+        z = z / np.stack([z.real, z.imag]).std()
     elif name == "2spirals":
         n = 3 * np.pi * np.sqrt(uniform())
         spiral = -n * np.exp(-1j * n) + 0.5 * (uniform() + 1j * uniform())
@@ -84,6 +87,8 @@ def reference(name, num, seed=0):
             return 2 * make.make_moons(num, noise=0.1, random_state=seed)[0] - np.array([1, 0.2])
         if name == "circles":
             return 3 * make.make_circles(num, factor=0.5, noise=0.08, random_state=seed)[0]
+        if name == "2circles":
+            return make.make_circles(num, factor=0.5, noise=0.06, random_state=seed)[0]
         return make.make_swiss_roll(num, noise=1.0, random_state=seed)[0][:, [0, 2]] / 5
     return np.stack([z.real, z.imag], axis=-1)
 

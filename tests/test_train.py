@@ -257,3 +257,33 @@ def test_likelihood_adds_weighted_penalties():
     loss, metrics = run(flow, DATA, KEY)
     assert float(loss) == pytest.approx(float(metrics["nll"] + 2 * metrics["kinetic"]), rel=1e-12)
     assert metrics["kinetic"] > 0
+
+
+def gaussian(flow, x, key):
+    """Mean NLL of N(loc, diag(exp(2 log_scale))), whose minimum is known; it fails beside that."""
+    z = (x - flow["loc"][None]) * jnp.exp(-flow["log_scale"])[None]
+    nll = jnp.mean(jnp.sum(z**2, axis=1)) / 2 + jnp.sum(flow["log_scale"])
+    return nll, {"failed": flow["loc"][0] < 0.9}
+
+
+def test_lbfgs_on_all_rows_finds_the_maximum_and_keeps_out_of_where_solves_fail():
+    model = {"loc": jnp.array([1.6, -2.0]), "log_scale": jnp.array([-0.5, 0.0])}
+    optimizer = optax.lbfgs()
+    run = train.make_run(model, gaussian, train.draw_rows(None), optimizer, average=0.0, fixed=True)
+    state, metrics = run(train.init(model, optimizer), DATA, KEY, 60)
+    np.testing.assert_allclose(state.params["loc"], DATA.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), DATA.std(axis=0), atol=1e-6)
+    assert metrics["skipped"] == 0
+    assert_identical(state.params, state.average)
+
+
+def test_a_fixed_batch_is_the_same_at_every_step():
+    def seen(model, x, key):
+        return model * (jnp.sum(x) + jr.normal(key)), {}
+
+    for fixed in (True, False):
+        optimizer = optax.sgd(1.0)
+        run = train.make_run(jnp.zeros(()), seen, draw_batch, optimizer, average=0.0, fixed=fixed)
+        states = [run(train.init(jnp.zeros(()), optimizer), DATA, KEY, n)[0] for n in (1, 2, 3)]
+        first, second, third = np.diff([0, *[state.params for state in states]])
+        assert (first == pytest.approx(second) == pytest.approx(third)) == fixed

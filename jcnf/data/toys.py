@@ -1,8 +1,9 @@
-"""The eight planar toys of FFJORD, each with its sampler and its true log-density.
+"""Planar toys, each with its sampler and its true log-density: the eight of FFJORD, and two more.
 
 Source: the toy generators of FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), except that samples
 here are independent: each draws its own component, where FFJORD gives each an equal count, and its
-own angle, where FFJORD spaces those of moons, circles and rings evenly.
+own angle, where FFJORD spaces those of moons, circles and rings evenly. "6gaussians" is torchdyn's
+(radius 4, sigma 0.5, standardized); "2circles" that of torchdiffeq's CNF (noise 0.06, factor 0.5).
 
 A new toy is a pair, `sample(key, num_samples)` and `density(x)` at one point x (2,), and a row of
 the table at the end. The two share their curve or centres, so a density cannot leave its sampler.
@@ -161,23 +162,27 @@ def _rings(radii, noise):
     return sample, density
 
 
+def _gaussians(number, radius, sigma):
+    """Equally likely Gaussians, evenly spaced on a circle: the sampler and the density."""
+
+    def centres(k):
+        angle = k * (2 * math.pi / number)
+        return radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+    def sample(key, num_samples):
+        centre_key, noise_key = jr.split(key)
+        k = jr.randint(centre_key, (num_samples,), 0, number).astype(float)
+        return centres(k) + sigma * jr.normal(noise_key, (num_samples, 2))
+
+    def density(x):
+        log_weights = jnp.full(number, -math.log(number), x.dtype)
+        nodes = centres(jnp.arange(number, dtype=x.dtype))
+        return _mixture(nodes, log_weights, _log_gaussian(sigma))(x)
+
+    return sample, density
+
+
 # The toys
-
-
-def _octagon(k):
-    return 4 / 1.414 * jnp.stack([jnp.cos(k * math.pi / 4), jnp.sin(k * math.pi / 4)], axis=-1)
-
-
-def _8gaussians_sample(key, num_samples):
-    centre_key, noise_key = jr.split(key)
-    centres = _octagon(jr.randint(centre_key, (num_samples,), 0, 8).astype(float))
-    return centres + 0.5 / 1.414 * jr.normal(noise_key, (num_samples, 2))
-
-
-def _8gaussians_density(x):
-    centres = _octagon(jnp.arange(8, dtype=x.dtype))
-    log_weights = jnp.full(8, -math.log(8), x.dtype)
-    return _mixture(centres, log_weights, _log_gaussian(0.5 / 1.414))(x)
 
 
 def _spiral(u):
@@ -255,11 +260,15 @@ def _roll(u):
     return jnp.stack([t * jnp.cos(t), t * jnp.sin(t)], axis=-1) / 5
 
 
+# torchdyn divides its data by their standard deviation over both coordinates; this is that of the
+# distribution: half the square of the radius, and the square of sigma.
+SPREAD = math.sqrt(4**2 / 2 + 0.5**2)
+
 # Entropies: -sum p log p over a grid in float64, with sum p = 1 (tests/test_toys.py recomputes
 # them); the errors are the change from one grid to finer and wider ones. The checkerboard is exact.
 _TABLE = (
     # name, sampler and density, entropy, its error, extent
-    ("8gaussians", _8gaussians_sample, _8gaussians_density, 2.83188041, 1e-8, 5.0),
+    ("8gaussians", *_gaussians(8, 4 / 1.414, 0.5 / 1.414), 2.83188041, 1e-8, 5.0),
     ("2spirals", *_curve(_spiral, 320, 0.1, jitter=1 / 6, mirrored=True), 2.64545028, 1e-8, 4.0),
     ("checkerboard", _checkerboard_sample, _checkerboard_density, math.log(32), 1e-15, 4.0),
     ("pinwheel", _pinwheel_sample, _pinwheel_density, 2.31778798, 1e-7, 5.0),
@@ -267,6 +276,8 @@ _TABLE = (
     ("circles", *_rings((3.0, 1.5), 0.24), 3.26813571, 1e-8, 4.5),
     ("swissroll", *_curve(_roll, 256, 0.2), 2.66964617, 1e-8, 4.0),
     ("rings", *_rings((3.0, 2.25, 1.5, 0.75), 0.08), 2.62318277, 1e-8, 4.0),
+    ("6gaussians", *_gaussians(6, 4 / SPREAD, 0.5 / SPREAD), 1.13294190, 1e-8, 3.0),
+    ("2circles", *_rings((1.0, 0.5), 0.06), 0.78764529, 1e-8, 1.5),
 )
 
 TOYS: dict[str, Toy] = {

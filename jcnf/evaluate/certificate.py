@@ -12,7 +12,7 @@ from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.density import Grid, grid
 from jcnf.evaluate.doubled import in_float64
 from jcnf.evaluate.scores import ACCURATE, Scores, roundtrip, score, standard_error
-from jcnf.flow import CNF, check_batch
+from jcnf.flow import Flow, check_batch
 from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
@@ -75,7 +75,7 @@ class Certificate(NamedTuple):
 
 
 def certify(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "n dim"],
     *,
     key: Key[Array, ""] | None = None,

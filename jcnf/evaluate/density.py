@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jcnf.evaluate.scores import ACCURATE, score
-from jcnf.flow import CNF
+from jcnf.flow import Flow
 from jcnf.solve import Solve
 
 
@@ -21,7 +21,7 @@ class Grid(NamedTuple):
     failures: int
 
 
-def grid(flow: CNF, extent: tuple[float, ...], n: int = 200, *, solve: Solve = ACCURATE) -> Grid:
+def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = ACCURATE) -> Grid:
     """The log-density of a flow in 1 or 2 dimensions at the centres of equal cells, n an axis.
 
     Its integral is over the cells whose solves did not fail.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.doubled import in_float64
-from jcnf.flow import CNF, check_batch
+from jcnf.flow import Flow, check_batch
 from jcnf.objectives import likelihood
 from jcnf.solve import Solve
 from jcnf.train import differentiator, partition
@@ -33,7 +33,7 @@ class GradientAudit(NamedTuple):
 
 
 def audit_gradients(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "batch dim"],
     *,
     key: Key[Array, ""] | None = None,
@@ -66,7 +66,7 @@ def audit_gradients(
 
 
 def loss_gradient(
-    flow: CNF, x: Float[Array, "batch dim"], *, solve: Solve = REFERENCE
+    flow: Flow, x: Float[Array, "batch dim"], *, solve: Solve = REFERENCE
 ) -> tuple[np.ndarray, bool]:
     """The gradient of the mean NLL in all parameters, flat, and whether its solve failed.
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.chunks import CHUNK, in_chunks
-from jcnf.flow import CNF, check_batch, solve_trajectory, transform
+from jcnf.flow import Direction, Flow, check_batch, transform
 from jcnf.solve import Solve
+from jcnf.trajectories import solve_trajectory
 
 ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
 
@@ -46,7 +48,7 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def score(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "n dim"],
     *,
     key: Key[Array, ""] | None = None,
@@ -94,10 +96,10 @@ def transport(
 ) -> Transport:
     """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`.
 
-    By the solver itself where `solve.adjoint` is "reversible": no gradient is taken.
+    No gradient is taken: `solve.adjoint` does not matter.
     """
     check_batch(flow, x, context)
-    solve = dataclasses.replace(solve, adjoint="checkpoint")
+    solve = _without_gradient(solve)
     times = jnp.asarray(times, jnp.result_type(x))
 
     def program(x, context):
@@ -107,8 +109,28 @@ def transport(
     return Transport(np.moveaxis(paths, 0, 1), nfe, failed)
 
 
+def carry(
+    flow: Flow,
+    x: Float[Array, "n dim"],
+    direction: Direction,
+    *,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    chunk: int = CHUNK,
+) -> Transport:
+    """Points and where the flow carries them, at `x[0]` and `x[-1]`: no log-det is computed."""
+    check_batch(flow, x, context)
+    solve = _without_gradient(solve)
+
+    def program(x, context):
+        return _carry(flow, x, direction, context, solve)
+
+    end, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    return Transport(np.stack([np.asarray(x), end]), nfe, failed)
+
+
 def draw(
-    flow: CNF,
+    flow: Flow,
     key: Key[Array, ""],
     num_samples: int,
     *,
@@ -117,11 +139,11 @@ def draw(
 ) -> Transport:
     """Samples at `x[-1]` and the base draws they came from at `x[0]`; consumes `key`."""
     z = flow.base.sample(key, num_samples)
-    return transport(flow, z, jnp.array([0.0, flow.t1]), context=context, solve=solve)
+    return carry(flow, z, "to_data", context=context, solve=solve)
 
 
 def roundtrip_error(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "n dim"],
     *,
     context: Float[Array, "n context"] | None = None,
@@ -132,17 +154,21 @@ def roundtrip_error(
     return roundtrip(flow, x, context=context, solve=solve, chunk=chunk)[0]
 
 
-def roundtrip(flow: CNF, x, **settings) -> tuple[float, Transport]:
+def roundtrip(flow: Flow, x, **settings) -> tuple[float, Transport]:
     """`roundtrip_error`, and the way back."""
-    z = transport(flow, x, jnp.array([flow.t1, 0.0]), **settings)
+    z = carry(flow, x, "to_base", **settings)
     # What did not get there starts back from the origin, and counts as failed.
-    start = jnp.asarray(np.nan_to_num(z.x[-1]))
-    back = transport(flow, start, jnp.array([0.0, flow.t1]), **settings)
+    back = carry(flow, jnp.asarray(np.nan_to_num(z.x[-1])), "to_data", **settings)
     failed = z.failed | back.failed
     error = np.abs(back.x[-1] - np.asarray(x))[~failed]
     return float(np.max(error, initial=np.nan if failed.all() else 0.0)), back._replace(
         failed=failed
     )
+
+
+def _without_gradient(solve):
+    """By the solver itself where the adjoint is "reversible"."""
+    return dataclasses.replace(solve, adjoint="checkpoint")
 
 
 # Accelerators multiply float32 matrices with fewer digits unless told otherwise.
@@ -154,6 +180,12 @@ _full_precision = jax.default_matmul_precision("highest")
 def _score(flow, x, context, solve, divergence):
     result = transform(flow, x, context=context, solve=solve, divergence=divergence)
     return flow.base.log_prob(result.x) + result.logdet, result.stats
+
+
+@eqx.filter_jit
+@_full_precision
+def _carry(flow, x, direction, context, solve):
+    return flow.carry(x, direction, context, solve)
 
 
 @eqx.filter_jit

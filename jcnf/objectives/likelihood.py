@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeChange
-from jcnf.flow import CNF, transform
+from jcnf.flow import Flow, transform
 from jcnf.solve import Solve
 
 # Names of metrics, of objectives and of `jcnf.train`.
@@ -18,7 +19,7 @@ RESERVED = {"nll", "matching", "nfe", "failed", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(
-    flow: CNF,
+    flow: Flow,
     x: Float[Array, "batch dim"],
     key: Key[Array, ""] | None,
     *,
@@ -42,6 +43,8 @@ def likelihood(
     if taken:
         raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
     if steer:
+        if not isinstance(flow, CNF):
+            raise ValueError("steer moves the end time of a CNF; this flow has none")
         if key is None or not 0 < steer < flow.t1:
             raise ValueError(f"steer must be in [0, {flow.t1}) and needs a key; got {steer}")
         key, steer_key = jr.split(key)

@@ -6,7 +6,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf import couplings, paths, times
-from jcnf.flow import CNF, check_batch
+from jcnf.cnf import CNF
+from jcnf.flow import check_batch
 
 
 def flow_matching(

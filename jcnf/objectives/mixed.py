@@ -9,11 +9,11 @@ from typing import Any
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf.flow import CNF
+from jcnf.flow import Flow
 
 
 def mixed(
-    flow: CNF,
+    flow: Flow,
     x: Any,
     key: Key[Array, ""],
     *,

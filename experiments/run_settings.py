@@ -1,0 +1,195 @@
+"""Settings of a run, of training, of solves, and of the loop: the parts experiments are made of.
+
+A frozen dataclass is the command line (by tyro) and `config.json` at once. Its comments are the
+help texts. An experiment inherits the parts that it uses.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import optax
+
+from experiments.stages import Stage
+from jcnf import Solve, evaluate, train
+from jcnf.errors import InputError
+
+VALIDATION_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run goes."""
+
+    # run directory; by default runs/NAME/TIME-SEED
+    out: Path | None = None
+    # seed of weights, data order, noise and test data
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        self.at_least(0, "seed")
+
+    def at_least(self, lowest: float, *names: str) -> None:
+        """Raise `InputError` where a setting is below `lowest`, above int32, or NaN."""
+        for name in names:
+            if not lowest <= getattr(self, name) < 2**31:
+                raise InputError(f"--{name.replace('_', '-')} must be from {lowest} to {2**31 - 1}")
+
+    def positive(self, *names: str) -> None:
+        """Raise `InputError` where a setting is not above 0, or is NaN."""
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be positive and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings(RunSettings):
+    """Optimisers: AdamW, and then perhaps L-BFGS on one batch."""
+
+    # optimiser steps
+    steps: int = 10_000
+    # samples in a training batch
+    batch: int = 1024
+    # peak learning rate: linear warm-up, then a cosine to zero
+    learning_rate: float = 1e-2
+    # steps of warm-up; at most a tenth of all
+    warmup: int = 200
+    # decoupled weight decay
+    weight_decay: float = 0.0
+    # gradient norm above which gradients are scaled down
+    clip: float = 10.0
+    # decay of the parameters' moving average, which is what is evaluated
+    average: float = 0.999
+    # steps of L-BFGS at the end, by the last objective, on one batch with one draw of the noise
+    lbfgs_steps: int = 0
+    # samples in that batch; of a table, 0 for all its rows
+    lbfgs_batch: int = 4096
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        super().check()
+        self.at_least(1, "steps", "batch")
+        self.at_least(0, "warmup", "weight_decay", "lbfgs_steps", "lbfgs_batch")
+        self.positive("learning_rate", "clip")
+        if not 0 <= self.average < 1:
+            raise InputError("--average must be in [0, 1)")
+        if self.lbfgs_batch != type(self).lbfgs_batch and not self.lbfgs_steps:
+            raise InputError("--lbfgs-batch would change nothing: of use with --lbfgs-steps alone")
+
+    def make_optimizer(self, steps: int, learning_rate: float) -> optax.GradientTransformation:
+        """AdamW, warm-up and cosine, clipping."""
+        return train.make_optimizer(
+            learning_rate,
+            steps,
+            warmup=min(self.warmup, steps // 10),
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
+
+    def then_lbfgs(self, stages: list[Stage]) -> list[Stage]:
+        """These stages, and L-BFGS by the objective of the last where there are steps for it."""
+        if not self.lbfgs_steps:
+            return stages
+        last = stages[-1]._replace(
+            steps=self.lbfgs_steps,
+            optimizer=optax.lbfgs(),
+            batch=self.lbfgs_batch or None,
+            average=0.0,
+            fixed=True,
+        )
+        return [*stages, last]
+
+    def make_stages(self) -> list[Stage]:
+        """The parts of the training."""
+        raise NotImplementedError
+
+    @property
+    def loss_units(self) -> str:
+        """What the training loss is measured in."""
+        return "no unit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolveSettings(RunSettings):
+    """Solves in training, and those of held-out numbers."""
+
+    # ODE solver while training: euler, heun, midpoint, rk4, bosh3, tsit5, dopri5, dopri8
+    solver: str = "dopri5"
+    # relative tolerance while training
+    rtol: float = 1e-3
+    # absolute tolerance while training
+    atol: float = 1e-3
+    # fixed step in t instead of the tolerances
+    fixed_step: float | None = None
+    # checkpoint, direct, backsolve, backsolve_seminorm, reversible, forward (few parameters only)
+    adjoint: str = "checkpoint"
+    # error norm while training: batch, worst
+    norm: str = "batch"
+    # a training solve fails after so many steps; its update is skipped and counted
+    max_steps: int = 256
+    # both tolerances of held-out numbers and samples
+    test_tolerance: float = 1e-5
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        super().check()
+        self.at_least(1, "max_steps")
+        self.positive("test_tolerance")
+        try:
+            self.make_test_solve()
+            self.make_solve()
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def check_steps(self, length: float) -> None:
+        """Raise `InputError` where a fixed step cannot get over an interval of that length."""
+        if self.fixed_step is not None and length > self.fixed_step * self.max_steps:
+            raise InputError(
+                f"--fixed-step {self.fixed_step} needs {length / self.fixed_step:.0f} steps: "
+                "raise --max-steps, or the step"
+            )
+
+    def make_solve(self) -> Solve:
+        """The training solve."""
+        return Solve(
+            solver=self.solver,
+            rtol=self.rtol,
+            atol=self.atol,
+            step=self.fixed_step,
+            adjoint=self.adjoint,
+            norm=self.norm,
+            max_steps=self.max_steps,
+        )
+
+    def make_test_solve(self) -> Solve:
+        """The solve of held-out numbers and samples."""
+        tolerance = self.test_tolerance
+        return dataclasses.replace(evaluate.ACCURATE, rtol=tolerance, atol=tolerance)
+
+    def make_validation_solve(self) -> Solve:
+        """The solve of validations: digits enough to choose parameters by."""
+        tolerance = max(VALIDATION_TOLERANCE, self.test_tolerance)
+        return dataclasses.replace(self.make_test_solve(), rtol=tolerance, atol=tolerance)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings(TrainingSettings):
+    """The loop that logs, validates, keeps checkpoints and resumes."""
+
+    # go on from the checkpoint in --out
+    resume: bool = False
+    # steps between lines of metrics.jsonl
+    log_every: int = 200
+    # steps between checkpoints
+    checkpoint_every: int = 2000
+    # steps between validations; the parameters with the best one are kept
+    validate_every: int = 2000
+    # validations without a new best after which a part of training ends early; 0 for never
+    patience: int = 0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        super().check()
+        self.at_least(1, "log_every", "checkpoint_every", "validate_every")
+        self.at_least(0, "patience")
