@@ -10,10 +10,10 @@ import numpy as np
 
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.plane import VALIDATION_POINTS
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
 from experiments.stages import drawing
-from experiments.toy2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, plot, scatter
 from jcnf.data import classes
 from jcnf.errors import InputError

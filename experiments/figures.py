@@ -6,6 +6,7 @@ from jaxtyping import Array, Key
 
 from experiments.rundir import RunDir
 from jcnf import CNF, Solve, evaluate, plot
+from jcnf.flow import Flow
 
 FRAMES = 41
 PARTICLES = 3000
@@ -13,7 +14,7 @@ PARTICLES = 3000
 
 def plane(
     run_dir: RunDir,
-    flow: CNF,
+    flow: Flow,
     data: np.ndarray,
     samples: np.ndarray,
     grid: evaluate.Grid,
@@ -22,21 +23,28 @@ def plane(
     solve: Solve,
     title: str,
     true_log_density: np.ndarray | None = None,
+    particles: int = PARTICLES,
+    frames: int = FRAMES,
 ) -> None:
-    """Densities beside data and samples; base samples turning into data. Consumes `key`."""
+    """Densities beside data and samples; of a CNF, base samples turning into data. Consumes `key`.
+
+    Of a flow in more dimensions the first two are drawn.
+    """
     figure = plot.densities(
         data,
-        samples,
+        samples[:, :2],
         grid.log_prob,
         grid.extent,
         title=title,
         true_log_density=true_log_density,
     )
-    z = flow.base.sample(key, PARTICLES)
-    times = jnp.linspace(0.0, flow.t1, FRAMES)
-    paths = evaluate.transport(flow, z, times, solve=solve, chunk=PARTICLES).x
+    run_dir.save_figures(densities=figure)
+    if not isinstance(flow, CNF):
+        return
+    z = flow.base.sample(key, particles)
+    times = jnp.linspace(0.0, flow.t1, frames)
+    paths = evaluate.transport(flow, z, times, solve=solve, chunk=PARTICLES).x[..., :2]
     run_dir.save_figures(
-        densities=figure,
         trajectories=plot.trajectories(paths, times, extent=grid.extent),
         snapshots=plot.snapshots(paths, times, extent=grid.extent),
     )

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.harness import main
+from experiments.plane import ToySettings
 from experiments.rundir import MetricsLog, RunDir
 from experiments.spline_flow import require_flowjax, train_spline_flow
 from experiments.stages import Stage, drawing, step_seconds, train_stages
-from experiments.toy2d import ToySettings
 from jcnf import evaluate
 from jcnf.curves import Panel, scaling
 from jcnf.data.toys import Toy, toy

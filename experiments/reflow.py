@@ -15,9 +15,10 @@ import tyro
 
 from experiments.flow_matching import mmd_of
 from experiments.harness import main
+from experiments.plane import ToySettings
 from experiments.rundir import RunDir, load_flow
 from experiments.stages import Stage, drawing, train_stages
-from experiments.toy2d import Toy2D, ToySettings
+from experiments.toy2d import Toy2D
 from jcnf import CNF, Solve, evaluate, objectives, plot, times, train
 from jcnf.curves import Panel, scaling
 from jcnf.data.toys import toy

@@ -7,6 +7,7 @@ help texts. An experiment inherits the parts that it uses.
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -51,8 +52,10 @@ class TrainingSettings(RunSettings):
     steps: int = 10_000
     # samples in a training batch
     batch: int = 1024
-    # peak learning rate: linear warm-up, then a cosine to zero
+    # peak learning rate
     learning_rate: float = 1e-2
+    # what it does after a linear warm-up: cosine (to zero), constant
+    schedule: str = "cosine"
     # steps of warm-up; at most a tenth of all
     warmup: int = 200
     # decoupled weight decay
@@ -85,6 +88,7 @@ class TrainingSettings(RunSettings):
             warmup=min(self.warmup, steps // 10),
             weight_decay=self.weight_decay,
             clip=self.clip,
+            schedule=self.schedule,
         )
 
     def then_lbfgs(self, stages: list[Stage]) -> list[Stage]:
@@ -99,6 +103,10 @@ class TrainingSettings(RunSettings):
             fixed=True,
         )
         return [*stages, last]
+
+    def make_flow(self, dim: int, context_dim: int = 0) -> Any:
+        """The untrained flow."""
+        raise NotImplementedError
 
     def make_stages(self) -> list[Stage]:
         """The parts of the training."""

@@ -7,22 +7,22 @@ import json
 import math
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from experiments.run_settings import RunSettings
-from experiments.settings import FitSettings
-from jcnf import CNF, checkpoint, train
+from experiments.run_settings import RunSettings, TrainingSettings
+from jcnf import checkpoint, train
 from jcnf.errors import InputError
+from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
 FREE = ("out", "resume")
 
 
-S = TypeVar("S", bound=FitSettings)
+S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunDir:
@@ -87,14 +87,14 @@ class RunDir:
         for name, figure in figures.items():
             figure.savefig(self.path / "figures" / f"{name}.png")
 
-    def save_flow(self, flow: CNF, notes: dict[str, Any]) -> None:
+    def save_flow(self, flow: Flow, notes: dict[str, Any]) -> None:
         """Save the trained parameters as flow.jcnf, with the settings and `notes` of its use."""
         notes = json_ready(
             {
                 "experiment": self.name,
                 "config": self.config,
                 "dim": flow.base.dim,
-                "context_dim": getattr(flow.field, "context_dim", None) or 0,
+                "context_dim": flow.context_dim or 0,
             }
             | notes
         )
@@ -117,7 +117,7 @@ class RunDir:
         print(f"results and figures: {self.path}")
 
 
-def load_flow(path: Path, kind: type[S]) -> tuple[CNF, S, dict[str, Any]]:
+def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
     if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
         raise InputError(f"{path} is not trained to its end: finish it with --resume first")
@@ -190,8 +190,15 @@ def json_ready(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """Versions, device and commit, for the summary."""
-    packages = {name: version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
+    packages = {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
     return packages | {"device": jax.devices()[0].device_kind, "git": _commit()}
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return None
 
 
 def _commit():

@@ -13,8 +13,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, log_prob
-from jcnf.solve import Solve
+from jcnf.flow import Flow, arrived, transform
+from jcnf.solve import Solve, Stats
 
 
 def augment(
@@ -48,6 +48,36 @@ def log_prob_bound(
     """
     if jnp.ndim(x) != 2:
         raise ValueError(f"expected x of shape (batch, dim); got {jnp.shape(x)}")
+    e_key, noise_key = jr.split(key)
+    return arrived(
+        *solve_bound(
+            flow,
+            x,
+            jr.split(e_key, x.shape[0]),
+            noise_key,
+            samples=samples,
+            context=context,
+            solve=solve,
+            divergence=divergence,
+        )
+    )
+
+
+def solve_bound(
+    flow: Flow,
+    x: Float[Array, "batch dim"],
+    keys: Key[Array, " batch"],
+    noise_key: Key[Array, ""] | None = None,
+    *,
+    samples: int,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, " batch"], Stats]:
+    """`log_prob_bound` by a key for each of the batch, with the solver's statistics.
+
+    They are sums over the samples, but for the mean NFE; where any solve failed is `stats.failed`.
+    """
     extra = flow.base.dim - x.shape[1]
     if extra < 0 or samples < 1:
         raise ValueError(
@@ -55,13 +85,24 @@ def log_prob_bound(
             f"got {x.shape[1]} and {samples}"
         )
 
-    def log_weight(key):
-        e_key, noise_key = jr.split(key)
-        joined = augment(x, e_key, extra)
-        joint = log_prob(
-            flow, joined, key=noise_key, context=context, solve=solve, divergence=divergence
+    def log_weight(number):
+        e = jax.vmap(lambda key: jr.normal(jr.fold_in(key, number), (extra,), x.dtype))(keys)
+        result = transform(
+            flow,
+            jnp.concatenate([x, e], axis=1),
+            key=None if noise_key is None else jr.fold_in(noise_key, number),
+            context=context,
+            solve=solve,
+            divergence=divergence,
         )
-        return joint - jnp.sum(jax.scipy.stats.norm.logpdf(joined[:, x.shape[1] :]), axis=1)
+        joint = flow.base.log_prob(result.x) + result.logdet
+        return joint - jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=1), result.stats
 
-    weights = jax.lax.map(log_weight, jr.split(key, samples))
-    return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype))
+    weights, each = jax.lax.map(log_weight, jnp.arange(samples))
+    stats = Stats(
+        nfe=jnp.sum(each.nfe) // samples,
+        steps=jnp.sum(each.steps),
+        rejected=jnp.sum(each.rejected),
+        failed=jnp.any(each.failed, axis=0),
+    )
+    return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats

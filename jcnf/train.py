@@ -39,16 +39,26 @@ def make_optimizer(
     warmup: int = 0,
     weight_decay: float = 0.0,
     clip: float = jnp.inf,
+    schedule: str = "cosine",
 ) -> optax.GradientTransformation:
     """AdamW under global-norm clipping; linear warm-up, then a cosine to zero at `steps`.
 
-    The decay is decoupled, and of all parameters, biases included.
+    With `schedule="constant"` the rate stays after the warm-up. The decay is decoupled, and of all
+    parameters, biases included.
+
+    **Raises:** `ValueError` for another schedule.
     """
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        learning_rate if warmup == 0 else 0.0, learning_rate, warmup, max(steps, warmup + 1)
-    )
+    start = learning_rate if warmup == 0 else 0.0
+    if schedule == "cosine":
+        rate = optax.schedules.warmup_cosine_decay_schedule(
+            start, learning_rate, warmup, max(steps, warmup + 1)
+        )
+    elif schedule == "constant":
+        rate = optax.schedules.warmup_constant_schedule(start, learning_rate, warmup)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: use cosine or constant")
     return optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay)
+        optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay)
     )
 
 

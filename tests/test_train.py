@@ -229,6 +229,10 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert abs(taken[20]) < 1e-12
     plain = rates(train.make_optimizer(0.2, 20), 11)
     np.testing.assert_allclose(plain[[0, 10]], [0.2, 0.1], rtol=1e-5)
+    constant = rates(train.make_optimizer(0.2, 20, warmup=4, schedule="constant"), 21)
+    np.testing.assert_allclose(constant[[2, 4, 20]], [0.1, 0.2, 0.2], rtol=1e-5)
+    with pytest.raises(ValueError, match="'linear'"):
+        train.make_optimizer(0.2, 20, schedule="linear")
 
 
 @pytest.mark.parametrize("clip", [1.0, np.inf])

@@ -1,12 +1,13 @@
 """A density over its whole space, and the Gaussian it has to beat."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jcnf.evaluate.scores import ACCURATE, score
+from jcnf.evaluate.scores import ACCURATE, Scores, score
 from jcnf.flow import Flow
 from jcnf.solve import Solve
 
@@ -26,12 +27,19 @@ def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = 
 
     Its integral is over the cells whose solves did not fail.
     """
-    dim = flow.base.dim
-    if dim > 2 or len(extent) != 2 * dim:
+    if 2 * flow.base.dim != len(extent):
         raise ValueError(
-            f"a grid needs a flow in 1 or 2 dimensions, and a lowest and highest value for each; "
-            f"got {dim} and {len(extent)} values"
+            "a grid needs a lowest and a highest value for each of the flow's dimensions; "
+            f"got {len(extent)} values for {flow.base.dim}"
         )
+    return grid_of(lambda points: score(flow, points, solve=solve), extent, n)
+
+
+def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int = 200) -> Grid:
+    """The same of any `scores(points)`, of points (m, 1) or (m, 2)."""
+    dim = len(extent) // 2
+    if len(extent) not in (2, 4):
+        raise ValueError(f"a grid is of 1 or 2 dimensions; got an extent of {len(extent)} values")
     intervals = np.reshape(extent, (dim, 2))
     if n < 1 or not np.all(np.diff(intervals) > 0) or not np.all(np.isfinite(intervals)):
         raise ValueError(
@@ -39,10 +47,10 @@ def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = 
         )
     axes = [cell_centres(tuple(interval), n) for interval in intervals]
     points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
-    scores = score(flow, points, solve=solve)
+    found = scores(points)
     volume = np.prod(np.diff(intervals)) / n**dim
-    mass = float(np.nansum(np.exp(scores.log_prob, dtype=np.float64)) * volume)
-    return Grid(scores.log_prob.reshape([n] * dim), points, extent, mass, scores.failures)
+    mass = float(np.nansum(np.exp(found.log_prob, dtype=np.float64)) * volume)
+    return Grid(found.log_prob.reshape([n] * dim), points, extent, mass, found.failures)
 
 
 def cell_centres(interval: tuple[float, float], n: int) -> np.ndarray:

@@ -172,24 +172,24 @@ def _without_gradient(solve):
 
 
 # Accelerators multiply float32 matrices with fewer digits unless told otherwise.
-_full_precision = jax.default_matmul_precision("highest")
+full_precision = jax.default_matmul_precision("highest")
 
 
 @eqx.filter_jit
-@_full_precision
+@full_precision
 def _score(flow, x, context, solve, divergence):
     result = transform(flow, x, context=context, solve=solve, divergence=divergence)
     return flow.base.log_prob(result.x) + result.logdet, result.stats
 
 
 @eqx.filter_jit
-@_full_precision
+@full_precision
 def _carry(flow, x, direction, context, solve):
     return flow.carry(x, direction, context, solve)
 
 
 @eqx.filter_jit
-@_full_precision
+@full_precision
 def _transport(flow, x, times, context, solve):
     paths, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
     return jnp.moveaxis(paths, 1, 0), stats

@@ -1,0 +1,189 @@
+"""Learning a toy density in the plane: what several experiments share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments import figures
+from experiments.loop import fit
+from experiments.run_settings import LoopSettings, RunSettings
+from experiments.rundir import RunDir
+from experiments.settings import FitSettings, FlowSettings
+from experiments.stages import drawing
+from jcnf import Solve, augmented, evaluate, plot
+from jcnf.data.toys import toy
+from jcnf.flow import Flow
+
+VALIDATION_POINTS = 2000
+VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64  # of the extra dimensions, a point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneSettings(RunSettings):
+    """A toy density, and how it is measured."""
+
+    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings, 6gaussians,
+    # 2circles, parabola
+    data: str = "8gaussians"
+    # fresh points for the held-out NLL
+    test_points: int = 20_000
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        toy(self.data)
+        self.at_least(2, "test_points")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneLoop(LoopSettings, PlaneSettings):
+    """A toy density that the loop trains on."""
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.at_least(1, "lbfgs_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToySettings(FlowSettings, PlaneSettings):
+    """A toy density and the flow that learns it."""
+
+    @property
+    def dim(self) -> int:
+        """That of the flow."""
+        return 2
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.check_objective(self.dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneFit(FitSettings, ToySettings, PlaneLoop):
+    """A toy density, and the flow that the loop trains on it."""
+
+    # extra dimensions, N(0, I) in the data, that the flow carries beside x; its NLL is a bound then
+    augment: int = 0
+    # base samples whose ways are drawn, and the times at which
+    particles: int = figures.PARTICLES
+    frames: int = figures.FRAMES
+
+    @property
+    def dim(self) -> int:
+        """That of the flow."""
+        return 2 + self.augment
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        self.at_least(0, "augment")
+        super().check()
+        self.at_least(1, "particles")
+        self.at_least(2, "frames")
+
+
+def learn_flow(
+    name: str, settings: PlaneFit, also: Callable[[Any], dict[str, float]] = lambda flow: {}
+) -> None:
+    """Train the flow of the settings on their toy, and measure and draw it."""
+    flow = settings.make_flow(settings.dim)
+    solves = settings.make_test_solve(), settings.make_validation_solve()
+    learn(name, settings, flow, *solves, also=also, ways=(settings.particles, settings.frames))
+
+
+def learn(
+    name: str,
+    settings: PlaneLoop,
+    flow: Flow,
+    solve: Solve,
+    quick: Solve,
+    *,
+    also: Callable[[Any], dict[str, float]] = lambda flow: {},
+    ways: tuple[int, int] = (figures.PARTICLES, figures.FRAMES),
+) -> None:
+    """Train `flow` on a toy; measure it on fresh points by `solve`, in validation by `quick`; draw.
+
+    `also(flow)` gives further figures for the summary. Of a CNF the ways of some base samples are
+    drawn, as many as `ways` says and at so many times. Of a flow in more than two dimensions the
+    others are extra ones.
+    """
+    density, extra = toy(settings.data), flow.base.dim - 2
+    run_dir = RunDir(name, settings, resume=settings.resume)
+    val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    sample = jax.jit(density.sample, static_argnums=1)
+    validation = sample(val_key, VALIDATION_POINTS)
+
+    def draw(key: Key[Array, ""], num: int):
+        if not extra:
+            return density.sample(key, num)
+        key, extra_key = jr.split(key)
+        return augmented.augment(density.sample(key, num), extra_key, extra)
+
+    def score(flow, x, solve, samples):
+        if not extra:
+            return evaluate.score(flow, x, solve=solve)
+        return evaluate.score_marginal(flow, x, val_key, samples=samples, solve=solve)
+
+    fitted = fit(
+        run_dir,
+        settings,
+        flow,
+        draw_of=drawing(draw),
+        data=None,
+        validate=lambda flow: score(flow, validation, quick, VALIDATION_SAMPLES).nll,
+    )
+    flow = fitted.flow
+    run_dir.save_flow(flow, {})
+
+    print(f"measuring on {settings.test_points} fresh points, drawing the figures")
+    test = sample(test_key, settings.test_points)
+    joint = augmented.augment(test, plot_key, extra) if extra else test
+    # The window of the figures may cut off what a model puts outside it.
+    certificate = evaluate.certify(
+        flow, joint, solve=solve, extent=square(2 * density.extent), cells=300
+    )
+    scores = score(flow, test, solve, TEST_SAMPLES) if extra else certificate.scores
+    gaps = np.asarray(density.log_prob(test)) - scores.log_prob
+    samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
+    view = evaluate.grid_of(
+        lambda points: score(flow, points, solve, VIEW_SAMPLES), square(density.extent)
+    )
+    metrics = {
+        "test_nll": scores.nll,
+        "test_nll_stderr": scores.stderr,
+        "nll_gap": float(np.mean(gaps)),
+        "nll_gap_stderr": evaluate.standard_error(gaps),
+        "entropy": density.entropy,
+        **also(flow),
+    }
+    figures.plane(
+        run_dir,
+        flow,
+        np.asarray(test),
+        samples.x[-1],
+        view,
+        key=plot_key,
+        solve=solve,
+        title=f"{settings.data}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
+        true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
+        particles=ways[0],
+        frames=ways[1],
+    )
+    run_dir.save_figures(
+        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+    )
+    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    if extra:
+        numerics |= {"mass": view.mass, "importance_samples": TEST_SAMPLES}
+    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+
+
+def square(half: float) -> tuple[float, float, float, float]:
+    """The extent [-half, half]^2."""
+    return -half, half, -half, half

@@ -1,0 +1,39 @@
+"""Log-densities of an augmented flow's data, its extra dimensions summed out."""
+
+import equinox as eqx
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf.augmented import solve_bound
+from jcnf.evaluate.chunks import CHUNK, in_chunks
+from jcnf.evaluate.scores import ACCURATE, Scores, full_precision
+from jcnf.flow import Flow
+from jcnf.solve import Solve
+
+
+def score_marginal(
+    flow: Flow,
+    x: Float[Array, "n dim"],
+    key: Key[Array, ""],
+    *,
+    samples: int = 32,
+    solve: Solve = ACCURATE,
+    chunk: int = CHUNK,
+) -> Scores:
+    """`jcnf.augmented.log_prob_bound` of each point, in chunks of one compiled program.
+
+    The density is unbiased, its logarithm too low on average, the less so the more `samples`: a NLL
+    from here is an upper bound. `key` is consumed once; the noise of a point does not depend on
+    `chunk`.
+    """
+
+    def program(x, keys):
+        return _score(flow, x, keys, samples, solve)
+
+    return Scores(*in_chunks(program, (x, jr.split(key, len(x))), len(x), chunk))
+
+
+@eqx.filter_jit
+@full_precision
+def _score(flow, x, keys, samples, solve):
+    return solve_bound(flow, x, keys, samples=samples, solve=solve)
