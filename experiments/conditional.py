@@ -1,6 +1,5 @@
 """Learn p(x | class) of two moons, and sample it with classifier-free guidance."""
 
-import dataclasses
 import math
 
 import equinox as eqx
@@ -11,6 +10,7 @@ import numpy as np
 from experiments.harness import main
 from experiments.loop import fit
 from experiments.plane import VALIDATION_POINTS
+from experiments.run_settings import preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
 from experiments.stages import drawing
@@ -21,7 +21,7 @@ from jcnf.errors import InputError
 SHOWN = 2000  # samples of each class in the picture
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class Conditional(FitSettings):
     """Two moons by class, and the conditional flow that learns them."""
 
@@ -30,8 +30,7 @@ class Conditional(FitSettings):
     # strengths of guidance to draw: 0 leaves the class out, 1 is p(x | class)
     guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
 
-    # share of flow matching's contexts that are left out, for guidance afterwards
-    drop_context: float = 0.1
+    drop_context = 0.1
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from experiments.figures import plane
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.run_settings import preset
 from experiments.rundir import RunDir, load_flow
 from experiments.settings import FitSettings
 from jcnf import CNF, evaluate, plot, train
@@ -29,7 +30,7 @@ SCORES = "log_prob.csv"
 WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "test_tolerance"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class Density(FitSettings):
     """A table, the flow that learns it, and what is wanted of it."""
 
@@ -54,16 +55,12 @@ class Density(FitSettings):
     # rows of the validation part by which the parameters to keep are chosen
     validation_rows: int = 2000
 
-    # hidden widths of the field
-    widths: tuple[int, ...] = (128, 128)
-    # resnet: pairs of a sine and a cosine of time beside the time itself
-    frequencies: int = 8
-    # optimiser steps
-    steps: int = 20_000
-    # steps between validations; the parameters with the best one are kept
-    validate_every: int = 1000
-    # validations without a new best after which a part of training ends early; 0 for never
-    patience: int = 8
+    widths = (128, 128)
+    frequencies = 8
+    steps = 20_000
+    lbfgs_batch = 0
+    validate_every = 1000
+    patience = 8
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 Make = Callable[["FlowSettings", int, int, Key[Array, ""]], Any]
 
 
-def _mlp(settings, dim, context_dim, key):
+def _mlp(settings, dim, context_dim, key, output=None):
     return fields.MLP(
         dim,
         settings.widths,
         time=settings.time,
         activation=settings.activation,
+        output=output,
         context_dim=context_dim,
         key=key,
     )
+
+
+def _bounded(settings, dim, context_dim, key):
+    return _mlp(settings, dim, context_dim, key, output="tanh")
 
 
 def _mixture(settings, dim, context_dim, key):
@@ -67,6 +72,7 @@ def _two_widths(make):
 FIELDS: dict[str, Make] = {
     "resnet": _resnet,
     "mlp": _mlp,
+    "bounded": _bounded,
     "residual": _residual,
     "mixture": _mixture,
     "planar": _two_widths(fields.Planar),

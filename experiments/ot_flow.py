@@ -1,6 +1,5 @@
 """Optimal transport by the gradient of a potential, under an HJB penalty: OT-Flow."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import jax.random as jr
 
 from experiments.harness import main
 from experiments.plane import PlaneFit, learn_flow
+from experiments.run_settings import preset
 from jcnf import CNF, Exact, evaluate, regularizers, transform
 from jcnf.data.toys import toy
 
@@ -16,7 +16,7 @@ MMD_POINTS = 5000
 PENALTIES = (regularizers.kinetic, regularizers.hjb)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class OTFlow(PlaneFit):
     """A toy, and a potential whose gradient carries the base to it: the source's settings, but for
     half the batch and a third of the learning rate of its runs on a CPU.
@@ -25,21 +25,18 @@ class OTFlow(PlaneFit):
     NLL, L the kinetic energy, R the HJB residual.
     """
 
-    data: str = "8gaussians"
-    objective: str = "likelihood"
-    field: str = "potential"
-    # potential: width, rank
-    widths: tuple[int, ...] = (32, 10)
-    penalties: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"kinetic": 0.01, "hjb": 0.05}
-    )
-    solver: str = "rk4"
-    fixed_step: float | None = 1 / 8
-    batch: int = 1024
-    steps: int = 1000
-    learning_rate: float = 0.03
-    log_every: int = 50
-    validate_every: int = 250
+    data = "8gaussians"
+    objective = "likelihood"
+    field = "potential"
+    widths = (32, 10)
+    penalties = (("kinetic", 0.01), ("hjb", 0.05))
+    solver = "rk4"
+    fixed_step = 1 / 8
+    batch = 1024
+    steps = 1000
+    learning_rate = 0.03
+    log_every = 50
+    validate_every = 250
 
 
 def run(settings: OTFlow) -> None:

@@ -7,7 +7,7 @@ help texts. An experiment inherits the parts that it uses.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optax
 
@@ -15,7 +15,19 @@ from experiments.stages import Stage
 from jcnf import Solve, evaluate, train
 from jcnf.errors import InputError
 
+T = TypeVar("T")
 VALIDATION_TOLERANCE = 1e-4
+
+
+def preset(cls: type[T]) -> type[T]:
+    """Settings of a base class with other defaults: a frozen dataclass of its body's assignments.
+
+    These go without annotations; types and help stay those of the base.
+    """
+    known = {field.name: field.type for field in dataclasses.fields(cls)}  # pyright: ignore
+    for name in known.keys() & vars(cls).keys():
+        cls.__annotations__[name] = known[name]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ USERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("--finetune-steps",): ("finetune_learning_rate",),
     ("resnet",): ("frequencies",),
-    ("mlp", "residual", "mixture"): ("time",),
+    ("mlp", "bounded", "residual", "mixture"): ("time",),
     ("normal",): ("base_scale",),
 }
 
@@ -54,13 +54,13 @@ class FlowSettings(TrainingSettings, SolveSettings):
     objective: str = "flow_matching"
     # steps of maximum likelihood afterwards
     finetune_steps: int = 0
-    # resnet, mlp, residual (mlp - x), mixture (of two mlps), planar (by a hypernet), potential
-    # (OT-Flow)
+    # resnet, mlp, bounded (an mlp with an activation after its last layer too), residual (mlp - x),
+    # mixture (of two mlps), planar (by a hypernet), potential (OT-Flow)
     field: str = "resnet"
     # hidden widths of the field; resnet: that of each block; planar: units, hypernet's width;
     # potential: width, rank
     widths: tuple[int, ...] = (96, 96)
-    # mlp, residual, mixture: how time enters, ignore, concat, squash, concatsquash,
+    # mlp, bounded, residual, mixture: how time enters, ignore, concat, squash, concatsquash,
     # hyper, blend
     time: str = "concat"
     # resnet: pairs of a sine and a cosine of time beside the time itself
@@ -96,7 +96,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
     noise: str = "rademacher"
     # penalties and their weights, as in "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
     # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
-    penalties: dict[str, float] = dataclasses.field(default_factory=dict)
+    penalties: tuple[tuple[str, float], ...] = ()
     # peak learning rate of the steps of --finetune-steps
     finetune_learning_rate: float = 1e-3
 
@@ -105,7 +105,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
         super().check()
         self.at_least(1, "probes")
         self.at_least(0, "steer", "finetune_steps", "matching_weight", "frequencies")
-        for name, weight in self.penalties.items():
+        for name, weight in self.penalties:
             if not 0 <= weight < math.inf:
                 raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
         self.positive("finetune_learning_rate", "base_scale")
@@ -180,7 +180,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
         if make is ForwardMode:
             return make()
         if make is Exact:
-            return make(self.probes if {"jacobian", "lambda2"} & self.penalties.keys() else 0)
+            return make(self.probes if {"jacobian", "lambda2"} & dict(self.penalties).keys() else 0)
         return make(self.probes, **{"noise": self.noise} if make is Hutchinson else {})
 
     def make_objectives(self) -> dict[str, Callable]:
@@ -227,16 +227,20 @@ class FlowSettings(TrainingSettings, SolveSettings):
 
     def make_likelihood(self) -> Callable:
         """Likelihood by the training solve."""
-        penalties = {regularizers.named(n): weight for n, weight in self.penalties.items()}
-        if len(penalties) < len(self.penalties):
-            raise ValueError(f"a penalty is named twice: {', '.join(self.penalties)}")
         return functools.partial(
             objectives.likelihood,
             solve=self.make_solve(),
             divergence=self.make_divergence(),
-            penalties=penalties,
+            penalties=self.make_penalties(),
             steer=self.steer,
         )
+
+    def make_penalties(self) -> dict[Callable, float]:
+        """Regularizers and their weights."""
+        penalties = {regularizers.named(name): weight for name, weight in self.penalties}
+        if len(penalties) < len(self.penalties):
+            raise ValueError(f"a penalty is named twice: {', '.join(dict(self.penalties))}")
+        return penalties
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,11 @@
 """Six Gaussians by torchdyn's continuous normalizing flow, augmented if wanted."""
 
-import dataclasses
-
 from experiments.harness import main
 from experiments.plane import PlaneFit, learn_flow
+from experiments.run_settings import preset
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class SixGaussians(PlaneFit):
     """Six Gaussians, and a softplus network that does not know the time: the source's settings, but
     for the learning rate, which falls as a cosine, and a fifth of its 300 epochs of 16 batches.
@@ -14,23 +13,22 @@ class SixGaussians(PlaneFit):
     --divergence hutchinson is the source's FFJORD variant, --augment 1 its augmentation.
     """
 
-    data: str = "6gaussians"
-    objective: str = "likelihood"
-    field: str = "mlp"
-    widths: tuple[int, ...] = (64, 64, 64)
-    time: str = "ignore"
-    activation: str = "softplus"
-    rtol: float = 1e-4
-    atol: float = 1e-4
-    batch: int = 1024
-    steps: int = 1000
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-5
-    # 2^14 base samples, at 100 times
-    particles: int = 2**14
-    frames: int = 100
-    log_every: int = 50
-    validate_every: int = 250
+    data = "6gaussians"
+    objective = "likelihood"
+    field = "mlp"
+    widths = (64, 64, 64)
+    time = "ignore"
+    activation = "softplus"
+    rtol = 1e-4
+    atol = 1e-4
+    batch = 1024
+    steps = 1000
+    learning_rate = 1e-2
+    weight_decay = 1e-5
+    particles = 2**14
+    frames = 100
+    log_every = 50
+    validate_every = 250
 
 
 def run(settings: SixGaussians) -> None:

@@ -211,7 +211,7 @@ def arrived(value: Any, stats: Stats) -> Any:
     return eqx.error_if(
         value,
         stats.failed,
-        "the ODE solve did not reach its end: it hit max_steps or met a non-finite state. "
-        "Loosen rtol/atol or raise max_steps in jcnf.Solve; "
+        "a sample did not reach its end: a state was not finite, or an ODE solve hit max_steps. "
+        "Of a solve, loosen rtol/atol or raise max_steps in jcnf.Solve; "
         "jcnf.transform returns the last state and stats.failed instead of raising.",
     )

@@ -56,6 +56,7 @@ FIELDS = {
     **{f"mlp {time}": partial(drawn, MLP, 3, (4, 5), time=time) for time in LAYERS},
     "mlp one hidden layer": partial(drawn, MLP, 3, (4,), activation="softplus"),
     "mlp three hidden layers": partial(drawn, MLP, 3, (4, 5, 4), activation="silu", scale=2.5),
+    "mlp bounded": partial(drawn, MLP, 3, (4, 5), output="tanh", seed=1),
     "mlp context": concat,
     "mlp modulated": partial(concat, conditioning="modulate"),
     "planar": planar,

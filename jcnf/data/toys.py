@@ -1,9 +1,11 @@
-"""Planar toys, each with its sampler and its true log-density: the eight of FFJORD, and two more.
+"""Planar toys, each with its sampler and its true log-density: FFJORD's eight, and three more.
 
 Source: the toy generators of FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), except that samples
 here are independent: each draws its own component, where FFJORD gives each an equal count, and its
 own angle, where FFJORD spaces those of moons, circles and rings evenly. "6gaussians" is torchdyn's
 (radius 4, sigma 0.5, standardized); "2circles" that of torchdiffeq's CNF (noise 0.06, factor 0.5).
+"parabola" is ours: x1 ~ N(0, 0.5^2) and x2 = x1^2 + 0.1 N(0, 1), of which (x2 - 1) / 2 is given:
+both coordinates then fill one window.
 
 A new toy is a pair, `sample(key, num_samples)` and `density(x)` at one point x (2,), and a row of
 the table at the end. The two share their curve or centres, so a density cannot leave its sampler.
@@ -260,12 +262,32 @@ def _roll(u):
     return jnp.stack([t * jnp.cos(t), t * jnp.sin(t)], axis=-1) / 5
 
 
+PARABOLA = (0.5, 0.05)  # standard deviations, of x1 and of x2 given x1
+
+
+def _parabola(x1):
+    return (x1**2 - 1) / 2
+
+
+def _parabola_sample(key, num_samples):
+    x1, noise = jr.normal(key, (2, num_samples)) * jnp.array(PARABOLA)[:, None]
+    return jnp.stack([x1, _parabola(x1) + noise], axis=-1)
+
+
+def _parabola_density(x):
+    z = jnp.stack([x[0], x[1] - _parabola(x[0])]) / jnp.asarray(PARABOLA, x.dtype)
+    return -0.5 * jnp.sum(z**2) - math.log(2 * math.pi * math.prod(PARABOLA))
+
+
 # torchdyn divides its data by their standard deviation over both coordinates; this is that of the
 # distribution: half the square of the radius, and the square of sigma.
 SPREAD = math.sqrt(4**2 / 2 + 0.5**2)
 
+PARABOLA_ENTROPY = math.log(2 * math.pi * math.e * math.prod(PARABOLA))
+
 # Entropies: -sum p log p over a grid in float64, with sum p = 1 (tests/test_toys.py recomputes
-# them); the errors are the change from one grid to finer and wider ones. The checkerboard is exact.
+# them); the errors are the change from one grid to finer and wider ones. Those of the checkerboard
+# and of the parabola, which a shift of x2 makes of two normals, are exact.
 _TABLE = (
     # name, sampler and density, entropy, its error, extent
     ("8gaussians", *_gaussians(8, 4 / 1.414, 0.5 / 1.414), 2.83188041, 1e-8, 5.0),
@@ -278,6 +300,7 @@ _TABLE = (
     ("rings", *_rings((3.0, 2.25, 1.5, 0.75), 0.08), 2.62318277, 1e-8, 4.0),
     ("6gaussians", *_gaussians(6, 4 / SPREAD, 0.5 / SPREAD), 1.13294190, 1e-8, 3.0),
     ("2circles", *_rings((1.0, 0.5), 0.06), 0.78764529, 1e-8, 1.5),
+    ("parabola", _parabola_sample, _parabola_density, PARABOLA_ENTROPY, 1e-15, 2.5),
 )
 
 TOYS: dict[str, Toy] = {

@@ -62,7 +62,8 @@ class Certificate(NamedTuple):
         if not error <= statistical:
             found.append(
                 f"the numerical error of the NLL, {error:.1e} nats, is not below its statistical "
-                f"error of {statistical:.1e}: tighten the tolerance, or average more probes"
+                f"error of {statistical:.1e}: tighten the tolerance, average more probes, or take "
+                "float64"
             )
         if self.grid is not None and self.grid.failures:
             found.append(f"the solve failed for {self.grid.failures} cells of the grid")
@@ -92,10 +93,11 @@ def certify(
 
     The numerical error is the difference to the same log-densities in float64 by dopri8 at a
     hundredth of the tolerance (1e-8 for fixed steps, and never below 1e-10), for
-    `reference_points` of the points; it has rounding in it as well. The round trip is of at most
-    `chunk` points. An estimated `divergence` is drawn `draws` times (`key` is consumed once), and
-    log-densities are the means. In 1 or 2 dimensions the density is integrated over `extent`, by
-    default that of `x` and half as much again at each side.
+    `reference_points` of the points; it has rounding in it as well, and of a flow that solves
+    nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `chunk` points. An
+    estimated `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are
+    the means. In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x`
+    and half as much again at each side.
 
     **Raises:** `ValueError` for bad shapes, and for fewer than 2 draws of an estimator.
     """

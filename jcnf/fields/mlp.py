@@ -25,6 +25,7 @@ class MLP(eqx.Module):
     - `widths`: hidden widths, input side first; `()` is an affine field.
     - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
     - `activation`: a name in `jcnf.fields.activations.ACTIVATIONS`, or an elementwise function.
+    - `output`: the same after the last layer; None for none. "tanh" bounds each component by 1.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `conditioning`: how c enters. "concat": joined to x; "modulate": a hidden layer's
       pre-activation a becomes (1 + gain(c)) * a + shift(c), with a gain and a shift for each unit,
@@ -40,6 +41,7 @@ class MLP(eqx.Module):
     dim: int = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
+    output: Activation | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class MLP(eqx.Module):
         *,
         time: str = "concatsquash",
         activation: str | Callable = "tanh",
+        output: str | Callable | None = None,
         context_dim: int = 0,
         conditioning: str = "concat",
         key: Key[Array, ""],
@@ -71,6 +74,7 @@ class MLP(eqx.Module):
         self.dim = dim
         self.context_dim = context_dim
         self.activation = resolve(activation)
+        self.output = None if output is None else resolve(output)
         keys = iter(jr.split(key, len(sizes) - 1 + len(modulated)))
         self.layers = tuple(
             LAYERS[time](i, o, key=next(keys)) for i, o in itertools.pairwise(sizes)
@@ -81,7 +85,7 @@ class MLP(eqx.Module):
         )
 
     def _forward(self, t, x, context):
-        """Velocity, and each hidden layer's slope d_l."""
+        """Velocity, each hidden layer's slope d_l, and the output's, None for none."""
         h = x if context is None or self.modulations else jnp.concatenate([x, context])
         slopes = []
         for i, layer in enumerate(self.layers):
@@ -89,7 +93,8 @@ class MLP(eqx.Module):
             if i < len(self.layers) - 1:
                 h, slope = self._activate(i, h, context)
                 slopes.append(slope)
-        return h, slopes
+        v, scale = (h, None) if self.output is None else self.output(h)
+        return v, slopes, scale
 
     def _activate(self, i, a, context):
         """Hidden layer `i` from its pre-activation a, which c may modulate, and its slope in a."""
@@ -119,9 +124,13 @@ class MLP(eqx.Module):
           one h x h product whatever the dimension.
         - more: columns are pushed through the inner layers, min(dim, first width) products with
           each: those of the Jacobian, or of tr(W_1 W_{L+1} ...) from the first hidden layer on.
+
+        An `output` activation scales the rows of W_{L+1} by its slopes, each sample's own.
         """
-        v, slopes = self._forward(t, x, context)
+        v, slopes, scale = self._forward(t, x, context)
         weights = [layer.affine(t)[0] for layer in self.layers]
+        if scale is not None:
+            weights[-1] = scale[:, None] * weights[-1]
         first, last = weights[0][:, : self.dim], weights[-1]
         match slopes:
             case []:
