@@ -8,6 +8,7 @@ from jcnf import objectives as objectives
 from jcnf import paths as paths
 from jcnf import regularizers as regularizers
 from jcnf import times as times
+from jcnf.bijective import BijectiveFlow as BijectiveFlow
 from jcnf.cnf import CNF as CNF
 from jcnf.divergence import Exact as Exact
 from jcnf.divergence import ForwardMode as ForwardMode
@@ -18,5 +19,6 @@ from jcnf.flow import log_prob as log_prob
 from jcnf.flow import sample as sample
 from jcnf.flow import sample_and_log_prob as sample_and_log_prob
 from jcnf.flow import transform as transform
+from jcnf.nice import NICE as NICE
 from jcnf.solve import Solve as Solve
 from jcnf.trajectories import trajectory as trajectory

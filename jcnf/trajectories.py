@@ -44,8 +44,9 @@ def trajectory(
           to the next, in a time of its own: `first_step` is a fraction of every such interval, and
           `max_steps` is for every one. A fixed `step` is shortened so that the sample which has
           the longest way takes equal steps; no other's are longer. The gradient in the times is
-          the adjoint's, as that in the parameters is. The "reversible" adjoint, which keeps the
-          end of a solve only, takes this way for either shape.
+          the adjoint's, as that in the parameters is. What a field does with time alone it does
+          for each sample. The "reversible" adjoint, which keeps the end of a solve only, takes
+          this way for either shape.
     - `context`: (batch, context), for a conditional field.
 
     **Raises:** `ValueError` for bad shapes and for times that are not monotone (checked where
@@ -68,9 +69,10 @@ def solve_trajectory(
     It raises nothing then: the last finite state stands at all times that were not reached.
     """
     if not isinstance(flow, CNF):
-        if not isinstance(getattr(flow, "dim", None), int):
+        dim = getattr(flow, "dim", None)
+        if not isinstance(dim, int):
             raise ValueError(f"expected a CNF or a field with an integer dim; got {type(flow)}")
-        flow = CNF(flow, StandardNormal(flow.dim))  # a base that nothing asks for
+        flow = CNF(flow, StandardNormal(dim))  # a base that nothing asks for
     check_batch(flow, x, context)
     x = jnp.asarray(x)
     _check_times(times, len(x))
