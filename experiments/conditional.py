@@ -38,7 +38,6 @@ class Conditional(FitSettings):
             raise InputError("likelihood always knows the class: add --guidance 1")
         super().check()
         self.at_least(2, "test_points")
-        self.at_least(1, "lbfgs_batch")
         if not all(math.isfinite(scale) for scale in self.guidance):
             raise InputError("--guidance must be finite numbers")
         if not self.drop_context and set(self.guidance) - {1.0}:

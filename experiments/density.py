@@ -59,6 +59,7 @@ class Density(FitSettings):
     frequencies = 8
     steps = 20_000
     lbfgs_batch = 0
+    has_table = True
     validate_every = 1000
     patience = 8
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from experiments.run_settings import LoopSettings
 from experiments.rundir import MetricsLog, RunDir, read_jsonl
-from experiments.stages import DrawOf, compiled, next_state
+from experiments.stages import DrawOf, Stage, compiled, next_state
 from jcnf import checkpoint, train
 from jcnf.errors import InputError
 
@@ -69,7 +69,8 @@ def fit(
     with tqdm(total=total, initial=int(state.step), unit="step", dynamic_ncols=True) as bar:
         while True:
             stage, step = stages[place.stage], int(state.step)
-            end = step if place.over(settings.patience) else place.first_step + stage.steps
+            over = place.over(stage, settings.patience)
+            end = step if over else place.first_step + stage.steps
             if step == end:
                 break
             tic = time.perf_counter()
@@ -88,19 +89,21 @@ def fit(
                 bar.update(until - step)
                 bar.set_postfix_str(_shown(record, state))
                 step = until
+                if place.over(stage, settings.patience):
+                    end = step
                 if step == end or step % settings.validate_every == 0:
                     record[score] = validate(train.with_params(model, state.average))
                     if place.improved_by(record[score]):
                         best = jax.tree.map(jnp.copy, state.average)
-                    if place.over(settings.patience):
+                    if place.over(stage, settings.patience):
                         end = step
                 log.add({"step": step, **record, "train_s": place.train_s})
                 if step == end or place.stuck >= STUCK or step % settings.checkpoint_every == 0:
                     if step == end and place.stage + 1 < len(stages):
-                        place.stage, place.first_step, place.worse = place.stage + 1, step, 0
+                        place.next_stage(step)
                         state = next_state(state, best, stages[place.stage])
                     checkpoint.save(run.checkpoint, (state, best), dataclasses.asdict(place))
-                if place.stuck >= STUCK:
+                if place.stuck >= STUCK and not stage.fixed:
                     raise InputError(
                         f"no update could be applied in the last {place.stuck} steps: their solves "
                         "failed, or their gradients were not finite. Start anew with a smaller "
@@ -143,9 +146,14 @@ class _Place:
         self.worse += 1
         return first
 
-    def over(self, patience: int) -> bool:
-        """Whether the stage ends early: after `patience` validations without a new best."""
-        return 0 < patience <= self.worse
+    def over(self, stage: Stage, patience: int) -> bool:
+        """Whether the stage ends early: after `patience` validations without a new best, or, where
+        every step has the same batch, after one that could not be taken."""
+        return 0 < patience <= self.worse or (stage.fixed and self.stuck > 0)
+
+    def next_stage(self, step: int) -> None:
+        """Go on to the next, after so many steps in all."""
+        self.stage, self.first_step, self.worse, self.stuck = self.stage + 1, step, 0, 0
 
 
 def _shown(record, state):

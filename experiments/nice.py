@@ -1,8 +1,9 @@
 """Learn a density in the plane by NICE (Dinh et al. 2014): couplings, and no ODE.
 
-The parabola is one exactly: a coupling with m(x1) = (1 - x1^2) / 2 leaves two normals to scale. So
-what there is of `nll_gap` is the networks' and the training's, and `inverse_error`, the largest
-|x - to_data(to_base(x))| over as many fresh points, is rounding.
+The parabola is one exactly, with a normal prior (the paper's is --base logistic): a coupling with
+m(x1) = (1 - x1^2) / 2 leaves two normals to scale. So what there is of `nll_gap` is the networks'
+and the training's, and `inverse_error`, the largest |x - to_data(to_base(x))| over as many fresh
+points, is rounding.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class NICESettings(TrainingSettings):
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         try:
+            self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 2)
         except ValueError as error:
             raise InputError(str(error)) from None

@@ -44,11 +44,6 @@ class PlaneSettings(RunSettings):
 class PlaneLoop(LoopSettings, PlaneSettings):
     """A toy density that the loop trains on."""
 
-    def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
-        super().check()
-        self.at_least(1, "lbfgs_batch")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToySettings(FlowSettings, PlaneSettings):
@@ -116,6 +111,7 @@ def learn(
     density, extra = toy(settings.data), flow.base.dim - 2
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))  # of extra dimensions
     sample = jax.jit(density.sample, static_argnums=1)
     validation = sample(val_key, VALIDATION_POINTS)
 
@@ -128,7 +124,7 @@ def learn(
     def score(flow, x, solve, samples):
         if not extra:
             return evaluate.score(flow, x, solve=solve)
-        return evaluate.score_marginal(flow, x, val_key, samples=samples, solve=solve)
+        return evaluate.score_marginal(flow, x, score_key, samples=samples, solve=solve)
 
     fitted = fit(
         run_dir,
@@ -143,7 +139,7 @@ def learn(
 
     print(f"measuring on {settings.test_points} fresh points, drawing the figures")
     test = sample(test_key, settings.test_points)
-    joint = augmented.augment(test, plot_key, extra) if extra else test
+    joint = augmented.augment(test, joint_key, extra) if extra else test
     # The window of the figures may cut off what a model puts outside it.
     certificate = evaluate.certify(
         flow, joint, solve=solve, extent=square(2 * density.extent), cells=300
@@ -179,9 +175,20 @@ def learn(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
     numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    warnings = certificate.warnings()
     if extra:
-        numerics |= {"mass": view.mass, "importance_samples": TEST_SAMPLES}
-    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+        numerics |= {
+            "solver_failures": certificate.failures + scores.failures,
+            "mass": view.mass,
+            "grid_failures": view.failures,
+            "importance_samples": TEST_SAMPLES,
+        }
+        if scores.failures or view.failures:
+            warnings.append(
+                f"a solve failed for {scores.failures} of the points and {view.failures} cells of "
+                "the grid: their numbers are missing"
+            )
+    run_dir.finish(metrics, numerics, fitted.timing, warnings)
 
 
 def square(half: float) -> tuple[float, float, float, float]:

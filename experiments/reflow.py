@@ -130,6 +130,8 @@ def read_flow(settings: Reflow) -> CNF:
     """The flow of --from."""
     assert settings.from_run is not None
     flow, trained, _ = load_flow(settings.from_run, Toy2D)
+    if trained.augment:
+        raise InputError(f"{settings.from_run} has extra dimensions: give one without --augment")
     if trained.data != settings.data:
         raise InputError(
             f"{settings.from_run} has learnt {trained.data}: give --data {trained.data}"

@@ -7,7 +7,7 @@ help texts. An experiment inherits the parts that it uses.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import optax
 
@@ -24,9 +24,14 @@ def preset(cls: type[T]) -> type[T]:
 
     These go without annotations; types and help stay those of the base.
     """
-    known = {field.name: field.type for field in dataclasses.fields(cls)}  # pyright: ignore
-    for name in known.keys() & vars(cls).keys():
-        cls.__annotations__[name] = known[name]
+    bases = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
+    known = {field.name: field.type for base in bases for field in dataclasses.fields(base)}
+    for name, value in list(vars(cls).items()):
+        own = name in cls.__annotations__ or name.startswith("_") or hasattr(value, "__get__")
+        if name in known and not own:
+            cls.__annotations__[name] = known[name]
+        elif not own and not any(hasattr(base, name) for base in bases):
+            raise TypeError(f"{cls.__name__} has no setting {name!r}")
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -80,12 +85,15 @@ class TrainingSettings(RunSettings):
     lbfgs_steps: int = 0
     # samples in that batch; of a table, 0 for all its rows
     lbfgs_batch: int = 4096
+    # whether there is a table
+    has_table: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.at_least(1, "steps", "batch")
-        self.at_least(0, "warmup", "weight_decay", "lbfgs_steps", "lbfgs_batch")
+        self.at_least(0, "warmup", "weight_decay", "lbfgs_steps")
+        self.at_least(0 if self.has_table else 1, "lbfgs_batch")
         self.positive("learning_rate", "clip")
         if not 0 <= self.average < 1:
             raise InputError("--average must be in [0, 1)")
@@ -156,6 +164,10 @@ class SolveSettings(RunSettings):
         super().check()
         self.at_least(1, "max_steps")
         self.positive("test_tolerance")
+        given = [n for n in ("rtol", "atol", "norm") if getattr(self, n) != getattr(type(self), n)]
+        if given and self.fixed_step is not None:
+            flags = ", ".join("--" + name for name in given)
+            raise InputError(f"{flags} would change nothing under a --fixed-step: set that to None")
         try:
             self.make_test_solve()
             self.make_solve()

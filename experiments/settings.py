@@ -30,17 +30,20 @@ from jcnf import (
 from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
 
-# Settings, and what puts them to use: objectives, fields, bases, or a flag.
+# Settings, and what puts them to use: objectives, fields, divergences, penalties, bases, or a flag.
 USERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("flow_matching", "mixed"): ("path", "coupling", "times", "drop_context"),
     ("mixed",): ("matching_weight",),
     ("likelihood", "mixed"): (
         *("solver", "rtol", "atol", "fixed_step", "adjoint", "norm", "max_steps"),
-        *("probes", "noise", "steer", "divergence", "penalties"),
+        *("steer", "divergence", "penalties"),
     ),
     ("--finetune-steps",): ("finetune_learning_rate",),
     ("resnet",): ("frequencies",),
     ("mlp", "bounded", "residual", "mixture"): ("time",),
+    ("resnet", "mlp", "bounded", "residual", "mixture"): ("activation",),
+    ("hutchinson",): ("noise",),
+    ("hutchinson", "hutch++", "xtrace", "jacobian", "lambda2"): ("probes",),
     ("normal",): ("base_scale",),
 }
 
@@ -121,7 +124,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
 
     def uses(self) -> set[str]:
         """The parts of the settings that these ones put to use, by the names of `USERS`."""
-        parts = {self.objective, self.field, self.base}
+        parts = {self.objective, self.field, self.base, self.divergence, *dict(self.penalties)}
         if self.finetune_steps:
             parts |= {"--finetune-steps", "likelihood"}
         return parts

@@ -7,10 +7,13 @@ from experiments.run_settings import preset
 
 @preset
 class SixGaussians(PlaneFit):
-    """Six Gaussians, and a softplus network that does not know the time: the source's settings, but
-    for the learning rate, which falls as a cosine, and a fifth of its 300 epochs of 16 batches.
+    """Six Gaussians, and a softplus network that does not know the time: the source's network,
+    solver, batch and weight decay; fresh samples, a learning rate that falls as a cosine, and a
+    fifth of its 300 epochs of 16 batches.
 
-    --divergence hutchinson is the source's FFJORD variant, --augment 1 its augmentation.
+    The source's own: --steps 4800 --learning-rate 2e-3 --schedule constant --average 0 --clip 1e9
+    --warmup 0 --adjoint backsolve; its FFJORD variant: --divergence hutchinson --noise gaussian.
+    --augment 1 augments as a density does (Huang et al. 2020), where the source appends zeros.
     """
 
     data = "6gaussians"

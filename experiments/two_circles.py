@@ -11,7 +11,7 @@ class TwoCircles(PlaneFit):
     learning rate, the tolerance and the penalty, without which paths become stiff.
 
     The source's own: --learning-rate 1e-3 --schedule constant --average 0 --rtol 1e-5 --atol 1e-5
-    --penalties
+    --clip 1e9 --penalties
     """
 
     data = "2circles"

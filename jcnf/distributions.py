@@ -1,7 +1,7 @@
 """Base distributions: arrays in a module, a distrax distribution built from them when asked.
 
-distrax is imported here only, and only when used (it brings TensorFlow Probability along). A
-distrax object is never stored: inside an Equinox module it would break `eqx.filter`.
+distrax is imported when used, for it brings TensorFlow Probability along. A distrax object is never
+stored: inside an Equinox module it would break `eqx.filter`.
 """
 
 from abc import abstractmethod

@@ -32,7 +32,8 @@ class NICE(BijectiveFlow):
 
     - `dim`: dimension of x, at least 2.
     - `widths`: hidden widths of every m, a ReLU network; `()` is an affine one.
-    - `couplings`: their number; with fewer than 3 not every latent depends on all of x.
+    - `couplings`: their number; from 4 dimensions on, with fewer than 3 not every latent depends
+      on all of x.
     - `split`: the two parts of the components. "halves": the first half and the rest; "odd_even":
       the 1st, 3rd, ... and the 2nd, 4th, ..., for images. The first part has one more where `dim`
       is odd, and is the first to be left as it is.

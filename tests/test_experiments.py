@@ -8,11 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jcnf import CNF
+from jcnf.distributions import StandardNormal
+
 SMALL = ["--widths", "8", "--batch", "32", "--validate-every", "4", "--log-every", "2"]
 SMALL += ["--checkpoint-every", "4"]
+PLANAR = ["--widths", "8", "4"]
 FEW = ["--test-points", "50", "--widths", "8", "--batch", "16"]
 
 
@@ -177,6 +183,35 @@ BAD = {
         ["toy2d", "--objective", "likelihood", "--coupling", "exact"],
         ["--coupling", "flow_matching"],
     ),
+    "unknown schedule": (["toy2d", "--schedule", "linear"], ["linear", "cosine"]),
+    "a batch of no use": (["toy2d", "--lbfgs-batch", "8"], ["--lbfgs-batch", "--lbfgs-steps"]),
+    "L-BFGS without reverse mode": (
+        ["toy2d", "--objective", "likelihood", "--lbfgs-steps", "3", "--adjoint", "forward"],
+        ["L-BFGS", "--adjoint"],
+    ),
+    "L-BFGS on no samples": (
+        ["toy2d", "--lbfgs-steps", "3", "--lbfgs-batch", "0"],
+        ["--lbfgs-batch"],
+    ),
+    "scale of no use": (
+        ["toy2d", "--base", "logistic", "--base-scale", "2"],
+        ["--base-scale", "normal"],
+    ),
+    "scale 0": (["toy2d", "--base-scale", "0"], ["--base-scale"]),
+    "fewer than no dimensions": (["toy2d", "--augment", "-1"], ["--augment"]),
+    "tolerance under a fixed step": (
+        ["toy2d", "--objective", "likelihood", "--fixed-step", "0.1", "--rtol", "1e-6"],
+        ["--rtol", "--fixed-step"],
+    ),
+    "activation of no use": (
+        ["toy2d", "--field", "planar", "--widths", "8", "4", "--activation", "tanh"],
+        ["--activation", "mlp"],
+    ),
+    "noise of no use": (
+        ["toy2d", "--objective", "likelihood", "--noise", "gaussian"],
+        ["--noise", "hutchinson"],
+    ),
+    "rk4 without step": (["toy2d", "--solver", "rk4"], ["step"]),
     "unequal blocks": (["toy2d", "--widths", "8", "9"], ["resnet", "one width"]),
     "negative patience": (["toy2d", "--patience", "-1"], ["--patience"]),
     "dropping no context": (["toy2d", "--drop-context", "0.2"], ["drop_context", "context"]),
@@ -325,6 +360,24 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
             "mmd",
         ),
         ("conditional", ["--steps", 10, "--test-points", 20, *SMALL], "guidance"),
+        (
+            "gaussian_1d",
+            ["--steps", 2, "--lbfgs-steps", 2, "--test-points", 50, "--penalties", "lambda2", 0.01],
+            "histogram",
+        ),
+        ("two_circles", ["--steps", 4, "--test-points", 20, *SMALL[2:], *PLANAR], "densities"),
+        (
+            "six_gaussians",
+            ["--steps", 4, "--augment", 1, "--test-points", 20, "--particles", 50, *SMALL],
+            "trajectories",
+        ),
+        ("ot_flow", ["--steps", 4, "--test-points", 20, *SMALL[2:], *PLANAR], "densities"),
+        (
+            "spiral",
+            ["--steps", 4, "--points", 20, "--irregular", "--lbfgs-steps", 2, *SMALL],
+            "learning",
+        ),
+        ("nice", ["--steps", 10, "--test-points", 50, *SMALL], "densities"),
     ],
 )
 def test_measurements_run_and_draw(tmp_path, name, settings, figure):
@@ -403,3 +456,86 @@ def test_a_part_of_training_ends_early_and_the_next_goes_on(tmp_path):
     assert steps == {"matching": [2, 4, 6, 8, 10, 12], "nll": [14, 16, 18]}
     nlls = [r["val_nll"] for r in records if "val_nll" in r]
     assert nlls[0] == nlls[1] == nlls[2] > nlls[-1]
+
+
+def test_a_preset_has_other_defaults_and_the_same_types_and_help():
+    import dataclasses
+
+    from tyro import extras
+
+    from experiments.settings import FitSettings
+    from experiments.two_circles import TwoCircles
+
+    assert (TwoCircles().steps, TwoCircles().widths) == (1000, (64, 32))
+    assert dataclasses.asdict(FitSettings())["steps"] == 10_000
+    types = {field.name: field.type for field in dataclasses.fields(TwoCircles)}
+    assert types | {f.name: f.type for f in dataclasses.fields(FitSettings)} == types
+    assert "optimiser steps (default: 1000)" in extras.get_parser(TwoCircles).format_help()
+
+
+def test_a_preset_names_known_settings_only():
+    from experiments.plane import PlaneFit
+    from experiments.run_settings import preset
+
+    with pytest.raises(TypeError, match="learning_rte"):
+
+        @preset
+        class Misspelt(PlaneFit):
+            learning_rte = 0.1
+
+
+class Straight(eqx.Module):
+    """v = (2, 0) by the potential 2 t - 2 x1: straight, at a constant speed, and HJB holds."""
+
+    dim: int = 2
+
+    def __call__(self, t, x, context=None):
+        return jnp.array([2.0, 0.0], x.dtype)
+
+    def gradient(self, t, x):
+        return jnp.array([-2.0, 0.0, 2.0], x.dtype)
+
+
+def test_figures_of_a_transport():
+    from experiments.ot_flow import OTFlow, transport_figures
+
+    flow = CNF(Straight(), StandardNormal(2))
+    figures = transport_figures(OTFlow(), flow)
+    assert figures["transport_cost"] == pytest.approx(2, rel=1e-6)
+    assert figures["straightness"] == pytest.approx(1, rel=1e-6)
+    assert figures["hjb_residual"] == pytest.approx(0, abs=1e-6)
+
+
+def test_total_variation_on_points_is_half_the_mean_difference():
+    from experiments.gaussian_1d import half_difference
+
+    assert half_difference(np.log([0.5, 0.2]), np.log([0.1, 0.4])) == pytest.approx(0.15)
+
+
+@pytest.mark.slow
+def test_extra_dimensions_that_do_nothing_change_no_figure(tmp_path):
+    """A field that starts at 0 stays there at a rate of nothing: the model is N(0, I)."""
+    words = [
+        "--steps",
+        4,
+        "--learning-rate",
+        1e-30,
+        "--test-points",
+        500,
+        "--particles",
+        20,
+        *SMALL,
+    ]
+    metrics = {}
+    for extra in (0, 2):
+        out = tmp_path / str(extra)
+        done = run("toy2d", "--out", out, "--augment", extra, *words)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["numerics"]["solver_failures"] == 0
+        metrics[extra] = summary["metrics"]
+    for name in ("test_nll", "nll_gap", "test_nll_stderr"):
+        assert metrics[0][name] == pytest.approx(metrics[2][name], rel=1e-5)
+    # E|x|^2 / 2 + log(2 pi), of 8 Gaussians at radius 4 and of sigma 0.5, over 1.414.
+    expected = (4**2 + 2 * 0.5**2) / 1.414**2 / 2 + np.log(2 * np.pi)
+    assert abs(metrics[0]["test_nll"] - expected) < 4 * metrics[0]["test_nll_stderr"]
