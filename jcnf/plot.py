@@ -25,6 +25,9 @@ MAX_PATHS, MAX_COLUMNS = 300, 6
 CURVES = {  # key of a record: (title with units, smoothed beside the raw line, logarithmic)
     "loss": ("training loss ({})", True, False),
     "val_nll": ("validation NLL (nats)", False, False),
+    "val_kl": ("validation KL (nats)", False, True),
+    "train_nll": ("NLL of all points (nats)", False, False),
+    "train_rmse": ("RMSE of windows", False, True),
     "nfe": ("field evaluations (NFE)", False, False),
     "step_ms": ("time per step (ms)", True, False),
     "grad_norm": ("gradient norm", True, True),

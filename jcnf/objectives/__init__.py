@@ -10,3 +10,7 @@ from jcnf.objectives.likelihood import likelihood as likelihood
 from jcnf.objectives.matching import flow_matching as flow_matching
 from jcnf.objectives.matching import rectified as rectified
 from jcnf.objectives.mixed import mixed as mixed
+from jcnf.objectives.reverse_kl import reverse_kl as reverse_kl
+from jcnf.objectives.windows import Windows as Windows
+from jcnf.objectives.windows import draw_windows as draw_windows
+from jcnf.objectives.windows import trajectory_fit as trajectory_fit

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Key
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeChange
-from jcnf.flow import Flow, transform
+from jcnf.flow import Flow, Transformed, transform
 from jcnf.solve import Solve
 
 # Names of metrics, of objectives and of `jcnf.train`.
-RESERVED = {"nll", "matching", "nfe", "failed", "loss", "grad_norm", "skipped"}
+RESERVED = {"nll", "reverse_kl", "matching", "nfe", "failed", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(
@@ -39,9 +39,7 @@ def likelihood(
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
-    taken = RESERVED & {r.__name__ for r in penalties}
-    if taken:
-        raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
+    check_names(penalties)
     if steer:
         if not isinstance(flow, CNF):
             raise ValueError("steer moves the end time of a CNF; this flow has none")
@@ -61,7 +59,21 @@ def likelihood(
         regularizers=tuple(penalties),
     )
     nll = -jnp.mean(flow.base.log_prob(result.x) + result.logdet)
-    means = {name: jnp.mean(value) for name, value in result.penalties.items()}
-    loss = nll + sum(weight * means[r.__name__] for r, weight in penalties.items())
+    return penalised("nll", nll, penalties, result)
+
+
+def check_names(penalties: Mapping[Callable, float]) -> None:
+    """Raise `ValueError` where a penalty has the name of a metric."""
+    taken = RESERVED & {r.__name__ for r in penalties}
+    if taken:
+        raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
+
+
+def penalised(
+    name: str, value: Float[Array, ""], penalties: Mapping[Callable, float], result: Transformed
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss `value` plus weighted penalties, and the metrics: these, and the solve's."""
+    means = {penalty: jnp.mean(values) for penalty, values in result.penalties.items()}
+    loss = value + sum(weight * means[r.__name__] for r, weight in penalties.items())
     stats = {"nfe": result.stats.nfe, "failed": jnp.any(result.stats.failed)}
-    return loss, {"nll": nll, **means, **stats}
+    return loss, {name: value, **means, **stats}

@@ -1,0 +1,107 @@
+"""Reverse KL against the number of units of a planar flow (Chen et al. 2018, figure 4)."""
+
+import dataclasses
+
+import jax.random as jr
+
+from experiments.energy import EnergySettings, MatchEnergy, base_samples, integrated, measure
+from experiments.harness import main
+from experiments.rundir import MetricsLog, RunDir
+from experiments.stages import train_stages
+from jcnf.curves import Panel, scaling
+from jcnf.data.energies import ENERGIES, Energy, energy
+from jcnf.errors import InputError
+
+METRICS = ("reverse_kl", "reverse_kl_stderr", "forward_kl", "ess")
+NUMERICS = ("mass", "nfe_backward", "solver_failures", "skipped_updates")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnergySweep(EnergySettings):
+    """Energies, numbers of units, and what is the same for all of them."""
+
+    # u1, u2, u3, u4
+    targets: tuple[str, ...] = tuple(ENERGIES)
+    # numbers M of units, in place of the first of --widths
+    units: tuple[int, ...] = (2, 8, 32)
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        for name, values in (("targets", self.targets), ("units", self.units)):
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"--{name} must be some, none of them twice")
+        unknown = set(self.targets) - ENERGIES.keys()
+        if unknown:
+            raise InputError(
+                f"unknown target '{min(unknown)}': use some of {', '.join(ENERGIES)}, or "
+                "experiments.energy for one of yours"
+            )
+        if self.field != "planar" or len(self.widths) != 2:
+            raise InputError("--units are those of the planar field, of two --widths: use these")
+        if min(self.units) < 1 or self.widths[0] != type(self)().widths[0]:
+            raise InputError("give the numbers of units, at least 1, by --units")
+        super().check()
+
+    def make_energy(self) -> Energy:
+        """The first of those that are learnt: what goes for it goes for all."""
+        return energy(self.targets[0])
+
+    def of(self, target: str, units: int) -> MatchEnergy:
+        """The settings of one flow."""
+        names = {field.name for field in dataclasses.fields(EnergySettings)}
+        settings = {name: getattr(self, name) for name in names}
+        return MatchEnergy(**settings | {"target": target, "widths": (units, self.widths[1])})
+
+
+def run(settings: EnergySweep) -> None:
+    """Train a flow for each target and number of units; measure; draw KL against units."""
+    run_dir = RunDir("energy_sweep", settings)
+    log = MetricsLog(run_dir.log, [], 0)
+    key = jr.fold_in(jr.key(settings.seed), 2)
+    results: dict[str, dict[str, float]] = {}
+    units = sorted(settings.units)
+    for target in settings.targets:
+        integral = integrated(energy(target))
+        for count in units:
+            one = settings.of(target, count)
+            flow = one.make_flow(2)
+            trained = train_stages(flow, one.make_stages(), base_samples(flow), seed=one.seed)
+            solve = one.make_test_solve()
+            found = measure(trained.flow, energy(target), integral, key, one.test_points, solve)
+            figures = found.metrics | {
+                "mass": found.certificate.numerics()["mass"],
+                "nfe_backward": found.certificate.nfe_backward,
+                "solver_failures": found.failures + found.certificate.failures,
+                "skipped_updates": trained.skipped,
+                "seconds": trained.seconds,
+            }
+            results[f"{target}_{count}"] = figures
+            log.add({"step": len(results), "target": target, "units": count, **figures})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"{target}, {count} units: {shown}")
+
+    def curves(name):
+        return {
+            target: (units, [results[f"{target}_{count}"][name] for count in units])
+            for target in settings.targets
+        }
+
+    panels = [
+        Panel("KL(q || p), the loss", "units M", "nats", curves("reverse_kl")),
+        Panel("KL(p || q), on a grid", "units M", "nats", curves("forward_kl")),
+    ]
+    run_dir.save_figures(units=scaling(panels))
+    run_dir.write_json("results.json", results)
+
+    def every(name):
+        return {f"{name}_{place}": figures[name] for place, figures in results.items()}
+
+    run_dir.finish(
+        {key: value for name in METRICS for key, value in every(name).items()},
+        {key: value for name in NUMERICS for key, value in every(name).items()},
+        {place: figures["seconds"] for place, figures in results.items()},
+    )
+
+
+if __name__ == "__main__":
+    main(run, EnergySweep)

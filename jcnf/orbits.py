@@ -1,0 +1,170 @@
+"""Trajectories fitted to observations: in the plane, against time, and as they are learnt.
+
+Data are blue, learnt trajectories vermilion, the true one grey. Views are around the data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf import _canvas as c
+from jcnf._canvas import BASE, DATA, MODEL, WIDTH, Figure
+
+COLUMNS = 4
+
+
+class Scene(NamedTuple):
+    """What learnt curves are drawn over."""
+
+    data: ArrayLike  # (batch, 2)
+    truth: ArrayLike | None = None  # the true curve, (points, 2)
+    labels: tuple[str, str] = ("$x_1$", "$x_2$")
+    equal: bool = True  # one scale for both axes
+
+
+@c.styled
+def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
+    """Show each of the curves (curves, times, 2), as training goes, in a panel over the scene."""
+    every = _curves(curves, titles)
+    columns = min(len(every), COLUMNS)
+    lines = -(-len(every) // columns)
+    side = WIDTH / COLUMNS
+    figure = c.new_figure(max(side * columns, 2 * side), (side + 0.2) * lines + 0.4)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, curve, title in zip(axes, every, titles, strict=False):
+        _draw(ax, scene)
+        ax.plot(*_near(ax, curve).T, color=MODEL, lw=1.2, label="learnt")
+        ax.set_title(title)
+    for ax in axes[len(every) :]:
+        ax.remove()
+    for place, ax in enumerate(axes[: len(every)]):
+        if place + columns >= len(every):
+            ax.tick_params(labelbottom=True)
+        ax.label_outer(remove_inner_ticks=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@c.styled
+def against_time(
+    times: ArrayLike,
+    curve: ArrayLike,
+    data_times: ArrayLike,
+    data: ArrayLike,
+    columns: Sequence[str],
+    *,
+    truth: ArrayLike | None = None,
+    held_out: int = 0,
+    title: str = "",
+) -> Figure:
+    """Show each component of a learnt curve against time, with the data.
+
+    times: (times,); curve, truth: (times, dim); data_times: (batch,); data: (batch, dim); columns:
+    the names of the time and of the components. The last `held_out` data are drawn open.
+    """
+    x, t = c.array(data, "data", "(batch, dim)"), c.array(data_times, "data_times", "(batch,)")
+    grid, line = c.array(times, "times", "(times,)"), c.array(curve, "curve", "(times, dim)")
+    if (
+        len(t) != len(x)
+        or len(grid) != len(line)
+        or not x.shape[1] == line.shape[1] == len(columns) - 1
+    ):
+        raise ValueError(
+            "expected a time for each row and a name for each column; got "
+            f"{len(t)} times of data {x.shape}, {len(grid)} of a curve {line.shape}, "
+            f"{len(columns)} names, of the time and of them"
+        )
+    dim, known = x.shape[1], len(x) - held_out
+    figure = c.new_figure(WIDTH, 1.6 * dim + 0.9)
+    for i, ax in enumerate(figure.subplots(dim, 1, sharex=True, squeeze=False)[:, 0]):
+        if truth is not None:
+            true = c.array(truth, "truth", "(times, dim)", dim)
+            ax.plot(grid, true[:, i], color=BASE, lw=2.5, alpha=0.6, label="truth")
+        style: Any = {"ls": "", "marker": "o", "ms": 3, "color": DATA}
+        ax.plot(t[:known], x[:known, i], **style, label="data")
+        if held_out:
+            ax.plot(t[known:], x[known:, i], **style | {"mfc": "none"}, label="held out")
+        ax.plot(grid, line[:, i], color=MODEL, lw=1.2, label="learnt")
+        ax.set(ylabel=columns[i + 1], ylim=c.limits_of(x[:, i]))
+    figure.axes[-1].set_xlabel(columns[0])
+    figure.suptitle(title)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def film(
+    path: str | os.PathLike[str],
+    curves: ArrayLike,
+    titles: Sequence[str],
+    scene: Scene,
+    *,
+    fps: int = 8,
+) -> Path:
+    """Write a GIF with a frame for each of the curves, as in `learning`, and return its path.
+
+    The last frame stays for 1.5 s. The file is written beside `path`, then moved there.
+    """
+    import matplotlib
+    from PIL import Image
+
+    every = _curves(curves, titles)
+    with matplotlib.rc_context(c.RC):
+        figure = c.new_figure(3.4, 3.5)
+        ax, canvas, frames = figure.subplots(), figure.canvas, []
+        _draw(ax, scene)
+        moving = title, line = ax.set_title(titles[0]), ax.plot([], color=MODEL, lw=1.2)[0]
+        figure.draw_without_rendering()  # lays out with the title, which is then drawn apart
+        for artist in moving:
+            artist.set_animated(True)
+        canvas.draw()
+        background = canvas.copy_from_bbox(figure.bbox)
+        for curve, text in zip(every, titles, strict=True):
+            canvas.restore_region(background)
+            title.set_text(text)
+            line.set_data(*_near(ax, curve).T)
+            for artist in moving:
+                ax.draw_artist(artist)
+            image = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
+            frames.append(image.quantize(32, dither=Image.Dither.NONE))
+    steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=steps, loop=0)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _curves(curves, titles):
+    every = c.array(curves, "curves", "(curves, times, 2)", 2)
+    if not len(every) or len(titles) != len(every):
+        raise ValueError(f"expected a title for each curve; got {len(titles)}, {len(every)} curves")
+    return every
+
+
+def _draw(ax, scene):
+    """The data and the true curve, and the view around the data."""
+    data = c.finite(c.array(scene.data, "data", "(batch, 2)", 2))
+    if scene.truth is not None:
+        truth = c.array(scene.truth, "truth", "(points, 2)", 2)
+        ax.plot(*truth.T, color=BASE, lw=2.5, alpha=0.6, label="truth")
+    ax.plot(*data.T, ls="", marker="o", ms=2.5, color=DATA, label="data")
+    box = c.box_of(None, data) if scene.equal else np.array([c.limits_of(x) for x in data.T]).T
+    ax.set(xlim=box[:, 0], ylim=box[:, 1], xlabel=scene.labels[0], ylabel=scene.labels[1])
+    ax.set_aspect("equal" if scene.equal else "auto")
+
+
+def _near(ax, curve):
+    """The curve, cut far outside the view, for Agg's sake."""
+    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
+    return np.clip(curve, 21 * low - 20 * high, 21 * high - 20 * low)
