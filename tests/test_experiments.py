@@ -1,5 +1,6 @@
 """The experiments as a person runs them: whole runs, resumption, and what bad input says."""
 
+import importlib
 import json
 import os
 import signal
@@ -225,6 +226,27 @@ BAD = {
     ),
     "no run": (["density", "--from", "nowhere", "--samples", "3"], ["nowhere"]),
     "from for nothing": (["density", "--from", "nowhere"], ["--score", "--samples"]),
+    "unknown energy": (["energy", "--target", "u5"], ["'u5'", "u1", "module:function"]),
+    "energy without extent": (["energy", "--target", "mine:bowl"], ["mine:bowl", "--extent"]),
+    "extent of no use": (["energy", "--extent", "-1", "1", "-1", "1"], ["u1", "--extent"]),
+    "no data to finetune by": (["energy", "--finetune-steps", "5"], ["--finetune-steps"]),
+    "energy by likelihood": (["energy", "--objective", "likelihood"], ["reverse_kl"]),
+    "path of an energy": (["energy", "--path", "trigonometric"], ["--path", "flow_matching"]),
+    "temperature of no use": (
+        ["energy", "--temperature", "2", "--hot-steps", "0"],
+        ["--temperature", "--hot-steps"],
+    ),
+    "temperature 0": (["energy", "--temperature", "0"], ["--temperature"]),
+    "units twice": (["energy_sweep", "--units", "2", "2"], ["--units"]),
+    "units by widths": (["energy_sweep", "--widths", "4", "32"], ["--units"]),
+    "a sweep of yours": (["energy_sweep", "--targets", "mine:bowl"], ["experiments.energy"]),
+}
+
+SETTINGS = {
+    "toy2d": "Toy2D",
+    "density": "Density",
+    "energy": "MatchEnergy",
+    "energy_sweep": "EnergySweep",
 }
 
 
@@ -252,12 +274,10 @@ def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     monkeypatch.setattr(sys, "argv", words)
     before = sorted(bad_files.rglob("*"))
-    import experiments.density
-    import experiments.toy2d
     from experiments.harness import main
 
-    module = {"toy2d": experiments.toy2d, "density": experiments.density}[words[0]]
-    settings = {"toy2d": experiments.toy2d.Toy2D, "density": experiments.density.Density}[words[0]]
+    module = importlib.import_module(f"experiments.{words[0]}")
+    settings = getattr(module, SETTINGS[words[0]])
     with pytest.raises(SystemExit) as stopped:
         main(module.run, settings)
     assert stopped.value.code == 2
@@ -378,6 +398,16 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
             "learning",
         ),
         ("nice", ["--steps", 10, "--test-points", 50, *SMALL], "densities"),
+        (
+            "energy",
+            ["--steps", 4, "--hot-steps", 4, "--test-points", 20, *SMALL[2:], *PLANAR],
+            "densities",
+        ),
+        (
+            "energy_sweep",
+            ["--targets", "u2", "--units", 2, 3, "--steps", 4, "--hot-steps", 0, *FEW[:2]],
+            "units",
+        ),
     ],
 )
 def test_measurements_run_and_draw(tmp_path, name, settings, figure):
