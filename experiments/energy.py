@@ -3,7 +3,6 @@
 By reverse KL (Chen et al. 2018, section 5.1 and figure 4), a planar flow unless told otherwise.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from jaxtyping import Array, Key
 from experiments import figures
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.run_settings import preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
 from experiments.stages import DrawOf, Stage, drawing
@@ -32,33 +32,26 @@ MARGIN = 0.25  # of the extent at each side, where a flow may have mass that the
 BORDER = 1e-4  # share of a density near its window's border, above which some is outside
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class EnergySettings(FlowSettings):
-    """The flow that learns a density from its energy, and how it is measured."""
+    """The flow that learns a density from its energy, and how it is measured: a planar one by the
+    one objective reverse_kl."""
 
     # fresh samples of the flow that are measured
     test_points: int = 20_000
-
-    # reverse_kl
-    objective: str = "reverse_kl"
-    # planar (by a hypernet), resnet, mlp, residual (mlp - x), mixture (of two mlps), potential
-    # (OT-Flow)
-    field: str = "planar"
-    # planar: units, hypernet's width; other fields: hidden widths
-    widths: tuple[int, ...] = (32, 32)
-    # end time T of the flow
-    t1: float = 10.0
-    # optimiser steps
-    steps: int = 3000
-    # steps before these by the energy U / --temperature, whose modes hang together: what a flow
-    # leaves out of the density at first it does not find later
+    # steps before the others by the energy U / --temperature, whose modes hang together: what a
+    # flow leaves out of the density at first it does not find later
     hot_steps: int = 1000
     # that of the steps of --hot-steps
     temperature: float = 5.0
-    # base samples in a training batch
-    batch: int = 512
-    # peak learning rate
-    learning_rate: float = 3e-3
+
+    objective = "reverse_kl"
+    field = "planar"
+    widths = (32, 32)
+    t1 = 10.0
+    steps = 3000
+    batch = 512
+    learning_rate = 3e-3
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
@@ -68,7 +61,6 @@ class EnergySettings(FlowSettings):
         self.positive("temperature")
         super().check()
         self.at_least(2, "test_points")
-        self.at_least(1, "lbfgs_batch")
         self.check_objective(dim=2)
         if self.temperature != type(self)().temperature and not self.hot_steps:
             raise InputError("--temperature would change nothing: of use with --hot-steps alone")
@@ -115,7 +107,7 @@ class EnergySettings(FlowSettings):
         return [hot, *stages]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@preset
 class MatchEnergy(EnergySettings, FitSettings):
     """An energy, and the flow that learns its density."""
 
@@ -125,8 +117,7 @@ class MatchEnergy(EnergySettings, FitSettings):
     # module:function: lowest and highest z1, lowest and highest z2 of a window that holds its mass
     extent: tuple[float, float, float, float] | None = None
 
-    # steps between validations; the parameters with the best one are kept
-    validate_every: int = 500
+    validate_every = 500
 
     @functools.cached_property
     def _energy(self) -> Energy:
