@@ -17,6 +17,8 @@ from jcnf import checkpoint, fields, objectives, plot, train
 from jcnf.data.series import TARGETS, Series, load_series, spiral
 from jcnf.errors import InputError
 
+GAP = 1000.0  # in t, where velocities are of the order of 1
+
 
 @preset
 class Spiral(LoopSettings, SolveSettings):
@@ -141,6 +143,13 @@ class Spiral(LoopSettings, SolveSettings):
 def run(settings: Spiral) -> None:
     """Train, compare with the truth, draw the trajectories as they were learnt."""
     series = settings.make_series()
+    gap = float(np.max(np.diff(series.times)))
+    if not gap <= GAP:
+        raise InputError(
+            f"the widest gap in time is {gap:.3g} in units of t, too far to follow: give a larger "
+            f"--time-unit than {series.unit:.3g}"
+        )
+    settings.check_steps(max(settings.longest, gap))
     run_dir = RunDir("spiral", settings, resume=settings.resume)
     learner = Learner(
         run_dir,

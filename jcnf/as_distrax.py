@@ -58,7 +58,8 @@ class FlowBijector(distrax.Bijector):
     ):
         super().__init__(event_ndims_in=1)
         _check(flow, context, divergence)
-        self.flow, self.context, self.solve, self.divergence = flow, context, solve, divergence
+        self.flow, self.solve, self.divergence = flow, solve, divergence
+        self.context = None if context is None else jnp.asarray(context)
 
     def forward(self, x: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch dim"]:
         """Data y of base samples x."""
@@ -127,7 +128,8 @@ class FlowDistribution(distrax.Distribution):
     ):
         super().__init__()
         _check(flow, context, divergence)
-        self.flow, self.context, self.solve, self.divergence = flow, context, solve, divergence
+        self.flow, self.solve, self.divergence = flow, solve, divergence
+        self.context = None if context is None else jnp.asarray(context)
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def solve_bound(
     They are sums over the samples, but for the mean NFE; where any solve failed is `stats.failed`.
     """
     extra = flow.base.dim - x.shape[1]
-    if extra < 0 or samples < 1:
+    if extra < 0 or not isinstance(samples, int) or samples < 1:
         raise ValueError(
             f"expected at most {flow.base.dim} dimensions and at least 1 sample; "
             f"got {x.shape[1]} and {samples}"

@@ -97,8 +97,11 @@ def _stats(*values):
 
 
 def _checked(what, value, shape, dtype):
-    # A wrong shape might broadcast, and give a density of nothing.
-    if value.shape != shape:
-        raise ValueError(f"the bijector must give {what} of shape {shape}; got {value.shape}")
+    # A wrong shape might broadcast, and a complex number lose its half: a density of nothing.
+    if jnp.shape(value) != shape or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"the bijector must give floating {what} of shape {shape}; got "
+            f"{jnp.result_type(value)} of shape {jnp.shape(value)}"
+        )
     # distrax has log-dets that are Python floats, which become float64 where there is float64.
     return value.astype(dtype)

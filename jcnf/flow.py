@@ -96,8 +96,7 @@ def transform(
     **Raises:** `ValueError` for a wrong shape or dtype, an unknown direction, a missing key.
     """
     check_batch(flow, x, context)
-    if direction not in ("to_base", "to_data"):
-        raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
+    check_direction(direction)
     if not all(callable(r) and hasattr(r, "__name__") for r in regularizers):
         raise ValueError(f"expected functions as in jcnf.regularizers; got {regularizers}")
     if len({r.__name__ for r in regularizers}) < len(regularizers):
@@ -173,6 +172,12 @@ def sample_and_log_prob(
     )
     log_probs = flow.base.log_prob(z) - result.logdet
     return arrived((result.x, log_probs), result.stats)
+
+
+def check_direction(direction: str) -> None:
+    """Raise `ValueError` for what is no direction."""
+    if direction not in ("to_base", "to_data"):
+        raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
 
 
 def check_batch(flow: Flow, x, context) -> None:

@@ -85,7 +85,8 @@ def evaluations(solver: diffrax.AbstractSolver, *, adaptive: bool) -> int:
     """Evaluations of the field in a step tried."""
     tableau = _tableau(solver)
     solution, error = (
-        int(np.flatnonzero(weights)[-1]) + 1 for weights in (tableau.b_sol, tableau.b_error)
+        int(np.max(np.flatnonzero(weights), initial=-1)) + 1
+        for weights in (tableau.b_sol, tableau.b_error)
     )
     return 2 * solution + (max(error - solution, 0) if adaptive else 0)
 
@@ -154,6 +155,8 @@ class _Scheme(eqx.Module):
 def _sum(h, weights, slopes):
     # A weight of zero costs nothing; those past the last slope are zero.
     used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w != 0]
+    if not used:  # the error of a solver that estimates none
+        return jax.tree.map(jnp.zeros_like, slopes[0])
     weights, slopes = zip(*used, strict=True)
 
     def leaf(*ks):

@@ -75,7 +75,7 @@ def solve_trajectory(
         flow = CNF(flow, StandardNormal(dim))  # a base that nothing asks for
     check_batch(flow, x, context)
     x = jnp.asarray(x)
-    _check_times(times, len(x))
+    _check_times(times, len(x), x.dtype)
     times = jnp.asarray(times, x.dtype)
     if times.ndim == 1 and solve.adjoint != "reversible":
         return _in_one_solve(flow.field, x, times, context, solve)
@@ -83,7 +83,7 @@ def solve_trajectory(
     return _by_intervals(flow.field, x, own, context, solve)
 
 
-def _check_times(times, batch):
+def _check_times(times, batch, dtype):
     shape = jnp.shape(times)
     if not shape or shape[0] < 2 or shape[1:] not in ((), (batch,)):
         raise ValueError(
@@ -91,7 +91,10 @@ def _check_times(times, batch):
             f"times of each of the {batch} samples; got shape {shape}"
         )
     if not isinstance(times, Tracer):
-        steps: Any = np.diff(np.asarray(times), axis=0)
+        given = np.asarray(times).astype(np.float64)
+        steps: Any = np.diff(given.astype(dtype), axis=0)
+        if np.any((steps == 0) & (np.diff(given, axis=0) != 0)):
+            raise ValueError(f"different times are equal in {dtype}: count them from later on")
         if len(shape) == 1 and not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError("times must strictly increase or strictly decrease")
         if not np.all(np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)):
@@ -105,6 +108,9 @@ def _in_one_solve(field, x, times, context, solve):
     fixed = jax.lax.stop_gradient(times)
     args = (field, context)
     xs, stats = integrate(Velocity(), start, args, fixed[0], fixed[-1], solve, fixed)
+    # An interpolant gives something at a time that is no number.
+    failed = stats.failed | ~jnp.all(jnp.isfinite(fixed))
+    stats = eqx.tree_at(lambda stats: stats.failed, stats, failed)
     return _moving(xs, times, field, context, sign=1), stats
 
 

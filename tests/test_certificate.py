@@ -99,8 +99,10 @@ def test_mass_in_one_dimension():
 
 
 def test_a_grid_is_of_one_or_two_dimensions(unchecked):
-    with pytest.raises(ValueError, match="1 or 2 dimensions"):
+    with pytest.raises(ValueError, match="each of the flow's dimensions; got 2 values for 3"):
         evaluate.grid(linear(), (-1.0, 1.0))
+    with pytest.raises(ValueError, match="1 or 2 dimensions"):
+        evaluate.grid(linear(), (-1.0, 1.0) * 3)
 
 
 @pytest.mark.parametrize(

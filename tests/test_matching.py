@@ -251,7 +251,7 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
         (partial(flow_matching, truth(), X[0], KEY), "add a batch axis with x[None]"),
         (
             partial(flow_matching, CNF(Told(), StandardNormal(2)), X, KEY),
-            "the field takes a context of size 2; got none",
+            "the flow takes a context of size 2; got none",
         ),
         (partial(rectified, truth(), (X[:, :1], X), KEY), "expected pairs (x0, x1) of one shape"),
         (partial(rectified, truth(), (X[:, :1], X[:, :1]), KEY), "expected x of shape (batch, 2)"),

@@ -19,7 +19,7 @@ from scipy import linalg
 from jcnf.reversible import _march, _Scheme, _walk_back, integrate_reversibly
 from jcnf.solve import SOLVERS, _batch_norm
 
-ORDERS = dict(euler=1, heun=2, midpoint=2, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
+ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 FIXED = diffrax.ConstantStepSize()
 RNG = np.random.default_rng(0)
 ARGS = {"weight": jnp.asarray(RNG.normal(size=(3, 3)))}

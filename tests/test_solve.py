@@ -162,7 +162,8 @@ def test_a_solve_is_hashable_and_takes_diffrax_objects():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "rk4"}, "unknown solver 'rk4': use one of euler, heun, midpoint, bosh3, tsit5"),
+        ({"solver": "rk9"}, "unknown solver 'rk9': use one of euler, heun, midpoint, rk4, bosh3"),
+        ({"solver": "rk4"}, "give it a fixed step, as in Solve(solver='euler', step=0.05)"),
         ({"adjoint": "magic"}, "unknown adjoint 'magic': use one of checkpoint, direct, forward"),
         ({"norm": "max"}, "unknown norm 'max': use one of batch, worst"),
         ({"step": -1}, "step must be positive and finite; got -1"),

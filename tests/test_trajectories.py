@@ -224,3 +224,19 @@ def test_float32_in_float32_out():
 def test_wrong_fields_and_times_say_what_to_do(field, times, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jcnf.trajectory(field, X, times)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_times_that_float32_cannot_tell_apart_are_refused_and_nan_is_a_failure():
+    x = jnp.ones((3, 2), jnp.float32)
+    field = astype(Linear(jnp.asarray(-np.eye(2)), dim=2), jnp.float32)
+    late = np.array([1e9, 1e9 + 1, 1e9 + 2])
+    for times in (late, np.stack([late] * 3, axis=1)):
+        with pytest.raises(ValueError, match="equal in float32"):
+            jcnf.trajectory(field, x, times)
+    with pytest.raises(ValueError, match="turn back"):
+        jcnf.trajectory(field, x, np.array([[2, 0, 1], [0, 1, 2], [1, 2, 3]], np.uint8))
+    solve = Solve(solver="euler", step=0.25)
+    stats = jax.jit(lambda times: solve_trajectory(field, x, times, solve=solve)[1])
+    assert stats(jnp.array([0, jnp.nan, 1.0])).failed.all()
+    assert not stats(jnp.array([0, 0.3, 1.0])).failed.any()

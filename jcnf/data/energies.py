@@ -72,6 +72,9 @@ def energy(name: str, extent: Extent | None = None) -> Energy:
     (a, b, c, d), finite = extent, np.all(np.isfinite(extent))
     if not (a < b and c < d and finite):
         raise InputError(f"--extent must be finite, and rise along z1 and z2; got {extent}")
+    probes = cell_grid(extent, PROBES).astype(np.float32)
+    if not (np.all(np.diff(probes[0, :, 0]) > 0) and np.all(np.diff(probes[:, 0, 1]) > 0)):
+        raise InputError(f"--extent {extent} is too small for its numbers: shift or scale U")
     own = Energy(name, _imported(module_name, function_name), extent)
     _try(own)
     return own
@@ -86,7 +89,7 @@ def _imported(module_name: str, function_name: str) -> Any:
             f"no module {module_name!r} to import{hint}: give module:function, with the module's "
             "file in the working directory or on PYTHONPATH"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"importing {module_name} failed: {_line(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -99,9 +102,10 @@ def _try(own: Energy) -> None:
     """A person's energy, and its gradient, at points all over its extent."""
     x = jnp.asarray(cell_grid(own.extent, PROBES).reshape(-1, 2), float)
     try:
+        jax.eval_shape(own.function, x[:3])  # of any batch
         u = jax.eval_shape(own.function, x)
         shape, dtype = jnp.shape(u), jnp.result_type(u)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"{own.name} failed for x of shape {x.shape}, of which it must make U by operations of "
             f"jax.numpy: {_line(error)}"
@@ -130,10 +134,10 @@ def _gradient(function, x):
     return jax.grad(lambda x: jnp.sum(function(x)))(x)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """An error in one line."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 class Integral(NamedTuple):
@@ -159,8 +163,8 @@ def integrate(energy: Energy, cells: int = 1000) -> Integral:
     p = np.exp(log_p - top)
     edge = -(-cells // 100)
     inner = p[edge:-edge, edge:-edge].sum()
-    area = (b - a) * (d - c) / cells**2
-    return Integral(float(top + math.log(p.sum() * area)), float(1 - inner / p.sum()))
+    log_area = math.log(b - a) + math.log(d - c) - 2 * math.log(cells)
+    return Integral(float(top + math.log(p.sum()) + log_area), float(1 - inner / p.sum()))
 
 
 def cell_grid(extent: Extent, cells: int) -> Float[np.ndarray, "cells cells 2"]:

@@ -107,12 +107,19 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
     if len(rows) - held_out < 3:
         raise InputError(f"{path}: {held_out} rows held out leave fewer than 3 of {len(rows)}")
     known = slice(len(rows) - held_out)
-    scale = Standardizer(values[known].mean(axis=0), values[known].std(axis=0), names)
-    if not np.all(scale.std > 0):
-        raise InputError(f"{path}: column {names[int(np.argmin(scale.std))]} is constant: leave it")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = Standardizer(values[known].mean(axis=0), values[known].std(axis=0), names)
+    for name, column, std in zip(names, values[known].T, scale.std, strict=True):
+        if np.all(column == column[0]):
+            raise InputError(f"{path}: column {name} is constant: leave it")
+        if not 0 < std < np.inf:
+            raise InputError(f"{path}: column {name} cannot be standardised: change its unit")
     values = (values - scale.mean) / scale.std
     if unit is None:
         speeds = np.diff(values[known], axis=0) / np.diff(times[known])[:, None]
-        unit = 1 / float(np.sqrt(np.mean(speeds**2)))
+        speed = float(np.sqrt(np.mean(speeds**2)))
+        if not 0 < speed < np.inf:
+            raise InputError(f"{path}: nothing moves in these times: give --time-unit, or others")
+        unit = 1 / speed
     begin, time_name = float(times[0]), table.columns[0] if table.named else "t"
     return Series((times - begin) / unit, values, scale, begin, unit, time_name)

@@ -1,6 +1,7 @@
 """Log-densities of an augmented flow's data, its extra dimensions summed out."""
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
@@ -25,7 +26,12 @@ def score_marginal(
     The density is unbiased, its logarithm too low on average, the less so the more `samples`: a NLL
     from here is an upper bound. `key` is consumed once; the noise of a point does not depend on
     `chunk`.
+
+    **Raises:** `ValueError` for x that is no floating array (n, dim), and for no samples.
     """
+    if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(f"expected floating x of shape (n, dim); got {jnp.shape(x)}")
+    x = jnp.asarray(x)
 
     def program(x, keys):
         return _score(flow, x, keys, samples, solve)

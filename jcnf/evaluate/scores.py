@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.chunks import CHUNK, in_chunks
-from jcnf.flow import Direction, Flow, check_batch, transform
+from jcnf.flow import Direction, Flow, check_batch, check_direction, transform
 from jcnf.solve import Solve
 from jcnf.trajectories import solve_trajectory
 
@@ -120,6 +120,7 @@ def carry(
 ) -> Transport:
     """Points and where the flow carries them, at `x[0]` and `x[-1]`: no log-det is computed."""
     check_batch(flow, x, context)
+    check_direction(direction)
     solve = _without_gradient(solve)
 
     def program(x, context):

@@ -38,6 +38,11 @@ def trajectory_fit(
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """
     times, values, observed = windows
+    if not values.shape[:2] == times.shape == observed.shape or observed.dtype != bool:
+        raise ValueError(
+            "expected times and bool observed of shape (times, batch), and values (times, batch, "
+            f"dim); got {times.shape}, {observed.dtype} {observed.shape} and {values.shape}"
+        )
     xs, stats = solve_trajectory(field, values[0], times, context=context, solve=solve)
     squares = jnp.mean((xs - values) ** 2, axis=2)
     number = jnp.maximum(jnp.sum(observed), 1).astype(xs.dtype)
@@ -57,6 +62,8 @@ def draw_windows(
 
     **Raises:** `ValueError` for lengths or rows that make no window.
     """
+    if num is not None and num < 1:
+        raise ValueError(f"expected at least one window; got {num}")
     if not 0 < shortest <= longest or rows < 2:
         raise ValueError(
             "expected windows of 0 < shortest <= longest and at least 2 rows; "
@@ -81,6 +88,11 @@ def draw_windows(
     def draw(key, data):
         times, values = data
         n = len(times)
+        if n < 2 or len(values) != n:
+            raise ValueError(
+                f"expected a series of at least 2 times, and as many values; got {n} and "
+                f"{len(values)}"
+            )
         if num is None:
             start, length = jnp.arange(n - 1), jnp.full(n - 1, longest, times.dtype)
             order = jnp.broadcast_to(jnp.arange(n, dtype=times.dtype), (n - 1, n))
