@@ -29,6 +29,10 @@ from jcnf.errors import InputError
 VALIDATION_POINTS = 5000
 CELLS = 300  # an axis, of the grid on which densities are integrated
 MARGIN = 0.25  # of the extent at each side, where a flow may have mass that the target has not
+# A KL is not negative. One that is, by more than sampling explains, is of a flow that has learnt to
+# deceive the training solve: a stiff moment that its steps pass over.
+NOISE = 0.1  # nats, of a validation
+STDERRS = 5
 BORDER = 1e-4  # share of a density near its window's border, above which some is outside
 
 
@@ -135,6 +139,7 @@ class Matched(NamedTuple):
     samples: np.ndarray  # of the flow, those that arrived
     certificate: evaluate.Certificate  # of its log-densities at them
     failures: int  # samples that did not arrive
+    warnings: list[str]  # what is wrong with these numbers
 
 
 def run(settings: MatchEnergy) -> None:
@@ -152,7 +157,9 @@ def run(settings: MatchEnergy) -> None:
         flow,
         draw_of=base_samples(flow),
         data=None,
-        validate=lambda flow: float(free_energy(flow, validation, energy, quick)) + integral.log,
+        validate=lambda flow: possible(
+            float(free_energy(flow, validation, energy, quick)) + integral.log, NOISE
+        ),
         score="val_kl",
     )
     flow = fitted.flow
@@ -182,7 +189,7 @@ def run(settings: MatchEnergy) -> None:
         "samples_failed": matched.failures,
         "skipped_updates": fitted.skipped,
     }
-    warnings = [*matched.certificate.warnings()]
+    warnings = matched.warnings
     if integral.border > BORDER:
         warnings.append(
             f"a share of {integral.border:.1e} of exp(-U) is near the border of the extent: what "
@@ -235,16 +242,28 @@ def measure(
     log_w = (-u - integral.log - log_q)[known]  # of the density ratio p / q
     top = log_w.max()
     w = np.exp(log_w - top)
+    stderr = evaluate.standard_error(log_w)
     metrics = {
-        "reverse_kl": float(-np.mean(log_w)),
-        "reverse_kl_stderr": evaluate.standard_error(log_w),
+        "reverse_kl": possible(float(-np.mean(log_w)), STDERRS * stderr),
+        "reverse_kl_stderr": stderr,
         "forward_kl": forward_kl(certificate.grid, energy, integral),
         "ess": float(np.sum(w) ** 2 / (len(w) * np.sum(w**2))),
         "log_z": integral.log,
         "log_z_importance": float(np.log(np.mean(w)) + top + integral.log),
         "log_z_importance_stderr": evaluate.standard_error(w) / float(np.mean(w)),
     }
-    return Matched(metrics, x, certificate, drawn.failures)
+    warnings = certificate.warnings()
+    if math.isnan(metrics["reverse_kl"]):
+        warnings.append(
+            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow has learnt to "
+            "deceive its training solve; train with smaller --rtol and --atol"
+        )
+    return Matched(metrics, x, certificate, drawn.failures, warnings)
+
+
+def possible(kl: float, noise: float) -> float:
+    """A KL, nats, or NaN where it is more negative than noise makes it."""
+    return kl if kl >= -noise else math.nan
 
 
 def widened(extent: energies.Extent) -> energies.Extent:

@@ -59,6 +59,7 @@ def run(settings: EnergySweep) -> None:
     log = MetricsLog(run_dir.log, [], 0)
     key = jr.fold_in(jr.key(settings.seed), 2)
     results: dict[str, dict[str, float]] = {}
+    warnings = []
     units = sorted(settings.units)
     for target in settings.targets:
         integral = integrated(energy(target))
@@ -76,6 +77,7 @@ def run(settings: EnergySweep) -> None:
                 "seconds": trained.seconds,
             }
             results[f"{target}_{count}"] = figures
+            warnings += [f"{target}, {count} units: {text}" for text in found.warnings]
             log.add({"step": len(results), "target": target, "units": count, **figures})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"{target}, {count} units: {shown}")
@@ -100,6 +102,7 @@ def run(settings: EnergySweep) -> None:
         {key: value for name in METRICS for key, value in every(name).items()},
         {key: value for name in NUMERICS for key, value in every(name).items()},
         {place: figures["seconds"] for place, figures in results.items()},
+        warnings,
     )
 
 

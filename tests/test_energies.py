@@ -329,3 +329,10 @@ def test_float32_energies_and_losses():
     )
     assert loss.dtype == jnp.float32
     assert loss == pytest.approx(kl_up_to_log_z(MATRIX), abs=1e-3)
+
+
+def test_a_kl_below_what_noise_makes_is_no_number():
+    import experiments.energy as experiment
+
+    assert experiment.possible(-0.01, 0.02) == -0.01
+    assert np.isnan(experiment.possible(-0.03, 0.02))
