@@ -32,7 +32,7 @@ MARGIN = 0.25  # of the extent at each side, where a flow may have mass that the
 # A KL is not negative. One that is, by more than sampling explains, is of a flow that has learnt to
 # deceive the training solve: a stiff moment that its steps pass over.
 NOISE = 0.1  # nats, of a validation
-STDERRS = 5
+STDERRS, ROUNDING = 5, 1e-3  # standard errors and nats, of the final figure
 BORDER = 1e-4  # share of a density near its window's border, above which some is outside
 
 
@@ -244,7 +244,7 @@ def measure(
     w = np.exp(log_w - top)
     stderr = evaluate.standard_error(log_w)
     metrics = {
-        "reverse_kl": possible(float(-np.mean(log_w)), STDERRS * stderr),
+        "reverse_kl": possible(float(-np.mean(log_w)), STDERRS * stderr + ROUNDING),
         "reverse_kl_stderr": stderr,
         "forward_kl": forward_kl(certificate.grid, energy, integral),
         "ess": float(np.sum(w) ** 2 / (len(w) * np.sum(w**2))),
