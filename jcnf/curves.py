@@ -35,6 +35,8 @@ def scaling(panels: Sequence[Panel]) -> Figure:
     Points that are not positive and finite have no place on such axes: they are left out. Panels
     with the same legend share one.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     figure = c.new_figure(c.WIDTH, 3.6)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -47,6 +49,11 @@ def scaling(panels: Sequence[Panel]) -> Figure:
             ax.plot(x[drawn], y[drawn], label=label, color=f"C{place}", lw=1, **mark)
         ax.set(xscale="log", yscale="log", title=panel.title)
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        low, high = ax.get_xlim()
+        if high < 100 * low:  # of so few powers of ten not all have a label of their own
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3, lw=0.5)
     legends = [ax.get_legend_handles_labels() for ax in figure.axes]
     if len(panels) > 1 and all(texts == legends[0][1] for _, texts in legends):
