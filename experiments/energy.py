@@ -254,6 +254,7 @@ def measure(
     }
     warnings = certificate.warnings()
     if math.isnan(metrics["reverse_kl"]):
+        metrics |= dict.fromkeys(("forward_kl", "ess", "log_z_importance"), math.nan)
         warnings.append(
             f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow has learnt to "
             "deceive its training solve; train with smaller --rtol and --atol"
