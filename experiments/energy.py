@@ -29,8 +29,8 @@ from jcnf.errors import InputError
 VALIDATION_POINTS = 5000
 CELLS = 300  # an axis, of the grid on which densities are integrated
 MARGIN = 0.25  # of the extent at each side, where a flow may have mass that the target has not
-# A KL is not negative. One that is, by more than sampling explains, is of a flow that has learnt to
-# deceive the training solve: a stiff moment that its steps pass over.
+# A KL is not negative. One that is, by more than sampling explains, is of a flow too stiff for its
+# solve, whose log-densities are wrong.
 NOISE = 0.1  # nats, of a validation
 STDERRS, ROUNDING = 5, 1e-3  # standard errors and nats, of the final figure
 BORDER = 1e-4  # share of a density near its window's border, above which some is outside
@@ -256,8 +256,8 @@ def measure(
     if math.isnan(metrics["reverse_kl"]):
         metrics |= dict.fromkeys(("forward_kl", "ess", "log_z_importance"), math.nan)
         warnings.append(
-            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow has learnt to "
-            "deceive its training solve; train with smaller --rtol and --atol"
+            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow is too stiff for "
+            "its solve; train with a smaller --clip, or smaller --rtol and --atol"
         )
     return Matched(metrics, x, certificate, drawn.failures, warnings)
 
