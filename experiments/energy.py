@@ -256,8 +256,8 @@ def measure(
     if math.isnan(metrics["reverse_kl"]):
         metrics |= dict.fromkeys(("forward_kl", "ess", "log_z_importance"), math.nan)
         warnings.append(
-            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow is too stiff for "
-            "its solve; train with a smaller --clip, or smaller --rtol and --atol"
+            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow is too stiff "
+            "for its solve; train with a smaller --clip, or smaller --rtol and --atol"
         )
     return Matched(metrics, x, certificate, drawn.failures, warnings)
 
