@@ -21,14 +21,14 @@ SOLVE = Solve(step=T / 8)
 def test_the_bound_is_below_the_marginal_and_closes_with_samples():
     gaps = [
         np.mean(MARGINAL - log_prob_bound(linear(), X, jr.key(1), samples=k, solve=SOLVE))
-        for k in (1, 300)
+        for k in (1, 3000)
     ]
     # With one sample it is short by the divergence of N(0, 1) from e given x, a Gaussian.
     precision = linalg.inv(COVARIANCE)
     mean, variance = -X @ precision[:2, 2] / precision[2, 2], 1 / precision[2, 2]
     kl = np.mean((1 + mean**2) / variance - 1 + np.log(variance)) / 2
     assert gaps[0] == pytest.approx(kl, rel=0.25)
-    assert 0 < gaps[1] < 0.25 * gaps[0]
+    assert 0 < gaps[1] < 0.1 * gaps[0]
 
 
 def test_scores_of_many_points_are_the_marginal_whatever_the_chunk():
