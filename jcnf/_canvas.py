@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -192,3 +194,16 @@ def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[A
     table = [255 - np.linspace(0, end, 8) for end in (255 * np.ones(3), dark)]
     palette.putpalette(np.rint(table).astype(int).ravel().tolist())
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+
+def save_gif(path: str | os.PathLike[str], frames: Sequence[Any], fps: int) -> Path:
+    """Write Pillow images as a GIF, whole or not at all; the last stays for 1.5 s."""
+    steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=steps, loop=0)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

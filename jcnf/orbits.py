@@ -134,15 +134,7 @@ def film(
                 ax.draw_artist(artist)
             image = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
             frames.append(image.quantize(32, dither=Image.Dither.NONE))
-    steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=steps, loop=0)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return c.save_gif(path, frames, fps)
 
 
 def _curves(curves, titles):

@@ -164,15 +164,7 @@ def animation(
     lost = every.shape[1] - len(kept)
     note = "\n".join(c.notes("particles", len(drawn) + lost, drawn, *box))
     frames = c.film(drawn, times, box, note)
-    steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=steps, loop=0)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return c.save_gif(path, frames, fps)
 
 
 @c.styled
