@@ -15,6 +15,8 @@ ORDER = [
         "bijective",
         "nice",
         "cnf",
+        "chain",
+        "multiscale",
         "trajectories",
         "as_distrax",
         "augmented",
