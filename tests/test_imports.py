@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "fields", "divergence", "regularizers", "distributions", "reversible", "solve"),
     *(
+        "pixels",
         "flow",
         "bijective",
         "nice",
