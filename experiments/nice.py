@@ -12,11 +12,10 @@ import equinox as eqx
 import jax.random as jr
 
 from experiments.harness import main
-from experiments.plane import PlaneLoop, learn
+from experiments.plane import PlaneLoop, ToySettings, learn
 from experiments.run_settings import TrainingSettings, preset
 from experiments.stages import Stage
 from jcnf import NICE, distributions, evaluate, objectives, train
-from jcnf.data.toys import toy
 from jcnf.errors import InputError
 
 
@@ -80,7 +79,7 @@ class NICESettings(TrainingSettings):
 
 
 @preset
-class PlaneNICE(NICESettings, PlaneLoop):
+class PlaneNICE(ToySettings, NICESettings, PlaneLoop):
     """A toy density and the NICE that learns it."""
 
     data = "parabola"
@@ -90,7 +89,8 @@ class PlaneNICE(NICESettings, PlaneLoop):
 
 def run(settings: PlaneNICE) -> None:
     """Train, measure on fresh points, draw the figures."""
-    points = toy(settings.data).sample(jr.fold_in(jr.key(settings.seed), 3), settings.test_points)
+    key = jr.fold_in(jr.key(settings.seed), 3)
+    points = settings.make_density().sample(key, settings.test_points)
 
     def also(flow):
         return {"inverse_error": evaluate.roundtrip_error(flow, points)}
