@@ -17,7 +17,7 @@ from jcnf.data.toys import Toy, batched
 from jcnf.errors import InputError
 
 EXTENT = 4.0
-LONGEST = 2000  # pixels a side, whose levels have a sum in int32
+LONGEST = 1000  # pixels a side: the sum of all levels is an int32
 # Samples keep off their pixel's edges by this share of it: in float32 none is rounded into the next
 # pixel, where the density may be zero.
 _MARGIN = 1e-3
@@ -64,8 +64,8 @@ def draw_text(text: str, height: int = 80) -> Any:
 def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> Toy:
     """The density of a pillow image, proportional to its darkness, or with `invert` brightness.
 
-    A longer side of more than `side` pixels, up to 2000, is scaled down to it, each pixel a mean of
-    those it covers. Transparent pixels are background: white, or with `invert` black.
+    A longer side of more than `side` pixels, at most 1000, is scaled down to it, each pixel a mean
+    of those it covers. Transparent pixels are background: white, or with `invert` black.
 
     **Raises:** `InputError` for a picture that is all background or has no pixels, and `ValueError`
     for a `side` out of range.
