@@ -39,7 +39,7 @@ USERS: dict[tuple[str, ...], tuple[str, ...]] = {
         *("steer", "divergence", "penalties"),
     ),
     ("--finetune-steps",): ("finetune_learning_rate",),
-    ("resnet",): ("frequencies",),
+    ("resnet",): ("frequencies", "waves"),
     ("mlp", "bounded", "residual", "mixture"): ("time",),
     ("resnet", "mlp", "bounded", "residual", "mixture"): ("activation",),
     ("hutchinson",): ("noise",),
@@ -68,6 +68,8 @@ class FlowSettings(TrainingSettings, SolveSettings):
     time: str = "concat"
     # resnet: pairs of a sine and a cosine of time beside the time itself
     frequencies: int = 4
+    # resnet: pairs of a sine and a cosine of x beside x itself, for sharp edges
+    waves: int = 0
     # but for planar, potential: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "silu"
     # base distribution: normal, logistic
@@ -107,7 +109,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.at_least(1, "probes")
-        self.at_least(0, "steer", "finetune_steps", "matching_weight", "frequencies")
+        self.at_least(0, "steer", "finetune_steps", "matching_weight", "frequencies", "waves")
         for name, weight in self.penalties:
             if not 0 <= weight < math.inf:
                 raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")

@@ -63,6 +63,7 @@ FIELDS = {
     "planar summed": partial(planar, average=False),
     "potential": partial(drawn, Potential, 3, width=5, rank=2),
     "resnet": partial(drawn, ResNet, 3, 5, 2, frequencies=2, context_dim=2),
+    "resnet with waves": partial(drawn, ResNet, 3, 5, 2, waves=3, seed=2),
     "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: Residual(concat()),
     "residual without closed form": lambda: Residual(no_closed_form()),
