@@ -72,8 +72,8 @@ def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> 
     """
     from PIL import Image
 
-    if not 1 <= side <= LONGEST:
-        raise ValueError(f"side must be from 1 to {LONGEST} pixels; got {side}")
+    if not 2 <= side <= LONGEST:
+        raise ValueError(f"side must be from 2 to {LONGEST} pixels; got {side}")
     if min(image.size) < 1:
         raise InputError(f"{name}: has no pixels; give another")
     ground = Image.new("RGBA", image.size, "black" if invert else "white")
