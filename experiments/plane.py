@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.random as jr
@@ -29,12 +29,17 @@ class PlaneSettings(RunSettings):
 
     # fresh points for the held-out NLL
     test_points: int = 20_000
+    # cells a side of the figures' densities
+    cells: int = 200
+    # how many times as wide as the figures' is the window in which the mass is sought, by cells
+    # that are a third wider
+    margin: ClassVar[float] = 2.0
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.make_density()
-        self.at_least(2, "test_points")
+        self.at_least(2, "test_points", "cells")
 
     def make_density(self) -> Toy:
         """What is learnt."""
@@ -156,13 +161,19 @@ def learn(
     joint = augmented.augment(test, joint_key, extra) if extra else test
     # The window of the figures may cut off what a model puts outside it.
     certificate = evaluate.certify(
-        flow, joint, solve=solve, extent=square(2 * density.extent), cells=300
+        flow,
+        joint,
+        solve=solve,
+        extent=square(settings.margin * density.extent),
+        cells=round(0.75 * settings.margin * settings.cells),
     )
     scores = score(flow, test, solve, TEST_SAMPLES) if extra else certificate.scores
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
     view = evaluate.grid_of(
-        lambda points: score(flow, points, solve, VIEW_SAMPLES), square(density.extent)
+        lambda points: score(flow, points, solve, VIEW_SAMPLES),
+        square(density.extent),
+        settings.cells,
     )
     metrics = {
         "test_nll": scores.nll,
