@@ -21,7 +21,7 @@ USERS: dict[tuple[str, ...], tuple[str, ...]] = likelihood_settings.USERS | {
     ("flow_matching", "mixed"): ("path", "coupling", "times", "drop_context"),
     ("mixed",): ("matching_weight",),
     ("--finetune-steps",): ("finetune_learning_rate",),
-    ("resnet",): ("frequencies",),
+    ("resnet",): ("frequencies", "waves"),
     ("mlp", "bounded", "residual", "mixture"): ("time",),
     ("resnet", "mlp", "bounded", "residual", "mixture"): ("activation",),
     ("normal",): ("base_scale",),
@@ -48,6 +48,8 @@ class FlowSettings(LikelihoodSettings):
     time: str = "concat"
     # resnet: pairs of a sine and a cosine of time beside the time itself
     frequencies: int = 4
+    # resnet: pairs of a sine and a cosine of x beside x itself, for sharp edges
+    waves: int = 0
     # but for planar, potential: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "silu"
     # base distribution: normal, logistic
@@ -74,7 +76,7 @@ class FlowSettings(LikelihoodSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(0, "finetune_steps", "matching_weight", "frequencies")
+        self.at_least(0, "finetune_steps", "matching_weight", "frequencies", "waves")
         self.positive("finetune_learning_rate", "base_scale")
         try:
             self.make_stages()
