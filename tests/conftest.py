@@ -34,6 +34,7 @@ CORE = [
     "trajectories",
     "as_distrax",
     "augmented",
+    "inpaint",
     "paths",
     "times",
     "couplings",

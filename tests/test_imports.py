@@ -18,6 +18,7 @@ ORDER = [
         "trajectories",
         "as_distrax",
         "augmented",
+        "inpaint",
         "paths",
         "times",
         "couplings",
