@@ -129,7 +129,7 @@ def ascend(
         return _choose(arrived, new, current), failed + (~arrived).astype(int)
 
     (_, failed), kept = _march(step, (_start(x), _none(x)), 0, steps, keep)
-    return Ascent(*kept, failed)
+    return Ascent(x=kept[0], log_prob=kept[1], failed=failed)
 
 
 def langevin(
@@ -204,7 +204,13 @@ def langevin(
         )
 
     (_, log_h, accepted, failed), kept = _march(propose, start, burn_in, steps, keep)
-    return Chains(*kept, accepted.astype(x.dtype) / steps, jnp.exp(log_h), failed)
+    return Chains(
+        x=kept[0],
+        log_prob=kept[1],
+        acceptance=accepted.astype(x.dtype) / steps,
+        step=jnp.exp(log_h),
+        failed=failed,
+    )
 
 
 def kept_steps(steps: int, keep: int) -> np.ndarray:
@@ -276,13 +282,13 @@ def _choose(rows, new, old):
     )
 
 
-def _march(step, state, first, steps, keep):
+def _march(step, state, first, steps, keep) -> Any:
     """`state <- step(i, state)`, i from 0 to `first + steps`; the last, and x and log p of some."""
     ends = first + kept_steps(steps, keep) + 1
 
     def to_next(state, interval):
-        state = jax.lax.fori_loop(*interval, step, state)
-        return state, state[0][:2]
+        after: Any = jax.lax.fori_loop(interval[0], interval[1], step, state)
+        return after, after[0][:2]
 
     intervals = np.concatenate([[0], ends[:-1]]), ends
     return jax.lax.scan(to_next, state, jax.tree.map(jnp.asarray, intervals))

@@ -42,6 +42,8 @@ CORE = [
     "train",
     "checkpoint",
     "evaluate",
+    "gaussian",
+    "impute",
 ]
 jaxtyping.install_import_hook([f"jcnf.{name}" for name in CORE], "beartype.beartype")
 

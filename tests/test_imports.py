@@ -26,6 +26,8 @@ ORDER = [
         "train",
         "checkpoint",
         "evaluate",
+        "gaussian",
+        "impute",
     ),
 ]
 # What nobody in the chain imports, and what imports errors only.
