@@ -110,6 +110,7 @@ class Predictive(NamedTuple):
     log_prob: Float[np.ndarray, " n"]  # log p(x_missing | x_known), nats; 0 for nothing missing
     stderr: Float[np.ndarray, " n"]  # its standard error, of the importance sampling
     ess: Float[np.ndarray, " n"]  # effective share of the importance samples, from 0 to 1
+    mean: Float[np.ndarray, "n dim"]  # theirs by weight: a second estimate of what is missing
 
 
 def predictive(
@@ -136,12 +137,13 @@ def predictive(
     """
     truth, x = np.asarray(truth), np.asarray(x)
     missing = np.isnan(x)
-    values = [np.zeros(len(x)), np.zeros(len(x)), np.ones(len(x))]
+    log_prob, stderr, ess = np.zeros(len(x)), np.zeros(len(x)), np.ones(len(x))
+    mean = np.where(missing, draws.mean(axis=0, dtype=np.float64), x)
     some, part = (
         np.flatnonzero(rows) for rows in (missing.any(1), missing.any(1) & ~missing.all(1))
     )
     if len(some):
-        values[0][some] = score(flow, jnp.asarray(truth[some]), solve=solve, chunk=chunk).log_prob
+        log_prob[some] = score(flow, jnp.asarray(truth[some]), solve=solve, chunk=chunk).log_prob
     if len(part):
         proposals, log_q = _propose(gaussian.given(x[part]), draws[:, part], key, samples)
         proposals = np.where(missing[part], proposals, x[part]).astype(x.dtype)
@@ -149,11 +151,13 @@ def predictive(
         log_w = np.where(np.isnan(log_w), -np.inf, log_w)
         top = log_w.max(axis=0)
         w = np.exp(log_w - top)
-        mean = w.mean(axis=0)
-        values[0][part] -= np.log(mean) + top
-        values[1][part] = w.std(axis=0, ddof=1) / mean / np.sqrt(samples)
-        values[2][part] = mean**2 / np.mean(w**2, axis=0)
-    return Predictive(*values)
+        mass = w.mean(axis=0)
+        log_prob[part] -= np.log(mass) + top
+        stderr[part] = w.std(axis=0, ddof=1) / mass / np.sqrt(samples)
+        ess[part] = mass**2 / np.mean(w**2, axis=0)
+        weighted = np.einsum("sn,snd->nd", w / w.sum(axis=0), proposals.astype(np.float64))
+        mean[part] = np.where(missing[part], weighted, x[part])
+    return Predictive(log_prob, stderr, ess, mean)
 
 
 @eqx.filter_jit

@@ -90,6 +90,10 @@ def test_predictive_densities_are_the_gaussians_within_their_errors(table, found
     assert 0.7 < z.std() < 1.4
     assert found.stderr.max() < 0.2
     assert found.ess.min() > 0.2
+    missing = np.isnan(x) & partly[:, None]
+    error = ((found.mean - GAUSSIAN.given(x).mean) / GAUSSIAN.given(x).std)[missing]
+    assert np.sqrt(np.mean(error**2)) < 2 / np.sqrt(200 * found.ess.mean())
+    np.testing.assert_array_equal(found.mean[~np.isnan(x)], x[~np.isnan(x)])
 
 
 def test_nothing_missing_and_everything_missing():
