@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from scipy import linalg
-from test_experiments import run
+from test_experiments import SMALL, run
 from test_inpaint import COVARIANCE, Affine
 
 from experiments.imputation import measure
@@ -71,9 +71,12 @@ def test_a_whole_run(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(600, 2)) @ np.array([[1, 0.8], [0, 0.6]]) + 7
     write_rows(tmp_path / "table.csv", x, ["a", "b"])
-    words = ["--data", tmp_path / "table.csv", "--train-steps", 20, "--rows", 40, "--draws", 2]
-    words += ["--chain-steps", 4, "--burn-in", 2, "--importance", 8, "--out", tmp_path / "run"]
-    done = run("imputation", *words)
+    trained = tmp_path / "density"
+    words = ["--data", tmp_path / "table.csv", "--out", trained, "--steps", 10]
+    done = run("density", *words, *SMALL)
+    assert done.returncode == 0, done.stderr
+    words = ["--from", trained, "--rows", 40, "--draws", 2, "--chain-steps", 4, "--burn-in", 2]
+    done = run("imputation", *words, "--importance", 8, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["rmse_gaussian"] < summary["metrics"]["rmse_mean"]
@@ -81,7 +84,6 @@ def test_a_whole_run(tmp_path):
     assert (tmp_path / "run" / "figures" / "imputed.png").exists()
     x[0, 0] = np.nan
     write_rows(tmp_path / "holes.csv", x, ["a", "b"])
-    trained = tmp_path / "run" / "density"
     done = run("density", "--from", trained, "--impute", tmp_path / "holes.csv", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.isfinite(read_rows(tmp_path / "imputed.csv", ["a", "b"])).all()
