@@ -1,4 +1,4 @@
-"""Learn the density of a table of numbers; score rows and draw samples, now or from a saved run.
+"""Learn the density of a table of numbers; score, sample and fill in rows, now or from a saved run.
 
 With --context, the density of the other columns given these.
 """
@@ -6,7 +6,7 @@ With --context, the density of the other columns given these.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -17,17 +17,16 @@ from jaxtyping import Array, Key
 from experiments.figures import plane
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.rows import IMPUTED, SAMPLES, SCORES, Columns, impute_rows, sample_rows, score_rows
 from experiments.run_settings import preset
 from experiments.rundir import RunDir, load_flow
 from experiments.settings import FitSettings
 from jcnf import CNF, evaluate, plot, train
-from jcnf.data.tables import Standardizer, Table, load_table, read_rows, write_rows
+from jcnf.data.tables import Standardizer, Table, load_table, read_rows
 from jcnf.errors import InputError
 
-SAMPLES = "samples.csv"
-SCORES = "log_prob.csv"
 # What --from goes with.
-WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "test_tolerance"}
+WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "impute", "test_tolerance"}
 
 
 @preset
@@ -50,7 +49,10 @@ class Density(FitSettings):
     # with --context: table whose rows give it to the samples in turn (default: the test rows, after
     # training)
     given: Path | None = None
-    # finished run to score with and sample from, without training
+    # table whose empty cells (or NaN) are filled in, to imputed.csv: means of draws given the rest
+    # of their row; their standard deviations go to imputed_std.csv
+    impute: Path | None = None
+    # finished run to score with, sample from and fill in by, without training
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     # rows of the validation part by which the parameters to keep are chosen
     validation_rows: int = 2000
@@ -69,8 +71,10 @@ class Density(FitSettings):
         if self.needs_data() == (self.data is None):
             raise InputError("give --data PATH to train, or --from RUN_DIR to use a trained run")
         self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
-        if self.from_run is not None and self.score is None and self.samples is None:
-            raise InputError("--from needs --score PATH or --samples N: say what is wanted")
+        if self.from_run is not None and self.score is self.samples is self.impute is None:
+            raise InputError(
+                "--from needs --score PATH, --samples N or --impute PATH: say what is wanted"
+            )
         if self.from_run is not None:
             defaults = type(self)()
             names = {field.name for field in dataclasses.fields(self)} - WITH_FROM
@@ -82,49 +86,16 @@ class Density(FitSettings):
             raise InputError("--given is for samples: add --samples N")
         if self.drop_context:
             raise InputError("--drop-context is for guidance, which tables have none of: leave it")
+        if self.impute is not None and self.context:
+            raise InputError("--impute needs the density of all columns: leave out --context")
 
     def needs_data(self) -> bool:
         """Whether a table has to be named."""
         return self.from_run is None
 
 
-class Columns(NamedTuple):
-    """Which columns of a table are modelled, and which are given."""
-
-    scale: Standardizer  # of all of them
-    places: list[int]  # of the modelled ones
-    given: list[int]  # of the context
-
-    @classmethod
-    def of(cls, scale: Standardizer, context: tuple[str, ...]) -> "Columns":
-        """By the names or numbers of the context."""
-        given = scale.positions(context)
-        places = [i for i in range(len(scale.columns)) if i not in given]
-        if not places:
-            raise InputError("--context leaves no column to model: name fewer")
-        return cls(scale, places, given)
-
-    @property
-    def modelled(self) -> Standardizer:
-        """The scale of the modelled columns."""
-        return self.scale.take(self.places)
-
-    def split(self, rows: np.ndarray) -> tuple[Array, Array | None]:
-        """Standardized whole rows as (x, context), on the device; no context is None."""
-        x = jnp.asarray(rows[:, self.places], float)
-        return x, jnp.asarray(rows[:, self.given], float) if self.given else None
-
-    def join(self, x: np.ndarray, context: Array | None) -> np.ndarray:
-        """Whole rows again."""
-        rows = np.zeros((len(x), len(self.scale.columns)))
-        rows[:, self.places] = x
-        if context is not None:
-            rows[:, self.given] = context
-        return rows
-
-
 def run(settings: Density) -> None:
-    """Train and measure, or load a trained run; then score and sample."""
+    """Train and measure, or load a trained run; then score, sample, fill in."""
     if settings.from_run is None:
         assert settings.data is not None  # by `check`
         table = load_table(
@@ -136,7 +107,8 @@ def run(settings: Density) -> None:
     if settings.test_tolerance != Density.test_tolerance:
         trained = dataclasses.replace(trained, test_tolerance=settings.test_tolerance)
     out = settings.out or settings.from_run
-    for name, wanted in ((SCORES, settings.score), (SAMPLES, settings.samples)):
+    wanted_of = {SCORES: settings.score, SAMPLES: settings.samples, IMPUTED: settings.impute}
+    for name, wanted in wanted_of.items():
         if wanted and (out / name).exists():
             raise InputError(f"{out / name} exists: give another directory with --out")
     columns = Columns.of(Standardizer.from_json(notes["table"]), trained.context)
@@ -145,6 +117,11 @@ def run(settings: Density) -> None:
         raise InputError(
             f"{settings.from_run} is a density given {', '.join(trained.context)}: name a table of "
             "them with --given"
+        )
+    if settings.impute is not None and trained.context:
+        raise InputError(
+            f"{settings.from_run} is a density given {', '.join(trained.context)}: --impute needs "
+            "one of all columns"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +136,13 @@ def run(settings: Density) -> None:
         # Not the key of training's samples: these are others.
         key = jr.fold_in(jr.key(settings.seed), 5)
         sample_rows(trained, flow, columns, key, settings.samples, context, out)
+    if settings.impute is not None:
+        rows = read_rows(settings.impute, columns.scale.columns, missing=True)
+        impute_rows(flow, columns.scale, _impute_key(settings), rows, out)
+
+
+def _impute_key(settings: Density) -> Key[Array, ""]:
+    return jr.fold_in(jr.key(settings.seed), 7)
 
 
 def _context_rows(settings: Density, columns: Columns) -> np.ndarray | None:
@@ -169,45 +153,6 @@ def _context_rows(settings: Density, columns: Columns) -> np.ndarray | None:
     if not columns.given:
         raise InputError("--given is of no use to a density without --context: drop it")
     return scale.standardize(read_rows(settings.given, scale.columns))
-
-
-def score_rows(settings: Density, flow: CNF, columns: Columns, rows: np.ndarray, out: Path) -> None:
-    """Write each row's log-density, nats in the units of the data, to log_prob.csv."""
-    x, context = columns.split(columns.scale.standardize(rows))
-    scores = evaluate.score(flow, x, context=context, solve=settings.make_test_solve())
-    log_prob = scores.log_prob - columns.modelled.log_scale
-    write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
-    print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
-    if scores.failures:
-        print(
-            f"warning: the solve failed for {scores.failures} rows: nan in "
-            f"{SCORES}; leave out rows far outside the training data"
-        )
-
-
-def sample_rows(
-    settings: Density,
-    flow: CNF,
-    columns: Columns,
-    key: Key[Array, ""],
-    count: int,
-    context: np.ndarray | None,
-    out: Path,
-) -> np.ndarray:
-    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`.
-
-    `context` (rows, context), standardized, is gone through again and again. Returns whole rows.
-    """
-    given = None
-    if context is not None:
-        given = jnp.asarray(context[np.arange(count) % len(context)], float)
-    drawn = evaluate.draw(flow, key, count, context=given, solve=settings.make_test_solve())
-    rows = columns.scale.unstandardize(columns.join(drawn.x[-1], given))
-    write_rows(out / SAMPLES, rows, columns.scale.columns)
-    print(f"{out / SAMPLES}: {count} samples")
-    if drawn.failures:
-        print(f"warning: the solve failed for {drawn.failures} samples: nan in {SAMPLES}")
-    return rows
 
 
 def train_and_measure(
@@ -225,6 +170,9 @@ def train_and_measure(
     settings.check_objective(len(columns.places), len(columns.given))
     # Read before training: a table that cannot be scored is better known now.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
+    to_fill = None
+    if settings.impute is not None:
+        to_fill = read_rows(settings.impute, table.scale.columns, missing=True)
     context_rows = _context_rows(settings, columns)
     gaussian_nll = evaluate.gaussian_nll(table.train, table.test)
     if columns.given:  # p(x | c) = p(x, c) / p(c)
@@ -253,6 +201,8 @@ def train_and_measure(
 
     if to_score is not None:
         score_rows(settings, flow, columns, to_score, run_dir.path)
+    if to_fill is not None:
+        impute_rows(flow, scale, _impute_key(settings), to_fill, run_dir.path)
     test, context = columns.split(table.test)
     if context is not None and context_rows is None:
         context_rows = np.asarray(context)

@@ -4,6 +4,7 @@ from jcnf import augmented as augmented
 from jcnf import couplings as couplings
 from jcnf import distributions as distributions
 from jcnf import fields as fields
+from jcnf import inpaint as inpaint
 from jcnf import objectives as objectives
 from jcnf import paths as paths
 from jcnf import regularizers as regularizers

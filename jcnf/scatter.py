@@ -1,14 +1,14 @@
-"""Points of several classes side by side, for conditional flows."""
+"""Clouds of points side by side: those of classes, and values against estimates of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf import _canvas as c
-from jcnf._canvas import WIDTH, Figure
+from jcnf._canvas import MODEL, WIDTH, Figure
 
 
 @c.styled
@@ -40,4 +40,30 @@ def by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: float) ->
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=8, markerscale=3
     )
+    return figure
+
+
+@c.styled
+def against_truth(truth: ArrayLike, estimates: Mapping[str, ArrayLike]) -> Figure:
+    """Show values (values,) against estimates of them, {title: (values,)}, in a panel each.
+
+    On the line they agree. One view of the truth's; titles count what is outside.
+    """
+    truth = c.array(truth, "truth", "(values,)")
+    if not estimates:
+        raise ValueError("expected at least one estimate")
+    low, high = c.limits_of(c.finite(truth))
+    figure = c.new_figure(WIDTH, WIDTH / len(estimates) + 0.5, "compressed")
+    axes = figure.subplots(1, len(estimates), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, (title, estimate) in zip(axes, estimates.items(), strict=True):
+        estimate = c.array(estimate, "estimates", "(values,)")
+        if estimate.shape != truth.shape:
+            raise ValueError(f"expected estimates of shape {truth.shape}; got {estimate.shape}")
+        points = np.stack([estimate, truth], axis=1)
+        kept = c.finite(points)
+        c.dots_in(ax, c.thin(kept, c.MAX_DOTS), MODEL)
+        ax.plot([low, high], [low, high], color="black", lw=0.6)
+        ax.set_title("\n".join([title, *c.notes("values", len(points), kept, low, high)]))
+        ax.set(aspect="equal", xlim=(low, high), ylim=(low, high), xlabel="estimate")
+    axes[0].set_ylabel("truth")
     return figure

@@ -35,6 +35,7 @@ CORE = [
     "trajectories",
     "as_distrax",
     "augmented",
+    "inpaint",
     "paths",
     "times",
     "couplings",
@@ -42,6 +43,8 @@ CORE = [
     "train",
     "checkpoint",
     "evaluate",
+    "gaussian",
+    "impute",
 ]
 jaxtyping.install_import_hook([f"jcnf.{name}" for name in CORE], "beartype.beartype")
 

@@ -226,6 +226,12 @@ BAD = {
         ["n.csv"],
     ),
     "no run": (["density", "--from", "nowhere", "--samples", "3"], ["nowhere"]),
+    "nothing to impute by": (
+        ["density", "--data", "few.csv", "--context", "a", "--impute", "few.csv"],
+        ["--impute", "--context"],
+    ),
+    "no table to hide": (["imputation"], ["--data", "--from"]),
+    "nothing hidden": (["imputation", "--data", "few.csv", "--hide", "0"], ["--hide"]),
     "from for nothing": (["density", "--from", "nowhere"], ["--score", "--samples"]),
     "unknown energy": (["energy", "--target", "u5"], ["'u5'", "u1", "module:function"]),
     "energy without extent": (["energy", "--target", "mine:bowl"], ["mine:bowl", "--extent"]),

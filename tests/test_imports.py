@@ -21,6 +21,7 @@ ORDER = [
         "trajectories",
         "as_distrax",
         "augmented",
+        "inpaint",
         "paths",
         "times",
         "couplings",
@@ -28,6 +29,8 @@ ORDER = [
         "train",
         "checkpoint",
         "evaluate",
+        "gaussian",
+        "impute",
     ),
 ]
 # What nobody in the chain imports, and what imports errors only.

@@ -387,6 +387,26 @@ def test_missing_and_infinite_cells(tmp_path, cell):
     assert load_table(path, drop=["2"]).scale.columns == ("a", "c")
 
 
+@pytest.mark.parametrize("cell", ["", "nan", "NA", "null"])
+def test_missing_cells_are_nan_where_they_are_wanted(tmp_path, cell):
+    rows = read_rows(spoilt(tmp_path, cell), ("a", "b", "c"), missing=True)
+    assert list(np.argwhere(np.isnan(rows))[0]) == [4, 1]
+    assert np.isnan(rows).sum() == 1
+    x = rows.copy()
+    np.testing.assert_array_equal(read_rows(saved(tmp_path, x), ("a", "b", "c"), missing=True), x)
+
+
+@pytest.mark.parametrize("cell", ["inf", "high"])
+def test_but_no_others(tmp_path, cell):
+    path = spoilt(tmp_path, cell)
+    with fails("row 5 (line 7), column 2 (b)", cell, path=path):
+        read_rows(path, ("a", "b", "c"), missing=True)
+    x = X.copy()
+    x[4, 1] = np.inf
+    with fails("row 5, column 2", path=(path := saved(tmp_path, x))):
+        read_rows(path, ("a", "b", "c"), missing=True)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_values_in_arrays(tmp_path, value):
     x = X.copy()

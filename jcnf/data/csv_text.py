@@ -34,11 +34,16 @@ class Text:
     lines: tuple[str, ...]
     numbers: tuple[int, ...]  # of each line in the file, from 1
 
-    def rows(self, kept: Sequence[int], names: Sequence[str]) -> Float[np.ndarray, "rows kept"]:
+    def rows(
+        self, kept: Sequence[int], names: Sequence[str], missing: bool = False
+    ) -> Float[np.ndarray, "rows kept"]:
         """The columns at the positions `kept` as float64; `names` has all `width` names.
 
+        Missing values are NaN where they are wanted.
+
         Raises:
-            InputError: rows of unequal length; `CellError`, text, missing or infinite values in
+            InputError: rows of unequal length; `CellError`, text, infinite and unwanted missing
+                values in
                 `kept`.
         """
         self._require_equal_lengths()
@@ -47,8 +52,10 @@ class Text:
         try:
             rows = np.loadtxt(self.lines, usecols=kept, comments=None, ndmin=2, **layout)
         except ValueError:
-            return self._rows_one_by_one(kept, names)
-        return rows if np.isfinite(rows).all() else self._rows_one_by_one(kept, names)
+            return self._rows_one_by_one(kept, names, missing)
+        if np.isfinite(rows).all():
+            return rows
+        return self._rows_one_by_one(kept, names, missing)
 
     def _require_equal_lengths(self) -> None:
         for row, line in enumerate(self.lines):
@@ -58,10 +65,12 @@ class Text:
                     f"where {self.width} are expected; every row needs one cell per column"
                 )
 
-    def _rows_one_by_one(self, kept: Sequence[int], names: Sequence[str]) -> np.ndarray:
+    def _rows_one_by_one(
+        self, kept: Sequence[int], names: Sequence[str], missing: bool
+    ) -> np.ndarray:
         """The slow way, for what `np.loadtxt` cannot read: raise for the first cell at fault."""
         rows = np.empty((len(self.lines), len(kept)))
-        missing = []
+        bad = []
         for row, line in enumerate(self.lines):
             cells = cells_of(line, self.separator)
             for place, column in enumerate(kept):
@@ -75,9 +84,10 @@ class Text:
                         "number",
                         names[column],
                     )
-                missing.append((where, cells[column], names[column]))
-        if missing:
-            raise missing_error(self.path, *missing[0], count=len(missing))
+                if not (missing and _is_missing(cells[column])):
+                    bad.append((where, cells[column], names[column]))
+        if bad:
+            raise missing_error(self.path, *bad[0], count=len(bad))
         return rows
 
 

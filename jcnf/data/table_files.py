@@ -31,15 +31,17 @@ class RawTable:
 Choose = Callable[[Path, Sequence[str], bool], list[int]]
 
 
-def read_raw(path: str | os.PathLike, choose: Choose) -> RawTable:
-    """Read the columns that `choose` picks.
+def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) -> RawTable:
+    """Read the columns that `choose` picks; with `missing`, empty and NaN cells as NaN.
 
     Raises:
         InputError: a missing, damaged or unknown file; ragged rows; `csv_text.CellError`, text,
-            missing or infinite values in the columns that are read; whatever `choose` raises.
+            infinite and, unless asked for, missing values in the columns that are read; whatever
+            `choose` raises.
     """
     path = _existing(Path(path))
-    return _read_csv(path, choose) if ".csv" in path.name.lower() else _read_numpy(path, choose)
+    read = _read_csv if ".csv" in path.name.lower() else _read_numpy
+    return read(path, choose, missing)
 
 
 def all_but(drop: Iterable[str | int]) -> Choose:
@@ -161,15 +163,17 @@ def _column_names(path: Path, given: Sequence[str] | None, width: int) -> list[s
     return names
 
 
-def _read_csv(path: Path, choose: Choose) -> RawTable:
+def _read_csv(path: Path, choose: Choose, missing: bool) -> RawTable:
     text = read_text(path)
     names = _column_names(path, text.header, text.width)
     kept = choose(path, names, text.header is not None)
     columns = tuple(names[i] for i in kept)
-    return RawTable(path, {"rows": text.rows(kept, names)}, columns, text.header is not None)
+    return RawTable(
+        path, {"rows": text.rows(kept, names, missing)}, columns, text.header is not None
+    )
 
 
-def _read_numpy(path: Path, choose: Choose) -> RawTable:
+def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
     arrays = load_arrays(path)
     given = arrays.pop("columns", None)
     parts = {name: _table(path, name, arrays[name]) for name in _parts(path, arrays)}
@@ -180,7 +184,8 @@ def _read_numpy(path: Path, choose: Choose) -> RawTable:
     names = _column_names(path, given, next(iter(widths.values())))
     kept = choose(path, names, given is not None)
     for part, rows in parts.items():
-        _require_finite(path, part if len(parts) > 1 else "", rows, kept, names)
+        name = part if len(parts) > 1 else ""
+        _require_finite(path, name, rows, kept, names, missing)
     kept_parts = {name: rows[:, kept].astype(np.float64) for name, rows in parts.items()}
     if len(parts) == 1:
         kept_parts = {"rows": next(iter(kept_parts.values()))}
@@ -217,9 +222,14 @@ def _table(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _require_finite(
-    path: Path, part: str, rows: np.ndarray, kept: Sequence[int], names: Sequence[str]
+    path: Path,
+    part: str,
+    rows: np.ndarray,
+    kept: Sequence[int],
+    names: Sequence[str],
+    missing: bool,
 ) -> None:
-    bad = ~np.isfinite(rows[:, kept])
+    bad = np.isinf(rows[:, kept]) if missing else ~np.isfinite(rows[:, kept])
     if bad.any():
         row, place = np.argwhere(bad)[0]
         column = kept[int(place)]

@@ -164,16 +164,19 @@ def load_table(
     return Table(scaled[train], scaled[val], scaled[test], scale, warnings)
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Float[np.ndarray, "rows dim"]:
+def read_rows(
+    path: Path, columns: Sequence[str], *, missing: bool = False
+) -> Float[np.ndarray, "rows dim"]:
     """Rows to score, float64 in the file's own units, with the columns in the order of `columns`.
 
     A file that names its columns has these among them, in any order; in one that does not, they
-    are found by number. Rows come as they are, never dequantised.
+    are found by number. Rows come as they are, never dequantised. With `missing`, empty and NaN
+    cells are NaN; they are errors otherwise.
 
     Raises:
         InputError: a file that cannot be read, or that has other columns.
     """
-    raw = read_raw(path, those_of(columns))
+    raw = read_raw(path, those_of(columns), missing=missing)
     if len(raw.parts) > 1:
         raise InputError(
             f"{raw.path}: holds the parts {', '.join(raw.parts)}; save the one to score in a file "
