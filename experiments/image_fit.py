@@ -17,15 +17,11 @@ from experiments.rundir import RunDir
 from jcnf import Exact, Solve, evaluate, galleries, plot
 from jcnf.data.images import Images
 from jcnf.divergence import Divergence
+from jcnf.errors import InputError
 from jcnf.flow import Flow
 from jcnf.pixels import bits_per_dim
 
 ROWS = 10  # of the galleries, of ten pictures each
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageLoop(LoopSettings, ImageSettings):
-    """Pictures that the loop trains on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +36,32 @@ class Measure:
     chunk: int = 1000  # pictures in one solve
 
 
-def learn_pictures(
-    name: str,
-    settings: ImageLoop,
-    make: Callable[[Images], Flow],
-    measure: Measure,
-    classes: int = 0,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageLoop(LoopSettings, ImageSettings):
+    """Pictures that the loop trains on."""
+
+    @property
+    def classes(self) -> int:
+        """How many there are where the density is that of pictures given their class; 0 if not."""
+        return 0
+
+    def make_measure(self) -> Measure:
+        """How log-densities are had."""
+        return Measure()
+
+    def make_sampler(self, flow: Flow) -> Flow:
+        """The flow that samples are drawn from."""
+        return flow
+
+
+def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow]) -> None:
     """Train a flow on pictures, x = (pixel + u) / levels in [0, 1]^dim, and measure and draw it.
 
-    `make(images)` gives the untrained flow. With `classes` the density is that of pictures given
-    their labels, of which there are so many.
+    `make(images)` gives the untrained flow.
     """
-    images = settings.load()
-    if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
-        raise ValueError("")
+    images, classes, measure = settings.load(), settings.classes, settings.make_measure()
+    if classes and images.labels is None:
+        raise InputError(f"{settings.path} has no labels: leave out --conditional")
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, score_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
 
@@ -90,14 +97,14 @@ def learn_pictures(
         score="val_bits",
     )
     flow = fitted.flow
-    run_dir.save_flow(flow, {"classes": classes})
+    run_dir.save_flow(flow, {})
     run_dir.save_figures(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
 
     x, c = part("test", settings.test_images, test_key)
     print(f"measuring on {len(x)} test pictures, drawing the figures")
-    draw_galleries(run_dir, settings, flow, np.asarray(x), c, measure, sample_key)
+    draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
     certificate = evaluate.certify(
         flow,
         x,
@@ -134,23 +141,23 @@ def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None
 
 def draw_galleries(
     run_dir: RunDir,
-    settings: ImageSettings,
+    settings: ImageLoop,
     flow: Flow,
     x: np.ndarray,
     context: Array | None,
-    measure: Measure,
     key: Key[Array, ""],
 ) -> None:
-    """Samples beside data; and rows between two test pictures, straight between their latents."""
-    count = min(ROWS * 10, len(x))
-    given = None if context is None else context[:count]
-    samples = evaluate.draw(flow, key, count, context=given, solve=measure.quick)
+    """Samples beside data, a column a class where there are classes; and rows between two test
+    pictures, straight between their latents."""
+    count, solve = min(ROWS * 10, len(x)), settings.make_measure().quick
+    given = None if context is None else jnp.eye(settings.classes)[np.arange(count) % 10]
+    samples = evaluate.draw(settings.make_sampler(flow), key, count, context=given, solve=solve)
     figure = galleries.gallery([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
     run_dir.save_figures(samples=figure)
     rows = min(ROWS, len(x) // 2)
     ends = jnp.asarray(x[: 2 * rows])
     given = None if context is None else context[: 2 * rows]
-    z = evaluate.carry(flow, ends, "to_base", context=given, solve=measure.quick).x[-1]
+    z = evaluate.carry(flow, ends, "to_base", context=given, solve=solve).x[-1]
     share = np.linspace(0, 1, 10)[None, :, None]
 
     def between(pairs):
@@ -158,8 +165,6 @@ def draw_galleries(
         return jnp.asarray(((1 - share) * first + share * last).reshape(rows * 10, -1), ends.dtype)
 
     given = None if given is None else between(np.asarray(given))
-    ways = evaluate.carry(
-        flow, between(np.nan_to_num(z)), "to_data", context=given, solve=measure.quick
-    )
+    ways = evaluate.carry(flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve)
     figure = galleries.gallery([("between two test pictures", ways.x[-1])], settings.shape)
     run_dir.save_figures(interpolation=figure)

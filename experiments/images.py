@@ -25,8 +25,7 @@ from experiments.run_settings import preset
 from experiments.stages import Stage
 from jcnf import Exact, Hutchinson, distributions, fields, multiscale, objectives, train
 from jcnf.chain import Chain
-from jcnf.cnf import ODE
-from jcnf.divergence import Divergence
+from jcnf.cnf import ODE, with_fields
 from jcnf.errors import InputError
 from jcnf.flow import Flow
 
@@ -90,15 +89,14 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
         try:
-            context_dim = CLASSES if self.conditional else 0
             x = jax.ShapeDtypeStruct((2, self.dim), float)
-            context = jax.ShapeDtypeStruct((2, context_dim), float)
+            context = jax.ShapeDtypeStruct((2, self.classes), float)
             for stage in self.make_stages():
                 eqx.filter_eval_shape(
                     lambda batch, stage=stage: stage.objective(
-                        self.make_flow(self.dim, context_dim), batch, jr.key(0)
+                        self.make_flow(self.dim, self.classes), batch, jr.key(0)
                     ),
-                    (x, context) if context_dim else x,
+                    (x, context) if self.classes else x,
                 )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -160,9 +158,27 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
             ]
         )
 
-    def make_test_divergence(self) -> Divergence:
-        """That of held-out numbers."""
-        return Hutchinson(self.test_probes) if self.test_probes else Exact()
+    @property
+    def classes(self) -> int:
+        """How many there are where the density is that of pictures given their class; 0 if not."""
+        return CLASSES if self.conditional else 0
+
+    def make_sampler(self, flow: Flow) -> Flow:
+        """The flow that samples are drawn from: guided, where guidance is asked for."""
+        if self.guidance == 1:
+            return flow
+        return with_fields(flow, lambda field: fields.Guided(field, self.guidance))
+
+    def make_measure(self) -> Measure:
+        """How log-densities are had."""
+        return Measure(
+            solve=self.make_test_solve(),
+            quick=self.make_validation_solve(),
+            divergence=Hutchinson(self.test_probes) if self.test_probes else Exact(),
+            draws=self.test_draws,
+            reference_points=self.reference_images,
+            chunk=self.chunk,
+        )
 
 
 @preset
@@ -172,12 +188,12 @@ class Digits(ImageFlow):
     channels = (32, 32)
     scales = 2
     activation = "softplus"
-    steps = 2000
+    steps = 600
     batch = 128
     learning_rate = 3e-3
-    validate_every = 250
-    checkpoint_every = 500
-    log_every = 50
+    validate_every = 100
+    checkpoint_every = 100
+    log_every = 20
     solver = "rk4"
     fixed_step = 0.25
     penalties = (("kinetic", 0.01), ("jacobian", 0.01))
@@ -245,23 +261,7 @@ class FlowMnist(ImageFlow):
 
 def run(settings: ImageFlow) -> None:
     """Train, measure on the test part, draw the figures."""
-    divergence = settings.make_test_divergence()
-    measure = Measure(
-        settings.make_test_solve(),
-        settings.make_validation_solve(),
-        divergence,
-        settings.test_draws,
-        settings.reference_images,
-        settings.chunk,
-    )
-    classes = CLASSES if settings.conditional else 0
-    learn_pictures(
-        "images",
-        settings,
-        lambda images: settings.make_flow(settings.dim, classes),
-        measure,
-        classes,
-    )
+    learn_pictures("images", settings, lambda _: settings.make_flow(settings.dim, settings.classes))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax.random as jr
 
 from experiments.harness import main
 from experiments.image_data import held_out
-from experiments.image_fit import ImageLoop, Measure, learn_pictures
+from experiments.image_fit import ImageLoop, learn_pictures
 from experiments.plane import PlaneLoop, ToySettings, learn
 from experiments.run_settings import TrainingSettings, preset
 from experiments.stages import Stage
@@ -136,7 +136,7 @@ def run(settings: PlaneNICE | DigitsNICE) -> None:
         x = held_out(images.train, images.levels, CALIBRATION, key)
         return settings.make_flow(settings.dim).calibrated(x)
 
-    learn_pictures("nice", settings, calibrated, Measure())
+    learn_pictures("nice", settings, calibrated)
 
 
 def learn_plane(settings: PlaneNICE) -> None:

@@ -43,8 +43,7 @@ class Text:
 
         Raises:
             InputError: rows of unequal length; `CellError`, text, infinite and unwanted missing
-                values in
-                `kept`.
+                values in `kept`.
         """
         self._require_equal_lengths()
         blanks = self.separator == " "

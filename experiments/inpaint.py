@@ -1,0 +1,133 @@
+"""Fill in the covered half of test pictures, by the density a run has learnt of pictures.
+
+Of a run of nice or images: the known pixels are held, and the others go up the log-density with
+noise (--way ascend, NICE's rule) or are sampled given the known ones (--way langevin, Metropolis-
+adjusted). The figure has the pictures at several stages. Missing entries of tables are filled in
+by `experiments.density --impute`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+
+from experiments.harness import main
+from experiments.image_data import held_out, some
+from experiments.image_fit import ImageLoop, one_hot
+from experiments.run_settings import RunSettings
+from experiments.rundir import RunDir, kind_of, load_flow
+from jcnf import galleries, inpaint
+from jcnf.divergence import Drawn
+from jcnf.errors import InputError
+
+WAYS = ("ascend", "langevin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inpaint(RunSettings):
+    """A trained run, and how its pictures are covered and filled in."""
+
+    # finished run of nice or images on pictures
+    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    # the half that is known: top, bottom, left, right
+    known: str = "top"
+    # ascend (NICE's: the log-density's gradient and noise, step 10 / (100 + i)), langevin (samples
+    # of the covered half given the known one)
+    way: str = "ascend"
+    # test pictures
+    count: int = 10
+    # steps; of langevin, as many before them to find its step sizes
+    steps: int = 500
+    # stages drawn
+    stages: int = 6
+    # ascend: deviation of the noise
+    noise: float = 1.0
+    # tolerance of the solves; NICE has none
+    tolerance: float = 1e-3
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work, before anything is compiled."""
+        super().check()
+        self.at_least(1, "count", "steps", "stages")
+        self.at_least(0, "noise")
+        self.positive("tolerance")
+        if self.from_run is None:
+            raise InputError("give --from RUN_DIR: a finished run of nice or images")
+        if self.way not in WAYS:
+            raise InputError(f"unknown way '{self.way}': use one of {', '.join(WAYS)}")
+        if self.stages > self.steps:
+            raise InputError(f"--stages {self.stages} of --steps {self.steps}: ask for fewer")
+        if self.noise != type(self).noise and self.way != "ascend":
+            raise InputError("--noise would change nothing: of use with --way ascend alone")
+        try:
+            inpaint.half((2, 2, 1), self.known)
+        except ValueError as error:
+            raise InputError(f"--known: {error}") from None
+
+
+def run(settings: Inpaint) -> None:
+    """Cover, fill in, compare with what was there, draw."""
+    assert settings.from_run is not None  # by `check`
+    kind = kind_of(settings.from_run)
+    if not issubclass(kind, ImageLoop):
+        raise InputError(
+            f"{settings.from_run} is no run on pictures; fill in a table's missing entries by "
+            "experiments.density --from RUN_DIR --impute TABLE"
+        )
+    flow, trained, _ = load_flow(settings.from_run, kind)
+    run_dir = RunDir("inpaint", settings)
+    images, measure = trained.load(), trained.make_measure()
+    truth_key, start_key, noise_key, key = jr.split(jr.fold_in(jr.key(settings.seed), 6), 4)
+    truth = held_out(images.test, images.levels, settings.count, truth_key)
+    rows = some(len(images.test), settings.count)
+    known = jnp.asarray(inpaint.half(images.shape, settings.known))
+    start = jnp.where(known[None], truth, jr.uniform(start_key, truth.shape))
+    noise = flow.draw_noise(measure.divergence, noise_key, *truth.shape, truth.dtype)
+    tolerance = settings.tolerance
+    log_prob = inpaint.Density(
+        flow,
+        one_hot(images, "test", trained.classes, rows),
+        dataclasses.replace(measure.quick, rtol=tolerance, atol=tolerance),
+        Drawn(measure.divergence, noise),
+    )
+    shared: Any = {"steps": settings.steps, "keep": settings.stages, "bounds": (0.0, 1.0)}
+    if settings.way == "ascend":
+        shared["noise"] = settings.noise
+        filled: Any = eqx.filter_jit(inpaint.ascend)(log_prob, start, known, key, **shared)
+    else:
+        # A step of a pixel's spread.
+        shared |= {"burn_in": settings.steps, "step": 1 / images.levels}
+        filled = eqx.filter_jit(inpaint.langevin)(log_prob, start, known, key, **shared)
+    values, filled = jax.device_get((eqx.filter_jit(log_prob)(truth), filled))
+
+    def rmse(x):
+        return float(np.sqrt(np.mean((x - truth)[:, ~np.asarray(known)] ** 2)))
+
+    covered = np.where(np.asarray(known)[None], truth, 0.5)
+    steps = inpaint.kept_steps(settings.steps, settings.stages)
+    stages = [(f"step {n}", x) for n, x in zip(steps, filled.x, strict=True)]
+    columns = [("data", truth), ("known", covered), ("start", start), *stages]
+    sheet = np.stack([np.asarray(x) for _, x in columns], axis=1).reshape(-1, truth.shape[1])
+    title = ", ".join(name for name, _ in columns)
+    figure = galleries.gallery([(title, sheet)], images.shape, columns=len(columns))
+    run_dir.save_figures(stages=figure)
+    metrics = {
+        "rmse_start": rmse(start),
+        "rmse": rmse(filled.x[-1]),
+        "rmse_mean_picture": rmse(images.train.mean(axis=0)[None] / images.levels),
+        "log_prob_truth": float(np.mean(values)),
+        "log_prob": float(np.mean(filled.log_prob[-1])),
+    }
+    if settings.way == "langevin":
+        metrics["acceptance"] = float(np.mean(filled.acceptance))
+    run_dir.finish(metrics, {"failed_steps": int(np.sum(filled.failed))}, {})
+
+
+if __name__ == "__main__":
+    main(run, Inpaint)
