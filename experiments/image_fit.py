@@ -14,9 +14,11 @@ from experiments.image_data import ImageSettings, draw_pictures, held_out, some
 from experiments.loop import fit
 from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
-from jcnf import Exact, Solve, evaluate, galleries, plot
+from jcnf import Exact, Solve, evaluate, fields, galleries, plot
+from jcnf.cnf import with_fields
 from jcnf.data.images import Images
 from jcnf.divergence import Divergence
+from jcnf.errors import InputError
 from jcnf.flow import Flow
 from jcnf.pixels import bits_per_dim
 
@@ -38,6 +40,7 @@ class Measure:
     draws: int = 8  # of the noise of an estimator
     reference_points: int = 1000  # at most so many are held against float64
     chunk: int = 1000  # pictures in one solve
+    guidance: float = 1.0  # of the samples, as in `jcnf.fields.Guided`
 
 
 def learn_pictures(
@@ -54,7 +57,10 @@ def learn_pictures(
     """
     images = settings.load()
     if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
-        raise ValueError("")
+        raise InputError(
+            f"the density given the class needs pictures with labels 0 to {classes - 1}: "
+            "give others, or --no-conditional"
+        )
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, score_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
 
@@ -144,7 +150,10 @@ def draw_galleries(
     """Samples beside data; and rows between two test pictures, straight between their latents."""
     count = min(ROWS * 10, len(x))
     given = None if context is None else context[:count]
-    samples = evaluate.draw(flow, key, count, context=given, solve=measure.quick)
+    guided = flow
+    if measure.guidance != 1:
+        guided = with_fields(flow, lambda field: fields.Guided(field, measure.guidance))
+    samples = evaluate.draw(guided, key, count, context=given, solve=measure.quick)
     figure = galleries.gallery([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
     run_dir.save_figures(samples=figure)
     rows = min(ROWS, len(x) // 2)

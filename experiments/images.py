@@ -89,6 +89,8 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         self.check_use(USERS)
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
+        if self.guidance != 1 and not self.drop_context:
+            raise InputError("--guidance needs a flow that knows no class as well: --drop-context")
         try:
             context_dim = CLASSES if self.conditional else 0
             x = jax.ShapeDtypeStruct((2, self.dim), float)
@@ -171,7 +173,6 @@ class Digits(ImageFlow):
 
     channels = (32, 32)
     scales = 2
-    activation = "softplus"
     steps = 2000
     batch = 128
     learning_rate = 3e-3
@@ -253,6 +254,7 @@ def run(settings: ImageFlow) -> None:
         settings.test_draws,
         settings.reference_images,
         settings.chunk,
+        settings.guidance,
     )
     classes = CLASSES if settings.conditional else 0
     learn_pictures(
