@@ -39,6 +39,8 @@ class ImageSettings(RunSettings):
         if self.path is not None and not Path(self.path).exists():
             raise InputError(f"{self.path}: there is no such file; check --path")
         self.at_least(0, "test_images", "validation_images")
+        if self.test_images == 1:
+            raise InputError("--test-images: one has no standard error; give 2 or more, or 0")
 
     @property
     def shape(self) -> tuple[int, int, int]:

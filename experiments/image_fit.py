@@ -60,8 +60,11 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
     `make(images)` gives the untrained flow.
     """
     images, classes, measure = settings.load(), settings.classes, settings.make_measure()
-    if classes and images.labels is None:
-        raise InputError(f"{settings.path} has no labels: leave out --conditional")
+    if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
+        raise InputError(
+            f"the density given the class needs pictures with labels 0 to {classes - 1}: "
+            "give others, or --no-conditional"
+        )
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, score_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
 

@@ -88,6 +88,8 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         self.check_use(USERS)
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
+        if self.guidance != 1 and not self.drop_context:
+            raise InputError("--guidance needs a flow that knows no class as well: --drop-context")
         try:
             x = jax.ShapeDtypeStruct((2, self.dim), float)
             context = jax.ShapeDtypeStruct((2, self.classes), float)
@@ -187,7 +189,6 @@ class Digits(ImageFlow):
 
     channels = (32, 32)
     scales = 2
-    activation = "softplus"
     steps = 600
     batch = 128
     learning_rate = 3e-3

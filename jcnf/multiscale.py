@@ -62,8 +62,8 @@ class Logit(Fixed):
         """logdet = +-sum_i [log(1 - 2 alpha) - log s_i - log(1 - s_i)] with s = sigmoid(y)."""
         width = 1 - 2 * self.alpha
         if direction == "to_base":
-            s = self.alpha + width * x
-            end = y = jnp.log(s) - jnp.log1p(-s)
+            # 1 - s from 1 - x: s itself is rounded where white pixels need it.
+            end = y = jnp.log(self.alpha + width * x) - jnp.log(self.alpha + width * (1 - x))
         else:
             y = x
             end = (jax.nn.sigmoid(y) - self.alpha) / width

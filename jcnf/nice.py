@@ -99,9 +99,10 @@ class NICE(BijectiveFlow):
             flow = eqx.tree_at(
                 lambda f, i=i: f.networks[i].biases[-1], flow, replace_fn=lambda b, m=mean: b - m
             )
-        spread = jnp.std(latents(flow), axis=0)
-        log_scale = jnp.log(self.base.distribution(x.dtype).stddev()) - jnp.log(spread)
-        log_scale = jnp.where(spread > 0, log_scale, self.log_scale)
+        h = latents(flow)
+        log_scale = jnp.log(self.base.distribution(x.dtype).stddev() / jnp.std(h, axis=0))
+        # Of equal numbers the standard deviation may be a rounding, and no 0.
+        log_scale = jnp.where(jnp.ptp(h, axis=0) > 0, log_scale, self.log_scale)
         return eqx.tree_at(lambda flow: flow.log_scale, flow, log_scale)
 
     def bijector(self) -> Any:

@@ -7,8 +7,11 @@ so laid out: inside an ODE solve they take some twenty times as long. So the con
 primitive here, bilinear, whose transposes are such convolutions again.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -24,68 +27,75 @@ def convolve(
 ) -> Float[Array, "height width out"]:
     """The linear layer of the 3 x 3 pixels around each pixel, zeros beyond the border."""
     kernel = weight.T.reshape(KERNEL, KERNEL, h.shape[-1], -1)
-    return convolution.bind(h[None], kernel)[0] + bias[None, None]
+    # A primitive is lowered where `jax.default_matmul_precision` holds no more: note it here.
+    precision = jax.config.jax_default_matmul_precision
+    return convolution.bind(h[None], kernel, precision=precision)[0] + bias[None, None]
 
 
-def _convolution(h, kernel):
+def _convolution(h, kernel, precision):
     """(n, height, width, out) of (n, height, width, in) and (3, 3, in, out)."""
-    return jax.lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    return jax.lax.conv_general_dilated(
+        h, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT, precision=precision
+    )
 
 
-def _correlation(h, out):
+def _correlation(h, out, precision):
     """(3, 3, in, out): what `out` (n, height, width, out) is to the kernel, where `h` went in."""
     # Channels in place of pictures, pictures in place of channels, and `out` for a kernel.
     images, kernel = jnp.transpose(h, (3, 1, 2, 0)), jnp.transpose(out, (1, 2, 0, 3))
     pads = [(KERNEL // 2, KERNEL // 2)] * 2
-    shifts = jax.lax.conv_general_dilated(images, kernel, (1, 1), pads, dimension_numbers=LAYOUT)
+    shifts = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), pads, dimension_numbers=LAYOUT, precision=precision
+    )
     return jnp.transpose(shifts, (1, 2, 0, 3))
 
 
-def _to_input(cotangent, h, kernel):
-    return convolution.bind(cotangent, jnp.flip(jnp.swapaxes(kernel, 2, 3), (0, 1)))
+def _to_input(cotangent, h, kernel, **params):
+    return convolution.bind(cotangent, jnp.flip(jnp.swapaxes(kernel, 2, 3), (0, 1)), **params)
 
 
-def _to_kernel(cotangent, h, kernel):
-    return correlation.bind(h, cotangent)
+def _to_kernel(cotangent, h, kernel, **params):
+    return correlation.bind(h, cotangent, **params)
 
 
-def _to_first(cotangent, h, out):
-    return _to_input(out, None, cotangent)
+def _to_first(cotangent, h, out, **params):
+    return _to_input(out, None, cotangent, **params)
 
 
-def _to_second(cotangent, h, out):
-    return convolution.bind(h, cotangent)
+def _to_second(cotangent, h, out, **params):
+    return convolution.bind(h, cotangent, **params)
 
 
 def _primitive(name, function, transposes):
+    def shaped(*args, **params):
+        args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+        out = jax.eval_shape(partial(function, **params), *args)
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(function))
-    primitive.def_abstract_eval(lambda *args: jax.core.ShapedArray(**_shape(function, args)))
+    primitive.def_impl(jax.jit(function, static_argnames="precision"))
+    primitive.def_abstract_eval(shaped)
     ad.defbilinear(primitive, *transposes)
+    jet.jet_rules[primitive] = partial(jet._bilinear_taylor_rule, primitive)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
     return primitive
-
-
-def _shape(function, args):
-    out = jax.eval_shape(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
-    return {"shape": out.shape, "dtype": out.dtype}
 
 
 convolution = _primitive("convolution3x3", _convolution, (_to_input, _to_kernel))
 correlation = _primitive("correlation3x3", _correlation, (_to_first, _to_second))
 
 
-def _batched_convolution(args, axes):
+def _batched_convolution(args, axes, **params):
     (h, kernel), (axis, kernel_axis) = args, axes
     if kernel_axis is None:  # more pictures
         h = jnp.moveaxis(h, axis, 0)
-        out = convolution.bind(h.reshape(-1, *h.shape[2:]), kernel)
+        out = convolution.bind(h.reshape(-1, *h.shape[2:]), kernel, **params)
         return out.reshape(*h.shape[:2], *out.shape[1:]), 0
-    return jax.vmap(_convolution, in_axes=axes)(h, kernel), 0
+    return jax.vmap(partial(_convolution, **params), in_axes=axes)(h, kernel), 0
 
 
-def _batched_correlation(args, axes):
-    return jax.vmap(_correlation, in_axes=axes)(*args), 0
+def _batched_correlation(args, axes, **params):
+    return jax.vmap(partial(_correlation, **params), in_axes=axes)(*args), 0
 
 
 batching.primitive_batchers[convolution] = _batched_convolution

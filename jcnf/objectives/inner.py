@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jcnf.chain import Chain, Composition
 from jcnf.cnf import CNF, ODE, with_fields
 from jcnf.fields import Cast
+from jcnf.solve import Solve
 
 
 def of_inner(objective: Callable) -> Callable:
@@ -23,7 +26,7 @@ def of_inner(objective: Callable) -> Callable:
             raise ValueError("expected a jcnf.Chain whose first part is a jcnf.cnf.ODE")
         ode, *outer = flow.parts
         if outer:
-            x, _ = Composition(outer).carry(x, "to_base", None, None)
+            x = jax.lax.stop_gradient(Composition(outer).carry(x, "to_base", context, Solve())[0])
         return objective(CNF(ode.field, flow.base, ode.t1), x, key, context=context, **settings)
 
     return of_chain
