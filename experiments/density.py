@@ -93,15 +93,16 @@ class Density(FitSettings):
         """Whether a table has to be named."""
         return self.from_run is None
 
+    def load(self) -> Table:
+        """The table, in its three parts."""
+        assert self.data is not None  # by `check`
+        return load_table(self.data, seed=self.seed, drop=self.drop, dequantise=self.dequantise)
+
 
 def run(settings: Density) -> None:
     """Train and measure, or load a trained run; then score, sample, fill in."""
     if settings.from_run is None:
-        assert settings.data is not None  # by `check`
-        table = load_table(
-            settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
-        )
-        train_and_measure("density", settings, table)
+        train_and_measure("density", settings, settings.load())
         return
     flow, trained, notes = load_flow(settings.from_run, Density)
     if settings.test_tolerance != Density.test_tolerance:

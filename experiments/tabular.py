@@ -12,7 +12,7 @@ from experiments.spline_flow import require_flowjax, train_spline_flow
 from jcnf import evaluate, train
 from jcnf.data.digits import load_digits_table
 from jcnf.data.maf_suite import MAF_SUITE, load_maf_suite
-from jcnf.data.tables import Table, load_table
+from jcnf.data.tables import Table
 from jcnf.errors import InputError
 
 DIGITS = "digits"
@@ -55,24 +55,21 @@ class Tabular(Density):
         """Whether a table has to be named."""
         return self.suite != DIGITS
 
+    def load(self) -> Table:
+        """The table, in its three parts."""
+        if self.suite == DIGITS:
+            return load_digits_table()
+        if self.suite is None:
+            return super().load()
+        assert self.data is not None  # by `check`
+        return load_maf_suite(self.suite, self.data)
+
 
 def run(settings: Tabular) -> None:
     """Train, measure; then the peer."""
-    table = load(settings)
+    table = settings.load()
     peers = functools.partial(peer, settings, table) if settings.peer_seconds else dict
     density.train_and_measure("tabular", settings, table, peers)
-
-
-def load(settings: Tabular) -> Table:
-    """The table, in its three parts."""
-    if settings.suite == DIGITS:
-        return load_digits_table()
-    assert settings.data is not None  # by `check`
-    if settings.suite is not None:
-        return load_maf_suite(settings.suite, settings.data)
-    return load_table(
-        settings.data, seed=settings.seed, drop=settings.drop, dequantise=settings.dequantise
-    )
 
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:

@@ -1,0 +1,227 @@
+"""Tell strange data from a trained run's own, by every score there is; and say where that fails.
+
+Inside is the run's own test part. Outside are the files of --outside, and always uniform noise, and
+test pictures whose pixels are shuffled or, of a table, test rows whose columns are permuted each by
+itself. Scores are those of jcnf.evaluate.strangeness: likelihood, typicality, of pictures
+complexity, and with --background ratio; an AUROC of 1 tells the sets apart, 1/2 does not. A point
+that has no density, for its solve failed, counts as the strangest, and is counted.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import jax.random as jr
+import numpy as np
+import tyro
+from jaxtyping import Array, Key
+
+from experiments.harness import main
+from experiments.ood_sets import INSIDE, PictureModel, Sets, TableModel, load_model, load_sets
+from experiments.run_settings import RunSettings
+from experiments.rundir import RunDir
+from jcnf import evaluate, histograms
+from jcnf.errors import InputError
+from jcnf.evaluate import Auroc, strangeness
+from jcnf.pixels import bits_per_dim
+
+TOLD = 0.8  # below it more than a fifth of the pairs are ranked the wrong way round
+UNITS = {
+    "likelihood": "-log p(x), nats",
+    "typicality": "|log p(x) - mean of training points|, nats",
+    "complexity": "-log2 P(x) - L(x), bits",
+    "ratio": "log p_background(x) - log p(x), nats",
+}
+Values = dict[str, np.ndarray]  # (n,) of each set, by its name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OOD(RunSettings):
+    """A trained run, and what is to be told from its data."""
+
+    # finished run of images, density or tabular, or of nice on pictures
+    from_run: Annotated[Path, tyro.conf.arg(name="from")]
+    # tables with the run's columns, or pictures of its size as --path of images takes them, 0
+    # (black) to 255, of which the test part is read; named by their file
+    outside: tuple[Path, ...] = ()
+    # another run of the same pictures or columns, trained on perturbed data: adds the score ratio
+    background: Path | None = None
+    # points of each set, at most
+    count: int = 1000
+    # both tolerances of the solves: ranks need fewer digits than held-out numbers
+    test_tolerance: float = 1e-3
+    # where it goes; by default RUN_DIR/ood
+    out: Path | None = None
+    # seed of the noise
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.at_least(2, "count")
+        self.positive("test_tolerance")
+
+
+def run(settings: OOD) -> None:
+    """Score all sets, hold each against the run's own test part, draw the scores."""
+    source = settings.from_run
+    model, trained = load_model(source)
+    background = None
+    if settings.background is not None:
+        background, _ = load_model(settings.background)
+        if background.form != model.form:
+            raise InputError(
+                f"{settings.background} is of pictures of another size, or of other columns, than "
+                f"{source}: give a --background of the same"
+            )
+    sets = load_sets(source, model, trained, settings.outside, settings.count, settings.seed)
+    out = settings.out or source / "ood"
+    run_dir = RunDir("ood", dataclasses.replace(settings, out=out))
+    start, key = time.monotonic(), jr.fold_in(jr.key(settings.seed), 2)
+    log_prob = log_probs(settings, model, sets, key)
+    other = None if background is None else log_probs(settings, background, sets, key)
+    failures = {f"failures_{name}": int(np.isnan(x).sum()) for name, x in log_prob.items()}
+    if other is not None:
+        failures |= {f"background_failures_{n}": int(np.isnan(x).sum()) for n, x in other.items()}
+    reference = log_prob.pop("training")
+    if np.isnan(reference).all():
+        raise InputError(
+            f"{source} has no density at any training point: every solve failed; give another "
+            "--test-tolerance, or train it anew"
+        )
+    scores = scores_of(sets, log_prob, reference[~np.isnan(reference)], other)
+    aurocs = aurocs_of(scores)
+    timing = {"score_s": time.monotonic() - start}
+    means = {name: mean_of(sets, x) for name, x in log_prob.items()}
+    unit = "bits_per_dim" if sets.pixels else "log_prob"
+    print_table(unit, means, log_prob, aurocs)
+
+    panels = [
+        histograms.Panel(
+            f"{score}: {UNITS[score]}",
+            values,
+            {name: found.value for name, found in aurocs[score].items()},
+        )
+        for score, values in scores.items()
+    ]
+    run_dir.save_figures(separation=histograms.separation(panels))
+    metrics: dict[str, float] = {f"{unit}_{name}": mean for name, mean in means.items()}
+    for score, of_sets in aurocs.items():
+        for name, found in of_sets.items():
+            metrics[f"auroc_{score}_{name}"] = found.value
+            metrics[f"auroc_{score}_{name}_stderr"] = found.stderr
+    warnings = [*sets.warnings, *lost(log_prob), *verdicts(aurocs)]
+    run_dir.finish(metrics, failures, timing, warnings)
+
+
+def log_probs(
+    settings: OOD, model: PictureModel | TableModel, sets: Sets, key: Key[Array, ""]
+) -> Values:
+    """Log-densities, nats, of each set and of "training", its reference; consumes `key`."""
+    tolerance = settings.test_tolerance
+    solve = dataclasses.replace(evaluate.ACCURATE, rtol=tolerance, atol=tolerance)
+    every = {"training": sets.reference, **sets.x}
+    return {
+        name: model.log_prob(x, jr.fold_in(key, i), solve)
+        for i, (name, x) in enumerate(every.items())
+    }
+
+
+def scores_of(
+    sets: Sets,
+    log_prob: Values,
+    reference: np.ndarray,
+    background: Values | None = None,
+) -> dict[str, Values]:
+    """Each score's values by the name of the set; infinite where there is no density."""
+    scores: dict[str, Values] = {score: {} for score in UNITS}
+    for name, x in log_prob.items():
+        scores["likelihood"][name] = strangeness.likelihood(x)
+        scores["typicality"][name] = strangeness.typicality(x, reference)
+        if sets.pixels:
+            pixels = sets.pixels[name]
+            length = evaluate.code_length(pixels, sets.shape, sets.levels)
+            scores["complexity"][name] = strangeness.complexity(
+                x, length, pixels.shape[1], sets.levels
+            )
+        if background is not None:
+            scores["ratio"][name] = strangeness.ratio(x, background[name])
+    return {
+        score: {name: np.where(np.isnan(x), np.inf, x) for name, x in values.items()}
+        for score, values in scores.items()
+        if values
+    }
+
+
+def aurocs_of(scores: Mapping[str, Values]) -> dict[str, dict[str, Auroc]]:
+    """Each score's AUROC of every set outside against the one inside."""
+    return {
+        score: {
+            name: evaluate.auroc(values[INSIDE], x) for name, x in values.items() if name != INSIDE
+        }
+        for score, values in scores.items()
+    }
+
+
+def mean_of(sets: Sets, log_prob: np.ndarray) -> float:
+    """Bits a dimension of pictures, nats of rows: the mean over the points that have a density."""
+    known = log_prob[~np.isnan(log_prob)]
+    mean = float(known.mean()) if len(known) else float("nan")
+    return bits_per_dim(mean, math.prod(sets.shape), sets.levels) if sets.pixels else mean
+
+
+def lost(log_prob: Values) -> list[str]:
+    """A line for each set with points that have no density."""
+    return [
+        f"{np.isnan(x).sum()} of {len(x)} points of {name} have no density, for their solve "
+        "failed: they count as the strangest"
+        for name, x in log_prob.items()
+        if np.isnan(x).any()
+    ]
+
+
+def verdicts(aurocs: Mapping[str, Mapping[str, Auroc]]) -> list[str]:
+    """A line for each set that likelihood does not tell from the inside, and what does."""
+    lines = []
+    for name, found in aurocs["likelihood"].items():
+        if found.value >= TOLD:
+            continue
+        others = {s: sets[name].value for s, sets in aurocs.items() if s != "likelihood"}
+        best = max(others, key=lambda score: others[score])
+        remedy = f"{best} does ({others[best]:.2f})"
+        if others[best] < TOLD:
+            remedy = f"no other score does (the best is {best}, {others[best]:.2f})"
+        if found.value + 2 * found.stderr < 0.5:
+            lines.append(
+                f"likelihood ranks {name} as MORE likely than the run's own test data (AUROC "
+                f"{found.value:.2f}): it cannot tell them; {remedy}"
+            )
+        else:
+            lines.append(
+                f"likelihood hardly tells {name} from the run's own test data (AUROC "
+                f"{found.value:.2f}); {remedy}"
+            )
+    return lines
+
+
+def print_table(
+    unit: str,
+    means: Mapping[str, float],
+    log_prob: Values,
+    aurocs: Mapping[str, Mapping[str, Auroc]],
+) -> None:
+    """A row for each set: its points, its mean log-density, and the AUROC of each score."""
+    width = max(map(len, means))
+    print(f"{'AUROC':{width}} {'points':>7} {unit:>13}" + "".join(f"{s:>16}" for s in aurocs))
+    for name, mean in means.items():
+        row = f"{name:{width}} {len(log_prob[name]):7} {mean:13.4g}"
+        for found in (sets[name] for sets in aurocs.values() if name in sets):
+            row += f"{found.value:10.3f} ±{found.stderr:.3f}"
+        print(row)
+
+
+if __name__ == "__main__":
+    main(run, OOD)
