@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -24,13 +24,14 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
     2; Ctrl-C in how to go on, and 130.
     """
     words, description = sys.argv[1:], sys.modules["__main__"].__doc__
+    kind: Any = settings
     if isinstance(settings, Mapping):
         description = f"{description}\n--preset: {', '.join(settings)}"
         try:
-            settings, words = _preset(settings, words)
+            kind, words = _preset(settings, words)
         except InputError as error:
             sys.exit(_fail(f"error: {error}", 2))
-    config = tyro.cli(settings, args=words, description=description)
+    config = tyro.cli(kind, args=words, description=description)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))

@@ -16,9 +16,8 @@ from jaxtyping import Array, Key
 from experiments.density import Columns, Density
 from experiments.image_data import held_out, some
 from experiments.image_fit import ImageLoop
-from experiments.images import ImageFlow
 from experiments.rundir import kind_of, load_flow
-from jcnf import Exact, Solve, evaluate
+from jcnf import Solve, evaluate
 from jcnf.data.images import read_images
 from jcnf.data.noise import shuffled, uniform_noise
 from jcnf.data.tables import Standardizer, read_rows
@@ -27,7 +26,6 @@ from jcnf.errors import InputError
 from jcnf.flow import Flow
 
 INSIDE = "test"  # the name of the run's own test part
-CHUNK = 1000  # pictures in one solve, where the run does not say
 
 
 class PictureModel(NamedTuple):
@@ -103,10 +101,9 @@ def load_model(run: Path) -> tuple[PictureModel | TableModel, ImageLoop | Densit
         columns = Columns.of(Standardizer.from_json(notes["table"]), trained.context)
         form = (columns.scale.columns, columns.places)
         return TableModel(flow, form, columns), trained
-    divergence, chunk = Exact(), CHUNK
-    if isinstance(trained, ImageFlow):
-        divergence, chunk = trained.make_test_divergence(), trained.chunk
-    return PictureModel(flow, trained.shape, notes["classes"], divergence, chunk), trained
+    measure = trained.make_measure()
+    model = PictureModel(flow, trained.shape, trained.classes, measure.divergence, measure.chunk)
+    return model, trained
 
 
 def load_sets(

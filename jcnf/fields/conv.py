@@ -63,7 +63,7 @@ class Conv(eqx.Module):
                 "shape (height, width, channels) and channels must be at least 1 and context_dim "
                 f"at least 0; got {shape}, {tuple(channels)}, context_dim={context_dim}"
             )
-        self.shape, self.context_dim = tuple(shape), context_dim
+        self.shape, self.context_dim = shape, context_dim
         self.activation = resolve(activation)
         sizes = (shape[2], *channels, shape[2])
         keys = iter(jr.split(key, 2 * len(sizes)))
@@ -87,7 +87,7 @@ class Conv(eqx.Module):
         *hidden, last = self.layers
         for i, layer in enumerate(hidden):
             a = convolve(h, *layer.affine(t))
-            if self.conditions is not None:
+            if self.conditions is not None and context is not None:
                 a = a + self.conditions[i](t, context)[None, None]
             h, _ = self.activation(a)
         return convolve(h, *last.affine(t)).reshape(x.shape)

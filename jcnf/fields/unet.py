@@ -100,7 +100,7 @@ class UNet(eqx.Module):
             )
         if odd := [c for c in channels if c > GROUPS and c % GROUPS]:
             raise ValueError(f"channels above {GROUPS} must be multiples of it; got {odd[0]}")
-        self.shape, self.context_dim, self.frequencies = tuple(shape), context_dim, frequencies
+        self.shape, self.context_dim, self.frequencies = shape, context_dim, frequencies
         self.activation = resolve(activation)
         size = 1 + 2 * frequencies + context_dim
         keys = iter(jr.split(key, 2 + 2 * blocks * len(channels)))
