@@ -8,9 +8,11 @@ primitive here, bilinear, whose transposes are such convolutions again.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -28,7 +30,8 @@ def convolve(
     """The linear layer of the 3 x 3 pixels around each pixel, zeros beyond the border."""
     kernel = weight.T.reshape(KERNEL, KERNEL, h.shape[-1], -1)
     # A primitive is lowered where `jax.default_matmul_precision` holds no more: note it here.
-    precision = jax.config.jax_default_matmul_precision
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision
     return convolution.bind(h[None], kernel, precision=precision)[0] + bias[None, None]
 
 
@@ -70,7 +73,7 @@ def _primitive(name, function, transposes):
     def shaped(*args, **params):
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
         out = jax.eval_shape(partial(function, **params), *args)
-        return jax.core.ShapedArray(out.shape, out.dtype)
+        return ShapedArray(out.shape, out.dtype)
 
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(function, static_argnames="precision"))

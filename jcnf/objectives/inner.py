@@ -24,7 +24,8 @@ def of_inner(objective: Callable) -> Callable:
     def of_chain(flow, x, key, *, context=None, **settings):
         if not isinstance(flow, Chain) or not isinstance(flow.parts[0], ODE):
             raise ValueError("expected a jcnf.Chain whose first part is a jcnf.cnf.ODE")
-        ode, *outer = flow.parts
+        ode: Any = flow.parts[0]
+        outer = flow.parts[1:]
         if outer:
             x = jax.lax.stop_gradient(Composition(outer).carry(x, "to_base", context, Solve())[0])
         return objective(CNF(ode.field, flow.base, ode.t1), x, key, context=context, **settings)
