@@ -29,7 +29,7 @@ class Composition(Bijection):
     parts: tuple[Bijection, ...]
 
     def __init__(self, parts: Sequence[Bijection]):
-        sizes = {part.context_dim for part in parts if part.context_dim}
+        sizes = {size for part in parts if (size := part.context_dim)}
         if not parts or len(sizes) > 1:
             raise ValueError(
                 "a composition needs parts, with contexts of one size if any; "
@@ -41,7 +41,8 @@ class Composition(Bijection):
     def context_dim(self) -> int | None:
         """That of the parts that take a context; None where one of them does not say."""
         sizes = [part.context_dim for part in self.parts]
-        return None if None in sizes else max(size or 0 for size in sizes)
+        known = [size for size in sizes if size is not None]
+        return max(known) if len(known) == len(sizes) else None
 
     def _in_order(self, direction):
         order = list(enumerate(self.parts))

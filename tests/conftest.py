@@ -32,6 +32,8 @@ CORE = [
     "bijective",
     "nice",
     "cnf",
+    "chain",
+    "multiscale",
     "trajectories",
     "as_distrax",
     "augmented",

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jcnf.distributions import StandardNormal
 SMALL = ["--widths", "8", "--batch", "32", "--validate-every", "4", "--log-every", "2"]
 SMALL += ["--checkpoint-every", "4"]
 PLANAR = ["--widths", "8", "4"]
+PICTURES = ["--test-images", 20, "--validation-images", 20]
 FEW = ["--test-points", "50", "--widths", "8", "--batch", "16"]
 
 
@@ -251,6 +253,25 @@ BAD = {
     "a folder of pictures": (["picture", "--image", "."], ["directory"]),
     "a side of nothing": (["picture", "--side", "1"], ["--side"]),
     "a sweep of yours": (["energy_sweep", "--targets", "mine:bowl"], ["experiments.energy"]),
+    "unknown preset": (["nice", "--preset", "nope"], ["'nope'", "digits, mnist"]),
+    "a preset of no name": (["images", "--preset"], ["--preset", "ffjord-mnist"]),
+    "unknown pictures": (["images", "--data", "mnits"], ["mnits", "mnist"]),
+    "digits from a file": (["nice", "--data", "digits", "--path", "."], ["digits", "--path"]),
+    "no pictures there": (["nice", "--data", "mnist", "--path", "no.npz"], ["no.npz", "--path"]),
+    "one test picture": (["images", "--test-images", "1"], ["--test-images", "2"]),
+    "alpha beyond a half": (["images", "--alpha", "0.7"], ["alpha", "0.7"]),
+    "scales of 8x8": (["images", "--scales", "5"], ["5 scales", "8 x 8"]),
+    "channel 0": (["images", "--channels", "0"], ["channels", "at least 1"]),
+    "flow matching of scales": (
+        ["images", "--objective", "flow_matching", "--scales", "2"],
+        ["one ODE", "--scales 1"],
+    ),
+    "guidance without classes left out": (
+        ["images", "--preset", "flow-mnist", "--drop-context", "0", "--guidance", "2"],
+        ["--guidance", "--drop-context"],
+    ),
+    "frequencies of no use": (["images", "--frequencies", "2"], ["--frequencies", "unet"]),
+    "unknown precision": (["images", "--precision", "int8"], ["int8", "bfloat16"]),
 }
 
 SETTINGS = {
@@ -259,6 +280,8 @@ SETTINGS = {
     "energy": "MatchEnergy",
     "energy_sweep": "EnergySweep",
     "picture": "Picture",
+    "nice": {"parabola": "PlaneNICE", "digits": "DigitsNICE", "mnist": "MNISTNICE"},
+    "images": {"digits": "Digits", "ffjord-mnist": "FFJORDMnist", "flow-mnist": "FlowMnist"},
 }
 
 
@@ -289,7 +312,7 @@ def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
     from experiments.harness import main
 
     module = importlib.import_module(f"experiments.{words[0]}")
-    settings = getattr(module, SETTINGS[words[0]])
+    settings = jax.tree.map(lambda name: getattr(module, name), SETTINGS[words[0]])
     with pytest.raises(SystemExit) as stopped:
         main(module.run, settings)
     assert stopped.value.code == 2
@@ -411,6 +434,23 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
         ),
         ("picture", ["--steps", 4, "--test-points", 20, "--particles", 20, *SMALL], "densities"),
         ("nice", ["--steps", 10, "--test-points", 50, *SMALL], "densities"),
+        ("nice", ["--data", "digits", "--steps", 10, *PICTURES, *SMALL], "interpolation"),
+        (
+            "images",
+            [
+                *("--channels", 4, "--steps", 4, "--precision", "bfloat16", "--test-probes", 1),
+                *("--reference-images", 2, "--test-draws", 2, *PICTURES, *SMALL[2:]),
+            ],
+            "samples",
+        ),
+        (
+            "images",
+            [
+                *("--preset", "flow-mnist", "--data", "digits", "--channels", 4, "--guidance", 2),
+                *("--steps", 4, "--reference-images", 2, "--test-draws", 2, *PICTURES, *SMALL[2:]),
+            ],
+            "samples",
+        ),
         (
             "energy",
             ["--steps", 4, "--hot-steps", 4, "--test-points", 20, *SMALL[2:], *PLANAR],
@@ -428,6 +468,35 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "figures" / f"{figure}.png").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["experiment"] == name
+
+
+def test_pictures_without_labels_have_no_classes(tmp_path):
+    from experiments.image_fit import Measure, learn_pictures
+    from experiments.images import FlowMnist
+    from jcnf.errors import InputError
+
+    x = np.zeros((20, 28, 28), np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=x, x_test=x)
+    settings = FlowMnist(path=tmp_path / "mnist.npz", out=tmp_path / "run")
+    with pytest.raises(InputError, match=r"labels 0 to 9: .*--no-conditional"):
+        learn_pictures("images", settings, lambda images: None, Measure(), 10)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_a_run_are_found_by_name(tmp_path):
+    from experiments.nice import PlaneNICE
+    from experiments.rundir import RunDir, kind_of
+    from jcnf import checkpoint
+    from jcnf.errors import InputError
+
+    settings = PlaneNICE(out=tmp_path / "run")
+    RunDir("nice", settings).save_flow(CNF(Straight(), StandardNormal(2)), {})
+    assert kind_of(tmp_path / "run") is PlaneNICE
+    for name in ("os:system", "experiments.nice:CALIBRATION", "experiments.no:One", "experiments"):
+        notes = {"experiment": "nice", "settings": name}
+        checkpoint.save(tmp_path / "flow.jcnf", (), notes)
+        with pytest.raises(InputError, match="a run of another experiment or version"):
+            kind_of(tmp_path)
 
 
 @pytest.mark.slow

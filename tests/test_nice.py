@@ -157,6 +157,31 @@ def test_training_starts_near_the_identity_and_leaves_it():
     assert min(np.max(np.abs(network.weights[-1])) for network in gradient.networks) > 1e-3
 
 
+@pytest.mark.parametrize(("base", "spread"), [(StandardNormal, 1.0), (Logistic, np.pi / 3**0.5)])
+def test_calibrated_latents_have_mean_0_and_the_spread_of_the_prior(base, spread):
+    flow = nice(5, (8,), 3, base=base(5))  # odd: the parts have 3 and 2 components
+    x = 7 + X * jnp.array([1e-3, 0.1, 1.0, 10.0, 100.0])[None]
+    calibrated = flow.calibrated(x)
+    h = transform(calibrated, x).x
+    np.testing.assert_allclose(np.mean(h, axis=0), 0, atol=1e-9)
+    np.testing.assert_allclose(np.std(h, axis=0), spread, rtol=1e-9)
+    np.testing.assert_allclose(in_numpy(calibrated, x), h, atol=1e-9)
+    again = calibrated.calibrated(x)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(calibrated), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_calibration_leaves_the_scale_of_what_never_varies():
+    flow = eqx.tree_at(lambda f: f.log_scale, nice(3, (), 1), jnp.array([0.3, 0.4, 0.5]))
+    x = X[:, :3].at[:, 1].set(0.1)  # whose mean, and so standard deviation, is rounded
+    assert jnp.std(x[:, 1]) != 0
+    calibrated = flow.calibrated(x)
+    assert calibrated.log_scale[1] == 0.4
+    h = np.asarray(transform(calibrated, x).x)
+    np.testing.assert_allclose(np.mean(h, axis=0)[2], 0, atol=1e-12)  # one coupling shifts this
+    np.testing.assert_allclose(np.std(h, axis=0)[[0, 2]], np.pi / 3**0.5, rtol=1e-12)
+
+
 # Densities and samples
 
 
