@@ -34,6 +34,7 @@ CORE = [
     "trajectories",
     "as_distrax",
     "augmented",
+    "vae",
     "paths",
     "times",
     "couplings",

@@ -18,6 +18,7 @@ ORDER = [
         "trajectories",
         "as_distrax",
         "augmented",
+        "vae",
         "paths",
         "times",
         "couplings",

@@ -3,6 +3,8 @@
 Nothing here draws conclusions from a solve that failed: its samples come back as NaN, counted.
 """
 
+from jcnf.evaluate.bounds import Bounds as Bounds
+from jcnf.evaluate.bounds import bounds as bounds
 from jcnf.evaluate.certificate import Certificate as Certificate
 from jcnf.evaluate.certificate import certify as certify
 from jcnf.evaluate.density import Grid as Grid
