@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jcnf.distributions import StandardNormal
+from jcnf.distributions import Base, StandardNormal
 from jcnf.divergence import Divergence, Exact
 from jcnf.flow import Direction, Flow, Transformed, transform
 from jcnf.solve import Solve, Stats
@@ -49,7 +49,8 @@ class Encoder(eqx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Encoded:
         """The mean and log-scale of z, (dim,) each, and the features."""
         features = self.trunk(x)
-        return Encoded(*jnp.split(self.head(features), 2), features)
+        loc, log_scale = jnp.split(self.head(features), 2)
+        return Encoded(loc, log_scale, features)
 
 
 class Posterior(Flow):
@@ -71,7 +72,7 @@ class Posterior(Flow):
 
     encoder: Callable
     flow: Flow | None
-    base: StandardNormal
+    base: Base
 
     def __init__(self, encoder: Callable, dim: int, flow: Flow | None = None):
         if flow is not None and (flow.base.dim != dim or not isinstance(flow.base, StandardNormal)):

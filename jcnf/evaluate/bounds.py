@@ -31,17 +31,15 @@ class Bounds(NamedTuple):
         """E_q[log p(x, z) - log q(z | x)] by all samples, (n,) nats."""
         return np.mean(self.log_likelihood - self.log_ratio, axis=1)
 
-    def iwae(self, k: int | None = None) -> np.ndarray:
+    def iwae(self, k: int) -> np.ndarray:
         """E log mean_k exp(log p(x, z) - log q(z | x)), (n,) nats (Burda et al. 2016, eq. 8).
 
-        It rises with k from the ELBO, k = 1, to log p(x). An unbiased estimate by as many groups of
-        `k` samples as there are; of all of them at once by default.
+        It rises with k from the ELBO, k = 1, to log p(x). Here it is the mean of as many groups of
+        `k` samples as there are.
 
         **Raises:** `ValueError` for more than there are.
         """
         n, samples = self.log_ratio.shape
-        if k is None:
-            k = samples
         if not 1 <= k <= samples:
             raise ValueError(f"k must be from 1 to the {samples} samples; got {k}")
         groups = samples // k
@@ -79,7 +77,8 @@ def bounds(
 
     rows = x, jr.split(key, len(x))
     values, nfe, failed = in_chunks(program, rows, len(x), chunk)
-    return Bounds(*np.split(values, [samples, 2 * samples], axis=1), nfe, failed)
+    log_likelihood, log_ratio, mean = np.split(values, [samples, 2 * samples], axis=1)
+    return Bounds(log_likelihood, log_ratio, mean, nfe, failed)
 
 
 @eqx.filter_jit
