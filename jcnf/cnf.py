@@ -11,34 +11,28 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence
-from jcnf.flow import Direction, Flow, Transformed
+from jcnf.flow import Bijection, Direction, Flow, Transformed
 from jcnf.solve import Solve, Stats, integrate
 
 
-class CNF(Flow):
-    """A field that carries a base distribution at t=0 to data at t=t1.
+class ODE(Bijection):
+    """The map from x(0) to x(t1) along dx/dt = v(t, x).
 
     **Arguments:**
 
     - `field`: velocity `field(t, x, context)` of one sample, with an integer `dim`.
-    - `base`: a `jcnf.distributions.Base` of the same `dim`.
     - `t1`: the end time, positive.
 
-    **Raises:** `ValueError` when the dimensions differ or `t1` is not positive.
+    **Raises:** `ValueError` when `t1` is not positive.
     """
 
     field: Any
-    base: Base
     t1: float = eqx.field(static=True)
 
-    def __init__(self, field: Any, base: Base, t1: float = 1.0):
-        if field.dim != base.dim:
-            raise ValueError(
-                f"field and base must have the same dim; got {field.dim} and {base.dim}"
-            )
+    def __init__(self, field: Any, t1: float = 1.0):
         if not 0 < t1 < np.inf:
             raise ValueError(f"t1 must be positive and finite; got {t1}")
-        self.field, self.base, self.t1 = field, base, t1
+        self.field, self.t1 = field, t1
 
     @property
     def context_dim(self) -> int | None:
@@ -73,7 +67,7 @@ class CNF(Flow):
         """Solves dx/dt = v(t, x), d logdet/dt = div v (Chen et al. 2018, eq. 8) and, for each of
         `regularizers`, d penalty/|dt| = rate, as one ODE."""
         batch, dim = x.shape
-        noise = divergence.draw(key, batch, dim, x.dtype)
+        noise = self.draw_noise(divergence, key, batch, dim, x.dtype)
         zeros = jnp.zeros(batch, x.dtype)
         start = FlowState(x, zeros, {r.__name__: zeros for r in regularizers})
         t0, t1 = self.times(direction)
@@ -82,6 +76,35 @@ class CNF(Flow):
         rate = _Augmented(divergence, regularizers)
         end, stats = integrate(rate, start, args, _time(t0, x), _time(t1, x), solve)
         return Transformed(end.x, end.logdet, end.penalties, stats)
+
+    def draw_noise(
+        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
+    ) -> Array | None:
+        """The divergence's, once for the solve."""
+        return divergence.draw(key, batch, dim, dtype)
+
+
+class CNF(ODE, Flow):
+    """A field that carries a base distribution at t=0 to data at t=t1.
+
+    **Arguments:**
+
+    - `field`: velocity `field(t, x, context)` of one sample, with an integer `dim`.
+    - `base`: a `jcnf.distributions.Base` of the same `dim`.
+    - `t1`: the end time, positive.
+
+    **Raises:** `ValueError` when the dimensions differ or `t1` is not positive.
+    """
+
+    base: Base
+
+    def __init__(self, field: Any, base: Base, t1: float = 1.0):
+        if field.dim != base.dim:
+            raise ValueError(
+                f"field and base must have the same dim; got {field.dim} and {base.dim}"
+            )
+        super().__init__(field, t1)
+        self.base = base
 
 
 class FlowState(eqx.Module):

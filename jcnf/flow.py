@@ -31,15 +31,12 @@ class Transformed(NamedTuple):
     stats: Stats
 
 
-class Flow(eqx.Module):
-    """A bijection between base samples and data. A pytree, nothing more.
+class Bijection(eqx.Module):
+    """A bijection of vectors, from the base's side to the data's: a flow, or a part of one.
 
-    A subclass says how a batch is carried, with and without its log-det; the functions below, and
-    whatever stands on them, then serve it as they serve `jcnf.CNF`. Both methods get batches that
-    were checked, and neither raises for a solve that fails: it is `stats.failed`.
+    A subclass says how a batch is carried, with and without its log-det. Both methods get batches
+    that were checked, and neither raises for a solve that fails: it is `stats.failed`.
     """
-
-    base: eqx.AbstractVar[Base]
 
     @property
     @abstractmethod
@@ -68,6 +65,24 @@ class Flow(eqx.Module):
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
         """The batch at the other end, its log-det and its penalties, and what it cost."""
+
+    def draw_noise(
+        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
+    ) -> Any:
+        """What `carry_with_logdet` would draw from `key`: arrays with leading axis `batch`.
+
+        `jcnf.divergence.Drawn` takes it in place of a key. None where nothing is drawn.
+        """
+        return None
+
+
+class Flow(Bijection):
+    """A bijection between base samples and data. A pytree, nothing more.
+
+    The functions below, and whatever stands on them, serve any subclass as they serve `jcnf.CNF`.
+    """
+
+    base: eqx.AbstractVar[Base]
 
 
 def transform(

@@ -56,6 +56,15 @@ class Stats(eqx.Module):
     rejected: Int[Array, ""]  # of them, rejected
     failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
 
+    def __add__(self, other: "Stats") -> "Stats":
+        """Of two solves, one after the other."""
+        return Stats(
+            nfe=self.nfe + other.nfe,
+            steps=self.steps + other.steps,
+            rejected=self.rejected + other.rejected,
+            failed=self.failed | other.failed,
+        )
+
 
 class Solve(eqx.Module):
     """Solver, accuracy and adjoint of one batched ODE solve. Frozen and hashable.

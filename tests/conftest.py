@@ -27,6 +27,7 @@ CORE = [
     "distributions",
     "reversible",
     "solve",
+    "pixels",
     "flow",
     "bijective",
     "nice",

@@ -16,6 +16,8 @@ from helpers import MATRIX, Linear
 from jcnf.fields import (
     LAYERS,
     MLP,
+    Cast,
+    Conv,
     Guided,
     Mixture,
     Planar,
@@ -23,6 +25,7 @@ from jcnf.fields import (
     Residual,
     ResNet,
     TimeChange,
+    UNet,
 )
 
 # For programs that run once: quick to compile, slow to run.
@@ -63,6 +66,12 @@ FIELDS = {
     "planar summed": partial(planar, average=False),
     "potential": partial(drawn, Potential, 3, width=5, rank=2),
     "resnet": partial(drawn, ResNet, 3, 5, 2, frequencies=2, context_dim=2),
+    **{
+        f"conv {time}": partial(drawn, Conv, (1, 3, 1), (3, 3), time=time, context_dim=2, scale=3.0)
+        for time in ("concat", "concatsquash")
+    },
+    "unet": partial(drawn, UNet, (1, 3, 1), (3,), context_dim=2, frequencies=2),
+    "cast": lambda: Cast(concat(), jnp.float64),
     "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: Residual(concat()),
     "residual without closed form": lambda: Residual(no_closed_form()),

@@ -11,10 +11,13 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "fields", "divergence", "regularizers", "distributions", "reversible", "solve"),
     *(
+        "pixels",
         "flow",
         "bijective",
         "nice",
         "cnf",
+        "chain",
+        "multiscale",
         "trajectories",
         "as_distrax",
         "augmented",

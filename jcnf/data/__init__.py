@@ -1,1 +1,1 @@
-"""Data people feed: toy densities, and tables of numbers."""
+"""Data people feed: toy densities, tables of numbers, and pictures."""

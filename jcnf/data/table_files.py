@@ -108,6 +108,27 @@ def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]
             writer.writerows(rows.astype(str))  # the shortest digits that read back the same
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a .npy or .npz, and never a pickle: reading one can run its author's code.
+
+    Raises:
+        InputError: a damaged file, and one with object arrays, which are pickles.
+    """
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"array": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise InputError(
+                f"{path}: holds an object array (mixed types or ragged rows), which is not read; "
+                "save plain numbers: np.save(path, np.asarray(x, dtype=float))"
+            ) from None
+        raise InputError(f"{path}: is not a whole numpy file; write it anew") from None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
+
+
 def _known(path: Path) -> Path:
     if not path.name.lower().endswith(ENDINGS):
         raise InputError(f"{path}: unknown ending; a table is one of {', '.join(ENDINGS)}")
@@ -149,7 +170,7 @@ def _read_csv(path: Path, choose: Choose) -> RawTable:
 
 
 def _read_numpy(path: Path, choose: Choose) -> RawTable:
-    arrays = _load(path)
+    arrays = load_arrays(path)
     given = arrays.pop("columns", None)
     parts = {name: _table(path, name, arrays[name]) for name in _parts(path, arrays)}
     widths = {name: part.shape[1] for name, part in parts.items()}
@@ -164,23 +185,6 @@ def _read_numpy(path: Path, choose: Choose) -> RawTable:
     if len(parts) == 1:
         kept_parts = {"rows": next(iter(kept_parts.values()))}
     return RawTable(path, kept_parts, tuple(names[i] for i in kept), given is not None)
-
-
-def _load(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a .npy or .npz, and never a pickle: reading one can run its author's code."""
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            return {"array": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except ValueError as error:
-        if "Object arrays" in str(error):
-            raise InputError(
-                f"{path}: holds an object array (mixed types or ragged rows), which is not read; "
-                "save plain numbers: np.save(path, np.asarray(x, dtype=float))"
-            ) from None
-        raise InputError(f"{path}: is not a whole numpy file; write it anew") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
 
 
 def _parts(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:

@@ -1,6 +1,7 @@
 """What every divergence strategy is: noise drawn once a solve, and a call on one sample."""
 
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -30,20 +31,31 @@ class Divergence(eqx.Module):
         """Noise for a whole batch with leading axis `batch`, or None; consumes `key`."""
         return None
 
+    def of_part(self, number: int) -> "Divergence":
+        """The strategy for the solve of this number, where a flow takes several."""
+        return self
+
     @abstractmethod
     def __call__(self, field, t, x, context, noise) -> Local:
         """The velocity at `x` (dim,) and `t`, with its divergence, for one sample."""
 
 
 class Drawn(Divergence):
-    """`strategy` with the noise it drew before, (batch, ...), in place of new noise."""
+    """`strategy` with the noise it drew before, (batch, ...), in place of new noise.
+
+    `noise` is what `jcnf.flow.Bijection.draw_noise` gives: of a flow in several parts, each one's.
+    """
 
     strategy: Divergence
-    noise: Array | None
+    noise: Any
 
     def draw(self, key, batch, dim, dtype):
         """The noise it holds, in `dtype`."""
         return jax.tree.map(lambda noise: noise.astype(dtype), self.noise)
+
+    def of_part(self, number):
+        """With that part's noise."""
+        return Drawn(self.strategy, None if self.noise is None else self.noise[number])
 
     def __call__(self, field, t, x, context, noise):
         """As `strategy`."""

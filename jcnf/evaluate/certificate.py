@@ -116,7 +116,7 @@ def certify(
         nfe=float(np.mean([s.nfe for s in scored])),
         failed=np.any([s.failed for s in scored], axis=0),
     )
-    noise = divergence.draw(keys[0], len(x), x.shape[1], x.dtype)
+    noise = flow.draw_noise(divergence, keys[0], *x.shape, x.dtype)
     few = _evenly(len(x), reference_points)
     few = few[~scores.failed[few]]
     reference = np.full(len(few), np.nan)

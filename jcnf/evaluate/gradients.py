@@ -49,7 +49,7 @@ def audit_gradients(
     stochastic `divergence`, which consumes `key`.
     """
     check_batch(flow, x, context)
-    noise = divergence.draw(key, len(x), x.shape[1], x.dtype)
+    noise = flow.draw_noise(divergence, key, *x.shape, x.dtype)
     arguments = (flow, x, context, Drawn(divergence, noise), tuple(penalties.items()))
     own, failed = _gradient(solve, *arguments)
     checkpointed = dataclasses.replace(solve, adjoint="checkpoint")

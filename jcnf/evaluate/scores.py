@@ -64,7 +64,7 @@ def score(
     """
     check_batch(flow, x, context)
     x = jnp.asarray(x)
-    noise = divergence.draw(key, len(x), x.shape[1], x.dtype)
+    noise = flow.draw_noise(divergence, key, *x.shape, x.dtype)
 
     def program(x, context, noise):
         return _score(flow, x, context, solve, Drawn(divergence, noise))

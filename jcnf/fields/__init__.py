@@ -5,6 +5,7 @@ Any callable of that signature with an integer attribute `dim` is a field. One t
 """
 
 from jcnf.fields.activations import ACTIVATIONS as ACTIVATIONS
+from jcnf.fields.conv import Conv as Conv
 from jcnf.fields.guidance import Guided as Guided
 from jcnf.fields.jacobian import velocity_and_divergence as velocity_and_divergence
 from jcnf.fields.layers import LAYERS as LAYERS
@@ -12,6 +13,8 @@ from jcnf.fields.mlp import MLP as MLP
 from jcnf.fields.planar import Planar as Planar
 from jcnf.fields.potential import Potential as Potential
 from jcnf.fields.resnet import ResNet as ResNet
+from jcnf.fields.unet import UNet as UNet
+from jcnf.fields.wrappers import Cast as Cast
 from jcnf.fields.wrappers import Mixture as Mixture
 from jcnf.fields.wrappers import Residual as Residual
 from jcnf.fields.wrappers import TimeChange as TimeChange

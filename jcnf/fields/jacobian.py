@@ -26,17 +26,26 @@ def trace_and_square(
     Beyond `chunk` dimensions they are taken so many at a time and recomputed in reverse mode, so
     that memory does not grow with `dim`.
     """
-    basis = jnp.eye(x.shape[0], dtype=x.dtype)
-    if x.shape[0] <= chunk:
-        v, columns = products(field, t, x, context, basis)
-        return v, jnp.trace(columns), jnp.sum(columns**2)
+    return along(field, t, x, context, jnp.eye(x.shape[0], dtype=x.dtype), chunk)
+
+
+def along(
+    field, t, x, context, directions: Float[Array, "k dim"], chunk: int = CHUNK
+) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
+    """v, and the sums over k of e_k' (dv/dx) e_k and of |(dv/dx) e_k|^2.
+
+    Beyond `chunk` directions they are taken so many at a time and recomputed in reverse mode.
+    """
+    if len(directions) <= chunk:
+        v, images = products(field, t, x, context, directions)
+        return v, jnp.sum(directions * images), jnp.sum(images**2)
 
     @jax.checkpoint
-    def diagonal_and_square(direction):
-        _, (column,) = products(field, t, x, context, direction[None])
-        return direction @ column, column @ column
+    def one(direction):
+        _, (image,) = products(field, t, x, context, direction[None])
+        return direction @ image, image @ image
 
-    diagonal, squares = jax.lax.map(diagonal_and_square, basis, batch_size=chunk)
+    diagonal, squares = jax.lax.map(one, directions, batch_size=chunk)
     return field(t, x, context), jnp.sum(diagonal), jnp.sum(squares)
 
 

@@ -30,6 +30,43 @@ class Wrapper(eqx.Module):
         return getattr(self.field, "context_dim", None)
 
 
+class Cast(Wrapper):
+    """v(t, x) = f(t, x), computed in another dtype: mixed precision.
+
+    Parameters, input and whatever f does are in `dtype`, and the velocity is in that of x again,
+    so that the state of a solve, its error control and the log-det keep their precision.
+
+    **Arguments:**
+
+    - `field`: f, any field, whose own arrays stay as they are and are cast at each call.
+    - `dtype`: such as `jnp.bfloat16`.
+    """
+
+    field: Any
+    dtype: Any = eqx.field(static=True)
+
+    def _down(self, *values):
+        def cast(leaf):
+            return leaf.astype(self.dtype) if eqx.is_inexact_array(leaf) else leaf
+
+        return jax.tree.map(cast, (self.field, *values))
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        field, *arguments = self._down(t, x, context)
+        return field(*arguments).astype(x.dtype)
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and div v, as f has them in `dtype`."""
+        field, *arguments = self._down(t, x, context)
+        v, divergence = velocity_and_divergence(field, *arguments)
+        return v.astype(x.dtype), divergence.astype(x.dtype)
+
+
 class Residual(Wrapper):
     """v(t, x) = f(t, x) - x (FFJORD's residual option, Grathwohl et al. 2019).
 

@@ -1,0 +1,125 @@
+"""The convolutional field of pictures, with an exact divergence by few products."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf.fields.activations import Activation, resolve
+from jcnf.fields.jacobian import along
+from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
+
+KERNEL = 3  # pixels a side
+
+
+class Conv(eqx.Module):
+    """v(t, x) = K_{L+1}(t) * s(... s(K_1(t) * x + b_1(t)) ...) + b_{L+1}(t), of pictures.
+
+    FFJORD's field of pictures (Grathwohl et al. 2019, appendix B.1): 3 x 3 kernels, zeros beyond
+    the border. A kernel is a linear layer of the 3 x 3 pixels around each, so that time enters as
+    in `jcnf.fields.layers`. x (dim,) has its components in the order height, width, channels.
+
+    Its divergence is exact by few products: a pixel's velocity depends on pixels at most r = L + 1
+    away, so that one product serves all pixels of a channel that are r + 1 apart: the diagonal of a
+    banded Jacobian by Curtis, Powell & Reid (1974). That is (r + 1)^2 products a channel in place
+    of height x width: 25 for three hidden layers, whatever the size of the picture.
+
+    **Arguments:**
+
+    - `shape`: height, width and channels of the picture.
+    - `channels`: of the hidden layers.
+    - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
+    - `activation`: as in `jcnf.fields.MLP`.
+    - `context_dim`: size of the conditioning vector c, which shifts every hidden channel by an
+      affine function of c; 0 for none.
+    - `key`: consumed once, for the initial weights: uniform with variance 1/(3 fan-in).
+
+    **Raises:** `ValueError` for unknown names and for sizes below 1.
+    """
+
+    layers: tuple[TimeLinear, ...]
+    conditions: tuple[Ignore, ...] | None  # c -> shift of each hidden layer
+    shape: tuple[int, int, int] = eqx.field(static=True)
+    context_dim: int = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: Sequence[int] = (64, 64, 64),
+        *,
+        time: str = "concat",
+        activation: str | Callable = "softplus",
+        context_dim: int = 0,
+        key: Key[Array, ""],
+    ):
+        if time not in LAYERS:
+            raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
+        if len(shape) != 3 or min(*shape, *channels) < 1 or context_dim < 0:
+            raise ValueError(
+                "shape (height, width, channels) and channels must be at least 1 and context_dim "
+                f"at least 0; got {shape}, {tuple(channels)}, context_dim={context_dim}"
+            )
+        self.shape, self.context_dim = tuple(shape), context_dim
+        self.activation = resolve(activation)
+        sizes = (shape[2], *channels, shape[2])
+        keys = iter(jr.split(key, 2 * len(sizes)))
+        self.layers = tuple(
+            LAYERS[time](KERNEL**2 * i, o, key=next(keys)) for i, o in itertools.pairwise(sizes)
+        )
+        shifts = channels if context_dim else ()
+        # None, not (): the adjoint state of a continuous adjoint may hold no empty tuple.
+        self.conditions = tuple(Ignore(context_dim, c, key=next(keys)) for c in shifts) or None
+
+    @property
+    def dim(self) -> int:
+        """height x width x channels."""
+        return int(np.prod(self.shape))
+
+    def __call__(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> Float[Array, " dim"]:
+        """The velocity dx/dt at time `t`, (dim,)."""
+        h = x.reshape(self.shape)
+        *hidden, last = self.layers
+        for i, layer in enumerate(hidden):
+            a = convolve(h, *layer.affine(t))
+            if self.conditions is not None:
+                a = a + self.conditions[i](t, context)[None, None]
+            h, _ = self.activation(a)
+        return convolve(h, *last.affine(t)).reshape(x.shape)
+
+    def velocity_and_divergence(
+        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """v (dim,) and tr(dv/dx), exactly, by at most (r + 1)^2 products a channel."""
+        reach = len(self.layers) * (KERNEL // 2)
+        directions = jnp.asarray(_far_apart(self.shape, reach), x.dtype)
+        return along(self, t, x, context, directions)[:2]
+
+
+def convolve(
+    h: Float[Array, "height width in"],
+    weight: Float[Array, "out patch"],
+    bias: Float[Array, " out"],
+) -> Float[Array, "height width out"]:
+    """The linear layer of the 3 x 3 pixels around each pixel, zeros beyond the border."""
+    kernel = weight.T.reshape(KERNEL, KERNEL, h.shape[-1], -1)
+    layout = ("NHWC", "HWIO", "NHWC")
+    out = jax.lax.conv_general_dilated(h[None], kernel, (1, 1), "SAME", dimension_numbers=layout)
+    return out[0] + bias[None, None]
+
+
+def _far_apart(shape, reach):
+    """Zeros and ones (k, dim): each component in one row, those of a row of one channel and more
+    than `reach` pixels apart."""
+    height, width, channels = shape
+    rows, columns = min(reach + 1, height), min(reach + 1, width)
+    row, column, channel = np.indices(shape)
+    group = (row % rows * columns + column % columns) * channels + channel
+    return group.ravel()[None] == np.arange(rows * columns * channels)[:, None]
