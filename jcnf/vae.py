@@ -1,8 +1,8 @@
 """Variational autoencoders whose approximate posterior is a flow (Kingma & Welling 2014).
 
 The posterior q(z | x) is a flow of z whose context is x, so that `jcnf.log_prob`, `jcnf.sample` and
-`jcnf.evaluate` serve it as any other. `Posterior` is a Gaussian, or what another flow makes of it
-(Rezende & Mohamed 2015; by a CNF, Grathwohl et al. 2019, section 4.3). `jcnf.objectives.elbo`
+`jcnf.evaluate` serve it as any other. `Posterior` is a Gaussian, or what a bijection makes of it
+(Rezende & Mohamed 2015; an ODE, Grathwohl et al. 2019, section 4.3). `jcnf.objectives.elbo`
 trains the whole, `jcnf.evaluate.bounds` measures it.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.distributions import Base, StandardNormal
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Direction, Flow, Transformed, transform
+from jcnf.flow import Bijection, Direction, Flow, Transformed, transform
 from jcnf.solve import Solve, Stats
 
 
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
 
     loc: Float[Array, "*batch dim"]
     log_scale: Float[Array, "*batch dim"]
-    features: Float[Array, "*batch features"]  # the context of a flow that refines the Gaussian
+    features: Float[Array, "*batch features"]  # the context of what refines the Gaussian
 
 
 class Encoder(eqx.Module):
@@ -46,7 +46,7 @@ class Encoder(eqx.Module):
         self.trunk = trunk
         self.head = eqx.nn.Linear(features, 2 * dim, key=key)
 
-    def __call__(self, x: Float[Array, "..."]) -> Encoded:
+    def __call__(self, x: Float[Array, " data"]) -> Encoded:
         """The mean and log-scale of z, (dim,) each, and the features."""
         features = self.trunk(x)
         loc, log_scale = jnp.split(self.head(features), 2)
@@ -54,33 +54,29 @@ class Encoder(eqx.Module):
 
 
 class Posterior(Flow):
-    """q(z | x): z = loc(x) + scale(x) * e, with e ~ N(0, I) carried by `flow` given features(x).
+    """q(z | x): z = loc(x) + scale(x) * e, where `refine` carries eps ~ N(0, I) to e.
 
-    Its context is x. The flow works in the units of the Gaussian, e, so that log q(z | x) =
-    log N(eps; 0, I) - logdet_flow - sum log scale(x); without it e is eps, and q is
-    N(loc, diag scale^2). A flow that starts at rest starts from that Gaussian.
+    Its context is x; that of `refine` are the encoder's features of x. Working in the units of the
+    Gaussian, `refine` has log q(z | x) = log N(eps; 0, I) - logdet_refine - sum log scale(x), and
+    one that starts at rest starts from that Gaussian. Without it, e is eps.
 
     **Arguments:**
 
     - `encoder`: x -> `Encoded`, of one sample.
     - `dim`: dimension of z.
-    - `flow`: a conditional flow with a standard normal base of that `dim`, whose context are the
-      features; None for the Gaussian. The penalties of that are 0.
+    - `refine`: a conditional `jcnf.flow.Bijection` of that dimension, as `jcnf.cnf.ODE(field)`;
+      None for N(loc, diag scale^2), whose penalties are 0.
 
-    **Raises:** `ValueError` for a flow of another dimension or base; when used, without a context.
+    **Raises:** `ValueError`, when used: without a context, for an encoder of another `dim`, and for
+    another number of features than `refine` takes.
     """
 
     encoder: Callable
-    flow: Flow | None
+    refine: Bijection | None
     base: Base
 
-    def __init__(self, encoder: Callable, dim: int, flow: Flow | None = None):
-        if flow is not None and (flow.base.dim != dim or not isinstance(flow.base, StandardNormal)):
-            raise ValueError(
-                f"the flow must have the base StandardNormal({dim}); got "
-                f"{type(flow.base).__name__} of dim {flow.base.dim}"
-            )
-        self.encoder, self.flow, self.base = encoder, flow, StandardNormal(dim)
+    def __init__(self, encoder: Callable, dim: int, refine: Bijection | None = None):
+        self.encoder, self.refine, self.base = encoder, refine, StandardNormal(dim)
 
     @property
     def context_dim(self) -> None:
@@ -97,13 +93,10 @@ class Posterior(Flow):
         """From eps to z ("to_data") or back, without the log-det."""
         loc, log_scale, features = self._encode(context)
         scale = jnp.exp(log_scale)
-        if direction == "to_base":
-            x = (x - loc) / scale
-        end, stats = (
-            (x, _at_rest(x))
-            if self.flow is None
-            else self.flow.carry(x, direction, features, solve)
-        )
+        end = (x - loc) / scale if direction == "to_base" else x
+        stats = _at_rest(end)
+        if self.refine is not None:
+            end, stats = self.refine.carry(end, direction, features, solve)
         return (end if direction == "to_base" else loc + scale * end), stats
 
     def carry_with_logdet(
@@ -116,39 +109,43 @@ class Posterior(Flow):
         divergence: Divergence,
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
-        """From eps to z ("to_data") or back, with the log-det and the flow's penalties."""
+        """From eps to z ("to_data") or back, with the log-det, and the penalties of `refine`."""
         loc, log_scale, features = self._encode(context)
         scale, logdet = jnp.exp(log_scale), jnp.sum(log_scale, axis=1)
-        if direction == "to_base":
-            x = (x - loc) / scale
-        if self.flow is None:
-            zeros = jnp.zeros(x.shape[0], x.dtype)
-            still = {r.__name__: zeros for r in regularizers}
-            result = Transformed(x, zeros, still, _at_rest(x))
-        else:
-            result = transform(
-                self.flow,
-                x,
-                direction=direction,
-                key=key,
-                context=features,
-                solve=solve,
-                divergence=divergence,
-                regularizers=regularizers,
+        e = (x - loc) / scale if direction == "to_base" else x
+        zeros = jnp.zeros_like(logdet)
+        end = Transformed(e, zeros, {r.__name__: zeros for r in regularizers}, _at_rest(e))
+        if self.refine is not None:
+            end = self.refine.carry_with_logdet(
+                e, direction, key, features, solve, divergence, regularizers
             )
         if direction == "to_base":
-            return result._replace(logdet=result.logdet - logdet)
-        return result._replace(x=loc + scale * result.x, logdet=result.logdet + logdet)
+            return end._replace(logdet=end.logdet - logdet)
+        return end._replace(x=loc + scale * end.x, logdet=end.logdet + logdet)
+
+    def draw_noise(
+        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
+    ) -> Any:
+        """That of `refine`."""
+        if self.refine is None:
+            return None
+        return self.refine.draw_noise(divergence, key, batch, dim, dtype)
 
     def _encode(self, x) -> Encoded:
         if x is None:
-            raise ValueError("the posterior is of z given x: pass context=x, (batch, ...)")
+            raise ValueError("the posterior is of z given x: pass context=x, (batch, context)")
         encoded = jax.vmap(self.encoder)(x)
         shape = (x.shape[0], self.base.dim)
         if encoded.loc.shape != shape or encoded.log_scale.shape != shape:
             raise ValueError(
                 f"the encoder must give a mean and a log-scale of shape {shape[1:]}; got "
                 f"{encoded.loc.shape[1:]} and {encoded.log_scale.shape[1:]}"
+            )
+        size = None if self.refine is None else self.refine.context_dim
+        if size is not None and encoded.features.shape != (x.shape[0], size):
+            raise ValueError(
+                f"the encoder must give {size} features, the context of refine; got "
+                f"{encoded.features.shape[1:]}"
             )
         return encoded
 
@@ -216,7 +213,7 @@ class Weighed(NamedTuple):
 
 def weigh(
     model: VAE,
-    x: Float[Array, "batch ..."],
+    x: Float[Array, "batch data"],
     eps: Float[Array, "batch dim"],
     *,
     key: Key[Array, ""] | None = None,

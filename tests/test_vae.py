@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from scipy import linalg, stats
 
 import jcnf
-from jcnf import CNF, Solve, evaluate
-from jcnf.distributions import Logistic, StandardNormal
+from jcnf import Solve, evaluate
+from jcnf.cnf import ODE
 from jcnf.objectives import elbo
 from jcnf.regularizers import kinetic
 from jcnf.vae import VAE, Binomial, Encoded, Encoder, Posterior, weigh
@@ -58,10 +58,10 @@ class Known(eqx.Module):
 
 
 def still(dim=2, context_dim=2):
-    """A flow at rest."""
+    """A field at rest."""
     field = mlp(dim, (4,), context_dim=context_dim, conditioning="modulate")
     rest = jax.tree.map(jnp.zeros_like, field.layers[-1])
-    return CNF(eqx.tree_at(lambda f: f.layers[-1], field, rest), StandardNormal(dim))
+    return ODE(eqx.tree_at(lambda f: f.layers[-1], field, rest))
 
 
 def exact_flow():
@@ -76,7 +76,7 @@ def exact_flow():
         field.layers[0],
         (jnp.asarray(np.concatenate([matrix, drift], axis=1)), jnp.zeros(2)),
     )
-    return CNF(eqx.tree_at(lambda f: f.layers, field, (layer,)), StandardNormal(2))
+    return ODE(eqx.tree_at(lambda f: f.layers, field, (layer,)))
 
 
 def linear(flow=None, share=SHARE):
@@ -180,7 +180,7 @@ def test_without_a_flow_the_kl_is_that_of_gaussians():
 
 def test_the_objective_is_the_mean_of_what_is_weighed():
     """A flow at rest changes nothing; penalties are of the flow alone."""
-    moving = CNF(mlp(2, (4,), context_dim=4), StandardNormal(2))
+    moving = ODE(mlp(2, (4,), context_dim=4))
     models = [trained(), trained(still(2, 4)), trained(moving)]
 
     def losses():
@@ -199,7 +199,7 @@ def test_the_objective_is_the_mean_of_what_is_weighed():
 
 
 def test_every_part_has_a_gradient():
-    model = trained(CNF(mlp(2, (4,), context_dim=4, conditioning="modulate"), StandardNormal(2)))
+    model = trained(ODE(mlp(2, (4,), context_dim=4, conditioning="modulate")))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def loss(params):
@@ -243,12 +243,7 @@ def wide(x):
 
 
 WRONG = {
-    "dim of the flow": (lambda: linear(still(3)), "StandardNormal(2)"),
-    "base of the flow": (
-        lambda: linear(CNF(mlp(2, (4,), context_dim=2), Logistic(2))),
-        "Logistic",
-    ),
-    "context of the flow": (lambda: elbo(linear(still(2, 5)), X, KEY), "context of size 5"),
+    "features": (lambda: elbo(linear(still(2, 5)), X, KEY), "must give 5 features"),
     "no context": (lambda: jcnf.log_prob(linear().posterior, X[:, :2]), "context=x"),
     "encoder": (lambda: elbo(with_encoder(wide), X, KEY), "(2,); got (3,) and (3,)"),
     "integers": (lambda: elbo(linear(), X.astype(int), KEY), "int64: cast it"),
@@ -258,7 +253,7 @@ WRONG = {
     ),
     "numbers of x and eps": (lambda: weigh(linear(), X, jnp.zeros((4, 2))), "shape (4, context)"),
     "samples": (lambda: evaluate.bounds(linear(), X, KEY, samples=0), "at least 1 sample"),
-    "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, ...)"),
+    "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, data)"),
     "k": (lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3), "from 1 to the 2"),
     "trials": (lambda: Binomial(0), "at least 1"),
 }

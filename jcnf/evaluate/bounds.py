@@ -51,7 +51,7 @@ class Bounds(NamedTuple):
 
 def bounds(
     model: VAE,
-    x: Float[Array, "n ..."],
+    x: Float[Array, "n data"],
     key: Key[Array, ""],
     *,
     samples: int = 64,
@@ -66,9 +66,9 @@ def bounds(
 
     **Raises:** `ValueError` for no x, no samples, and as `jcnf.vae.weigh` does.
     """
-    if jnp.ndim(x) < 2 or not len(x) or samples < 1:
+    if jnp.ndim(x) != 2 or not len(x) or samples < 1:
         raise ValueError(
-            f"expected x of shape (n, ...) and at least 1 sample; got {jnp.shape(x)}, {samples}"
+            f"expected x of shape (n, data) and at least 1 sample; got {jnp.shape(x)}, {samples}"
         )
     x = jnp.asarray(x)
 

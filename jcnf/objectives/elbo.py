@@ -15,7 +15,7 @@ from jcnf.vae import VAE, weigh
 
 def elbo(
     model: VAE,
-    x: Float[Array, "batch ..."],
+    x: Float[Array, "batch data"],
     key: Key[Array, ""],
     *,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
@@ -26,7 +26,7 @@ def elbo(
 
     Without penalties an unbiased estimate of the negative ELBO (Kingma & Welling 2014, eq. 3; with
     a flow, Rezende & Mohamed 2015, eq. 15). `penalties` maps regularizers, as in
-    `jcnf.regularizers`, to their weights: of the flow of the posterior. `key` is consumed once,
+    `jcnf.regularizers`, to their weights. `key` is consumed once,
     split between z and the divergence's noise. The metrics are "negative_elbo", its two parts
     "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
     function, "nfe" and "failed".
