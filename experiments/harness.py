@@ -1,8 +1,9 @@
 """The command line of every experiment: parse, check, run, and say in one line what was wrong."""
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +16,21 @@ from jcnf.errors import InputError
 S = TypeVar("S", bound=RunSettings)
 
 
-def main(run: Callable[[S], None], settings: type[S]) -> None:
+def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) -> None:
     """Run an experiment from `sys.argv`.
 
-    Bad input ends in one line on standard error and exit code 2; Ctrl-C in how to go on, and 130.
+    Of several `settings`, presets by name, `--preset NAME` chooses; without it --data does where it
+    names one, or else it is the first. Bad input ends in one line on standard error and exit code
+    2; Ctrl-C in how to go on, and 130.
     """
-    config = tyro.cli(settings, description=sys.modules[settings.__module__].__doc__)
+    words, description = sys.argv[1:], sys.modules["__main__"].__doc__
+    if isinstance(settings, Mapping):
+        description = f"{description}\n--preset: {', '.join(settings)}"
+        try:
+            settings, words = _preset(settings, words)
+        except InputError as error:
+            sys.exit(_fail(f"error: {error}", 2))
+    config = tyro.cli(settings, args=words, description=description)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
@@ -37,6 +47,24 @@ def main(run: Callable[[S], None], settings: type[S]) -> None:
         sys.exit(
             _fail("interrupted: go on with the same command, --out RUN_DIRECTORY and --resume", 130)
         )
+
+
+def _preset(presets, words):
+    """The settings that the words name, and the words without the flag that did so."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--data")
+    try:
+        chosen, _ = parser.parse_known_args(words)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--preset")
+        _, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}: name one of {', '.join(presets)}") from None
+    if chosen.preset is not None and chosen.preset not in presets:
+        raise InputError(f"unknown preset '{chosen.preset}': use one of {', '.join(presets)}")
+    name = chosen.preset or (chosen.data if chosen.data in presets else next(iter(presets)))
+    return presets[name], rest
 
 
 def _fail(message, code):

@@ -3,9 +3,11 @@
 
 import dataclasses
 import datetime
+import importlib
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +36,7 @@ class RunDir:
 
     def __init__(self, name: str, settings: RunSettings, *, resume: bool = False):
         self.name = name
+        self.settings = _name_of(type(settings))
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
@@ -92,6 +95,7 @@ class RunDir:
         notes = json_ready(
             {
                 "experiment": self.name,
+                "settings": self.settings,
                 "config": self.config,
                 "dim": flow.base.dim,
                 "context_dim": flow.context_dim or 0,
@@ -117,11 +121,27 @@ class RunDir:
         print(f"results and figures: {self.path}")
 
 
+def kind_of(path: Path) -> type[TrainingSettings]:
+    """The class of the settings of a trained run.
+
+    **Raises:** `InputError` where it is no run of an experiment of this version.
+    """
+    notes = read_flow_notes(path)
+    module, _, name = notes.get("settings", "").partition(":")
+    # Of this package alone: what a file names must not choose other code to import.
+    if module.startswith("experiments.") and module.count(".") == 1:
+        try:
+            kind = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError:
+            kind = None
+        if isinstance(kind, type) and issubclass(kind, TrainingSettings):
+            return kind
+    raise InputError(f"{path} is a run of another experiment or version ({notes['experiment']})")
+
+
 def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
-    if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
-        raise InputError(f"{path} is not trained to its end: finish it with --resume first")
-    notes = checkpoint.read_notes(path / "flow.jcnf")
+    notes = read_flow_notes(path)
     names = {field.name for field in dataclasses.fields(kind)}
     config: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
@@ -134,6 +154,13 @@ def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     flow = settings.make_flow(notes["dim"], notes["context_dim"])
     params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
     return train.with_params(flow, params), settings, notes
+
+
+def read_flow_notes(path: Path) -> dict[str, Any]:
+    """What stands beside the trained flow of a run."""
+    if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
+        raise InputError(f"{path} is not trained to its end: finish it with --resume first")
+    return checkpoint.read_notes(path / "flow.jcnf")
 
 
 class MetricsLog:
@@ -192,6 +219,13 @@ def environment() -> dict[str, Any]:
     """Versions, device and commit, for the summary."""
     packages = {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
     return packages | {"device": jax.devices()[0].device_kind, "git": _commit()}
+
+
+def _name_of(kind):
+    """A class as module:name, that of the experiment where it is what python runs."""
+    module = kind.__module__
+    spec = getattr(sys.modules[module], "__spec__", None)
+    return f"{spec.name if module == '__main__' and spec else module}:{kind.__qualname__}"
 
 
 def _version(name):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.bijective import BijectiveFlow
 from jcnf.distributions import Base, Logistic
+from jcnf.solve import Solve
 
 SPLITS = ("halves", "odd_even")
 LAST = 0.01  # initial weights of last layers over those of hidden ones
@@ -78,6 +79,30 @@ class NICE(BijectiveFlow):
             ReLUNetwork(sizes[i % 2], sizes[(i + 1) % 2], widths, key=k)
             for i, k in enumerate(jr.split(key, couplings))
         )
+
+    def calibrated(self, x: Float[Array, "batch dim"]) -> "NICE":
+        """This flow with s, and the shifts of the last two couplings, set by some data.
+
+        Latents of `x` then have mean 0 (with a single coupling, those that it shifts) and the
+        spread of the prior: the start that training finds in thousands of steps otherwise, where
+        components differ in scale as pixels do (data-dependent initialisation, Salimans & Kingma
+        2016). A component that never varies is left at the scale it had.
+        """
+
+        def latents(flow):
+            return flow.carry(x, "to_base", None, Solve())[0]
+
+        flow: Any = eqx.tree_at(lambda flow: flow.log_scale, self, jnp.zeros_like(self.log_scale))
+        parts, count = _parts(self.base.dim, self.split), len(self.networks)
+        for i in range(max(0, count - 2), count):
+            mean = jnp.mean(latents(flow), axis=0)[parts[(i + 1) % 2]]
+            flow = eqx.tree_at(
+                lambda f, i=i: f.networks[i].biases[-1], flow, replace_fn=lambda b, m=mean: b - m
+            )
+        spread = jnp.std(latents(flow), axis=0)
+        log_scale = jnp.log(self.base.distribution(x.dtype).stddev()) - jnp.log(spread)
+        log_scale = jnp.where(spread > 0, log_scale, self.log_scale)
+        return eqx.tree_at(lambda flow: flow.log_scale, flow, log_scale)
 
     def bijector(self) -> Any:
         """The inverse of the paper's forward direction: latents to data."""

@@ -25,6 +25,7 @@ MAX_PATHS, MAX_COLUMNS = 300, 6
 CURVES = {  # key of a record: (title with units, smoothed beside the raw line, logarithmic)
     "loss": ("training loss ({})", True, False),
     "val_nll": ("validation NLL (nats)", False, False),
+    "val_bits": ("validation bits/dim", False, False),
     "val_kl": ("validation KL (nats)", False, True),
     "val_negative_elbo": ("validation $-$ELBO (nats)", False, False),
     "train_nll": ("NLL of all points (nats)", False, False),

@@ -20,7 +20,7 @@ from jcnf.data import digits
 from jcnf.data.image_files import Pictures, read_one, read_parts
 from jcnf.errors import InputError
 
-__all__ = ["NAMES", "Images", "UnsplitImages", "load_images", "read_images"]
+__all__ = ["NAMES", "Images", "UnsplitImages", "load_images", "read_images", "shape_of"]
 
 Shape = tuple[int, int, int]  # height, width, channels
 
@@ -65,6 +65,15 @@ class UnsplitImages(NamedTuple):
     shape: Shape  # height, width, channels
 
 
+def shape_of(name: str) -> Shape:
+    """Height, width and channels of the pictures called `name`; `InputError` for another name."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no pictures are called {name!r}: {hint}There are {', '.join(NAMES)}")
+    return (digits.SIDE, digits.SIDE, 1) if name == "digits" else _SOURCES[name].shape
+
+
 def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
     """The data set called `name`, one of `NAMES`, the same at each call.
 
@@ -84,13 +93,9 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
             pictures of another size than the name's; a pickle that is not CIFAR-10's; no `path`
             and no network, or no scikit-learn.
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no pictures are called {name!r}: {hint}There are {', '.join(NAMES)}")
+    shape = shape_of(name)
     if name == "digits":
         return _digits(path)
-    shape = _SOURCES[name].shape
     train, test = _fetched(name) if path is None else read_parts(Path(path), ["train", "test"])
     where = "openml.org" if path is None else path
     for part, pictures in {"training": train, "test": test}.items():
@@ -143,8 +148,7 @@ def _digits(path: str | os.PathLike | None) -> Images:
     parts = digits.load_digits_parts()
     labels = {name: part.labels for name, part in parts.items()}
     pixels = (part.pixels for part in parts.values())
-    shape = (digits.SIDE, digits.SIDE, 1)
-    return Images(*pixels, labels=labels, shape=shape, levels=digits.LEVELS)
+    return Images(*pixels, labels=labels, shape=shape_of("digits"), levels=digits.LEVELS)
 
 
 def _fetched(name: str) -> list[Pictures]:

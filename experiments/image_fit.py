@@ -1,0 +1,165 @@
+"""Learning the density of pictures: what the experiments on them share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments.image_data import ImageSettings, draw_pictures, held_out, some
+from experiments.loop import fit
+from experiments.run_settings import LoopSettings
+from experiments.rundir import RunDir
+from jcnf import Exact, Solve, evaluate, galleries, plot
+from jcnf.data.images import Images
+from jcnf.divergence import Divergence
+from jcnf.flow import Flow
+from jcnf.pixels import bits_per_dim
+
+ROWS = 10  # of the galleries, of ten pictures each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageLoop(LoopSettings, ImageSettings):
+    """Pictures that the loop trains on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """How log-densities are had: in validation, and of the test part."""
+
+    solve: Solve = evaluate.ACCURATE
+    quick: Solve = evaluate.ACCURATE
+    divergence: Divergence = Exact()  # noqa: RUF009 (frozen)
+    draws: int = 8  # of the noise of an estimator
+    reference_points: int = 1000  # at most so many are held against float64
+    chunk: int = 1000  # pictures in one solve
+
+
+def learn_pictures(
+    name: str,
+    settings: ImageLoop,
+    make: Callable[[Images], Flow],
+    measure: Measure,
+    classes: int = 0,
+) -> None:
+    """Train a flow on pictures, x = (pixel + u) / levels in [0, 1]^dim, and measure and draw it.
+
+    `make(images)` gives the untrained flow. With `classes` the density is that of pictures given
+    their labels, of which there are so many.
+    """
+    images = settings.load()
+    if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
+        raise ValueError("")
+    run_dir = RunDir(name, settings, resume=settings.resume)
+    val_key, test_key, score_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+
+    def part(which, count, key):
+        pixels = getattr(images, which)
+        x = held_out(pixels, images.levels, count, key)
+        return x, one_hot(images, which, classes, some(len(pixels), count))
+
+    dim, levels = settings.dim, images.levels
+    x_val, c_val = part("val", settings.validation_images, val_key)
+
+    def validate(flow):
+        scores = evaluate.score(
+            flow,
+            x_val,
+            key=score_key,
+            context=c_val,
+            solve=measure.quick,
+            divergence=measure.divergence,
+            chunk=measure.chunk,
+        )
+        return float(bits_per_dim(-scores.nll, dim, levels))
+
+    context = one_hot(images, "train", classes, slice(None))
+    pixels = jnp.asarray(images.train)
+    fitted = fit(
+        run_dir,
+        settings,
+        make(images),
+        draw_of=lambda batch: draw_pictures(levels, batch),
+        data=pixels if context is None else (pixels, context),
+        validate=validate,
+        score="val_bits",
+    )
+    flow = fitted.flow
+    run_dir.save_flow(flow, {"classes": classes})
+    run_dir.save_figures(
+        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+    )
+
+    x, c = part("test", settings.test_images, test_key)
+    print(f"measuring on {len(x)} test pictures, drawing the figures")
+    draw_galleries(run_dir, settings, flow, np.asarray(x), c, measure, sample_key)
+    certificate = evaluate.certify(
+        flow,
+        x,
+        key=score_key,
+        context=c,
+        solve=measure.solve,
+        divergence=measure.divergence,
+        draws=measure.draws,
+        reference_points=measure.reference_points,
+        chunk=measure.chunk,
+    )
+    scores = certificate.scores
+    unit = dim * np.log(2)
+    metrics = {
+        "test_nll": scores.nll,
+        "test_nll_stderr": scores.stderr,
+        "bits_per_dim": float(bits_per_dim(-scores.nll, dim, levels)),
+        "bits_per_dim_stderr": scores.stderr / unit,
+        "bits_per_dim_estimator_stderr": certificate.estimator_stderr / unit,
+        "val_bits": fitted.score,
+        "inverse_error": certificate.roundtrip_error,
+    }
+    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+
+
+def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None:
+    """Contexts (n, classes) of some pictures of a part; None without classes."""
+    if not classes:
+        return None
+    assert images.labels is not None  # by `learn_pictures`
+    return jax.nn.one_hot(images.labels[which][rows], classes)
+
+
+def draw_galleries(
+    run_dir: RunDir,
+    settings: ImageSettings,
+    flow: Flow,
+    x: np.ndarray,
+    context: Array | None,
+    measure: Measure,
+    key: Key[Array, ""],
+) -> None:
+    """Samples beside data; and rows between two test pictures, straight between their latents."""
+    count = min(ROWS * 10, len(x))
+    given = None if context is None else context[:count]
+    samples = evaluate.draw(flow, key, count, context=given, solve=measure.quick)
+    figure = galleries.gallery([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
+    run_dir.save_figures(samples=figure)
+    rows = min(ROWS, len(x) // 2)
+    ends = jnp.asarray(x[: 2 * rows])
+    given = None if context is None else context[: 2 * rows]
+    z = evaluate.carry(flow, ends, "to_base", context=given, solve=measure.quick).x[-1]
+    share = np.linspace(0, 1, 10)[None, :, None]
+
+    def between(pairs):
+        first, last = pairs[::2, None], pairs[1::2, None]
+        return jnp.asarray(((1 - share) * first + share * last).reshape(rows * 10, -1), ends.dtype)
+
+    given = None if given is None else between(np.asarray(given))
+    ways = evaluate.carry(
+        flow, between(np.nan_to_num(z)), "to_data", context=given, solve=measure.quick
+    )
+    figure = galleries.gallery([("between two test pictures", ways.x[-1])], settings.shape)
+    run_dir.save_figures(interpolation=figure)

@@ -1,0 +1,56 @@
+"""Galleries: pictures in rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf import _canvas as c
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # a name that run-time type checkers can resolve without matplotlib
+
+GAP = 1  # pixels between pictures
+BREADTH = 4.4  # inches of a gallery of ten columns
+
+
+@c.styled
+def gallery(
+    groups: Sequence[tuple[str, ArrayLike]], shape: tuple[int, int, int], columns: int = 10
+) -> Figure:
+    """Show groups of pictures side by side, each in rows of `columns`.
+
+    groups: a title and pictures (n, dim) in [0, 1], flattened in the order height, width, channels
+    of `shape`. What is outside [0, 1] is cut off there; a picture that is not finite is red.
+    """
+    sheets = [_sheet(c.array(x, "pictures", "(n, dim)"), shape, columns) for _, x in groups]
+    scale = BREADTH * columns / 10 / sheets[0].shape[1]
+    heights = max(len(sheet) for sheet in sheets) * scale
+    figure = c.new_figure(len(groups) * BREADTH * columns / 10 + 0.1, heights + 0.3)
+    for ax, sheet, (title, _) in zip(
+        figure.subplots(1, len(groups), squeeze=False)[0], sheets, groups, strict=True
+    ):
+        ax.imshow(sheet, interpolation="nearest")
+        ax.set(title=title, anchor="N")
+        ax.set_axis_off()
+    return figure
+
+
+def _sheet(x, shape, columns):
+    """One RGB picture (height, width, 3) of all of them."""
+    height, width, channels = shape
+    if x.shape[1] != height * width * channels or channels not in (1, 3):
+        raise ValueError(f"expected pictures of shape {shape}, 1 or 3 channels; got {x.shape}")
+    pictures = np.clip(x, 0, 1).reshape(-1, *shape) * np.ones(3)
+    pictures[~np.isfinite(x).all(axis=1)] = (1, 0, 0)
+    rows = -(-len(x) // columns)
+    sheet = np.ones((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3))
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
