@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from scipy import linalg, stats
 
 import jcnf
-from jcnf import Solve, evaluate
+from jcnf import Solve, evaluate, latents
 from jcnf.cnf import ODE
 from jcnf.objectives import elbo
 from jcnf.regularizers import kinetic
@@ -264,3 +264,18 @@ def test_wrong_shapes_say_what_was_expected(name, unchecked):
     make, message = WRONG[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_the_picture_has_a_column_for_each_x_and_a_row_for_each_density():
+    rng = np.random.default_rng(1)
+    logs = rng.normal(size=(3, 2, 5, 5))
+    views = [(i, i + 1, 0, 2) for i in range(3)]
+    figure = latents.posteriors(rng.random((3, 6)), (2, 3, 1), logs, ["p", "q"], views)
+    axes = np.reshape(figure.axes, (3, 3))
+    shown = axes[2, 1].images[0]
+    log = logs[1, 1]
+    np.testing.assert_allclose(shown.get_array(), np.exp(log - log.max()))
+    assert (shown.origin, list(shown.get_extent())) == ("lower", [1, 2, 0, 2])
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["", "p", "q"]
+    with pytest.raises(ValueError, match="2 views"):
+        latents.posteriors(rng.random((3, 6)), (2, 3, 1), logs, ["p", "q"], views[:2])
