@@ -21,6 +21,7 @@ from jcnf.regularizers import kinetic
 from jcnf.vae import VAE, Binomial, Encoded, Encoder, Posterior, weigh
 
 KEY = jr.key(0)
+STEPS = Solve(solver="rk4", step=0.5)  # quick to compile
 RNG = np.random.default_rng(0)
 # x = W z + NOISE * normal: z in the plane, x in 3 dimensions.
 WEIGHT = np.array([[0.9, -0.4], [0.3, 1.1], [-0.7, 0.5]])
@@ -120,7 +121,7 @@ def test_a_flow_makes_the_gaussian_the_exact_posterior():
 def test_samples_of_the_posterior_are_those_that_are_weighed():
     posterior = linear(exact_flow()).posterior
     x = jnp.repeat(X[:1], 2000, axis=0)
-    z = np.asarray(quick_jit(lambda: jcnf.sample(posterior, KEY, 2000, context=x))())
+    z = np.asarray(quick_jit(lambda: jcnf.sample(posterior, KEY, 2000, context=x, solve=STEPS))())
     mean = TO_MEAN @ np.asarray(X[0])
     np.testing.assert_allclose(z.mean(axis=0), mean, atol=4 * z.std() / np.sqrt(2000))
     np.testing.assert_allclose(np.cov(z.T), COVARIANCE, atol=0.05)
@@ -159,7 +160,7 @@ def test_all_bounds_of_the_exact_posterior_are_the_evidence():
 def test_the_noise_depends_on_neither_the_chunk_nor_the_model():
     one = evaluate.bounds(linear(), X, KEY, samples=3, chunk=2)
     whole = evaluate.bounds(linear(), X, KEY, samples=3)
-    rest = evaluate.bounds(linear(still()), X, KEY, samples=3)
+    rest = evaluate.bounds(linear(still()), X, KEY, samples=3, solve=STEPS)
     other = evaluate.bounds(linear(), X, jr.key(1), samples=3)
     np.testing.assert_allclose(one.log_ratio, whole.log_ratio, rtol=1e-12)
     np.testing.assert_allclose(one.log_likelihood, rest.log_likelihood, rtol=1e-12)
@@ -184,7 +185,7 @@ def test_the_objective_is_the_mean_of_what_is_weighed():
     models = [trained(), trained(still(2, 4)), trained(moving)]
 
     def losses():
-        return [elbo(model, X, KEY, penalties={kinetic: 0.5}) for model in models]
+        return [elbo(model, X, KEY, solve=STEPS, penalties={kinetic: 0.5}) for model in models]
 
     (plain, metrics), (rest, at_rest), (moving, moved) = quick_jit(losses)()
     np.testing.assert_allclose(plain, rest, rtol=1e-12)
@@ -203,7 +204,7 @@ def test_every_part_has_a_gradient():
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def loss(params):
-        return elbo(eqx.combine(params, static), X, KEY)[0]
+        return elbo(eqx.combine(params, static), X, KEY, solve=STEPS)[0]
 
     gradient = quick_jit(jax.grad(loss))(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
@@ -222,7 +223,7 @@ def test_the_binomial_is_scipys(trials):
 
 def test_in_float32():
     model = astype(trained(still(2, 4)), jnp.float32)
-    loss, metrics = quick_jit(lambda x: elbo(model, x, KEY))(X.astype(jnp.float32))
+    loss, metrics = quick_jit(lambda x: elbo(model, x, KEY, solve=STEPS))(X.astype(jnp.float32))
     assert loss.dtype == metrics["kl"].dtype == jnp.float32
     assert jnp.isfinite(loss)
 
