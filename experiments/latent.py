@@ -41,9 +41,7 @@ PAIRS = [("wider", "gaussian"), ("flow", "gaussian"), ("refined", "gaussian"), (
 TRIALS = 16
 SCORE = "val_negative_elbo"
 VALIDATION_SAMPLES = 16  # of z for each picture
-ACTIVE = (
-    0.01  # variance over pictures of a latent's posterior mean (Burda et al. 2016, section 4.2)
-)
+ACTIVE = 0.01  # variance over pictures of E[z | x] in an active unit (Burda et al. 2016, 4.2)
 
 
 @preset
