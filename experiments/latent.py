@@ -52,10 +52,12 @@ class Latent(LoopSettings, SolveSettings):
     seeds: int = 3
     # dimension of z
     latent: int = 8
-    # hidden width of the encoder, which is the number of its features, and of the decoder
-    hidden: int = 64
-    # width of the two hidden layers of the encoder of "wider"
-    wider: int = 128
+    # width of the two hidden layers of the encoder, and so the number of its features
+    hidden: int = 128
+    # the same of the encoder of "wider"
+    wider: int = 216
+    # width of the hidden layer of the decoder
+    decoder: int = 64
     # hidden widths of the posterior's field
     widths: tuple[int, ...] = (64, 64)
     # how time enters it: ignore, concat, squash, concatsquash, hyper, blend
@@ -81,7 +83,7 @@ class Latent(LoopSettings, SolveSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "seeds", "latent", "hidden", "wider", "samples")
+        self.at_least(1, "seeds", "latent", "hidden", "wider", "decoder", "samples")
         if self.lbfgs_steps and self.adjoint == "forward":
             raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
         self.check_steps(1.0)
@@ -102,10 +104,10 @@ class Latent(LoopSettings, SolveSettings):
         """The untrained model of pictures of `dim` pixels."""
         trunk_key, head_key, decoder_key = (self._key(part) for part in range(3))
         mlp = functools.partial(eqx.nn.MLP, activation=jax.nn.silu)
-        width, layers = (self.wider, 2) if wider else (self.hidden, 1)
-        trunk = mlp(dim, width, width, layers - 1, final_activation=jax.nn.silu, key=trunk_key)
+        width = self.wider if wider else self.hidden
+        trunk = mlp(dim, width, width, 1, final_activation=jax.nn.silu, key=trunk_key)
         encoder = Encoder(trunk, width, self.latent, key=head_key)
-        decoder = mlp(self.latent, dim, self.hidden, 1, key=decoder_key)
+        decoder = mlp(self.latent, dim, self.decoder, 1, key=decoder_key)
         return VAE(Posterior(encoder, self.latent, refine), decoder, Binomial(TRIALS))
 
     def make_refinement(self) -> ODE:

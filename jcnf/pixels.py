@@ -34,12 +34,12 @@ def dequantise(
 
 
 def bits_per_dim(log_prob: Nats, dim: int, levels: int) -> Nats:
-    """-(log_prob / dim - log levels) / log 2, in bits a pixel; elementwise.
+    """-(log_prob / dim - log levels) / log 2, in bits a dimension; elementwise.
 
     `log_prob` is in nats, of x = (pixel + u) / `levels` in [0, 1]^dim as `dequantise` makes it. In
     its mean over u this is an upper bound of -log2 P(pixels) / dim, the length of a code for the
     grey values under the model P(pixels) that the density's integral over the pixels' cell is
-    (Theis, van den Oord and Bethge 2016, "A note on the evaluation of generative models", eqs. 2
-    to 4). The uniform density on [0, 1]^dim gives log2 levels.
+    (Theis, van den Oord and Bethge 2016, "A note on the evaluation of generative models",
+    section 3.1). The uniform density on [0, 1]^dim gives log2 levels.
     """
     return -(log_prob / dim - math.log(levels)) / math.log(2)

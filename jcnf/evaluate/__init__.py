@@ -3,10 +3,12 @@
 Nothing here draws conclusions from a solve that failed: its samples come back as NaN, counted.
 """
 
+from jcnf.evaluate import strangeness as strangeness
 from jcnf.evaluate.bounds import Bounds as Bounds
 from jcnf.evaluate.bounds import bounds as bounds
 from jcnf.evaluate.certificate import Certificate as Certificate
 from jcnf.evaluate.certificate import certify as certify
+from jcnf.evaluate.compression import code_length as code_length
 from jcnf.evaluate.density import Grid as Grid
 from jcnf.evaluate.density import cell_centres as cell_centres
 from jcnf.evaluate.density import gaussian_nll as gaussian_nll
@@ -29,3 +31,5 @@ from jcnf.evaluate.scores import roundtrip_error as roundtrip_error
 from jcnf.evaluate.scores import score as score
 from jcnf.evaluate.scores import standard_error as standard_error
 from jcnf.evaluate.scores import transport as transport
+from jcnf.evaluate.separation import Auroc as Auroc
+from jcnf.evaluate.separation import auroc as auroc
