@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN = 60  # pictures
 PANELS = 6  # posteriors
 CELLS = 120  # along each axis of these
-REACH = 8.0  # and what is seen of them, in standard deviations of the Gaussian
+REACH = 6.0  # and what is seen of them, in standard deviations of the Gaussian
 
 
 class Measured(NamedTuple):
