@@ -53,6 +53,7 @@ def _resnet(settings, dim, context_dim, key):
         len(settings.widths),
         activation=settings.activation,
         frequencies=settings.frequencies,
+        waves=settings.waves,
         context_dim=context_dim,
         key=key,
     )

@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.harness import main
-from experiments.plane import ToySettings
+from experiments.plane import PlaneFlow, ToySettings
 from experiments.rundir import MetricsLog, RunDir
 from experiments.spline_flow import require_flowjax, train_spline_flow
 from experiments.stages import Stage, drawing, step_seconds, train_stages
 from jcnf import evaluate
 from jcnf.curves import Panel, scaling
-from jcnf.data.toys import Toy, toy
+from jcnf.data.toys import Toy
 from jcnf.errors import InputError
 
 MMD_POINTS = 5000
@@ -45,7 +45,7 @@ DECIDED = ("objective", "steps", "finetune_steps", "coupling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatching(ToySettings):
+class FlowMatching(ToySettings, PlaneFlow):
     """A toy, a network, budgets of training time, and the ways to train."""
 
     # seconds of training, each a run of its own with a schedule that ends there
@@ -86,7 +86,7 @@ class FlowMatching(ToySettings):
 
 def run(settings: FlowMatching) -> None:
     """Train in each way for each budget; measure; draw gap against seconds."""
-    density = toy(settings.data)
+    density = settings.make_density()
     run_dir = RunDir("flow_matching", settings)
     log = MetricsLog(run_dir.log, [], 0)
     test = density.sample(jr.fold_in(jr.key(settings.seed), 2), settings.test_points)

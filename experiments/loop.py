@@ -158,7 +158,7 @@ class _Place:
 
 
 def _shown(record, state):
-    shown = {"loss": "loss {:.3f}", "step_ms": "{:.1f} ms", "nfe": "{:.0f} NFE"}
+    shown = {"loss": "loss {:.3g}", "step_ms": "{:.1f} ms", "nfe": "{:.0f} NFE"}
     parts = [form.format(record[name]) for name, form in shown.items() if name in record]
     skipped = int(state.skipped)
     return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)

@@ -18,11 +18,10 @@ import jax.random as jr
 from experiments.harness import main
 from experiments.image_data import held_out
 from experiments.image_fit import ImageLoop, Measure, learn_pictures
-from experiments.plane import PlaneLoop, learn
+from experiments.plane import PlaneLoop, ToySettings, learn
 from experiments.run_settings import TrainingSettings, preset
 from experiments.stages import Stage
 from jcnf import NICE, distributions, evaluate, objectives, train
-from jcnf.data.toys import toy
 from jcnf.errors import InputError
 
 CALIBRATION = 10_000  # training pictures by which the flow is calibrated
@@ -88,7 +87,7 @@ class NICESettings(TrainingSettings):
 
 
 @preset
-class PlaneNICE(NICESettings, PlaneLoop):
+class PlaneNICE(ToySettings, NICESettings, PlaneLoop):
     """A toy density and the NICE that learns it."""
 
     data = "parabola"
@@ -142,7 +141,8 @@ def run(settings: PlaneNICE | DigitsNICE) -> None:
 
 def learn_plane(settings: PlaneNICE) -> None:
     """Train on a toy, measure on fresh points, draw the figures."""
-    points = toy(settings.data).sample(jr.fold_in(jr.key(settings.seed), 3), settings.test_points)
+    key = jr.fold_in(jr.key(settings.seed), 3)
+    points = settings.make_density().sample(key, settings.test_points)
 
     def also(flow):
         return {"inverse_error": evaluate.roundtrip_error(flow, points)}

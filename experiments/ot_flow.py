@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from experiments.harness import main
-from experiments.plane import PlaneFit, learn_flow
+from experiments.plane import PlaneFit, ToySettings, learn_flow
 from experiments.run_settings import preset
 from jcnf import CNF, Exact, evaluate, regularizers, transform
-from jcnf.data.toys import toy
 from jcnf.errors import InputError
 
 MMD_POINTS = 5000
@@ -18,7 +17,7 @@ PENALTIES = (regularizers.kinetic, regularizers.hjb)
 
 
 @preset
-class OTFlow(PlaneFit):
+class OTFlow(ToySettings, PlaneFit):
     """A toy, and a potential whose gradient carries the base to it: the source's settings on a CPU,
     but for half the batch, which here is fresh at every step, and a learning rate that is a third
     of its 0.1 and falls as a cosine, where the source's halves every 100 steps.
@@ -62,7 +61,7 @@ def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
     |dPhi/dt - 1/2 |grad Phi|^2|; "straightness" 1 where all go straight at a constant speed: the
     mean squared distance between the ends over twice the cost. NaN where a solve failed.
     """
-    density, solve = toy(settings.data), settings.make_test_solve()
+    density, solve = settings.make_density(), settings.make_test_solve()
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 4), 3)
     x = density.sample(keys[0], MMD_POINTS)
     way = jax.jit(

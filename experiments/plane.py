@@ -1,8 +1,8 @@
-"""Learning a toy density in the plane: what several experiments share."""
+"""Learning a density in the plane: what several experiments share."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.random as jr
@@ -16,7 +16,7 @@ from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
 from experiments.stages import drawing
 from jcnf import Solve, augmented, evaluate, plot
-from jcnf.data.toys import toy
+from jcnf.data.toys import Toy, toy
 from jcnf.flow import Flow
 
 VALIDATION_POINTS = 2000
@@ -25,29 +25,48 @@ VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64  # of the extra dimens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneSettings(RunSettings):
-    """A toy density, and how it is measured."""
+    """A density in the plane, and how it is measured."""
 
-    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings, 6gaussians,
-    # 2circles, parabola
-    data: str = "8gaussians"
     # fresh points for the held-out NLL
     test_points: int = 20_000
+    # cells a side of the figures' densities
+    cells: int = 200
+    # how many times as wide as the figures' is the window in which the mass is sought, by cells
+    # that are a third wider
+    margin: ClassVar[float] = 2.0
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        toy(self.data)
-        self.at_least(2, "test_points")
+        self.make_density()
+        self.at_least(2, "test_points", "cells")
+
+    def make_density(self) -> Toy:
+        """What is learnt."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToySettings(PlaneSettings):
+    """A toy density."""
+
+    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings, 6gaussians,
+    # 2circles, parabola
+    data: str = "8gaussians"
+
+    def make_density(self) -> Toy:
+        """What is learnt."""
+        return toy(self.data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneLoop(LoopSettings, PlaneSettings):
-    """A toy density that the loop trains on."""
+    """A density that the loop trains on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToySettings(FlowSettings, PlaneSettings):
-    """A toy density and the flow that learns it."""
+class PlaneFlow(FlowSettings, PlaneSettings):
+    """A density and the flow that learns it."""
 
     @property
     def dim(self) -> int:
@@ -61,8 +80,8 @@ class ToySettings(FlowSettings, PlaneSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaneFit(FitSettings, ToySettings, PlaneLoop):
-    """A toy density, and the flow that the loop trains on it."""
+class PlaneFit(FitSettings, PlaneFlow, PlaneLoop):
+    """A density, and the flow that the loop trains on it."""
 
     # extra dimensions, N(0, I) in the data, that the flow carries beside x; its NLL is a bound then
     augment: int = 0
@@ -86,7 +105,7 @@ class PlaneFit(FitSettings, ToySettings, PlaneLoop):
 def learn_flow(
     name: str, settings: PlaneFit, also: Callable[[Any], dict[str, float]] = lambda flow: {}
 ) -> None:
-    """Train the flow of the settings on their toy, and measure and draw it."""
+    """Train the flow of the settings on their density, and measure and draw it."""
     flow = settings.make_flow(settings.dim)
     solves = settings.make_test_solve(), settings.make_validation_solve()
     learn(name, settings, flow, *solves, also=also, ways=(settings.particles, settings.frames))
@@ -102,13 +121,13 @@ def learn(
     also: Callable[[Any], dict[str, float]] = lambda flow: {},
     ways: tuple[int, int] = (figures.PARTICLES, figures.FRAMES),
 ) -> None:
-    """Train `flow` on a toy; measure it on fresh points by `solve`, in validation by `quick`; draw.
+    """Train `flow`; measure it on fresh points by `solve`, in validation by `quick`; draw it.
 
     `also(flow)` gives further figures for the summary. Of a CNF the ways of some base samples are
     drawn, as many as `ways` says and at so many times. Of a flow in more than two dimensions the
     others are extra ones.
     """
-    density, extra = toy(settings.data), flow.base.dim - 2
+    density, extra = settings.make_density(), flow.base.dim - 2
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
     joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))  # of extra dimensions
@@ -142,13 +161,19 @@ def learn(
     joint = augmented.augment(test, joint_key, extra) if extra else test
     # The window of the figures may cut off what a model puts outside it.
     certificate = evaluate.certify(
-        flow, joint, solve=solve, extent=square(2 * density.extent), cells=300
+        flow,
+        joint,
+        solve=solve,
+        extent=square(settings.margin * density.extent),
+        cells=round(0.75 * settings.margin * settings.cells),
     )
     scores = score(flow, test, solve, TEST_SAMPLES) if extra else certificate.scores
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
     view = evaluate.grid_of(
-        lambda points: score(flow, points, solve, VIEW_SAMPLES), square(density.extent)
+        lambda points: score(flow, points, solve, VIEW_SAMPLES),
+        square(density.extent),
+        settings.cells,
     )
     metrics = {
         "test_nll": scores.nll,
@@ -166,7 +191,7 @@ def learn(
         view,
         key=plot_key,
         solve=solve,
-        title=f"{settings.data}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
+        title=f"{density.name}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
         true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
         particles=ways[0],
         frames=ways[1],

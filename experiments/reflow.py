@@ -15,13 +15,12 @@ import tyro
 
 from experiments.flow_matching import mmd_of
 from experiments.harness import main
-from experiments.plane import ToySettings
+from experiments.plane import PlaneFlow, ToySettings
 from experiments.rundir import RunDir, load_flow
 from experiments.stages import Stage, drawing, train_stages
 from experiments.toy2d import Toy2D
 from jcnf import CNF, Solve, evaluate, objectives, plot, times, train
 from jcnf.curves import Panel, scaling
-from jcnf.data.toys import toy
 from jcnf.errors import InputError
 
 FRAMES = 21
@@ -31,7 +30,7 @@ ENOUGH = 1.5  # times the MMD of two samples of the data: what is as good
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reflow(ToySettings):
+class Reflow(ToySettings, PlaneFlow):
     """A toy, the flow trained on it, and its rectification."""
 
     # finished run of toy2d on the same --data to rectify; by default a flow is trained here
@@ -59,7 +58,7 @@ class Reflow(ToySettings):
 
 def run(settings: Reflow) -> None:
     """Train, rectify, and sample both by few Euler steps."""
-    density = toy(settings.data)
+    density = settings.make_density()
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
     solve = settings.make_test_solve()
     # A run that cannot be read leaves no directory behind.
@@ -141,7 +140,7 @@ def read_flow(settings: Reflow) -> CNF:
 
 def trained_flow(settings: Reflow) -> CNF:
     """A flow trained by the settings."""
-    density = toy(settings.data)
+    density = settings.make_density()
     trained = train_stages(
         settings.make_flow(2),
         settings.make_stages(),

@@ -2,54 +2,34 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.random as jr
 
+from experiments import likelihood_settings
 from experiments.fields import FIELDS
-from experiments.run_settings import LoopSettings, SolveSettings, TrainingSettings
+from experiments.likelihood_settings import LikelihoodSettings, named
+from experiments.run_settings import LoopSettings
 from experiments.stages import Stage
-from jcnf import (
-    CNF,
-    Exact,
-    ForwardMode,
-    Hutchinson,
-    couplings,
-    distributions,
-    fields,
-    objectives,
-    paths,
-    regularizers,
-    times,
-    train,
-)
-from jcnf.divergence import DIVERGENCES, Divergence
+from jcnf import CNF, couplings, distributions, fields, objectives, paths, times, train
 from jcnf.errors import InputError
 
 # Settings, and what puts them to use: objectives, fields, divergences, penalties, bases, or a flag.
-USERS: dict[tuple[str, ...], tuple[str, ...]] = {
+USERS: dict[tuple[str, ...], tuple[str, ...]] = likelihood_settings.USERS | {
     ("flow_matching", "mixed"): ("path", "coupling", "times", "drop_context"),
     ("mixed",): ("matching_weight",),
-    ("likelihood", "mixed"): (
-        *("solver", "rtol", "atol", "fixed_step", "adjoint", "norm", "max_steps"),
-        *("steer", "divergence", "penalties"),
-    ),
     ("--finetune-steps",): ("finetune_learning_rate",),
-    ("resnet",): ("frequencies",),
+    ("resnet",): ("frequencies", "waves"),
     ("mlp", "bounded", "residual", "mixture"): ("time",),
     ("resnet", "mlp", "bounded", "residual", "mixture"): ("activation",),
-    ("hutchinson",): ("noise",),
-    ("hutchinson", "hutch++", "xtrace", "jacobian", "lambda2"): ("probes",),
     ("normal",): ("base_scale",),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowSettings(TrainingSettings, SolveSettings):
+class FlowSettings(LikelihoodSettings):
     """A flow, trained by one objective, and then perhaps by maximum likelihood."""
 
     # what is trained by: flow_matching (nothing is solved), likelihood, mixed (likelihood plus
@@ -68,6 +48,8 @@ class FlowSettings(TrainingSettings, SolveSettings):
     time: str = "concat"
     # resnet: pairs of a sine and a cosine of time beside the time itself
     frequencies: int = 4
+    # resnet: pairs of a sine and a cosine of x beside x itself, for sharp edges
+    waves: int = 0
     # but for planar, potential: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "silu"
     # base distribution: normal, logistic
@@ -88,59 +70,30 @@ class FlowSettings(TrainingSettings, SolveSettings):
     drop_context: float = 0.0
     # flow matching's weight in the mixed objective, beside a likelihood of weight 1
     matching_weight: float = 1.0
-    # half width of the base's random time while training, 0 for none (STEER)
-    steer: float = 0.0
-    # divergence while training: exact, forward, hutchinson, hutch++, xtrace (held-out numbers are
-    # always exact)
-    divergence: str = "exact"
-    # probes of an estimated divergence, and of the jacobian and lambda2 penalties
-    probes: int = 1
-    # Hutchinson's noise: rademacher, gaussian, orthogonal
-    noise: str = "rademacher"
-    # penalties and their weights, as in "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
-    # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
-    penalties: tuple[tuple[str, float], ...] = ()
     # peak learning rate of the steps of --finetune-steps
     finetune_learning_rate: float = 1e-3
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "probes")
-        self.at_least(0, "steer", "finetune_steps", "matching_weight", "frequencies")
-        for name, weight in self.penalties:
-            if not 0 <= weight < math.inf:
-                raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
+        self.at_least(0, "finetune_steps", "matching_weight", "frequencies", "waves")
         self.positive("finetune_learning_rate", "base_scale")
-        if self.lbfgs_steps and self.adjoint == "forward":
-            raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
         try:
             self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 1)
         except ValueError as error:
             raise InputError(str(error)) from None
         self.check_steps(self.t1)
-        self._check_use()
+        self.check_use(USERS)
+        if self.drop_context and not 0 < self.drop_context < 1:
+            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
 
     def uses(self) -> set[str]:
         """The parts of the settings that these ones put to use, by the names of `USERS`."""
-        parts = {self.objective, self.field, self.base, self.divergence, *dict(self.penalties)}
+        parts = super().uses() | {self.objective, self.field, self.base}
         if self.finetune_steps:
             parts |= {"--finetune-steps", "likelihood"}
         return parts
-
-    def _check_use(self):
-        """Refuse settings that would change nothing."""
-        defaults, uses = type(self)(), self.uses()
-        for users, names in USERS.items():
-            given = [n for n in names if getattr(self, n) != getattr(defaults, n)]
-            if given and not uses & set(users):
-                flags = ", ".join("--" + name.replace("_", "-") for name in given)
-                raise InputError(
-                    f"{flags} would change nothing: of use with {' or '.join(users)} alone"
-                )
-        if self.drop_context and not 0 < self.drop_context < 1:
-            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
 
     @property
     def loss_units(self) -> str:
@@ -164,7 +117,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
 
     def make_flow(self, dim: int, context_dim: int = 0) -> CNF:
         """The untrained flow."""
-        make = _named("field", self.field, FIELDS)
+        make = named("field", self.field, FIELDS)
         field = make(self, dim, context_dim, jr.fold_in(jr.key(self.seed), 0))
         base = self.make_base(dim)
         if self.learn_t1:
@@ -175,16 +128,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
         """The base distribution."""
         if self.base == "normal" and self.base_scale != 1:
             return distributions.ScaledNormal(dim, self.base_scale)
-        return _named("base", self.base, distributions.BASES)(dim)
-
-    def make_divergence(self) -> Divergence:
-        """The training divergence."""
-        make: Any = _named("divergence", self.divergence, DIVERGENCES)
-        if make is ForwardMode:
-            return make()
-        if make is Exact:
-            return make(self.probes if {"jacobian", "lambda2"} & dict(self.penalties).keys() else 0)
-        return make(self.probes, **{"noise": self.noise} if make is Hutchinson else {})
+        return named("base", self.base, distributions.BASES)(dim)
 
     def make_objectives(self) -> dict[str, Callable]:
         """What --objective can name."""
@@ -199,7 +143,7 @@ class FlowSettings(TrainingSettings, SolveSettings):
     def make_stages(self) -> list[Stage]:
         """Training by `objective`, by likelihood, and by L-BFGS, where there are steps for them."""
         table = self.make_objectives()
-        _named("objective", self.objective, table)
+        named("objective", self.objective, table)
         plan = [(self.objective, self.steps, self.learning_rate)]
         if self.finetune_steps:
             plan.append(("likelihood", self.finetune_steps, self.finetune_learning_rate))
@@ -222,36 +166,13 @@ class FlowSettings(TrainingSettings, SolveSettings):
         """Flow matching."""
         return functools.partial(
             objectives.flow_matching,
-            path=_named("path", self.path, paths.PATHS),
-            coupling=_named("coupling", self.coupling, couplings.COUPLINGS),
-            time=_named("times", self.times, times.TIMES),
+            path=named("path", self.path, paths.PATHS),
+            coupling=named("coupling", self.coupling, couplings.COUPLINGS),
+            time=named("times", self.times, times.TIMES),
             drop_context=self.drop_context,
         )
-
-    def make_likelihood(self) -> Callable:
-        """Likelihood by the training solve."""
-        return functools.partial(
-            objectives.likelihood,
-            solve=self.make_solve(),
-            divergence=self.make_divergence(),
-            penalties=self.make_penalties(),
-            steer=self.steer,
-        )
-
-    def make_penalties(self) -> dict[Callable, float]:
-        """Regularizers and their weights."""
-        penalties = {regularizers.named(name): weight for name, weight in self.penalties}
-        if len(penalties) < len(self.penalties):
-            raise ValueError(f"a penalty is named twice: {', '.join(dict(self.penalties))}")
-        return penalties
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitSettings(FlowSettings, LoopSettings):
     """A flow, trained by the loop."""
-
-
-def _named(what, name, table):
-    if name not in table:
-        raise ValueError(f"unknown {what} '{name}': use one of {', '.join(table)}")
-    return table[name]

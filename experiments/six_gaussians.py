@@ -1,12 +1,12 @@
 """Six Gaussians by torchdyn's continuous normalizing flow, augmented if wanted."""
 
 from experiments.harness import main
-from experiments.plane import PlaneFit, learn_flow
+from experiments.plane import PlaneFit, ToySettings, learn_flow
 from experiments.run_settings import preset
 
 
 @preset
-class SixGaussians(PlaneFit):
+class SixGaussians(ToySettings, PlaneFit):
     """Six Gaussians, and a softplus network that does not know the time: the source's network,
     solver, batch and weight decay; fresh samples, a learning rate that falls as a cosine, and a
     fifth of its 300 epochs of 16 batches.

@@ -3,11 +3,11 @@
 import dataclasses
 
 from experiments.harness import main
-from experiments.plane import PlaneFit, learn_flow
+from experiments.plane import PlaneFit, ToySettings, learn_flow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Toy2D(PlaneFit):
+class Toy2D(ToySettings, PlaneFit):
     """A toy density and the flow that learns it."""
 
 

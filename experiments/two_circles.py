@@ -1,12 +1,12 @@
 """Two circles by the planar continuous flow of Chen et al. (2018), as in torchdiffeq's example."""
 
 from experiments.harness import main
-from experiments.plane import PlaneFit, learn_flow
+from experiments.plane import PlaneFit, ToySettings, learn_flow
 from experiments.run_settings import preset
 
 
 @preset
-class TwoCircles(PlaneFit):
+class TwoCircles(ToySettings, PlaneFit):
     """Two circles, and the planar flow with a gated hypernet: the source's settings, but for the
     learning rate, the tolerance and the penalty, without which paths become stiff.
 

@@ -87,8 +87,10 @@ class Composition(Bijection):
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
     ) -> tuple:
         """That of each part."""
-        pairs = zip(self.parts, self._keys(key), strict=True)
-        return tuple(part.draw_noise(divergence, k, batch, dim, dtype) for part, k in pairs)
+        parts = enumerate(zip(self.parts, self._keys(key), strict=True))
+        return tuple(
+            part.draw_noise(divergence.of_part(i), k, batch, dim, dtype) for i, (part, k) in parts
+        )
 
     def _keys(self, key) -> Any:
         return [None] * len(self.parts) if key is None else jax.random.split(key, len(self.parts))

@@ -107,6 +107,20 @@ class CNF(ODE, Flow):
         self.base = base
 
 
+def with_fields(flow: Bijection, change: Callable[[Any], Any]) -> Any:
+    """`flow` with `change(field)` in place of the field of each ODE in it."""
+
+    def is_ode(node):
+        return isinstance(node, ODE)
+
+    def changed(node):
+        if not is_ode(node):
+            return node
+        return eqx.tree_at(lambda ode: ode.field, node, change(node.field))
+
+    return jax.tree.map(changed, flow, is_leaf=is_ode)
+
+
 class FlowState(eqx.Module):
     """The state of the augmented ODE, for the whole batch."""
 

@@ -72,6 +72,7 @@ FIELDS = {
     },
     "unet": partial(drawn, UNet, (1, 3, 1), (3,), context_dim=2, frequencies=2),
     "cast": lambda: Cast(concat(), jnp.float64),
+    "resnet with waves": partial(drawn, ResNet, 3, 5, 2, waves=3, seed=2),
     "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: Residual(concat()),
     "residual without closed form": lambda: Residual(no_closed_form()),

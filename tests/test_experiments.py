@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -241,6 +242,10 @@ BAD = {
     "units by widths": (["energy_sweep", "--widths", "4", "32"], ["--units"]),
     "no seeds": (["latent", "--seeds", "0"], ["--seeds"]),
     "unknown conditioning": (["latent", "--conditioning", "film"], ["'film'", "modulate"]),
+    "missing picture": (["picture", "--image", "none.png"], ["none.png"]),
+    "no picture": (["picture", "--image", "few.csv"], ["few.csv", ".png"]),
+    "a folder of pictures": (["picture", "--image", "."], ["directory"]),
+    "a side of nothing": (["picture", "--side", "1"], ["--side"]),
     "a sweep of yours": (["energy_sweep", "--targets", "mine:bowl"], ["experiments.energy"]),
 }
 
@@ -250,6 +255,7 @@ SETTINGS = {
     "energy": "MatchEnergy",
     "energy_sweep": "EnergySweep",
     "latent": "Latent",
+    "picture": "Picture",
 }
 
 
@@ -400,6 +406,7 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
             ["--steps", 4, "--points", 20, "--irregular", "--lbfgs-steps", 2, *SMALL],
             "learning",
         ),
+        ("picture", ["--steps", 4, "--test-points", 20, "--particles", 20, *SMALL], "densities"),
         ("nice", ["--steps", 10, "--test-points", 50, *SMALL], "densities"),
         (
             "energy",
@@ -542,6 +549,14 @@ def test_figures_of_a_transport():
     assert figures["transport_cost"] == pytest.approx(2, rel=1e-6)
     assert figures["straightness"] == pytest.approx(1, rel=1e-6)
     assert figures["hjb_residual"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(2.3456, "2.35"), (0.0012345, "0.00123")])
+def test_the_progress_bar_shows_three_digits_of_the_loss(loss, shown):
+    from experiments.loop import _shown
+
+    state = SimpleNamespace(skipped=0)
+    assert _shown({"loss": loss, "step_ms": 1.0}, state) == f"loss {shown}, 1.0 ms"
 
 
 def test_total_variation_on_points_is_half_the_mean_difference():

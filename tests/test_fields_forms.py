@@ -122,18 +122,23 @@ def silu(a):
     return a / (1 + np.exp(-a))
 
 
-def test_resnet_is_its_formula():
-    field, t = FIELDS["resnet"](), 0.3
-    angles = np.pi * np.array([1, 2]) * t
-    e = np.array([t, *np.sin(angles), *np.cos(angles), *CONTEXT])
-    h = np.asarray(field.entry.weight @ X + field.entry.bias)
+@pytest.mark.parametrize("name", ["resnet", "resnet with waves"])
+def test_resnet_is_its_formula(name):
+    field, t = FIELDS[name](), 0.3
+    context = CONTEXT if field.context_dim else None
+    angles = np.pi * np.array([1, 2])[: field.frequencies] * t
+    e = np.array([t, *np.sin(angles), *np.cos(angles), *(() if context is None else context)])
+    angles = np.zeros((0, 3)) @ X if field.directions is None else field.directions @ X
+    assert len(angles) == (3 if name == "resnet with waves" else 0)
+    x = np.array([*X, *np.sin(angles), *np.cos(angles)])
+    h = np.asarray(field.entry.weight @ x + field.entry.bias)
     assert len(field.blocks) == 2
     for block in field.blocks:
         parts = (block.inner, block.condition, block.outer)
         (w, p), (u, q), (v, r) = (map(np.asarray, (m.weight, m.bias)) for m in parts)
         h = h + v @ silu(w @ silu(h) + p + u @ e + q) + r
     expected = np.asarray(field.readout.weight) @ silu(h) + np.asarray(field.readout.bias)
-    np.testing.assert_allclose(field(TIME, X, CONTEXT), expected, rtol=1e-12)
+    np.testing.assert_allclose(field(TIME, X, context), expected, rtol=1e-12)
 
 
 def test_resnet_starts_at_rest_with_all_blocks_alive():
@@ -262,8 +267,15 @@ def mixture_of_two(field):
         (lambda: ResNet(2, 0, key=jr.key(0)), "got dim=2, width=0, blocks=2"),
         (lambda: ResNet(2, blocks=0, key=jr.key(0)), "got dim=2, width=128, blocks=0"),
         (lambda: ResNet(0, key=jr.key(0)), "dim, width and blocks must be at least 1"),
-        (lambda: ResNet(2, frequencies=-1, key=jr.key(0)), "frequencies=-1, context_dim=0"),
-        (lambda: ResNet(2, context_dim=-1, key=jr.key(0)), "frequencies=0, context_dim=-1"),
+        (
+            lambda: ResNet(2, frequencies=-1, key=jr.key(0)),
+            "frequencies=-1, waves=0",
+        ),
+        (lambda: ResNet(2, waves=-1, key=jr.key(0)), "frequencies=0, waves=-1"),
+        (
+            lambda: ResNet(2, context_dim=-1, key=jr.key(0)),
+            "waves=0, context_dim=-1",
+        ),
         (
             lambda: ResNet(2, activation="relu", key=jr.key(0)),
             "unknown activation 'relu': use one of tanh",

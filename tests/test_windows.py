@@ -12,6 +12,7 @@ from helpers import MATRIX, TIGHT, Linear, carried
 from scipy import linalg
 
 from jcnf.data.series import TARGETS, load_series, spiral
+from jcnf.data.tables import read_rows
 from jcnf.errors import InputError
 from jcnf.objectives import draw_windows, trajectory_fit
 
@@ -148,6 +149,16 @@ def test_what_is_no_series_is_refused(tmp_path, lines, message):
     (tmp_path / "bad.csv").write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError, match=re.escape(message)):
         load_series(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize("cell", ["high", "nan", ""])
+def test_a_bad_cell_of_a_series_names_no_flag(tmp_path, cell):
+    """Experiments that read series, or score rows, have no --drop."""
+    (tmp_path / "bad.csv").write_text(f"t,a,b\n0,1,2\n1,{cell},3\n2,3,5\n")
+    for read in (load_series, partial(read_rows, columns=("t", "a", "b"))):
+        with pytest.raises(InputError, match=r"row 2 \(line 3\), column 2 \(a\)") as raised:
+            read(tmp_path / "bad.csv")
+        assert "--" not in str(raised.value)
 
 
 def test_an_unknown_target_names_the_known():

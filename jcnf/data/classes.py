@@ -14,7 +14,7 @@ EXTENT = toys.toy("moons").extent
 # Of a class, in nats, as the toys': the least mean of -log p(x | label) that a model can have.
 ENTROPY = 1.70257015
 _sample, _density = toys._curve(**toys.MOON)
-_log_prob = toys._batched(_density)
+_log_prob = toys.batched(_density)
 
 
 def sample(key: Key[Array, ""], labels: Int[Array, " num"]) -> Float[Array, "num 2"]:

@@ -15,6 +15,14 @@ from jcnf.errors import InputError
 _MISSING = {"", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "<na>"}
 
 
+class CellError(InputError):
+    """A cell that holds no finite number, of the column of that name: one may do without it."""
+
+    def __init__(self, message: str, column: str):
+        super().__init__(message)
+        self.column = column
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """The data lines of a file and how they are laid out: no comments, no blanks, no header."""
@@ -30,7 +38,8 @@ class Text:
         """The columns at the positions `kept` as float64; `names` has all `width` names.
 
         Raises:
-            InputError: rows of unequal length, and text, missing or infinite values in `kept`.
+            InputError: rows of unequal length; `CellError`, text, missing or infinite values in
+                `kept`.
         """
         self._require_equal_lengths()
         blanks = self.separator == " "
@@ -61,9 +70,10 @@ class Text:
                 if np.isfinite(value):
                     continue
                 if not _is_missing(cells[column]) and np.isnan(value):
-                    raise InputError(
+                    raise CellError(
                         f"{self.path}: {where} holds the text {cells[column][:40]!r}; make it a "
-                        f"number or leave the column out with --drop {names[column]}"
+                        "number",
+                        names[column],
                     )
                 missing.append((where, cells[column], names[column]))
         if missing:
@@ -109,13 +119,11 @@ def label(position: int, names: Sequence[str]) -> str:
     return f"column {position + 1}" + ("" if name == f"x{position + 1}" else f" ({name})")
 
 
-def missing_error(path: Path, where: str, found: str, name: str, count: int) -> InputError:
+def missing_error(path: Path, where: str, found: str, name: str, count: int) -> CellError:
     """The error for an empty, NaN or infinite cell, `count` of which were found in all."""
     what = f"'{found}' is not a finite number" if found else "is an empty cell"
-    return InputError(
-        f"{path}: {where}: {what} ({count} such in all); remove or fill those rows, "
-        f"or leave the column out with --drop {name}"
-    )
+    message = f"{path}: {where}: {what} ({count} such in all); remove or fill those rows"
+    return CellError(message, name)
 
 
 def cells_of(line: str, separator: str) -> list[str]:

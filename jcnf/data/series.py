@@ -111,7 +111,7 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
         scale = Standardizer(values[known].mean(axis=0), values[known].std(axis=0), names)
     for name, column, std in zip(names, values[known].T, scale.std, strict=True):
         if np.all(column == column[0]):
-            raise InputError(f"{path}: column {name} is constant: leave it")
+            raise InputError(f"{path}: column {name} is constant: leave it out")
         if not 0 < std < np.inf:
             raise InputError(f"{path}: column {name} cannot be standardised: change its unit")
     values = (values - scale.mean) / scale.std

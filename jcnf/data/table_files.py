@@ -35,8 +35,8 @@ def read_raw(path: str | os.PathLike, choose: Choose) -> RawTable:
     """Read the columns that `choose` picks.
 
     Raises:
-        InputError: a missing, damaged or unknown file; text, missing or infinite values and
-            ragged rows in the columns that are read; whatever `choose` raises.
+        InputError: a missing, damaged or unknown file; ragged rows; `csv_text.CellError`, text,
+            missing or infinite values in the columns that are read; whatever `choose` raises.
     """
     path = _existing(Path(path))
     return _read_csv(path, choose) if ".csv" in path.name.lower() else _read_numpy(path, choose)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from jcnf.data import checks, levels
+from jcnf.data.csv_text import CellError
 from jcnf.data.table_files import RawTable, all_but, read_raw, those_of, write_rows
 from jcnf.errors import InputError
 
@@ -147,7 +148,10 @@ def load_table(
             part empty; what no model can fit (see `checks.require_usable`); values that float32
             cannot hold once standardized.
     """
-    raw = read_raw(path, all_but(drop))
+    try:
+        raw = read_raw(path, all_but(drop))
+    except CellError as error:
+        raise InputError(f"{error}, or {_drop(error.column)}") from None
     train, val, test = _split(raw, seed, val_fraction, test_fraction)
     rows = np.concatenate(list(raw.parts.values()))
     checks.require_usable(raw.path, rows[train], raw.columns)
@@ -225,6 +229,10 @@ def _too_large(scaled: Float[np.ndarray, "rows dim"]) -> tuple[int, int] | None:
     return (int(beyond[0, 0]), int(beyond[0, 1])) if len(beyond) else None
 
 
+def _drop(column: str) -> str:
+    return f"leave the column out with --drop {column}"
+
+
 def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
     if (place := _too_large(scaled)) is not None:
         row, column = place
@@ -234,6 +242,6 @@ def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndar
         raise InputError(
             f"{raw.path}: {name}row {row - starts[part] + 1}, column {raw.columns[column]}: the "
             "value is too large for float32 when standardized by the training part; remove the "
-            f"row, or leave the column out with --drop {raw.columns[column]}"
+            f"row, or {_drop(raw.columns[column])}"
         )
     return scaled.astype(np.float32)

@@ -64,7 +64,7 @@ def toy(name: str) -> Toy:
     raise InputError(f"no toy is called {name!r}: {hint}The toys are {', '.join(TOYS)}")
 
 
-def _batched(density: Density) -> Callable[[Array], Array]:
+def batched(density: Density) -> Callable[[Array], Array]:
     """The log-density of one point, as a compiled function of a batch (batch, 2)."""
 
     @jax.jit  # without it every eager call would compile the loop afresh
@@ -304,6 +304,6 @@ _TABLE = (
 )
 
 TOYS: dict[str, Toy] = {
-    name: Toy(name, sample, _batched(density), *numbers)
+    name: Toy(name, sample, batched(density), *numbers)
     for name, sample, density, *numbers in _TABLE
 }

@@ -4,17 +4,15 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf.fields.activations import Activation, resolve
+from jcnf.fields.convolution import KERNEL, convolve
 from jcnf.fields.jacobian import along
 from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
-
-KERNEL = 3  # pixels a side
 
 
 class Conv(eqx.Module):
@@ -101,18 +99,6 @@ class Conv(eqx.Module):
         reach = len(self.layers) * (KERNEL // 2)
         directions = jnp.asarray(_far_apart(self.shape, reach), x.dtype)
         return along(self, t, x, context, directions)[:2]
-
-
-def convolve(
-    h: Float[Array, "height width in"],
-    weight: Float[Array, "out patch"],
-    bias: Float[Array, " out"],
-) -> Float[Array, "height width out"]:
-    """The linear layer of the 3 x 3 pixels around each pixel, zeros beyond the border."""
-    kernel = weight.T.reshape(KERNEL, KERNEL, h.shape[-1], -1)
-    layout = ("NHWC", "HWIO", "NHWC")
-    out = jax.lax.conv_general_dilated(h[None], kernel, (1, 1), "SAME", dimension_numbers=layout)
-    return out[0] + bias[None, None]
 
 
 def _far_apart(shape, reach):

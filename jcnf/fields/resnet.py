@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Key
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.layers import Ignore
 
+SHARPNESS = 2.0  # standard deviation of what waves are drawn with
+
 
 class Block(eqx.Module):
     """h + V s(W s(h) + U e): one residual block, told the time and the context by e."""
@@ -27,12 +29,13 @@ class Block(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W x.
+    """v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W (x, w(x)).
 
     Blocks that pass their input on can be many, and the time may be told apart finely: e(t, c) is
-    (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c). Its divergence
-    takes one product with each layer a dimension, which suits a field that is trained by flow
-    matching and scored now and then.
+    (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c). Sharp edges take waves
+    w(x) = (sin S x, cos S x) beside x, with S drawn from N(0, 2^2) (random Fourier features, Tancik
+    et al. 2020; here S is trained along). Its divergence takes one product with each layer a
+    dimension, which suits a field that is trained by flow matching and scored now and then.
 
     **Arguments:**
 
@@ -41,12 +44,14 @@ class ResNet(eqx.Module):
     - `blocks`: how many, each of two layers.
     - `activation`: as in `jcnf.fields.MLP`.
     - `frequencies`: F; 0 for the bare time.
+    - `waves`: rows of S; 0 for the bare x.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `key`: consumed once, for the initial weights. Those of R are 0, so that at first v = 0.
 
     **Raises:** `ValueError` for an unknown activation, and for sizes that are too small.
     """
 
+    directions: Float[Array, "waves dim"] | None  # S
     entry: Ignore
     blocks: tuple[Block, ...]
     readout: Ignore
@@ -63,14 +68,15 @@ class ResNet(eqx.Module):
         *,
         activation: str | Callable = "silu",
         frequencies: int = 0,
+        waves: int = 0,
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
-        if min(dim, width, blocks) < 1 or min(frequencies, context_dim) < 0:
+        if min(dim, width, blocks) < 1 or min(frequencies, waves, context_dim) < 0:
             raise ValueError(
-                "dim, width and blocks must be at least 1, frequencies and context_dim at least 0; "
-                f"got dim={dim}, width={width}, blocks={blocks}, frequencies={frequencies}, "
-                f"context_dim={context_dim}"
+                "dim, width and blocks must be at least 1, frequencies, waves and context_dim at "
+                f"least 0; got dim={dim}, width={width}, blocks={blocks}, "
+                f"frequencies={frequencies}, waves={waves}, context_dim={context_dim}"
             )
         self.dim = dim
         self.context_dim = context_dim
@@ -78,7 +84,11 @@ class ResNet(eqx.Module):
         self.activation = resolve(activation)
         entry_key, readout_key, *keys = jr.split(key, 2 + blocks)
         conditions = 1 + 2 * frequencies + context_dim
-        self.entry = Ignore(dim, width, key=entry_key)
+        self.directions = None
+        if waves:
+            entry_key, wave_key = jr.split(entry_key)
+            self.directions = SHARPNESS * jr.normal(wave_key, (waves, dim))
+        self.entry = Ignore(dim + 2 * waves, width, key=entry_key)
         self.blocks = tuple(Block(width, conditions, key=k) for k in keys)
         readout = Ignore(width, dim, key=readout_key)
         self.readout = eqx.tree_at(lambda r: r.weight, readout, jnp.zeros_like(readout.weight))
@@ -89,6 +99,7 @@ class ResNet(eqx.Module):
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:
             condition = jnp.concatenate([condition, context])
+        x, columns = self._with_waves(x, columns)
         h, pushed = self.entry(t, x), columns @ self.entry.weight.T
         for block in self.blocks:
             a, slope = self.activation(h)
@@ -98,6 +109,17 @@ class ResNet(eqx.Module):
             pushed = pushed + inner @ block.outer.weight.T
         a, slope = self.activation(h)
         return self.readout(t, a), (slope[None] * pushed) @ self.readout.weight.T
+
+    def _with_waves(self, x, columns):
+        """x and its waves, and the products of their Jacobian with `columns`."""
+        if self.directions is None:
+            return x, columns
+        angles, turned = self.directions @ x, columns @ self.directions.T
+        s, c = jnp.sin(angles), jnp.cos(angles)
+        return (
+            jnp.concatenate([x, s, c]),
+            jnp.concatenate([columns, c[None] * turned, -s[None] * turned], axis=1),
+        )
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None

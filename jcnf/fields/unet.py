@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.conv import KERNEL, convolve
+from jcnf.fields.convolution import KERNEL, convolve
 from jcnf.fields.layers import Ignore
 
 GROUPS = 8  # of channels, each normalised by itself
