@@ -39,14 +39,15 @@ def fit(
     data: Any,
     validate: Callable[[Any], float],
     score: str = "val_nll",
+    stages: list[Stage] | None = None,
 ) -> Fitted:
-    """Train from the beginning, or from the run's checkpoint, through the settings' stages.
+    """Train from the beginning, or from the run's checkpoint, through `stages`: the settings' own.
 
     `validate(model)` is a held-out figure, lower when better, that the log calls `score`: a NLL in
     nats unless said otherwise. It chooses the parameters to keep, and those that the next stage
     starts from.
     """
-    stages = settings.make_stages()
+    stages = stages or settings.make_stages()
     records = read_jsonl(run.log)
     place = _Place()
     if run.checkpoint.exists():

@@ -9,6 +9,7 @@ from jcnf import objectives as objectives
 from jcnf import paths as paths
 from jcnf import regularizers as regularizers
 from jcnf import times as times
+from jcnf import vae as vae
 from jcnf.bijective import BijectiveFlow as BijectiveFlow
 from jcnf.cnf import CNF as CNF
 from jcnf.divergence import Exact as Exact

@@ -38,6 +38,7 @@ CORE = [
     "as_distrax",
     "augmented",
     "inpaint",
+    "vae",
     "paths",
     "times",
     "couplings",

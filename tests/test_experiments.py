@@ -248,6 +248,8 @@ BAD = {
     "temperature 0": (["energy", "--temperature", "0"], ["--temperature"]),
     "units twice": (["energy_sweep", "--units", "2", "2"], ["--units"]),
     "units by widths": (["energy_sweep", "--widths", "4", "32"], ["--units"]),
+    "no seeds": (["latent", "--seeds", "0"], ["--seeds"]),
+    "unknown conditioning": (["latent", "--conditioning", "film"], ["'film'", "modulate"]),
     "missing picture": (["picture", "--image", "none.png"], ["none.png"]),
     "no picture": (["picture", "--image", "few.csv"], ["few.csv", ".png"]),
     "a folder of pictures": (["picture", "--image", "."], ["directory"]),
@@ -279,6 +281,7 @@ SETTINGS = {
     "density": "Density",
     "energy": "MatchEnergy",
     "energy_sweep": "EnergySweep",
+    "latent": "Latent",
     "picture": "Picture",
     "nice": {"parabola": "PlaneNICE", "digits": "DigitsNICE", "mnist": "MNISTNICE"},
     "images": {"digits": "Digits", "ffjord-mnist": "FFJORDMnist", "flow-mnist": "FlowMnist"},
@@ -460,6 +463,11 @@ def test_training_that_cannot_go_on_stops_and_says_so(tmp_path):
             "energy_sweep",
             ["--targets", "u2", "--units", 2, 3, "--steps", 4, "--hot-steps", 0, *FEW[:2]],
             "units",
+        ),
+        (
+            "latent",
+            ["--steps", 4, "--seeds", 1, "--latent", 2, "--samples", 3, *SMALL],
+            "posteriors",
         ),
     ],
 )

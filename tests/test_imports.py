@@ -22,6 +22,7 @@ ORDER = [
         "as_distrax",
         "augmented",
         "inpaint",
+        "vae",
         "paths",
         "times",
         "couplings",
@@ -34,7 +35,17 @@ ORDER = [
     ),
 ]
 # What nobody in the chain imports, and what imports errors only.
-SIDE = ("data", "plot", "curves", "galleries", "scatter", "orbits", "histograms", "_canvas")
+SIDE = (
+    "data",
+    "plot",
+    "curves",
+    "scatter",
+    "orbits",
+    "galleries",
+    "histograms",
+    "latents",
+    "_canvas",
+)
 FILES = sorted((ROOT / "jcnf").rglob("*.py"))
 HEAVY = ["matplotlib", "PIL", "sklearn", "pandas", "tyro", "tqdm", "ott"]
 HEAVY += ["distrax", "tensorflow_probability", "experiments"]

@@ -4,6 +4,8 @@ Nothing here draws conclusions from a solve that failed: its samples come back a
 """
 
 from jcnf.evaluate import strangeness as strangeness
+from jcnf.evaluate.bounds import Bounds as Bounds
+from jcnf.evaluate.bounds import bounds as bounds
 from jcnf.evaluate.certificate import Certificate as Certificate
 from jcnf.evaluate.certificate import certify as certify
 from jcnf.evaluate.compression import code_length as code_length

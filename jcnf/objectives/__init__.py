@@ -5,6 +5,7 @@ objective is one function of that form; `functools.partial` binds its settings.
 """
 
 from jcnf.objectives.batches import with_context as with_context
+from jcnf.objectives.elbo import elbo as elbo
 from jcnf.objectives.inner import in_precision as in_precision
 from jcnf.objectives.inner import of_inner as of_inner
 from jcnf.objectives.likelihood import RESERVED as RESERVED

@@ -15,7 +15,8 @@ from jcnf.flow import Flow, Transformed, transform
 from jcnf.solve import Solve
 
 # Names of metrics, of objectives and of `jcnf.train`.
-RESERVED = {"nll", "reverse_kl", "matching", "nfe", "failed", "loss", "grad_norm", "skipped"}
+RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
+RESERVED |= {"nfe", "failed", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(

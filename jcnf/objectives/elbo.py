@@ -1,0 +1,53 @@
+"""The evidence lower bound of a variational autoencoder, through the solve of its posterior."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf.divergence import Divergence, Exact
+from jcnf.objectives.likelihood import check_names, penalised
+from jcnf.solve import Solve
+from jcnf.vae import VAE, weigh
+
+
+def elbo(
+    model: VAE,
+    x: Float[Array, "batch data"],
+    key: Key[Array, ""],
+    *,
+    solve: Solve = Solve(),  # noqa: B008 (frozen)
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    penalties: Mapping[Callable, float] = MappingProxyType({}),
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean of log q(z | x) - log p(z) - log p(x | z) in nats, one z ~ q(z | x) for each x.
+
+    Without penalties an unbiased estimate of the negative ELBO (Kingma & Welling 2014, eq. 3; with
+    a flow, Rezende & Mohamed 2015, eq. 15). `penalties` maps regularizers, as in
+    `jcnf.regularizers`, to their weights. `key` is consumed once,
+    split between z and the divergence's noise. The metrics are "negative_elbo", its two parts
+    "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
+    function, "nfe" and "failed".
+
+    **Raises:** `ValueError` as `jcnf.vae.weigh` does.
+    """
+    check_names(penalties)
+    eps_key, noise_key = jr.split(key)
+    weighed = weigh(
+        model,
+        x,
+        model.posterior.base.sample(eps_key, x.shape[0], x.dtype),
+        key=noise_key,
+        solve=solve,
+        divergence=divergence,
+        regularizers=tuple(penalties),
+    )
+    bound = -jnp.mean(weighed.log_weight)
+    loss, metrics = penalised("negative_elbo", bound, penalties, weighed.carried)
+    parts = {
+        "reconstruction": -jnp.mean(weighed.log_likelihood),
+        "kl": jnp.mean(weighed.log_ratio),
+    }
+    return loss, metrics | parts
