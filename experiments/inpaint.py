@@ -22,9 +22,11 @@ from experiments.image_data import held_out, some
 from experiments.image_fit import ImageLoop, one_hot
 from experiments.run_settings import RunSettings
 from experiments.rundir import RunDir, kind_of, load_flow
-from jcnf import galleries, inpaint
+from jcnf import Solve, evaluate, galleries, inpaint
+from jcnf.chain import Chain
 from jcnf.divergence import Drawn
 from jcnf.errors import InputError
+from jcnf.multiscale import Logit
 
 WAYS = ("ascend", "langevin")
 
@@ -37,13 +39,13 @@ class Inpaint(RunSettings):
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     # the half that is known: top, bottom, left, right
     known: str = "top"
-    # ascend (NICE's: the log-density's gradient and noise, step 10 / (100 + i)), langevin (samples
-    # of the covered half given the known one)
+    # ascend (NICE's: the log-density's gradient and noise, step 10 / (100 + i) in units of the
+    # pixels' spread), langevin (samples of the covered half given the known one)
     way: str = "ascend"
     # test pictures
     count: int = 10
     # steps; of langevin, as many before them to find its step sizes
-    steps: int = 500
+    steps: int = 1000
     # stages drawn
     stages: int = 6
     # ascend: deviation of the noise
@@ -83,43 +85,53 @@ def run(settings: Inpaint) -> None:
     flow, trained, _ = load_flow(settings.from_run, kind)
     run_dir = RunDir("inpaint", settings)
     images, measure = trained.load(), trained.make_measure()
-    truth_key, start_key, noise_key, key = jr.split(jr.fold_in(jr.key(settings.seed), 6), 4)
+    root = jr.fold_in(jr.key(settings.seed), 6)
+    truth_key, start_key, noise_key, spread_key, key = jr.split(root, 5)
     truth = held_out(images.test, images.levels, settings.count, truth_key)
     rows = some(len(images.test), settings.count)
     known = jnp.asarray(inpaint.half(images.shape, settings.known))
-    start = jnp.where(known[None], truth, jr.uniform(start_key, truth.shape))
+    context = one_hot(images, "test", trained.classes, rows)
+    # The covered half of other pictures of the flow's: where its density is neither 0 nor flat.
+    sampled = evaluate.draw(flow, start_key, len(truth), context=context, solve=measure.quick)
+    start = jnp.where(known[None], truth, jnp.clip(np.nan_to_num(sampled.x[-1]), 1e-3, 1 - 1e-3))
     noise = flow.draw_noise(measure.divergence, noise_key, *truth.shape, truth.dtype)
     tolerance = settings.tolerance
+    # Where pixels are bounded most of them are at a bound, which a logit takes to where it is not.
+    inner, there, back = _unbounded(flow)
     log_prob = inpaint.Density(
-        flow,
-        one_hot(images, "test", trained.classes, rows),
+        inner,
+        context,
         dataclasses.replace(measure.quick, rtol=tolerance, atol=tolerance),
         Drawn(measure.divergence, noise),
     )
-    shared: Any = {"steps": settings.steps, "keep": settings.stages, "bounds": (0.0, 1.0)}
+    few = held_out(images.train, images.levels, 1000, spread_key)
+    shared: Any = {
+        "steps": settings.steps,
+        "keep": settings.stages,
+        "scale": jnp.std(there(few), axis=0),
+    }
     if settings.way == "ascend":
-        shared["noise"] = settings.noise
-        filled: Any = eqx.filter_jit(inpaint.ascend)(log_prob, start, known, key, **shared)
+        shared |= {"noise": settings.noise, "bounds": (0.0, 1.0) if inner is flow else None}
+        filled: Any = eqx.filter_jit(inpaint.ascend)(log_prob, there(start), known, key, **shared)
     else:
-        # A step of a pixel's spread.
-        shared |= {"burn_in": settings.steps, "step": 1 / images.levels}
-        filled = eqx.filter_jit(inpaint.langevin)(log_prob, start, known, key, **shared)
-    values, filled = jax.device_get((eqx.filter_jit(log_prob)(truth), filled))
+        shared |= {"burn_in": settings.steps, "step": 0.1}
+        filled = eqx.filter_jit(inpaint.langevin)(log_prob, there(start), known, key, **shared)
+    values, filled = jax.device_get((eqx.filter_jit(log_prob)(there(truth)), filled))
+    ends = [jnp.where(known[None], truth, back(x)) for x in filled.x]
 
     def rmse(x):
         return float(np.sqrt(np.mean((x - truth)[:, ~np.asarray(known)] ** 2)))
 
     covered = np.where(np.asarray(known)[None], truth, 0.5)
     steps = inpaint.kept_steps(settings.steps, settings.stages)
-    stages = [(f"step {n}", x) for n, x in zip(steps, filled.x, strict=True)]
-    columns = [("data", truth), ("known", covered), ("start", start), *stages]
-    sheet = np.stack([np.asarray(x) for _, x in columns], axis=1).reshape(-1, truth.shape[1])
-    title = ", ".join(name for name, _ in columns)
+    columns = [truth, covered, start, *ends]
+    sheet = np.stack([np.asarray(x) for x in columns], axis=1).reshape(-1, truth.shape[1])
+    title = f"test picture, what is known, start, steps {', '.join(map(str, steps))}"
     figure = galleries.gallery([(title, sheet)], images.shape, columns=len(columns))
     run_dir.save_figures(stages=figure)
     metrics = {
         "rmse_start": rmse(start),
-        "rmse": rmse(filled.x[-1]),
+        "rmse": rmse(ends[-1]),
         "rmse_mean_picture": rmse(images.train.mean(axis=0)[None] / images.levels),
         "log_prob_truth": float(np.mean(values)),
         "log_prob": float(np.mean(filled.log_prob[-1])),
@@ -127,6 +139,18 @@ def run(settings: Inpaint) -> None:
     if settings.way == "langevin":
         metrics["acceptance"] = float(np.mean(filled.acceptance))
     run_dir.finish(metrics, {"failed_steps": int(np.sum(filled.failed))}, {})
+
+
+def _unbounded(flow):
+    """The flow without the logit that it ends in, and the ways into its space and back."""
+    if not (isinstance(flow, Chain) and isinstance(flow.parts[-1], Logit)):
+        return flow, jnp.asarray, jnp.asarray
+    *parts, logit = flow.parts
+
+    def along(direction):
+        return lambda x: logit.carry(jnp.asarray(x), direction, None, Solve())[0]
+
+    return Chain(parts, flow.base), along("to_base"), along("to_data")
 
 
 if __name__ == "__main__":

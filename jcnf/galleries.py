@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,14 @@ def gallery(
     sheets = [_sheet(c.array(x, "pictures", "(n, dim)"), shape, columns) for _, x in groups]
     scale = BREADTH * columns / 10 / sheets[0].shape[1]
     heights = max(len(sheet) for sheet in sheets) * scale
-    figure = c.new_figure(len(groups) * BREADTH * columns / 10 + 0.1, heights + 0.3)
+    figure = c.new_figure(len(groups) * BREADTH * columns / 10 + 0.1, heights + 0.4)
     for ax, sheet, (title, _) in zip(
         figure.subplots(1, len(groups), squeeze=False)[0], sheets, groups, strict=True
     ):
         ax.imshow(sheet, interpolation="nearest")
-        ax.set(title=title, anchor="N")
+        # About eleven letters an inch.
+        ax.set(anchor="N")
+        ax.set_title(textwrap.fill(title, int(11 * BREADTH * columns / 10)))
         ax.set_axis_off()
     return figure
 

@@ -98,8 +98,9 @@ def ascend(
     bounds: tuple[float, float] | None = None,
     rate: Callable[[Float[Array, ""]], Any] = lambda i: 10 / (100 + i),
     noise: float = 1.0,
+    scale: Float[Array | np.ndarray, "*rows dim"] | None = None,
 ) -> Ascent:
-    """NICE's inpainting: x_H <- x_H + a_i (d log p / dx_H + e), e ~ noise N(0, I).
+    """NICE's inpainting: x_H <- x_H + a_i s (s d log p / dx_H + e), e ~ noise N(0, I).
 
     Noisy gradient ascent on the missing entries x_H, clipped to `bounds` after each step (Dinh et
     al. 2014, section 5.2). With `noise=0` it goes to a mode of p(x_H | x_known); with noise about
@@ -111,17 +112,21 @@ def ascend(
     - `known`: (dim,) or (batch, dim), True for entries to keep.
     - `key`: consumed once.
     - `keep`: how many states to return, at even distances, the last among them.
-    - `rate`: a_i of step i = 0, 1, ...; the paper's 10 / (100 + i) is for pixels in [0, 1].
+    - `rate`: a_i of step i = 0, 1, ..., unless given the paper's 10 / (100 + i).
+    - `scale`: s, of x's missing entries, (dim,) or (batch, dim); the paper's is 1. Their spread
+      makes the rule that of x/s: without it steps of a_i throw pixels that hardly vary, whose
+      gradients are large, from one bound to the other.
 
     **Raises:** `ValueError` for bad shapes and numbers.
     """
     missing = _missing(x, known, steps, keep, bounds)
+    s = _spread(scale, x)
 
     def step(i, state):
         current, failed = state
         x, _, gradient = current
         e = noise * jr.normal(jr.fold_in(key, i), x.shape, x.dtype)
-        moved = x + rate(i.astype(x.dtype) - 1) * (gradient + e)
+        moved = x + rate(i.astype(x.dtype) - 1) * s * (s * gradient + e)
         moved = moved if bounds is None else jnp.clip(moved, *bounds)
         moved = jnp.where(missing & (i > 0), moved, x)
         new = (moved, *_value_and_gradient(log_prob, moved))
@@ -171,7 +176,7 @@ def langevin(
     missing = _missing(x, known, steps, keep, bounds)
     if burn_in < 0 or not step > 0:
         raise ValueError(f"burn_in must be at least 0 and step positive; got {burn_in}, {step}")
-    s = jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, x.dtype), x.shape)
+    s = _spread(scale, x)
     free = jnp.any(missing, axis=1)
     start = (_start(x), jnp.full(x.shape[0], np.log(step), x.dtype), _none(x), _none(x))
 
@@ -251,6 +256,10 @@ def _missing(x, known, steps, keep, bounds):
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (low, high) with low < high; got {bounds}")
     return jnp.broadcast_to(~jnp.asarray(known), x.shape)
+
+
+def _spread(scale, x):
+    return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, x.dtype), x.shape)
 
 
 def _start(x):
