@@ -199,6 +199,8 @@ def test_errors_say_what_to_do():
         UNet((6, 4, 1), (2, 2, 2), key=key)
     with pytest.raises(ValueError, match="multiples of it; got 12"):
         UNet((4, 4, 1), (12,), key=key)
+    with pytest.raises(ValueError, match="got 12 of"):
+        UNet((4, 4, 1), (4, 8), key=key)
 
 
 # Mixed precision

@@ -52,7 +52,8 @@ class UNet(eqx.Module):
     **Arguments:**
 
     - `shape`: height, width and channels of the picture; components come in this order.
-    - `channels`: of each level, the finest first; more than 8 must be a multiple of 8.
+    - `channels`: of each level, the finest first; more than 8, of a level or of two neighbours
+      together, must be a multiple of 8.
     - `blocks`: a level, on each way.
     - `activation`: as in `jcnf.fields.MLP`.
     - `frequencies`: F.
@@ -98,8 +99,13 @@ class UNet(eqx.Module):
                 f"{len(channels)} levels need pictures whose height and width can be halved "
                 f"{len(channels) - 1} times; got {shape[0]} x {shape[1]}"
             )
-        if odd := [c for c in channels if c > GROUPS and c % GROUPS]:
-            raise ValueError(f"channels above {GROUPS} must be multiples of it; got {odd[0]}")
+        # On the way back a level gets what comes from below, and what it had itself.
+        joined = [b + c for b, c in zip([*channels[1:], 0], channels, strict=True)]
+        if odd := [c for c in (*channels, *joined) if c > GROUPS and c % GROUPS]:
+            raise ValueError(
+                f"channels above {GROUPS}, of a level or of two neighbours together, must be "
+                f"multiples of it; got {odd[0]} of {tuple(channels)}"
+            )
         self.shape, self.context_dim, self.frequencies = shape, context_dim, frequencies
         self.activation = resolve(activation)
         size = 1 + 2 * frequencies + context_dim
@@ -113,9 +119,7 @@ class UNet(eqx.Module):
 
         self.entry = Ignore(KERNEL**2 * shape[2], channels[0], key=next(keys))
         self.down = tuple(level(channels[max(i - 1, 0)], c) for i, c in enumerate(channels))
-        # A level gets what comes from below, and what it had itself.
-        below = [*channels[1:], 0]
-        self.up = tuple(level(b + c, c) for b, c in reversed([*zip(below, channels, strict=True)]))
+        self.up = tuple(level(i, o) for i, o in reversed([*zip(joined, channels, strict=True)]))
         self.readout = _silent(Ignore(KERNEL**2 * channels[0], shape[2], key=next(keys)))
 
     @property
