@@ -2,9 +2,9 @@
 
 Presets: digits (the 8x8 digits that always work), ffjord-mnist and ffjord-cifar10 (Grathwohl et al.
 2019), rnode-mnist (Finlay et al. 2020: kinetic and Jacobian penalties, four steps of rk4 a block),
-flow-mnist (a U-Net by flow matching, given the class). MNIST is at --path mnist.npz. Test
-log-densities are of x = (pixel + u) / levels, their divergence exact or by probes, with the
-estimator's standard error.
+flow-mnist (a U-Net by flow matching, given the class). Files of MNIST are named by --path. Test
+log-densities are of x = (pixel + u) / levels, with --conditional given the class, their divergence
+exact or by probes, with the estimator's standard error.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ USERS = likelihood_settings.USERS | {
     ("conv",): ("time",),
     ("unet",): ("frequencies",),
     ("--conditional",): ("drop_context", "guidance"),
+    ("--test-probes",): ("test_draws",),
 }
 
 
@@ -105,8 +106,9 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
 
     def uses(self) -> set[str]:
         """The parts of the settings that these ones put to use."""
-        flags = {"--conditional"} if self.conditional else set()
-        return super().uses() | {self.objective, self.field} | flags
+        flags = {"--conditional": self.conditional, "--test-probes": self.test_probes}
+        given = {flag for flag, value in flags.items() if value}
+        return super().uses() | {self.objective, self.field} | given
 
     @property
     def loss_units(self) -> str:

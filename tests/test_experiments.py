@@ -273,6 +273,7 @@ BAD = {
         ["--guidance", "--drop-context"],
     ),
     "frequencies of no use": (["images", "--frequencies", "2"], ["--frequencies", "unet"]),
+    "draws of no probes": (["images", "--test-draws", "2"], ["--test-draws", "--test-probes"]),
     "unknown precision": (["images", "--precision", "int8"], ["int8", "bfloat16"]),
 }
 
