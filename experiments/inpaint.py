@@ -2,8 +2,9 @@
 
 Of a run of nice or images: the known pixels are held, and the others go up the log-density with
 noise (--way ascend, NICE's rule) or are sampled given the known ones (--way langevin, Metropolis-
-adjusted). The figure has the pictures at several stages. Missing entries of tables are filled in
-by `experiments.density --impute`.
+adjusted). Of images all this is in the logits of the pixels, of which the log-densities of the
+summary are too; an estimated divergence keeps one draw of its noise. The figure has the pictures at
+several stages. Missing entries of tables are filled in by `experiments.density --impute`.
 """
 
 import dataclasses
@@ -91,12 +92,12 @@ def run(settings: Inpaint) -> None:
     rows = some(len(images.test), settings.count)
     known = jnp.asarray(inpaint.half(images.shape, settings.known))
     context = one_hot(images, "test", trained.classes, rows)
-    # The covered half of other pictures of the flow's: where its density is neither 0 nor flat.
+    # Covered halves start from the flow's own samples, where its density is neither 0 nor flat.
     sampled = evaluate.draw(flow, start_key, len(truth), context=context, solve=measure.quick)
     start = jnp.where(known[None], truth, jnp.clip(np.nan_to_num(sampled.x[-1]), 1e-3, 1 - 1e-3))
     noise = flow.draw_noise(measure.divergence, noise_key, *truth.shape, truth.dtype)
     tolerance = settings.tolerance
-    # Where pixels are bounded most of them are at a bound, which a logit takes to where it is not.
+    # Most pixels are black or white: steps there would end at a bound, and logits have none.
     inner, there, back = _unbounded(flow)
     log_prob = inpaint.Density(
         inner,
@@ -132,7 +133,7 @@ def run(settings: Inpaint) -> None:
     metrics = {
         "rmse_start": rmse(start),
         "rmse": rmse(ends[-1]),
-        "rmse_mean_picture": rmse(images.train.mean(axis=0)[None] / images.levels),
+        "rmse_mean_picture": rmse((images.train.mean(axis=0)[None] + 0.5) / images.levels),
         "log_prob_truth": float(np.mean(values)),
         "log_prob": float(np.mean(filled.log_prob[-1])),
     }
@@ -142,7 +143,7 @@ def run(settings: Inpaint) -> None:
 
 
 def _unbounded(flow):
-    """The flow without the logit that it ends in, and the ways into its space and back."""
+    """The flow without the logit that it ends in, if any, and the ways into its space and back."""
     if not (isinstance(flow, Chain) and isinstance(flow.parts[-1], Logit)):
         return flow, jnp.asarray, jnp.asarray
     *parts, logit = flow.parts
