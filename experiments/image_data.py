@@ -82,5 +82,5 @@ def held_out(pixels: np.ndarray, levels: int, count: int, key: Key[Array, ""]) -
 
 
 def some(total: int, count: int) -> np.ndarray:
-    """Numbers of `count` of so many rows, evenly; 0 for all."""
+    """Indices of `count` of `total` rows, evenly spread; all of them for a count of 0."""
     return np.linspace(0, total - 1, min(count or total, total)).astype(int)

@@ -4,6 +4,7 @@ A picture is a vector, its components in the order height, width, channels.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jcnf.chain import Composition
 from jcnf.divergence import Divergence
-from jcnf.flow import Bijection, Transformed
+from jcnf.flow import Bijection, Direction, Transformed
 from jcnf.solve import Stats
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -27,19 +28,21 @@ class Fixed(Bijection):
         """0: it takes no context."""
         return 0
 
-    def both(self, x, direction) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
+    @abstractmethod
+    def both(
+        self, x: Float[Array, "batch dim"], direction: Direction
+    ) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
         """The batch at the other end and its log-det."""
-        raise NotImplementedError
 
     def carry(self, x, direction, context, solve):
         """The batch at the other end."""
         end, _ = self.both(x, direction)
-        return end, _free(end)
+        return end, Stats.unsolved(end)
 
     def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):
         """The batch at the other end and its log-det; there is no path to penalise."""
         end, logdet = self.both(x, direction)
-        return Transformed(end, logdet, {}, _free(end))
+        return Transformed(end, logdet, {}, Stats.unsolved(end))
 
 
 class Logit(Fixed):
@@ -170,10 +173,3 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
     coarse = list(blocks(squeezed))
     rest = multiscale((*squeezed[:2], 2 * channels), scales - 1, blocks)
     return Composition([OnChannels(rest, squeezed, 2 * channels), *coarse, Squeeze(shape), *fine])
-
-
-def _free(end):
-    """What a map without a solve costs: nothing; samples that are not finite have failed."""
-    zero = jnp.int32(0)
-    failed = ~jnp.all(jnp.isfinite(end), axis=1)
-    return Stats(nfe=zero, steps=zero, rejected=zero, failed=failed)

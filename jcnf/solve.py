@@ -56,6 +56,13 @@ class Stats(eqx.Module):
     rejected: Int[Array, ""]  # of them, rejected
     failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
 
+    @classmethod
+    def unsolved(cls, end: Float[Array, "batch dim"]) -> "Stats":
+        """Of a map that solves nothing and ends there: samples that are not finite have failed."""
+        zero = jnp.int32(0)
+        failed = ~jnp.all(jnp.isfinite(end), axis=1)
+        return cls(nfe=zero, steps=zero, rejected=zero, failed=failed)
+
     def __add__(self, other: "Stats") -> "Stats":
         """Of two solves, one after the other."""
         return Stats(

@@ -94,7 +94,7 @@ class Posterior(Flow):
         loc, log_scale, features = self._encode(context)
         scale = jnp.exp(log_scale)
         end = (x - loc) / scale if direction == "to_base" else x
-        stats = _at_rest(end)
+        stats = Stats.unsolved(end)
         if self.refine is not None:
             end, stats = self.refine.carry(end, direction, features, solve)
         return (end if direction == "to_base" else loc + scale * end), stats
@@ -114,7 +114,8 @@ class Posterior(Flow):
         scale, logdet = jnp.exp(log_scale), jnp.sum(log_scale, axis=1)
         e = (x - loc) / scale if direction == "to_base" else x
         zeros = jnp.zeros_like(logdet)
-        end = Transformed(e, zeros, {r.__name__: zeros for r in regularizers}, _at_rest(e))
+        penalties = {r.__name__: zeros for r in regularizers}
+        end = Transformed(e, zeros, penalties, Stats.unsolved(e))
         if self.refine is not None:
             end = self.refine.carry_with_logdet(
                 e, direction, key, features, solve, divergence, regularizers
@@ -148,12 +149,6 @@ class Posterior(Flow):
                 f"{encoded.features.shape[1:]}"
             )
         return encoded
-
-
-def _at_rest(x):
-    zero = jnp.int32(0)
-    failed = ~jnp.all(jnp.isfinite(x), axis=1)
-    return Stats(nfe=zero, steps=zero, rejected=zero, failed=failed)
 
 
 class VAE(eqx.Module):
