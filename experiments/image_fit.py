@@ -66,7 +66,8 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
             "give others, or --no-conditional"
         )
     run_dir = RunDir(name, settings, resume=settings.resume)
-    val_key, test_key, score_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
+    val_key, val_noise_key, test_key, score_key, sample_key = keys
 
     def part(which, count, key):
         pixels = getattr(images, which)
@@ -80,7 +81,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
         scores = evaluate.score(
             flow,
             x_val,
-            key=score_key,
+            key=val_noise_key,
             context=c_val,
             solve=measure.quick,
             divergence=measure.divergence,

@@ -86,6 +86,8 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         self.at_least(2, "test_draws")
         self.at_least(0, "test_probes", "frequencies", "guidance")
         self.check_steps(1.0)
+        if self.steer:
+            raise InputError("--steer is for a flow of one ODE, and a logit is part of these")
         self.check_use(USERS)
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
@@ -94,7 +96,7 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         try:
             x = jax.ShapeDtypeStruct((2, self.dim), float)
             context = jax.ShapeDtypeStruct((2, self.classes), float)
-            for stage in self.make_stages():
+            for stage in self.make_stages()[:1]:
                 eqx.filter_eval_shape(
                     lambda batch, stage=stage: stage.objective(
                         self.make_flow(self.dim, self.classes), batch, jr.key(0)

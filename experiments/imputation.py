@@ -13,7 +13,7 @@ import tyro
 from experiments.density import Density, train_and_measure
 from experiments.harness import main
 from experiments.run_settings import RunSettings
-from experiments.rundir import RunDir, load_flow
+from experiments.rundir import RunDir, kind_of, load_flow
 from jcnf import Solve, impute, scatter
 from jcnf.data.tables import Table, load_table
 from jcnf.errors import InputError
@@ -199,17 +199,19 @@ def _ratio(values: np.ndarray, count: np.ndarray) -> tuple[float, float]:
 
 def _trained(path: Path, data: Path | None) -> tuple:
     """The flow of a run, and the table it was trained on, in its parts."""
-    flow, trained, notes = load_flow(path, Density)
+    kind = kind_of(path)
+    if not issubclass(kind, Density):
+        raise InputError(f"{path} is no run of density or tabular: give one of these")
+    flow, trained, notes = load_flow(path, kind)
     if trained.context:
         raise InputError(f"{path} is a density given columns: train one without --context")
-    data = data or trained.data
-    if data is None:
-        raise InputError(f"{path} names no table: give it with --data")
-    table: Table = load_table(
-        data, seed=trained.seed, drop=trained.drop, dequantise=trained.dequantise
-    )
+    if data is not None:
+        trained = dataclasses.replace(trained, data=data)
+    table: Table = trained.load()
     if table.scale.to_json() != notes["table"]:
-        raise InputError(f"{data} is not the table that {path} was trained on: give that one")
+        raise InputError(
+            f"{trained.data} is not the table that {path} was trained on: give that one by --data"
+        )
     return flow, table
 
 

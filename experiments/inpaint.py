@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -27,6 +26,7 @@ from jcnf import Solve, evaluate, galleries, inpaint
 from jcnf.chain import Chain
 from jcnf.divergence import Drawn
 from jcnf.errors import InputError
+from jcnf.evaluate.scores import full_precision
 from jcnf.multiscale import Logit
 
 WAYS = ("ascend", "langevin")
@@ -87,7 +87,7 @@ def run(settings: Inpaint) -> None:
     run_dir = RunDir("inpaint", settings)
     images, measure = trained.load(), trained.make_measure()
     root = jr.fold_in(jr.key(settings.seed), 6)
-    truth_key, start_key, noise_key, spread_key, key = jr.split(root, 5)
+    truth_key, start_key, noise_key, spread_key, score_key, key = jr.split(root, 6)
     truth = held_out(images.test, images.levels, settings.count, truth_key)
     rows = some(len(images.test), settings.count)
     known = jnp.asarray(inpaint.half(images.shape, settings.known))
@@ -113,12 +113,25 @@ def run(settings: Inpaint) -> None:
     }
     if settings.way == "ascend":
         shared |= {"noise": settings.noise, "bounds": (0.0, 1.0) if inner is flow else None}
-        filled: Any = eqx.filter_jit(inpaint.ascend)(log_prob, there(start), known, key, **shared)
+        march: Any = inpaint.ascend
     else:
         shared |= {"burn_in": settings.steps, "step": 0.1}
-        filled = eqx.filter_jit(inpaint.langevin)(log_prob, there(start), known, key, **shared)
-    values, filled = jax.device_get((eqx.filter_jit(log_prob)(there(truth)), filled))
+        march = inpaint.langevin
+    march = eqx.filter_jit(full_precision(march))
+    filled: Any = march(log_prob, there(start), known, key, **shared)
     ends = [jnp.where(known[None], truth, back(x)) for x in filled.x]
+
+    def mean_log_prob(x):  # of pixels, with other noise than that of the way there
+        scored = evaluate.score(
+            flow,
+            x,
+            key=score_key,
+            context=context,
+            solve=measure.quick,
+            divergence=measure.divergence,
+            chunk=measure.chunk,
+        )
+        return -scored.nll
 
     def rmse(x):
         return float(np.sqrt(np.mean((x - truth)[:, ~np.asarray(known)] ** 2)))
@@ -134,8 +147,9 @@ def run(settings: Inpaint) -> None:
         "rmse_start": rmse(start),
         "rmse": rmse(ends[-1]),
         "rmse_mean_picture": rmse((images.train.mean(axis=0)[None] + 0.5) / images.levels),
-        "log_prob_truth": float(np.mean(values)),
-        "log_prob": float(np.mean(filled.log_prob[-1])),
+        "log_prob_truth": mean_log_prob(truth),
+        "log_prob_start": mean_log_prob(start),
+        "log_prob": mean_log_prob(ends[-1]),
     }
     if settings.way == "langevin":
         metrics["acceptance"] = float(np.mean(filled.acceptance))

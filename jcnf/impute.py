@@ -136,6 +136,11 @@ def predictive(
     **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
     """
     truth, x = np.asarray(truth), np.asarray(x)
+    if truth.shape != x.shape or draws.shape[1:] != x.shape or samples < 2:
+        raise ValueError(
+            f"expected truth and each of the draws of the shape of x, {x.shape}, and at least 2 "
+            f"samples; got {truth.shape}, {draws.shape} and {samples}"
+        )
     missing = np.isnan(x)
     log_prob, stderr, ess = np.zeros(len(x)), np.zeros(len(x)), np.ones(len(x))
     mean = np.where(missing, draws.mean(axis=0, dtype=np.float64), x)

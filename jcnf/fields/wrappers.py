@@ -34,7 +34,8 @@ class Cast(Wrapper):
     """v(t, x) = f(t, x), computed in another dtype: mixed precision.
 
     Parameters, input and whatever f does are in `dtype`, and the velocity is in that of x again,
-    so that the state of a solve, its error control and the log-det keep their precision.
+    so that the state of a solve, its error control and the sums of a log-det keep their precision;
+    a closed-form divergence is computed in `dtype` as well.
 
     **Arguments:**
 
