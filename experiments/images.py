@@ -86,6 +86,8 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         self.at_least(0, "test_probes", "frequencies", "guidance")
         self.check_steps(1.0)
         self.check_use(USERS)
+        if self.test_draws != type(self)().test_draws and not self.test_probes:
+            raise InputError("--test-draws would change nothing: of use with --test-probes alone")
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
         if self.guidance != 1 and not self.drop_context:

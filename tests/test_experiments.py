@@ -273,6 +273,20 @@ BAD = {
         ["--guidance", "--drop-context"],
     ),
     "frequencies of no use": (["images", "--frequencies", "2"], ["--frequencies", "unet"]),
+    "draws of no estimator": (["images", "--test-draws", "8"], ["--test-draws", "--test-probes"]),
+    "U-Net without levels": (["images", "--field", "unet", "--channels"], ["channels", "()"]),
+    "too many scales of CIFAR-10": (
+        ["images", "--preset", "ffjord-cifar10", "--scales", "7"],
+        ["7 scales", "32 x 32"],
+    ),
+    "no table to train on": (["imputation", "--data", "none.csv", "--out", "o"], ["none.csv"]),
+    "noise of other ways": (
+        ["inpaint", "--from", "r", "--way", "langevin", "--noise", "2"],
+        ["--noise", "ascend"],
+    ),
+    "no run to inpaint": (["inpaint", "--from", "nowhere"], ["nowhere"]),
+    "no run to score": (["ood", "--from", "nowhere"], ["nowhere"]),
+    "seeds beyond": (["latent", "--seed", "2147483647"], ["--seed"]),
     "unknown precision": (["images", "--precision", "int8"], ["int8", "bfloat16"]),
 }
 
@@ -281,6 +295,9 @@ SETTINGS = {
     "density": "Density",
     "energy": "MatchEnergy",
     "energy_sweep": "EnergySweep",
+    "imputation": "Imputation",
+    "inpaint": "Inpaint",
+    "ood": "OOD",
     "latent": "Latent",
     "picture": "Picture",
     "nice": {"parabola": "PlaneNICE", "digits": "DigitsNICE", "mnist": "MNISTNICE"},
