@@ -301,7 +301,12 @@ SETTINGS = {
     "latent": "Latent",
     "picture": "Picture",
     "nice": {"parabola": "PlaneNICE", "digits": "DigitsNICE", "mnist": "MNISTNICE"},
-    "images": {"digits": "Digits", "ffjord-mnist": "FFJORDMnist", "flow-mnist": "FlowMnist"},
+    "images": {
+        "digits": "Digits",
+        "ffjord-mnist": "FFJORDMnist",
+        "ffjord-cifar10": "FFJORDCifar10",
+        "flow-mnist": "FlowMnist",
+    },
 }
 
 
@@ -496,7 +501,7 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
 
 
 def test_pictures_without_labels_have_no_classes(tmp_path):
-    from experiments.image_fit import Measure, learn_pictures
+    from experiments.image_fit import learn_pictures
     from experiments.images import FlowMnist
     from jcnf.errors import InputError
 
@@ -504,7 +509,7 @@ def test_pictures_without_labels_have_no_classes(tmp_path):
     np.savez(tmp_path / "mnist.npz", x_train=x, x_test=x)
     settings = FlowMnist(path=tmp_path / "mnist.npz", out=tmp_path / "run")
     with pytest.raises(InputError, match=r"labels 0 to 9: .*--no-conditional"):
-        learn_pictures("images", settings, lambda images: None, Measure(), 10)
+        learn_pictures("images", settings, lambda images: None)
     assert not (tmp_path / "run").exists()
 
 
