@@ -96,13 +96,11 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         try:
             x = jax.ShapeDtypeStruct((2, self.dim), float)
             context = jax.ShapeDtypeStruct((2, self.classes), float)
-            for stage in self.make_stages()[:1]:
-                eqx.filter_eval_shape(
-                    lambda batch, stage=stage: stage.objective(
-                        self.make_flow(self.dim, self.classes), batch, jr.key(0)
-                    ),
-                    (x, context) if self.classes else x,
-                )
+            objective = self.make_stages()[0].objective
+            eqx.filter_eval_shape(
+                lambda batch: objective(self.make_flow(self.dim, self.classes), batch, jr.key(0)),
+                (x, context) if self.classes else x,
+            )
         except ValueError as error:
             raise InputError(str(error)) from None
 

@@ -70,16 +70,14 @@ def run(settings: Imputation) -> None:
         run_dir = RunDir("imputation", settings)
     else:
         assert settings.data is not None  # by `check`
-        run_dir = RunDir("imputation", settings)
         training = dataclasses.replace(
-            Density(),
-            data=settings.data,
-            steps=settings.train_steps,
-            seed=settings.seed,
-            out=run_dir.path / "density",
+            Density(), data=settings.data, steps=settings.train_steps, seed=settings.seed
         )
         training.check()
-        train_and_measure("density", training, load_table(settings.data, seed=settings.seed))
+        table = load_table(settings.data, seed=settings.seed)
+        run_dir = RunDir("imputation", settings)
+        training = dataclasses.replace(training, out=run_dir.path / "density")
+        train_and_measure("density", training, table)
         flow, table = _trained(run_dir.path / "density", None)
     truth = np.asarray(jnp.asarray(table.test[: settings.rows], float))
     hidden = np.random.default_rng([settings.seed, 2]).random(truth.shape) < settings.hide

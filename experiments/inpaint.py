@@ -20,7 +20,7 @@ import tyro
 from experiments.harness import main
 from experiments.image_data import held_out, some
 from experiments.image_fit import ImageLoop, one_hot
-from experiments.run_settings import RunSettings
+from experiments.run_settings import RunSettings, SolveSettings
 from experiments.rundir import RunDir, kind_of, load_flow
 from jcnf import Solve, evaluate, galleries, inpaint
 from jcnf.chain import Chain
@@ -84,8 +84,10 @@ def run(settings: Inpaint) -> None:
             "experiments.density --from RUN_DIR --impute TABLE"
         )
     flow, trained, _ = load_flow(settings.from_run, kind)
-    run_dir = RunDir("inpaint", settings)
+    if settings.tolerance != type(settings).tolerance and not isinstance(trained, SolveSettings):
+        raise InputError(f"--tolerance would change nothing: {settings.from_run} has no solves")
     images, measure = trained.load(), trained.make_measure()
+    run_dir = RunDir("inpaint", settings)
     root = jr.fold_in(jr.key(settings.seed), 6)
     truth_key, start_key, noise_key, spread_key, score_key, key = jr.split(root, 6)
     truth = held_out(images.test, images.levels, settings.count, truth_key)

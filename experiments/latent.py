@@ -90,6 +90,8 @@ class Latent(LoopSettings, SolveSettings):
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.at_least(1, "seeds", "latent", "hidden", "wider", "decoder", "samples")
+        if self.seed + self.seeds > 2**31:
+            raise InputError("--seed and --seeds go beyond 2147483647: lower one of them")
         if self.lbfgs_steps and self.adjoint == "forward":
             raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
         self.check_steps(1.0)

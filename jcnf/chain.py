@@ -23,12 +23,19 @@ class Composition(Bijection):
     - `parts`: `jcnf.flow.Bijection`s of one dimension, the base's side first. The base of one that
       is a flow plays no role.
 
-    **Raises:** `ValueError` for no parts, and for parts that take contexts of different sizes.
+    **Raises:** `ValueError` for no parts, for others than bijections, and for parts that take
+    contexts of different sizes.
     """
 
     parts: tuple[Bijection, ...]
 
     def __init__(self, parts: Sequence[Bijection]):
+        for part in parts:
+            if not isinstance(part, Bijection):
+                raise ValueError(
+                    f"a part must be a jcnf.flow.Bijection; got a {type(part).__name__}: "
+                    "of a field make jcnf.cnf.ODE(field)"
+                )
         sizes = {size for part in parts if (size := part.context_dim)}
         if not parts or len(sizes) > 1:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,11 @@ def gallery(
 
     groups: a title and pictures (n, dim) in [0, 1], flattened in the order height, width, channels
     of `shape`. What is outside [0, 1] is cut off there; a picture that is not finite is red.
+
+    **Raises:** `ValueError` for no groups, columns or pictures, and for those of another shape.
     """
+    if not groups or columns < 1:
+        raise ValueError(f"give groups of pictures and columns; got {len(groups)} and {columns}")
     sheets = [_sheet(c.array(x, "pictures", "(n, dim)"), shape, columns) for _, x in groups]
     scale = BREADTH * columns / 10 / sheets[0].shape[1]
     heights = max(len(sheet) for sheet in sheets) * scale
@@ -46,9 +51,12 @@ def gallery(
 
 def _sheet(x, shape, columns):
     """One RGB picture (height, width, 3) of all of them."""
-    height, width, channels = shape
-    if x.shape[1] != height * width * channels or channels not in (1, 3):
-        raise ValueError(f"expected pictures of shape {shape}, 1 or 3 channels; got {x.shape}")
+    if len(shape) != 3 or x.shape[1] != math.prod(shape) or shape[2] not in (1, 3) or not len(x):
+        raise ValueError(
+            f"expected pictures (n, height * width * channels) with 1 or 3 channels; got {x.shape} "
+            f"for {shape}"
+        )
+    height, width, _ = shape
     pictures = np.clip(x, 0, 1).reshape(-1, *shape) * np.ones(3)
     pictures[~np.isfinite(x).all(axis=1)] = (1, 0, 0)
     rows = -(-len(x) // columns)

@@ -72,6 +72,7 @@ def impute(
     **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
     """
     x = np.asarray(x)
+    _check(x, gaussian)
     start_key, chain_key = jr.split(key)
     some = np.flatnonzero(np.isnan(x).any(axis=1))
     result = Imputed(np.repeat(x[None], draws, axis=0), np.ones(len(x)), np.zeros(len(x), int))
@@ -136,10 +137,11 @@ def predictive(
     **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
     """
     truth, x = np.asarray(truth), np.asarray(x)
-    if truth.shape != x.shape or draws.shape[1:] != x.shape or samples < 2:
+    _check(x, gaussian)
+    if truth.shape != x.shape or draws.shape[1:] != x.shape or not len(draws) or samples < 2:
         raise ValueError(
-            f"expected truth and each of the draws of the shape of x, {x.shape}, and at least 2 "
-            f"samples; got {truth.shape}, {draws.shape} and {samples}"
+            f"expected truth and each draw of x's shape {x.shape}, and at least 2 samples; got "
+            f"{truth.shape}, {draws.shape} and {samples}"
         )
     missing = np.isnan(x)
     log_prob, stderr, ess = np.zeros(len(x)), np.zeros(len(x)), np.ones(len(x))
@@ -163,6 +165,18 @@ def predictive(
         weighted = np.einsum("sn,snd->nd", w / w.sum(axis=0), proposals.astype(np.float64))
         mean[part] = np.where(missing[part], weighted, x[part])
     return Predictive(log_prob, stderr, ess, mean)
+
+
+def _check(x, gaussian):
+    if x.ndim != 2 or x.dtype.kind != "f" or np.isinf(x).any():
+        raise ValueError(
+            f"expected floating x (n, dim), finite or NaN where missing; got {x.shape}, {x.dtype}"
+        )
+    if gaussian.mean.shape != x.shape[1:] or not np.isfinite(gaussian.covariance).all():
+        raise ValueError(
+            f"expected a finite Gaussian of dimension {x.shape[1]}, fitted to rows without NaN; "
+            f"got one of {len(gaussian.mean)}"
+        )
 
 
 @eqx.filter_jit

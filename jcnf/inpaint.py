@@ -174,8 +174,10 @@ def langevin(
     **Raises:** `ValueError` for bad shapes and numbers.
     """
     missing = _missing(x, known, steps, keep, bounds)
-    if burn_in < 0 or not step > 0:
-        raise ValueError(f"burn_in must be at least 0 and step positive; got {burn_in}, {step}")
+    if burn_in < 0 or not 0 < step < np.inf:
+        raise ValueError(
+            f"burn_in must be at least 0, step positive and finite; got {burn_in}, {step}"
+        )
     s = _spread(scale, x)
     free = jnp.any(missing, axis=1)
     start = (_start(x), jnp.full(x.shape[0], np.log(step), x.dtype), _none(x), _none(x))

@@ -86,13 +86,13 @@ class Squeeze(Fixed):
     shape: Shape = eqx.field(static=True)
 
     def __check_init__(self):
-        height, width, _ = self.shape
-        if height % 2 or width % 2:
+        if len(self.shape) != 3 or self.shape[0] % 2 or self.shape[1] % 2:
             raise ValueError(f"only an even height and width can be squeezed; got {self.shape}")
 
     def both(self, x, direction):
         """Of volume 1."""
         h, w, c = self.shape
+        _require(x, self.shape)
         # Rows and columns change places with the pairs inside them, in either direction.
         inside, outside = (len(x), h // 2, 2, w // 2, 2, c), (len(x), h // 2, w // 2, 2, 2, c)
         pairs = x.reshape(inside if direction == "to_base" else outside)
@@ -113,8 +113,10 @@ class OnChannels(Bijection):
     channels: int = eqx.field(static=True)
 
     def __check_init__(self):
-        if not 0 < self.channels < self.shape[2]:
-            raise ValueError(f"channels must be from 1 to {self.shape[2] - 1}; got {self.channels}")
+        if len(self.shape) != 3 or not 0 < self.channels < self.shape[2]:
+            raise ValueError(
+                f"channels must be fewer than those of {self.shape}; got {self.channels}"
+            )
 
     @property
     def context_dim(self) -> int | None:
@@ -122,6 +124,7 @@ class OnChannels(Bijection):
         return self.inner.context_dim
 
     def _split(self, x):
+        _require(x, self.shape)
         pixels = x.reshape(len(x), -1, self.shape[2])
         first, rest = pixels[..., : self.channels], pixels[..., self.channels :]
         return first.reshape(len(x), -1), rest
@@ -173,3 +176,8 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
     coarse = list(blocks(squeezed))
     rest = multiscale((*squeezed[:2], 2 * channels), scales - 1, blocks)
     return Composition([OnChannels(rest, squeezed, 2 * channels), *coarse, Squeeze(shape), *fine])
+
+
+def _require(x, shape):
+    if x.shape[1] != math.prod(shape):
+        raise ValueError(f"expected pictures of shape {shape}; got vectors of {x.shape[1]}")

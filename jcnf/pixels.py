@@ -21,13 +21,15 @@ def dequantise(
     or to 1, so that floor(`levels` x) is the pixel (but for rounding of x where `levels` is no
     power of two).
 
-    **Raises:** `ValueError` for pixels that are not of a type of whole numbers.
+    **Raises:** `ValueError` for pixels that are not of a type of whole numbers, and no levels.
     """
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise ValueError(
             f"expected pixels of a type of whole numbers; got {pixels.dtype}: they are grey values "
             f"0 to {levels - 1}, not yet scaled"
         )
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1; got {levels}")
     u = jr.uniform(key, pixels.shape)
     whole = pixels.astype(u.dtype)
     return jnp.minimum(whole + u, jnp.nextafter(whole + 1, whole)) / levels

@@ -182,11 +182,13 @@ class Binomial:
     trials: int
 
     def __post_init__(self):
-        if self.trials < 1:
-            raise ValueError(f"trials must be at least 1; got {self.trials}")
+        if self.trials < 1 or self.trials % 1:
+            raise ValueError(f"trials must be a whole number from 1 on; got {self.trials}")
 
     def __call__(self, x: Float[Array, "*shape"], logits: Float[Array, "*shape"]) -> Array:
         """log p(x) in nats, summed over the components."""
+        if x.shape != logits.shape:
+            raise ValueError(f"expected a logit for each component; got {logits.shape}, {x.shape}")
         n = jnp.asarray(self.trials, x.dtype)
         k, lgamma = n * x, jax.scipy.special.gammaln
         ways = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)

@@ -118,6 +118,8 @@ def test_contexts_reach_the_parts_that_take_them():
 def test_errors_say_what_to_do(unchecked):
     with pytest.raises(ValueError, match=r"needs parts, .*; got 0 with"):
         Composition([])
+    with pytest.raises(ValueError, match=r"a part must be a .* of a field make"):
+        Composition([affine().field])
     of_3 = drawn(Conv, (1, 3, 1), (2,), context_dim=3)
     with pytest.raises(ValueError, match=r"contexts of one size if any; got 2 .* sizes \[2, 3\]"):
         Chain([ODE(of_3), ODE(affine().field)], StandardNormal(3))
@@ -260,6 +262,8 @@ def test_squeezing_takes_two_by_two_pixels_to_one():
     np.testing.assert_array_equal(np.sort(jacobian[0], 1)[:, -1], 1)
     with pytest.raises(ValueError, match="even height and width"):
         Squeeze((4, 3, 1))
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 1\); got vectors of 12"):
+        Squeeze((2, 2, 1)).both(wide, "to_base")
 
 
 def test_other_channels_pass_through_bit_by_bit():
@@ -283,7 +287,7 @@ def test_other_channels_pass_through_bit_by_bit():
     np.testing.assert_allclose(plain, found.x, atol=1e-12)
     assert stats.nfe == found.stats.nfe == of_first.stats.nfe
     for wrong in (0, 3):
-        with pytest.raises(ValueError, match="channels must be from 1 to 2"):
+        with pytest.raises(ValueError, match="channels must be fewer than"):
             OnChannels(inner, shape, wrong)
 
 

@@ -273,7 +273,20 @@ BAD = {
         ["--guidance", "--drop-context"],
     ),
     "frequencies of no use": (["images", "--frequencies", "2"], ["--frequencies", "unet"]),
-    "draws of no probes": (["images", "--test-draws", "2"], ["--test-draws", "--test-probes"]),
+    "draws of no estimator": (["images", "--test-draws", "8"], ["--test-draws", "--test-probes"]),
+    "U-Net without levels": (["images", "--field", "unet", "--channels"], ["channels", "()"]),
+    "too many scales of CIFAR-10": (
+        ["images", "--preset", "ffjord-cifar10", "--scales", "7"],
+        ["7 scales", "32 x 32"],
+    ),
+    "no table to train on": (["imputation", "--data", "none.csv", "--out", "o"], ["none.csv"]),
+    "noise of other ways": (
+        ["inpaint", "--from", "r", "--way", "langevin", "--noise", "2"],
+        ["--noise", "ascend"],
+    ),
+    "no run to inpaint": (["inpaint", "--from", "nowhere"], ["nowhere"]),
+    "no run to score": (["ood", "--from", "nowhere"], ["nowhere"]),
+    "seeds beyond": (["latent", "--seed", "2147483647"], ["--seed"]),
     "unknown precision": (["images", "--precision", "int8"], ["int8", "bfloat16"]),
 }
 
@@ -282,10 +295,18 @@ SETTINGS = {
     "density": "Density",
     "energy": "MatchEnergy",
     "energy_sweep": "EnergySweep",
+    "imputation": "Imputation",
+    "inpaint": "Inpaint",
+    "ood": "OOD",
     "latent": "Latent",
     "picture": "Picture",
     "nice": {"parabola": "PlaneNICE", "digits": "DigitsNICE", "mnist": "MNISTNICE"},
-    "images": {"digits": "Digits", "ffjord-mnist": "FFJORDMnist", "flow-mnist": "FlowMnist"},
+    "images": {
+        "digits": "Digits",
+        "ffjord-mnist": "FFJORDMnist",
+        "ffjord-cifar10": "FFJORDCifar10",
+        "flow-mnist": "FlowMnist",
+    },
 }
 
 
@@ -480,7 +501,7 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
 
 
 def test_pictures_without_labels_have_no_classes(tmp_path):
-    from experiments.image_fit import Measure, learn_pictures
+    from experiments.image_fit import learn_pictures
     from experiments.images import FlowMnist
     from jcnf.errors import InputError
 
@@ -488,7 +509,7 @@ def test_pictures_without_labels_have_no_classes(tmp_path):
     np.savez(tmp_path / "mnist.npz", x_train=x, x_test=x)
     settings = FlowMnist(path=tmp_path / "mnist.npz", out=tmp_path / "run")
     with pytest.raises(InputError, match=r"labels 0 to 9: .*--no-conditional"):
-        learn_pictures("images", settings, lambda images: None, Measure(), 10)
+        learn_pictures("images", settings, lambda images: None)
     assert not (tmp_path / "run").exists()
 
 

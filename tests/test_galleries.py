@@ -29,6 +29,11 @@ def test_colours_stay_in_place_and_other_shapes_are_refused():
     (ax,) = gallery([("", x)], (2, 3, 3), columns=1).axes
     np.testing.assert_allclose(ax.images[0].get_array()[:2], x[0].reshape(2, 3, 3))
     np.testing.assert_allclose(ax.images[0].get_array()[3:], x[1].reshape(2, 3, 3))
-    for shape in ((2, 3, 1), (3, 3, 2)):
-        with pytest.raises(ValueError, match="expected pictures of shape"):
+    for shape in ((2, 3, 1), (3, 3, 2), (6, 3)):
+        with pytest.raises(ValueError, match="expected pictures"):
             gallery([("", x)], shape)
+    with pytest.raises(ValueError, match="expected pictures"):
+        gallery([("", x[:0])], (2, 3, 3))
+    for groups, columns in (([], 10), ([("", x)], 0)):
+        with pytest.raises(ValueError, match="groups of pictures and columns"):
+            gallery(groups, (2, 3, 3), columns)

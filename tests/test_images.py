@@ -229,7 +229,9 @@ def test_other_pickles_are_refused_and_not_run(tmp_path, monkeypatch, data, faul
         ({"x_train": grey((0, 28, 28))}, r"shape \(0, 28, 28\)"),
         ({"x_test": grey((7, 32, 32))}, "test pictures of 32x32x1 under the name mnist"),
         ({"x_train": grey((20, 3, 28, 28))}, "28x28x3 under the name mnist, which has 28x28x1"),
-        ({"x_train": grey((9, 28, 28)), "y_train": grey(9)}, "9 training pictures are too few"),
+        ({"x_train": grey((9, 28, 28)), "y_train": grey(9)}, "training pictures: 9 are too few"),
+        ({"x_test": grey((1, 28, 28)), "y_test": grey(1)}, "test pictures: 1 are too few; give 2"),
+        ({"y_train": np.arange(20) - 1}, "one whole number from 0 on"),
         ({"y_train": grey(19)}, "20 pictures and 19 labels of type uint8"),
         ({"y_test": np.zeros(7)}, "7 pictures and 7 labels of type float64"),
     ],
@@ -393,3 +395,34 @@ def test_bits_per_dim_bound_the_code_length():
     np.testing.assert_allclose(excess[0], 3 + 1 / math.log(2) - 4, atol=1e-3)
     assert (excess > 0).all()
     assert excess[3] < 0.01
+
+
+def test_what_only_has_the_name_of_a_file(tmp_path):
+    """As archives leave it: a folder of the file's name beside the file, or a link to nowhere."""
+    (tmp_path / "t10k-images-idx3-ubyte").mkdir()
+    (tmp_path / "train-images-idx3-ubyte").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="holds no file of pictures that is known"):
+        read_images(tmp_path)
+    with pytest.raises(InputError, match="holds no file of pictures that is known"):
+        read_images(tmp_path / "t10k-images-idx3-ubyte")
+    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx(grey((3, 4, 4))))
+    assert read_images(tmp_path).shape == (4, 4, 1)
+
+
+def test_a_link_in_an_archive_and_a_damaged_header(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        link = tarfile.TarInfo("test_batch.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "gone"
+        archive.addfile(link)
+    with pytest.raises(InputError, match="holds no file of pictures"):
+        read_images(tmp_path / "a.tar.gz")
+    path = write_npz(tmp_path, {"x_test": grey((3, 4, 4))})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 10] = 99  # a compression that there is not
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_images(path)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">III", 2**31, 2**31, 4))
+    with pytest.raises(InputError, match="where its header says"):
+        read_images(path)

@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 from test_inpaint import COVARIANCE, Affine
 
+from jcnf import CNF, fields
+from jcnf.distributions import StandardNormal
 from jcnf.gaussian import Gaussian
 from jcnf.impute import impute, predictive
 
@@ -124,3 +126,21 @@ def test_a_singular_covariance():
     with pytest.raises(ValueError, match="singular"):
         Gaussian(np.zeros(2), np.ones((2, 2))).given(np.array([[np.nan, np.nan]]))
     assert jnp.isfinite(Gaussian.fit(np.random.default_rng(0).normal(size=(9, 1))).covariance).all()
+
+
+def test_what_would_give_nan_is_refused(unchecked):
+    key = jr.key(0)
+    flow = CNF(fields.MLP(2, (4,), key=key), StandardNormal(2))
+    gaussian = Gaussian(np.zeros(2), np.eye(2))
+    rows = np.array([[np.nan, 1.0], [0.5, 2.0]])
+    for x, of, fault in (
+        (np.array([[np.inf, np.nan]]), gaussian, "finite or NaN where missing"),
+        (rows, Gaussian(np.zeros(3), np.eye(3)), "Gaussian of dimension 2"),
+        (rows, Gaussian.fit(rows), "fitted to rows without NaN"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            impute(flow, x, of, key)
+    truth, draws = np.nan_to_num(rows), np.ones((3, 2, 2))
+    for t, d, samples in ((truth[:1], draws, 4), (truth, draws[:0], 4), (truth, draws, 1)):
+        with pytest.raises(ValueError, match="at least 2 samples"):
+            predictive(flow, t, rows, d, gaussian, key, samples=samples)

@@ -127,7 +127,7 @@ def test_no_code_is_shorter_than_counting_allows():
 
 def test_pictures_at_fault(unchecked):
     pixels = uniform_noise(RNG, 2, 64, 17)
-    with pytest.raises(ValueError, match=r"got \(2, 64\) for \(8, 7, 1\)"):
+    with pytest.raises(ValueError, match=r"got uint8 \(2, 64\) for \(8, 7, 1\)"):
         code_length(pixels, (8, 7, 1), 17)
     with pytest.raises(ValueError, match="1 or 3 channels"):
         code_length(pixels, (4, 8, 2), 17)
@@ -165,3 +165,17 @@ def test_histograms_are_shares_and_say_what_they_leave_out():
     assert left.patches[1].get_edgecolor()[:3] == right.patches[0].get_facecolor()[:3]
     with pytest.raises(ValueError, match=r"expected in of shape \(n,\)"):
         histograms.separation([histograms.Panel("score", {"in": np.zeros((2, 2))})])
+
+
+def test_codes_and_typicality_refuse_what_gives_no_number(unchecked):
+    pixels = np.zeros((2, 4), np.uint8)
+    for x, shape, levels, fault in (
+        (pixels, (2, 2), 17, "expected uint8 pixels"),
+        (pixels.astype(float), (2, 2, 1), 17, "expected uint8 pixels"),
+        (pixels, (2, 2, 1), 70_000, "at most 256 levels"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            code_length(x, shape, levels)
+    for reference in (np.empty(0), np.array([np.nan])):
+        with pytest.raises(ValueError, match="without NaN"):
+            strangeness.typicality(np.ones(3), reference)

@@ -256,7 +256,9 @@ WRONG = {
     "samples": (lambda: evaluate.bounds(linear(), X, KEY, samples=0), "at least 1 sample"),
     "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, data)"),
     "k": (lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3), "from 1 to the 2"),
-    "trials": (lambda: Binomial(0), "at least 1"),
+    "trials": (lambda: Binomial(0), "from 1 on; got 0"),
+    "half a trial": (lambda: Binomial(1.5), "whole number"),
+    "one logit": (lambda: Binomial(1)(jnp.zeros(3), jnp.zeros(1)), "a logit for each component"),
 }
 
 

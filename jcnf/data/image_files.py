@@ -6,6 +6,7 @@ batches of CIFAR-10 are those of its binary or of its python version, in a folde
 """
 
 import gzip
+import math
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def read_one(path: Path) -> Pictures:
     name = _plain(path.name)
     if path.is_dir() or name not in _KNOWN:
         return read_parts(path, ["test"])[0]
-    data = _whole(path, path.read_bytes())
+    data = _whole(path, _bytes(path))
     if name in _BATCH_NAMES or name.endswith(".bin"):
         return _batch(str(path), name, data)
     return _checked(str(path), _idx(str(path), data, axes=3))
@@ -89,8 +90,9 @@ def _plain(name: str) -> str:
 def _files(path: Path) -> dict[str, bytes]:
     """What a folder or an archive has of the files that are known, by their plain name."""
     if path.is_dir():
-        known = [file for file in path.iterdir() if _plain(file.name) in _KNOWN]
-        found = {_plain(file.name): _whole(file, file.read_bytes()) for file in known}
+        # Some archives unpack to a folder of the file's name.
+        known = [f for f in path.iterdir() if _plain(f.name) in _KNOWN and f.is_file()]
+        found = {_plain(file.name): _whole(file, _bytes(file)) for file in known}
     else:
         try:
             found = _unpacked(path)
@@ -106,9 +108,16 @@ def _unpacked(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as archive:
         for member in archive:
             name = _plain(Path(member.name).name)
-            if name in _KNOWN and (file := archive.extractfile(member)):
+            if name in _KNOWN and member.isfile() and (file := archive.extractfile(member)):
                 found[name] = _whole(path, file.read())
     return found
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _whole(path: Path, data: bytes) -> bytes:
@@ -160,7 +169,7 @@ def _idx(where: str, data: bytes, axes: int) -> np.ndarray:
             f"{axes} axes has {magic.hex(' ')}; fetch it anew"
         )
     shape = np.frombuffer(data[4:head].ljust(head - 4, b"\0"), ">u4").astype(int)
-    size = head + int(np.prod(shape))
+    size = head + math.prod(shape.tolist())
     if len(data) != size:
         raise InputError(
             f"{where}: has {len(data)} bytes where its header says {size}; fetch it anew"
@@ -195,9 +204,10 @@ def _checked(where: str, images: np.ndarray, labels: np.ndarray | None = None) -
     if labels is None:
         return Pictures(pixels.astype(np.uint8), None)
     labels = labels.ravel()
-    if labels.dtype.kind not in "ui" or len(labels) != len(images):
+    whole = labels.dtype.kind in "ui" and labels.min(initial=0) >= 0
+    if not whole or len(labels) != len(images):
         raise InputError(
             f"{where}: {len(images)} pictures and {len(labels)} labels of type {labels.dtype}; "
-            "save one whole number for each picture, or no labels"
+            "save one whole number from 0 on for each picture, or no labels"
         )
     return Pictures(pixels.astype(np.uint8), labels.astype(np.int64))

@@ -104,8 +104,9 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
                 f"{where}: {part} pictures of {_size(pictures.pixels.shape[1:])} under the name "
                 f"{name}, which has {_size(shape)}; give its own files, or the name of these"
             )
-    if len(train.pixels) < 10:
-        raise InputError(f"{where}: {len(train.pixels)} training pictures are too few; give 10")
+    for part, pictures, fewest in (("training", train, 10), ("test", test, 2)):
+        if (count := len(pictures.pixels)) < fewest:
+            raise InputError(f"{where}: {part} pictures: {count} are too few; give {fewest}")
     if (train.labels is None) != (test.labels is None):
         raise InputError(f"{where}: one part has labels and one has none; give those of both")
     cut = len(train.pixels) - min(5000, len(train.pixels) // 10)

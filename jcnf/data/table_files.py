@@ -127,7 +127,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
                 "save plain numbers: np.save(path, np.asarray(x, dtype=float))"
             ) from None
         raise InputError(f"{path}: is not a whole numpy file; write it anew") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # A damaged header can name a compression, a version or a cipher that there is not.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
 
 

@@ -29,11 +29,15 @@ def code_length(
     **Raises:** `ValueError` for another shape than that of the pixels, channels other than 1 and 3,
     and grey values beyond the levels.
     """
-    if pixels.ndim != 2 or pixels.shape[1] != math.prod(shape) or shape[2] not in (1, 3):
+    fits = len(shape) == 3 and shape[2] in (1, 3) and pixels.shape[1:] == (math.prod(shape),)
+    if pixels.dtype != np.uint8 or not fits:
         raise ValueError(
-            f"expected pixels (n, dim) of pictures with 1 or 3 channels; got {pixels.shape} for "
-            f"{shape}: give the shape they were flattened from, height, width, channels"
+            f"expected uint8 pixels (n, dim) of pictures with 1 or 3 channels; got {pixels.dtype} "
+            f"{pixels.shape} for {shape}: give the shape they were flattened from, height, width, "
+            "channels"
         )
+    if levels > 256:
+        raise ValueError(f"grey values of uint8 have at most 256 levels; got {levels}")
     if (top := pixels.max(initial=0)) >= levels:
         raise ValueError(f"a grey value is {top}; of {levels} levels the last is {levels - 1}")
     pictures = pixels.reshape(-1, *shape)

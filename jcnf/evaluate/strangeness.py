@@ -28,7 +28,14 @@ def typicality(
     `reference` are log-densities of training points. The test of a single point of Nalisnick et
     al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality",
     whose batches of M points are those of M = 1 here.
+
+    **Raises:** `ValueError` for no reference, and for a NaN in it.
     """
+    if not len(reference) or np.isnan(reference).any():
+        raise ValueError(
+            f"expected reference log-densities without NaN; got {len(reference)}: leave out points "
+            "whose solve failed"
+        )
     return np.abs(log_prob - np.mean(reference))
 
 

@@ -41,10 +41,16 @@ class Cast(Wrapper):
 
     - `field`: f, any field, whose own arrays stay as they are and are cast at each call.
     - `dtype`: such as `jnp.bfloat16`.
+
+    **Raises:** `ValueError` for a dtype that is not floating.
     """
 
     field: Any
     dtype: Any = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"expected a floating dtype, as jnp.bfloat16; got {self.dtype}")
 
     def _down(self, *values):
         def cast(leaf):
