@@ -79,7 +79,7 @@ class ODE(Bijection):
 
     def draw_noise(
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
-    ) -> Array | None:
+    ) -> Any:
         """The divergence's, once for the solve."""
         return divergence.draw(key, batch, dim, dtype)
 

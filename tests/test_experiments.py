@@ -648,8 +648,8 @@ def test_figures_of_a_transport():
     assert figures["hjb_residual"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("loss", "shown"), [(2.3456, "2.35"), (0.0012345, "0.00123")])
-def test_the_progress_bar_shows_three_digits_of_the_loss(loss, shown):
+@pytest.mark.parametrize(("loss", "shown"), [(2.3456, "2.346"), (0.0012344, "0.001234")])
+def test_the_progress_bar_shows_four_digits_of_the_loss(loss, shown):
     from experiments.loop import _shown
 
     state = SimpleNamespace(skipped=0)

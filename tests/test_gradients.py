@@ -108,6 +108,8 @@ class Problem:
     def __init__(self, name, adjoint):
         flow = CNF(FIELDS[name](), StandardNormal(3), t1=T)
         solve = SOLVES[adjoint]
+        # Normalised by the spread of three numbers, a loss is curved more sharply.
+        self.step = 3e-5 if name == "unet" else 1e-3
         params, static = partition(flow)
         context = CONTEXT if flow.field.context_dim else None
         self.at, self.unravel = ravel_pytree((params, X, context))
@@ -138,7 +140,7 @@ class Problem:
             assert not metrics["failed"]
             return float(loss)
 
-        expected = slope(loss_at)
+        expected = slope(loss_at, self.step)
         assert abs(expected) > 1e-3
         assert float(gradient @ direction) == pytest.approx(expected, rel=1e-6)
 
