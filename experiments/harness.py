@@ -54,17 +54,15 @@ def _preset(presets, words):
     """The settings that the words name, and the words without the flag that did so."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
-    parser.add_argument("--data")
     try:
-        chosen, _ = parser.parse_known_args(words)
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        parser.add_argument("--preset")
-        _, rest = parser.parse_known_args(words)
+        chosen, rest = parser.parse_known_args(words)
+        parser.add_argument("--data")
+        data = parser.parse_known_args(rest)[0].data
     except argparse.ArgumentError as error:
         raise InputError(f"{error}: name one of {', '.join(presets)}") from None
     if chosen.preset is not None and chosen.preset not in presets:
         raise InputError(f"unknown preset '{chosen.preset}': use one of {', '.join(presets)}")
-    name = chosen.preset or (chosen.data if chosen.data in presets else next(iter(presets)))
+    name = chosen.preset or (data if data in presets else next(iter(presets)))
     return presets[name], rest
 
 
