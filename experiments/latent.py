@@ -196,6 +196,7 @@ def run(settings: Latent) -> None:
     numerics: dict[str, float] = {
         "solver_failures": sum(int(m.bounds.failed.sum()) for each in found for m in each.values()),
         "skipped_updates": sum(m.fitted.skipped for each in found for m in each.values()),
+        "rollbacks": sum(m.fitted.rollbacks for each in found for m in each.values()),
     }
     timing: dict[str, float] = {}
     for model in MODELS:

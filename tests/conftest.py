@@ -45,6 +45,7 @@ CORE = [
     "objectives",
     "train",
     "checkpoint",
+    "keeper",
     "evaluate",
     "gaussian",
     "impute",

@@ -29,6 +29,7 @@ ORDER = [
         "objectives",
         "train",
         "checkpoint",
+        "keeper",
         "evaluate",
         "gaussian",
         "impute",
