@@ -54,7 +54,8 @@ class RunDir:
             raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
-        if not started and self.path.is_dir() and any(self.path.iterdir()):
+        # A hidden file is what a kill left of the first write.
+        if not started and any(path for path in self.path.glob("*") if path.name[0] != "."):
             raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
         if started:
             self._same_settings()
