@@ -155,13 +155,14 @@ class Course:
         if len(before) == ROLLBACKS:
             self._give_up(none)
         upto = sound = step - self.stuck
+        means = self.means(none)
         if before and not any(before[-1]["to"] < s <= sound for s in self.keeper.steps()):
             upto = before[-1]["to"] - 1
         found = self.keeper.restore(self._like, upto=upto)
         self._take(found or self.keeper.restore(self._like, upto=sound), self.log.records)
         rate = SMALLER ** (len(before) + 1)
         skipped -= int(self.state.skipped)
-        this = {"from": step, "to": self.step, "rate": rate, "skipped": skipped}
+        this = {"from": step, "to": self.step, "rate": rate, "skipped": skipped, "last": means}
         self.place.rollbacks = [*before, this]
         new = jnp.full_like(self.state.rate, rate)
         self.state = eqx.tree_at(lambda state: state.rate, self.state, new)

@@ -30,14 +30,21 @@ S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunDir:
-    """The directory of a new run, or of an unfinished one with `--resume`.
+    """The directory of a new run, or of an unfinished one with `--resume`; maybe `part_of` another.
 
     **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
     one of other settings, or cannot be written.
     """
 
-    def __init__(self, name: str, settings: RunSettings, *, resume: bool = False):
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        settings: RunSettings,
+        *,
+        resume: bool = False,
+        part_of: "RunDir | None" = None,
+    ):
+        self.name, self.part_of = name, part_of
         self.settings = _name_of(type(settings))
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -107,6 +114,8 @@ class RunDir:
 
     def command_to_resume(self) -> str:
         """The command line that goes on with this run."""
+        if self.part_of is not None:
+            return self.part_of.command_to_resume()
         words = [word for word in sys.argv[1:] if word != "--resume"]
         if not any(word.split("=")[0] == "--out" for word in words):
             words += ["--out", str(self.path)]

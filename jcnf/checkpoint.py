@@ -5,6 +5,7 @@ notes and rest), then the leaves of a pytree as `eqx.tree_serialise_leaves` writ
 `jcnf.keeper` keeps several of them.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -47,7 +48,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where not even that can be done
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
