@@ -15,6 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, Key, PyTree
 
+from jcnf import parallel
 from jcnf.distributions import Base
 from jcnf.solve import Solve
 
@@ -168,7 +169,7 @@ def make_run(
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
         batch_key, noise_key = jr.split(jr.fold_in(key, 0 if fixed else state.step))
-        batch = draw_batch(batch_key, data)
+        batch = parallel.split(draw_batch(batch_key, data))
 
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key)
@@ -203,7 +204,8 @@ def make_run(
         metrics |= {"loss": loss, "grad_norm": norm}
         metrics = {name: jnp.where(good, value, 0) for name, value in metrics.items()}
         step, skipped = state.step + 1, state.skipped + jnp.where(good, 0, 1)
-        return TrainState(params, mean, opt_state, step=step, skipped=skipped), metrics
+        state = TrainState(params, mean, opt_state, step=step, skipped=skipped)
+        return parallel.everywhere(state), metrics
 
     def run(state, data, key, until):
         _, shapes = jax.eval_shape(one_step, state, data, key)
