@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from experiments.run_settings import RunSettings
+from jcnf import parallel
 from jcnf.errors import InputError
 
 S = TypeVar("S", bound=RunSettings)
@@ -36,8 +37,12 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
     try:
+        parallel.join()
+        if jax.process_index() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end)
         config.check()
-        run(config)
+        with jax.set_mesh(config.make_mesh()):
+            run(config)
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

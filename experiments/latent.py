@@ -230,8 +230,9 @@ def train_models(settings: Latent, pictures: dict[str, Array]) -> dict[str, Fitt
 
         path = settings.out / name
         own = dataclasses.replace(settings, out=path, resume=(path / "config.json").exists())
+        run_dir = RunDir("latent", own, resume=own.resume)
         fitted = fit(
-            RunDir("latent", own, resume=own.resume),
+            run_dir,
             own,
             model,
             own.draw_of,
@@ -241,7 +242,7 @@ def train_models(settings: Latent, pictures: dict[str, Array]) -> dict[str, Fitt
             stages=own.stages_of(objective),
         )
         fitted = fitted._replace(flow=whole(fitted.flow))
-        checkpoint.save(path / "vae.jcnf", train.partition(fitted.flow)[0], {"model": name})
+        checkpoint.save(run_dir.path / "vae.jcnf", train.partition(fitted.flow)[0], {"model": name})
         return fitted
 
     gaussian = trained("gaussian", settings.make_vae(dim))

@@ -1,13 +1,16 @@
 """One run directory: `config.json`, `metrics.jsonl`, `checkpoint.jcnf`, `figures/`; once trained,
 `flow.jcnf`; once finished, `summary.json`."""
 
+import atexit
 import dataclasses
 import datetime
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +19,12 @@ from typing import Any, TypeVar
 import jax
 
 from experiments.run_settings import RunSettings, TrainingSettings
-from jcnf import checkpoint, train
+from jcnf import checkpoint, parallel, train
 from jcnf.errors import InputError
 from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
-FREE = ("out", "resume")
+FREE = ("out", "resume", "devices")
 
 
 S = TypeVar("S", bound=TrainingSettings)
@@ -29,6 +32,9 @@ S = TypeVar("S", bound=TrainingSettings)
 
 class RunDir:
     """The directory of a new run, or of an unfinished one with `--resume`.
+
+    Of several processes the first alone has it. The others go on with copies of their own, which
+    are alike and forgotten at the end: they need no file system in common.
 
     **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
     one of other settings, or cannot be written.
@@ -40,8 +46,15 @@ class RunDir:
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        files = parallel.first(lambda: self._open(settings, resume))
+        if jax.process_index() > 0:
+            self._copy(files)
         self.checkpoint = self.path / "checkpoint.jcnf"
         self.log = self.path / "metrics.jsonl"
+        print(f"run directory: {self.path}")
+
+    def _open(self, settings, resume):
+        """Check and begin it, or check it; what is in it, where other processes need that."""
         if resume and settings.out is None:
             raise InputError("--resume needs --out: name the run directory to go on with")
         if (self.path / "summary.json").exists():
@@ -58,7 +71,16 @@ class RunDir:
             self._same_settings()
         else:
             self._create()
-        print(f"run directory: {self.path}")
+        if jax.process_count() == 1:
+            return {}
+        return {file.name: file.read_bytes() for file in self.path.iterdir() if file.is_file()}
+
+    def _copy(self, files):
+        self.path = Path(tempfile.mkdtemp(prefix="jcnf-"))
+        atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        (self.path / "figures").mkdir()
+        for name, content in files.items():
+            (self.path / name).write_bytes(content)
 
     def _create(self):
         try:
@@ -142,7 +164,7 @@ def kind_of(path: Path) -> type[TrainingSettings]:
 def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
     notes = read_flow_notes(path)
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)} - {*FREE}
     config: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
     }

@@ -6,9 +6,8 @@ error norm becomes a sum over the devices), so that numbers of devices agree but
 Outside a mesh the functions here do nothing, and programs are what they would be without them.
 """
 
-import io
-import json
 import os
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,7 +47,7 @@ def join() -> None:
 def make_mesh(devices: int = 0) -> Mesh:
     """A mesh for `jax.set_mesh`: so many devices, as many of every process; 0 for all there are.
 
-    **Raises:** `ValueError` for more than there are, and what the processes cannot share.
+    **Raises:** `ValueError` for more than there are, or a number that the processes cannot share.
     """
     of_process: dict[int, list] = {}
     for device in jax.devices():
@@ -76,14 +75,16 @@ def devices() -> int:
 def split(batch: PyTree) -> PyTree:
     """Arrays with the batch as their first axis, or as `batch.batch_axis`, split among the devices.
 
-    **Raises:** `ValueError` for a batch that the devices do not divide.
+    **Raises:** `InputError` for a batch that the devices do not divide.
     """
     number, axis = devices(), getattr(batch, "batch_axis", 0)
     if number == 1:
         return batch
     sizes = {leaf.shape[axis] for leaf in jax.tree.leaves(batch)}
     if any(size % number for size in sizes):
-        raise ValueError(f"{number} devices cannot share a batch of {max(sizes)} evenly")
+        raise InputError(
+            f"{number} devices cannot share a batch of {max(sizes)} evenly: make it a multiple"
+        )
     return _placed(batch, PartitionSpec(*[None] * axis, AXIS))
 
 
@@ -108,14 +109,13 @@ def on_host(tree: PyTree) -> PyTree:
     return jax.device_get(everywhere(tree))
 
 
-def first(function: Callable[[], Any], like: PyTree = None) -> Any:
+def first(function: Callable[[], Any]) -> Any:
     """What `function` gives in the first process, where alone it is called, in all processes.
 
-    That is something JSON-able or, where `like` is not None, a pytree of arrays of its structure,
-    shapes and dtypes: then whole on every device.
+    It goes from one to the others pickled.
 
-    **Raises:** `InputError` in all of them where it, or an `OSError`, is raised in the first;
-    `RuntimeError` for any other error.
+    **Raises:** in all of them the `InputError` or `OSError` that it raises; where it raises another
+    error, that one in the first and `RuntimeError` in the others.
     """
     if jax.process_count() == 1:
         return function()
@@ -125,21 +125,12 @@ def first(function: Callable[[], Any], like: PyTree = None) -> Any:
             value = function()
         except Exception as raised:
             error = raised
-    foreseen = isinstance(error, InputError | OSError)
-    told = _from_first(json.dumps([None if error is None else str(error), foreseen]).encode())
-    message, foreseen = json.loads(told)
-    if message is not None:
-        raise (InputError if foreseen else RuntimeError)(message) from error
-    if like is None:
-        return json.loads(_from_first(json.dumps(value).encode()))
-    leaves, structure = jax.tree.flatten(like)
-    buffer = io.BytesIO()
-    if jax.process_index() == 0:
-        # As bytes: a sum over processes would make -0.0 of floats 0.0, and 64 bits 32.
-        np.savez(buffer, *jax.device_get(jax.tree.leaves(value)))
-    with np.load(io.BytesIO(_from_first(buffer.getvalue()))) as arrays:
-        found = [jax.numpy.asarray(arrays[f"arr_{i}"]) for i in range(len(leaves))]
-    return everywhere(jax.tree.unflatten(structure, found))
+    foreseen = error is None or isinstance(error, InputError | OSError)
+    told = error if foreseen else RuntimeError(f"the first process failed: {error!r}")
+    value, told = pickle.loads(_from_first(pickle.dumps((value, told))))
+    if error is not None or told is not None:
+        raise error or told
+    return value
 
 
 def anywhere(flag: bool) -> bool:
