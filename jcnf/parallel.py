@@ -39,8 +39,8 @@ def join() -> None:
         jax.distributed.initialize(num_processes=number, process_id=place)
     except ValueError as error:
         raise InputError(
-            f"JAX_COORDINATOR_ADDRESS asks for several processes, but {error}: "
-            f"set {' and '.join(names)} in each of them"
+            f"JAX_COORDINATOR_ADDRESS asks for several processes: set {' and '.join(names)} "
+            f"in each of them ({error})"
         ) from None
 
 
