@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from experiments.rundir import MetricsLog, RunDir, read_jsonl, versions
 from experiments.stages import STUCK, Stage
-from jcnf import train
+from jcnf import parallel, train
 from jcnf.errors import InputError
 from jcnf.keeper import Keeper, Restored
 
@@ -137,7 +137,8 @@ class Course:
         self.log.add({"step": self.step, **record, "train_s": place.train_s})
         if self.over() and place.stage + 1 < len(self.stages):
             place.stage, place.first_step, place.worse = place.stage + 1, self.step, 0
-            self.state = train.restart(self.state, self.best, self.stage.optimizer)
+            state = train.restart(self.state, self.best, self.stage.optimizer)
+            self.state = parallel.everywhere(state)
         place.recorded, place.totals, place.seconds = self.step, None, 0.0
 
     def save(self) -> None:
@@ -188,6 +189,7 @@ class Course:
         else:
             self.place = Place(**found.notes["place"])
             self.state, self.best = found.tree
+        self.state, self.best = parallel.everywhere((self.state, self.best))
         self.step = int(self.state.step)
         self.log = MetricsLog(self.run.log, records, self.step)
         for path in found.damaged if found else []:

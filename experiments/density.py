@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -27,6 +28,7 @@ from jcnf.errors import InputError
 
 # What --from goes with.
 WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "impute", "test_tolerance"}
+WITH_FROM |= {"devices"}
 
 
 @preset
@@ -82,6 +84,8 @@ class Density(FitSettings):
             if given:
                 flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
                 raise InputError(f"--from takes everything from its run: leave out {flags}")
+        if self.from_run is not None and jax.process_count() > 1:
+            raise InputError("--from runs in one process only: unset JAX_COORDINATOR_ADDRESS")
         if self.from_run is not None and self.given is not None and self.samples is None:
             raise InputError("--given is for samples: add --samples N")
         if self.drop_context:

@@ -12,6 +12,7 @@ import tyro
 
 from experiments.run_settings import RunSettings
 from experiments.signals import Stopped, stop_at_once
+from jcnf import parallel
 from jcnf.errors import InputError
 
 S = TypeVar("S", bound=RunSettings)
@@ -39,8 +40,12 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
     stop_at_once()
     try:
+        parallel.join()
+        if jax.process_index() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end)
         config.check()
-        run(config)
+        with jax.set_mesh(config.make_mesh()):
+            run(config)
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

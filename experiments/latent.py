@@ -231,8 +231,9 @@ def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) ->
 
         path = settings.out / name
         own = dataclasses.replace(settings, out=path, resume=(path / "config.json").exists())
+        run_dir = RunDir("latent", own, resume=own.resume, part_of=whole)
         fitted = fit(
-            RunDir("latent", own, resume=own.resume, part_of=whole),
+            run_dir,
             own,
             model,
             own.draw_of,
@@ -242,7 +243,7 @@ def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) ->
             stages=own.stages_of(objective),
         )
         fitted = fitted._replace(flow=whole(fitted.flow))
-        checkpoint.save(path / "vae.jcnf", train.partition(fitted.flow)[0], {"model": name})
+        checkpoint.save(run_dir.path / "vae.jcnf", train.partition(fitted.flow)[0], {"model": name})
         return fitted
 
     gaussian = trained("gaussian", settings.make_vae(dim))

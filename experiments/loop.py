@@ -1,6 +1,7 @@
 """The training loop: progress, metrics, validation, checkpoints, resumption, signals."""
 
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped, Waiting
 from experiments.stages import STUCK, DrawOf, Stage, compiled
-from jcnf import train
+from jcnf import parallel, train
 from jcnf.keeper import Keeper
 
 DISPATCH = 1.0  # seconds: after about so many the host hears of the steps, and they of signals
@@ -59,12 +60,13 @@ def fit(
     start, compile_s, pace = time.perf_counter(), 0.0, 1
     stages = stages or settings.make_stages()
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
-    key = jr.fold_in(jr.key(settings.seed), 1)
+    key, data = parallel.everywhere((jr.fold_in(jr.key(settings.seed), 1), data))
     programs: dict[int, tuple[jax.stages.Compiled, train.Totals]] = {}
     with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:
         course = Course(run, model, stages, settings.patience, keeper)
         total = sum(stage.steps for stage in stages)
-        with tqdm(total=total, initial=course.step, unit="step", dynamic_ncols=True) as bar:
+        quiet = {"dynamic_ncols": True, "disable": jax.process_index() > 0}
+        with tqdm(total=total, initial=course.step, unit="step", **quiet) as bar:
             while not course.over() or course.step > course.place.recorded:
                 number, step = course.place.stage, course.step
                 if number not in programs:
@@ -77,7 +79,7 @@ def fit(
                     _record(course, settings, none, validate, score)
                 elif course.stuck >= STUCK and not course.stage.fixed:
                     bar.write(course.roll_back(none))
-                elif waiting.number is not None:
+                elif parallel.anywhere(waiting.number is not None):
                     break
                 else:
                     # One dispatch to the next step at which something is due, or so far in time.
@@ -88,15 +90,17 @@ def fit(
                     seconds = time.perf_counter() - tic
                     course.steps_taken(state, totals, seconds)
                     taken = course.step - step
-                    pace = min(max(1, int(DISPATCH / seconds * taken)), 10 * taken)
+                    quicker = min(max(1, int(DISPATCH / seconds * taken)), 10 * taken)
+                    pace = parallel.first(lambda pace=quicker: pace)  # the same for all processes
                     bar.n = course.step
                     bar.set_postfix_str(_shown(course.means(none), course.skipped))
                 keeper.poll()
-        if waiting.number is not None:
+        if parallel.anywhere(waiting.number is not None):
             course.save()
             keeper.wait()
             at = f"stopped at step {course.step}, which is saved"
-            raise Stopped(waiting.number, f"{at}: go on with {run.command_to_resume()}")
+            number = waiting.number or signal.SIGTERM  # where another process was told
+            raise Stopped(number, f"{at}: go on with {run.command_to_resume()}")
     step, skipped, place = course.step, course.skipped, course.place
     if skipped > step // 2:
         print(

@@ -9,10 +9,12 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import jax
 import optax
+from jax.sharding import Mesh
 
 from experiments.stages import Stage
-from jcnf import Solve, evaluate, train
+from jcnf import Solve, evaluate, parallel, train
 from jcnf.errors import InputError
 
 T = TypeVar("T")
@@ -47,6 +49,12 @@ class RunSettings:
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         self.at_least(0, "seed")
+
+    def make_mesh(self) -> Mesh | None:
+        """Of the devices that share batches; None for one. Raises `InputError` where it cannot."""
+        if jax.process_count() > 1:
+            raise InputError("this runs in one process only: unset JAX_COORDINATOR_ADDRESS")
+        return None
 
     def at_least(self, lowest: float, *names: str) -> None:
         """Raise `InputError` where a setting is below `lowest`, above int32, or NaN."""
@@ -221,9 +229,27 @@ class LoopSettings(TrainingSettings):
     validate_every: int = 2000
     # validations without a new best after which a part of training ends early; 0 for never
     patience: int = 0
+    # devices that share the batches, of all processes together; 0 for all there are
+    devices: int = 1
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.at_least(1, "log_every", "checkpoint_every", "validate_every", "keep")
-        self.at_least(0, "patience")
+        self.at_least(0, "patience", "devices")
+        mesh = self.make_mesh()
+        for name in ("batch", "lbfgs_batch") if self.lbfgs_steps else ("batch",):
+            size = getattr(self, name)
+            if mesh is not None and (size == 0 or size % mesh.size):
+                raise InputError(
+                    f"--{name.replace('_', '-')} {size} cannot be split among {mesh.size} devices: "
+                    "make it a multiple, or choose other --devices"
+                )
+
+    def make_mesh(self) -> Mesh | None:
+        """Of the devices that share batches; None for one. Raises `InputError` where it cannot."""
+        try:
+            mesh = parallel.make_mesh(self.devices)
+        except ValueError as error:
+            raise InputError(f"--devices: {error}") from None
+        return mesh if mesh.size > 1 else None

@@ -1,6 +1,7 @@
 """One run directory: `config.json`, `metrics.jsonl`, `checkpoints/`, `figures/`; once trained,
 `flow.jcnf`; once finished, `summary.json`; where training broke down, `report.json`."""
 
+import atexit
 import dataclasses
 import datetime
 import importlib
@@ -8,8 +9,10 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +21,12 @@ from typing import Any, TypeVar
 import jax
 
 from experiments.run_settings import RunSettings, TrainingSettings
-from jcnf import checkpoint, train
+from jcnf import checkpoint, parallel, train
 from jcnf.errors import InputError
 from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
-FREE = ("out", "resume", "keep")
+FREE = ("out", "resume", "keep", "devices")
 
 
 S = TypeVar("S", bound=TrainingSettings)
@@ -31,6 +34,9 @@ S = TypeVar("S", bound=TrainingSettings)
 
 class RunDir:
     """The directory of a new run, or of an unfinished one with `--resume`; maybe `part_of` another.
+
+    Of several processes the first alone has it. The others go on with copies of their own, which
+    are alike and forgotten at the end: they need no file system in common.
 
     **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
     one of other settings, or cannot be written.
@@ -49,8 +55,16 @@ class RunDir:
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        self.home = self.path  # where the first process, and a person, finds it
+        files = parallel.first(lambda: self._open(settings, resume))
+        if jax.process_index() > 0:
+            self._copy(files)
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "metrics.jsonl"
+        print(f"run directory: {self.path}")
+
+    def _open(self, settings, resume):
+        """Check and begin it, or check it; what is in it, where other processes need that."""
         if resume and settings.out is None:
             raise InputError("--resume needs --out: name the run directory to go on with")
         if (self.path / "summary.json").exists():
@@ -68,7 +82,18 @@ class RunDir:
             self._same_settings()
         else:
             self._create()
-        print(f"run directory: {self.path}")
+        if jax.process_count() == 1:
+            return {}
+        files = (*self.path.glob("*"), *self.path.glob("checkpoints/*"))
+        return {f.relative_to(self.path): f.read_bytes() for f in files if f.is_file()}
+
+    def _copy(self, files):
+        self.path = Path(tempfile.mkdtemp(prefix="jcnf-"))
+        atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        (self.path / "figures").mkdir()
+        for name, content in files.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            (self.path / name).write_bytes(content)
 
     def _create(self):
         try:
@@ -118,7 +143,7 @@ class RunDir:
             return self.part_of.command_to_resume()
         words = [word for word in sys.argv[1:] if word != "--resume"]
         if not any(word.split("=")[0] == "--out" for word in words):
-            words += ["--out", str(self.path)]
+            words += ["--out", str(self.home)]
         return shlex.join(["python", "-m", f"experiments.{self.name}", *words, "--resume"])
 
     def write_json(self, name: str, content: Any) -> None:
@@ -183,7 +208,7 @@ def kind_of(path: Path) -> type[TrainingSettings]:
 def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
     notes = read_flow_notes(path)
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)} - {*FREE}
     config: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
     }

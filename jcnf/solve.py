@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jcnf import reversible
+from jcnf import parallel, reversible
 
 
 class RK4(diffrax.AbstractERK):
@@ -189,6 +189,7 @@ def integrate(
 
     **Raises:** `ValueError` for `times` under the "reversible" adjoint, which keeps the end only.
     """
+    y0 = parallel.split_where_even(y0)
     march = _march_reversibly if solve.adjoint == "reversible" else _march
     first = (t1 - t0) * solve.first_step if solve.step is None else jnp.sign(t1 - t0) * solve.step
     ys, last, t, steps, rejected = march(vector_field, y0, args, t0, t1, first, solve, times)

@@ -15,6 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jcnf import parallel
 from jcnf.distributions import Base
 from jcnf.solve import Solve
 
@@ -206,7 +207,7 @@ def make_run(
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
         batch_key, noise_key = jr.split(jr.fold_in(key, 0 if fixed else state.step))
-        batch = draw_batch(batch_key, data)
+        batch = parallel.split(draw_batch(batch_key, data))
 
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key)
@@ -251,7 +252,7 @@ def make_run(
             stuck=jnp.where(good, 0, state.stuck + 1),
             rate=state.rate,
         )
-        return after, Totals(
+        return parallel.everywhere(after), Totals(
             {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},
             applied=good.astype(int),
             skipped={

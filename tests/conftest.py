@@ -21,6 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CORE = [
     "errors",
+    "parallel",
     "fields",
     "divergence",
     "regularizers",

@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    *("errors", "fields", "divergence", "regularizers", "distributions", "reversible", "solve"),
+    *(
+        "errors",
+        "parallel",
+        "fields",
+        "divergence",
+        "regularizers",
+        "distributions",
+        "reversible",
+        "solve",
+    ),
     *(
         "pixels",
         "flow",

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jcnf import parallel
+
 CHUNK = 5000
 ATTEMPTS = 3
 FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
@@ -23,7 +25,8 @@ def in_chunks(
     """
     if size < 1:
         raise ValueError(f"chunk must be at least 1; got {size}")
-    size = min(size, n)
+    devices = parallel.devices()
+    size = -(-min(size, n) // devices) * devices
     values, nfes, flags = [], [], []
     for start in range(0, n, size):
         # The last chunk is filled up with its last row.
@@ -42,7 +45,7 @@ def _solve_chunk(program, rows, index):
         good = np.argmin(failed)
         chosen = np.where(failed, index[good], index)
         chunk = jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
-        values, stats = jax.device_get(program(*chunk))
+        values, stats = parallel.on_host(program(*parallel.split(chunk)))
         attempts += 1
         if not np.any(stats.failed):
             break

@@ -19,6 +19,7 @@ class Windows(NamedTuple):
     times: Float[Array, "times batch"]
     values: Float[Array, "times batch dim"]
     observed: Bool[Array, "times batch"]  # false for a repeated row, and for the start
+    batch_axis = 1  # for `jcnf.parallel.split`
 
 
 def trajectory_fit(

@@ -1,0 +1,226 @@
+"""One device, four, and two processes of two devices each: the same numbers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from experiments.toy2d import Toy2D
+from jcnf import parallel
+from jcnf.errors import InputError
+
+HERE = Path(__file__).parent
+# Tasks that a worker does together.
+GROUPS = (
+    ("agreement", "matching"),
+    ("likelihood", "evaluation"),
+    ("public", "pictures", "adjoints"),
+)
+LAYOUTS = {"one": (1, 1), "four": (1, 4), "two processes": (2, 2)}  # processes, devices of each
+
+
+def environment(processes, devices, folder):
+    """For each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    found = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent),
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "FOUND": str(folder / "found.json"),
+    }
+    if processes > 1:
+        found |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+    return [found | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
+
+
+def run(command, processes, devices, folder, timeout=300):
+    """Run in all processes; what each wrote on standard output."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=env,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for env in environment(processes, devices, folder)
+    ]
+    try:
+        said = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [output for output, _ in said]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What a task of `parallel_worker` finds in a layout; each is done once."""
+    known = {}
+
+    def of(layout, task):
+        if (layout, task) not in known:
+            folder = tmp_path_factory.mktemp("worker")
+            tasks = next(group for group in GROUPS if task in group)
+            run([HERE / "parallel_worker.py", *tasks], *LAYOUTS[layout], folder)
+            done = json.loads((folder / "found.json").read_text())
+            assert done.pop("devices") == np.prod(LAYOUTS[layout])
+            known.update({(layout, name): value for name, value in done.items()})
+        return known[layout, task]
+
+    return of
+
+
+many = pytest.mark.parametrize("layout", ["four", "two processes"])
+many_slowly = pytest.mark.parametrize(
+    "layout", ["four", pytest.param("two processes", marks=pytest.mark.slow)]
+)
+
+
+def assert_close(one, other, rtol, atol):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], rtol, atol, err_msg=name)
+
+
+def assert_trained_alike(one, other):
+    """A hundred steps: losses, gradients' norms, NFE and parameters."""
+    assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert one["losses"][-1][0] < one["losses"][0][0]
+
+
+@many
+def test_flow_matching_takes_the_same_steps(found, layout):
+    assert_trained_alike(found("one", "matching"), found(layout, "matching"))
+
+
+@many_slowly
+def test_likelihood_takes_the_same_steps(found, layout):
+    assert_trained_alike(found("one", "likelihood"), found(layout, "likelihood"))
+
+
+@many_slowly
+def test_evaluation_is_the_same(found, layout):
+    one, other = (dict(found(name, "evaluation")) for name in ("one", layout))
+    for name in ("noise", "drawn"):  # bit for bit
+        assert one.pop(name) == other.pop(name)
+    assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert np.shape(one["samples"]) == (37, 2)
+
+
+@many
+def test_processes_agree(found, layout):
+    assert found(layout, "agreement") == {
+        "first": {"path": "of 0", "bytes": [0, 255], "zero": "-0.0"},
+        "error": "nothing there",
+        "anywhere": [True, False],
+        "key": np.asarray(jr.key_data(jr.key(5))).tolist(),
+        "uneven": "4 devices cannot share a batch of 65 evenly: make it a multiple",
+    }
+
+
+@pytest.mark.slow
+@many
+@pytest.mark.parametrize("task", ["public", "pictures", "adjoints"])
+def test_every_way_gives_the_same(found, layout, task):
+    one, other = (dict(found(name, task)) for name in ("one", layout))
+    if task == "pictures":
+        # Sums of gradients go from device to device, and no pictures.
+        assert one.pop("sent") == other.pop("sent") == []
+    assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_two_processes(tmp_path):
+    """An experiment of one process and device, interrupted, is finished by two of two."""
+    words = ["--steps", "20", "--batch", "64", "--field", "mlp", "--widths", "8", "--log-every"]
+    words += ["10", "--validate-every", "10", "--checkpoint-every", "10", "--test-points", "100"]
+    words += ["--cells", "20", "--frames", "2"]
+    stop = (
+        "from jcnf import checkpoint\n"
+        "save = checkpoint.save\n"
+        "def once(*args):\n"
+        "    save(*args)\n"
+        "    raise SystemExit\n"
+        "checkpoint.save = once\n"
+    )
+    toy = "import runpy; runpy.run_module('experiments.toy2d', run_name='__main__')"
+    whole, broken = (["--out", str(tmp_path / name)] for name in ("whole", "broken"))
+    run(["-c", toy, *words, *whole], 1, 1, tmp_path)
+    run(["-c", stop + toy, *words, *broken], 1, 1, tmp_path)
+    assert not (tmp_path / "broken" / "summary.json").exists()
+    more = ["--resume", "--devices", "0"]
+    said = run(["-c", toy, *words, *broken, *more], 2, 2, tmp_path)
+    assert "test_nll" in said[0]
+    assert "test_nll" not in said[1]
+    one, many = (
+        json.loads((tmp_path / name / "summary.json").read_text())["metrics"]
+        for name in ("whole", "broken")
+    )
+    assert_close(one, many, rtol=1e-4, atol=1e-4)
+    names = [sorted(path.name for path in (tmp_path / n).iterdir()) for n in ("whole", "broken")]
+    assert names[0] == names[1]
+
+
+def test_nothing_changes_outside_a_mesh():
+    tree = {"x": jnp.ones((3, 2)), "keys": jr.split(jr.key(0), 3), "none": None}
+    assert parallel.devices() == 1
+    for function in (parallel.split, parallel.split_where_even, parallel.everywhere):
+        assert function(tree) is tree
+    assert parallel.first(lambda: tree) is tree
+    assert not parallel.anywhere(False)
+    text = str(jax.make_jaxpr(parallel.split)(jnp.ones((4, 2))))
+    assert "sharding" not in text
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    with jax.set_mesh(parallel.make_mesh(1)):
+        assert parallel.devices() == 1
+        assert "sharding" not in str(jax.make_jaxpr(parallel.split)(jnp.ones((4, 2))))
+
+
+def test_bad_meshes_are_refused():
+    with pytest.raises(ValueError, match="expected 1 to 1 devices; got 3"):
+        parallel.make_mesh(3)
+    with jax.set_mesh(jax.make_mesh((1,), ("batch",))), pytest.raises(ValueError, match="Auto"):
+        parallel.devices()
+
+
+def test_processes_are_numbered(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(InputError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        parallel.join()
+
+
+def test_devices_must_divide_the_batches(monkeypatch):
+    class Four:
+        size = 4
+
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices: Four)
+    Toy2D(devices=4, batch=64, lbfgs_steps=1, lbfgs_batch=8).check()
+    for settings in ({"batch": 66}, {"lbfgs_steps": 1, "lbfgs_batch": 9}):
+        with pytest.raises(InputError, match="cannot be split among 4 devices"):
+            Toy2D(devices=4, **settings).check()
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match="--devices: expected 1 to 1 devices; got 3"):
+        Toy2D(devices=3).check()
