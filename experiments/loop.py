@@ -65,8 +65,13 @@ def fit(
     with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:
         course = Course(run, model, stages, settings.patience, keeper)
         total = sum(stage.steps for stage in stages)
-        quiet = {"dynamic_ncols": True, "disable": jax.process_index() > 0}
-        with tqdm(total=total, initial=course.step, unit="step", **quiet) as bar:
+        with tqdm(
+            total=total,
+            initial=course.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=jax.process_index() > 0,
+        ) as bar:
             while not course.over() or course.step > course.place.recorded:
                 number, step = course.place.stage, course.step
                 if number not in programs:
