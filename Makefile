@@ -11,10 +11,10 @@ demo: .venv/experiments
 	$(BIN)/python -m experiments.toy2d
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: .venv/test
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m ""
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def run(settings: Conditional) -> None:
         guidance=scatter.by_class(clouds, classes.EXTENT),
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
-    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    numerics = certificate.numerics() | fitted.numerics()
     run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
 
 

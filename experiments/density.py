@@ -223,7 +223,7 @@ def train_and_measure(
         "val_nll": fitted.score,
         **peers(),
     }
-    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    numerics = certificate.numerics() | fitted.numerics()
     draw_figures(run_dir, settings, flow, table, samples, scores.nll)
     run_dir.save_figures(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)

@@ -187,7 +187,7 @@ def run(settings: MatchEnergy) -> None:
     )
     numerics = matched.certificate.numerics() | {
         "samples_failed": matched.failures,
-        "skipped_updates": fitted.skipped,
+        **fitted.numerics(),
     }
     warnings = matched.warnings
     if integral.border > BORDER:

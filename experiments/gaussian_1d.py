@@ -128,7 +128,7 @@ def run(settings: Gaussian1D) -> None:
         histogram=figure,
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
-    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    numerics = certificate.numerics() | fitted.numerics()
     numerics["solver_failures"] += drawn.failures
     run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
 

@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from experiments.run_settings import RunSettings
+from experiments.signals import Stopped, stop_at_once
 from jcnf import parallel
 from jcnf.errors import InputError
 
@@ -22,7 +23,8 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
 
     Of several `settings`, presets by name, `--preset NAME` chooses; without it --data does where it
     names one, or else it is the first. Bad input ends in one line on standard error and exit code
-    2; Ctrl-C in how to go on, and 130.
+    2, a disk that is full or cannot be written too; SIGINT and SIGTERM in how to go on, and 130
+    and 143.
     """
     words, description = sys.argv[1:], sys.modules["__main__"].__doc__
     kind: Any = settings
@@ -36,6 +38,7 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
+    stop_at_once()
     try:
         parallel.join()
         if jax.process_index() > 0:
@@ -49,10 +52,18 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit(_fail("error: out of memory: lower --batch, --widths or the rows asked for", 2))
-    except KeyboardInterrupt:
-        sys.exit(
-            _fail("interrupted: go on with the same command, --out RUN_DIRECTORY and --resume", 130)
-        )
+    except OSError as error:
+        message = f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        sys.exit(_fail(f"{message}: make room, or give another place; {_going_on(config)}", 2))
+    except Stopped as stop:
+        sys.exit(_fail(str(stop) or f"stopped: {_going_on(config)}", 128 + stop.number))
+
+
+def _going_on(config):
+    """How to go on with a run that ended before its end."""
+    if hasattr(config, "resume"):
+        return "--resume and --out RUN_DIRECTORY go on from the last checkpoint"
+    return "nothing of it is kept but the files it has written"
 
 
 def _preset(presets, words):

@@ -131,7 +131,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
         "val_bits": fitted.score,
         "inverse_error": certificate.roundtrip_error,
     }
-    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    numerics = certificate.numerics() | fitted.numerics()
     run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
 
 

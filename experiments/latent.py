@@ -180,7 +180,7 @@ def run(settings: Latent) -> None:
     found: list[dict[str, Measured]] = []
     for seed in seeds:
         one = settings.of_seed(seed, run_dir.path)
-        fits = train_models(one, pictures)
+        fits = train_models(one, pictures, run_dir)
         key = jr.fold_in(jr.key(seed), 2)
         print(f"seed {seed}: bounds by {settings.samples} samples of z a picture")
         found.append({})
@@ -196,6 +196,7 @@ def run(settings: Latent) -> None:
     numerics: dict[str, float] = {
         "solver_failures": sum(int(m.bounds.failed.sum()) for each in found for m in each.values()),
         "skipped_updates": sum(m.fitted.skipped for each in found for m in each.values()),
+        "rollbacks": sum(m.fitted.rollbacks for each in found for m in each.values()),
     }
     timing: dict[str, float] = {}
     for model in MODELS:
@@ -211,7 +212,7 @@ def binarised(key: Key[Array, ""], pictures: Float[Array, "n dim"]) -> Float[Arr
     return jr.bernoulli(key, pictures).astype(pictures.dtype)
 
 
-def train_models(settings: Latent, pictures: dict[str, Array]) -> dict[str, Fitted]:
+def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) -> dict[str, Fitted]:
     """The models of one seed, in run directories of their own."""
     dim = pictures["train"].shape[1]
     key, quick = jr.fold_in(jr.key(settings.seed), 3), settings.make_validation_solve()
@@ -230,7 +231,7 @@ def train_models(settings: Latent, pictures: dict[str, Array]) -> dict[str, Fitt
 
         path = settings.out / name
         own = dataclasses.replace(settings, out=path, resume=(path / "config.json").exists())
-        run_dir = RunDir("latent", own, resume=own.resume)
+        run_dir = RunDir("latent", own, resume=own.resume, part_of=whole)
         fitted = fit(
             run_dir,
             own,

@@ -1,7 +1,7 @@
-"""The training loop: progress, metrics, validation, checkpoints, resumption."""
+"""The training loop: progress, metrics, validation, checkpoints, resumption, signals."""
 
-import dataclasses
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import jax.random as jr
 from tqdm import tqdm
 
+from experiments.course import Course
 from experiments.run_settings import LoopSettings
-from experiments.rundir import MetricsLog, RunDir, read_jsonl
-from experiments.stages import DrawOf, Stage, compiled, next_state
-from jcnf import checkpoint, train
-from jcnf.errors import InputError
+from experiments.rundir import RunDir
+from experiments.signals import Stopped, Waiting
+from experiments.stages import STUCK, DrawOf, Stage, compiled
+from jcnf import parallel, train
+from jcnf.keeper import Keeper
 
-STUCK = 50  # steps in a row without an update, after which training gives up
+DISPATCH = 1.0  # seconds: after about so many the host hears of the steps, and they of signals
 
 
 class Fitted(NamedTuple):
@@ -27,8 +29,13 @@ class Fitted(NamedTuple):
     flow: Any  # the model with the averaged parameters of the best validation
     score: float  # that validation
     records: list[dict]  # of metrics.jsonl
-    skipped: int  # updates that were not applied
+    skipped: int  # updates that were not applied, those that were gone back upon included
+    rollbacks: int  # returns to an earlier checkpoint
     timing: dict[str, float]
+
+    def numerics(self) -> dict[str, int]:
+        """The counts, for the summary."""
+        return {"skipped_updates": self.skipped, "rollbacks": self.rollbacks}
 
 
 def fit(
@@ -46,72 +53,55 @@ def fit(
     `validate(model)` is a held-out figure, lower when better, that the log calls `score`: a NLL in
     nats unless said otherwise. It chooses the parameters to keep, and those that the next stage
     starts from.
-    """
-    stages = stages or settings.make_stages()
-    records = read_jsonl(run.log)
-    place = _Place()
-    if run.checkpoint.exists():
-        place = _Place(**checkpoint.read_notes(run.checkpoint))
-    elif records and records[-1]["step"] > settings.checkpoint_every:
-        raise InputError(
-            f"{run.checkpoint} is missing, though {run.log.name} goes to step "
-            f"{records[-1]['step']}: restore it, or start a new run with another --out"
-        )
-    state = train.init(model, stages[place.stage].optimizer)
-    best = jax.tree.map(jnp.copy, state.average)
-    if run.checkpoint.exists():
-        (state, best), _ = checkpoint.load(run.checkpoint, (state, best))
-    log = MetricsLog(run.log, records, int(state.step))
 
-    start, compile_s = time.perf_counter(), 0.0
-    key = jr.fold_in(jr.key(settings.seed), 1)
+    **Raises:** `Stopped`, with all saved, after SIGINT or SIGTERM; `InputError` where training
+    cannot go on; `OSError` where the disk is full, with the checkpoints on it whole.
+    """
+    start, compile_s, pace = time.perf_counter(), 0.0, 1
+    stages = stages or settings.make_stages()
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
-    total = sum(stage.steps for stage in stages)
-    with tqdm(total=total, initial=int(state.step), unit="step", dynamic_ncols=True) as bar:
-        while True:
-            stage, step = stages[place.stage], int(state.step)
-            over = place.over(stage, settings.patience)
-            end = step if over else place.first_step + stage.steps
-            if step == end:
-                break
-            tic = time.perf_counter()
-            run_steps = compiled(model, stage, draw_of, state, data)
-            compile_s += time.perf_counter() - tic
-            while step < end:
-                # One dispatch to the next step at which anything happens on the host.
-                until = min(end, *(step - step % n + n for n in events))
-                tic = time.perf_counter()
-                state, metrics = run_steps(state, data, key, until)
-                record = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                seconds = time.perf_counter() - tic
-                record["step_ms"] = 1e3 * seconds / (until - step)
-                place.train_s += seconds
-                place.stuck = place.stuck + until - step if record["skipped"] == until - step else 0
-                bar.update(until - step)
-                bar.set_postfix_str(_shown(record, state))
-                step = until
-                if place.over(stage, settings.patience):
-                    end = step
-                if step == end or step % settings.validate_every == 0:
-                    record[score] = validate(train.with_params(model, state.average))
-                    if place.improved_by(record[score]):
-                        best = jax.tree.map(jnp.copy, state.average)
-                    if place.over(stage, settings.patience):
-                        end = step
-                log.add({"step": step, **record, "train_s": place.train_s})
-                if step == end or place.stuck >= STUCK or step % settings.checkpoint_every == 0:
-                    if step == end and place.stage + 1 < len(stages):
-                        place.next_stage(step)
-                        state = next_state(state, best, stages[place.stage])
-                    checkpoint.save(run.checkpoint, (state, best), dataclasses.asdict(place))
-                if place.stuck >= STUCK and not stage.fixed:
-                    raise InputError(
-                        f"no update could be applied in the last {place.stuck} steps: their solves "
-                        "failed, or their gradients were not finite. Start anew with a smaller "
-                        "--learning-rate or --clip, a larger --max-steps, or looser --rtol and "
-                        f"--atol; {run.path} keeps the state and the log up to here"
-                    )
-    skipped = int(state.skipped)
+    key, data = parallel.everywhere((jr.fold_in(jr.key(settings.seed), 1), data))
+    programs: dict[int, tuple[jax.stages.Compiled, train.Totals]] = {}
+    with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:
+        course = Course(run, model, stages, settings.patience, keeper)
+        total = sum(stage.steps for stage in stages)
+        quiet = {"dynamic_ncols": True, "disable": jax.process_index() > 0}
+        with tqdm(total=total, initial=course.step, unit="step", **quiet) as bar:
+            while not course.over() or course.step > course.place.recorded:
+                number, step = course.place.stage, course.step
+                if number not in programs:
+                    tic = time.perf_counter()
+                    programs[number] = compiled(model, course.stage, draw_of, course.state, data)
+                    compile_s += time.perf_counter() - tic
+                program, none = programs[number]
+                due = course.over() or any(step % n == 0 for n in events)
+                if due and step > course.place.recorded:
+                    _record(course, settings, none, validate, score)
+                elif course.stuck >= STUCK and not course.stage.fixed:
+                    bar.write(course.roll_back(none))
+                elif parallel.anywhere(waiting.number is not None):
+                    break
+                else:
+                    # One dispatch to the next step at which something is due, or so far in time.
+                    until = min(course.end, step + pace, *(step - step % n + n for n in events))
+                    tic = time.perf_counter()
+                    after = program(course.state, data, key, until, course.totals(none))
+                    state, totals = after[0], jax.device_get(after[1])
+                    seconds = time.perf_counter() - tic
+                    course.steps_taken(state, totals, seconds)
+                    taken = course.step - step
+                    quicker = min(max(1, int(DISPATCH / seconds * taken)), 10 * taken)
+                    pace = parallel.first(lambda pace=quicker: pace)  # the same for all processes
+                    bar.n = course.step
+                    bar.set_postfix_str(_shown(course.means(none), course.skipped))
+                keeper.poll()
+        if parallel.anywhere(waiting.number is not None):
+            course.save()
+            keeper.wait()
+            at = f"stopped at step {course.step}, which is saved"
+            number = waiting.number or signal.SIGTERM  # where another process was told
+            raise Stopped(number, f"{at}: go on with {run.command_to_resume()}")
+    step, skipped, place = course.step, course.skipped, course.place
     if skipped > step // 2:
         print(
             f"warning: {skipped} of {step} updates were skipped: see the help of --clip, "
@@ -121,44 +111,35 @@ def fit(
         "compile_s": compile_s,
         "train_s": place.train_s,
         "fit_s": time.perf_counter() - start,
-        "step_ms_median": statistics.median(r["step_ms"] for r in log.records),
+        "step_ms_median": statistics.median(r["step_ms"] for r in course.log.records),
+        "checkpoint_stall_s": keeper.stalled,
     }
-    best_score = math.nan if place.best is None else place.best
-    return Fitted(train.with_params(model, best), best_score, log.records, skipped, timing)
+    return Fitted(
+        train.with_params(model, course.best),
+        math.nan if place.best is None else place.best,
+        course.log.records,
+        skipped,
+        len(place.rollbacks),
+        timing,
+    )
 
 
-@dataclasses.dataclass
-class _Place:
-    """Where training has come to: what a checkpoint notes beside the state."""
-
-    stage: int = 0  # number of the part of training
-    first_step: int = 0  # steps taken before it
-    worse: int = 0  # validations of it without a new best
-    stuck: int = 0  # steps since an update was applied
-    best: float | None = None  # lowest of all validations; None before any was finite
-    train_s: float = 0.0
-
-    def improved_by(self, score: float) -> bool:
-        """Note a validation; whether its parameters are to be kept: any, until one is finite."""
-        first, finite = self.best is None, math.isfinite(score)
-        if finite and (self.best is None or score < self.best):
-            self.best, self.worse = score, 0
-            return True
-        self.worse += 1
-        return first
-
-    def over(self, stage: Stage, patience: int) -> bool:
-        """Whether the stage ends early: after `patience` validations without a new best, or, where
-        every step has the same batch, after one that could not be taken."""
-        return 0 < patience <= self.worse or (stage.fixed and self.stuck > 0)
-
-    def next_stage(self, step: int) -> None:
-        """Go on to the next, after so many steps in all."""
-        self.stage, self.first_step, self.worse, self.stuck = self.stage + 1, step, 0, 0
+def _record(course, settings, none, validate, score):
+    """A line of the log, a validation where it is due, and a checkpoint."""
+    step, place, better = course.step, course.place, False
+    record = course.means(none) | {"step_ms": 1e3 * place.seconds / (step - place.recorded)}
+    if course.over() or step % settings.validate_every == 0:
+        record[score] = validate(train.with_params(course.model, course.state.average))
+        better = place.improved_by(record[score], step)
+        if better:
+            course.best = jax.tree.map(jnp.copy, course.state.average)
+    over, sound = course.over(), course.stuck == 0
+    course.record(record)
+    if over or (sound and (better or step % settings.checkpoint_every == 0)):
+        course.save()
 
 
-def _shown(record, state):
-    shown = {"loss": "loss {:.4g}", "step_ms": "{:.1f} ms", "nfe": "{:.0f} NFE"}
+def _shown(record, skipped):
+    shown = {"loss": "loss {:.4g}", "nfe": "{:.0f} NFE"}
     parts = [form.format(record[name]) for name, form in shown.items() if name in record]
-    skipped = int(state.skipped)
     return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)

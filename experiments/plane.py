@@ -199,7 +199,7 @@ def learn(
     run_dir.save_figures(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
-    numerics = certificate.numerics() | {"skipped_updates": fitted.skipped}
+    numerics = certificate.numerics() | fitted.numerics()
     warnings = certificate.warnings()
     if extra:
         numerics |= {

@@ -223,6 +223,8 @@ class LoopSettings(TrainingSettings):
     log_every: int = 200
     # steps between checkpoints
     checkpoint_every: int = 2000
+    # how many of the last ones are kept, beside the best
+    keep: int = 3
     # steps between validations; the parameters with the best one are kept
     validate_every: int = 2000
     # validations without a new best after which a part of training ends early; 0 for never
@@ -233,7 +235,7 @@ class LoopSettings(TrainingSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "log_every", "checkpoint_every", "validate_every")
+        self.at_least(1, "log_every", "checkpoint_every", "validate_every", "keep")
         self.at_least(0, "patience", "devices")
         mesh = self.make_mesh()
         for name in ("batch", "lbfgs_batch") if self.lbfgs_steps else ("batch",):

@@ -1,5 +1,5 @@
-"""One run directory: `config.json`, `metrics.jsonl`, `checkpoint.jcnf`, `figures/`; once trained,
-`flow.jcnf`; once finished, `summary.json`."""
+"""One run directory: `config.json`, `metrics.jsonl`, `checkpoints/`, `figures/`; once trained,
+`flow.jcnf`; once finished, `summary.json`; where training broke down, `report.json`."""
 
 import atexit
 import dataclasses
@@ -7,6 +7,8 @@ import datetime
 import importlib
 import json
 import math
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,14 +26,14 @@ from jcnf.errors import InputError
 from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
-FREE = ("out", "resume", "devices")
+FREE = ("out", "resume", "keep", "devices")
 
 
 S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunDir:
-    """The directory of a new run, or of an unfinished one with `--resume`.
+    """The directory of a new run, or of an unfinished one with `--resume`; maybe `part_of` another.
 
     Of several processes the first alone has it. The others go on with copies of their own, which
     are alike and forgotten at the end: they need no file system in common.
@@ -40,16 +42,24 @@ class RunDir:
     one of other settings, or cannot be written.
     """
 
-    def __init__(self, name: str, settings: RunSettings, *, resume: bool = False):
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        settings: RunSettings,
+        *,
+        resume: bool = False,
+        part_of: "RunDir | None" = None,
+    ):
+        self.name, self.part_of = name, part_of
         self.settings = _name_of(type(settings))
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        self.home = self.path  # where the first process, and a person, finds it
         files = parallel.first(lambda: self._open(settings, resume))
         if jax.process_index() > 0:
             self._copy(files)
-        self.checkpoint = self.path / "checkpoint.jcnf"
+        self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "metrics.jsonl"
         print(f"run directory: {self.path}")
 
@@ -65,7 +75,8 @@ class RunDir:
             raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
-        if not started and self.path.is_dir() and any(self.path.iterdir()):
+        # A hidden file is what a kill left of the first write.
+        if not started and any(path for path in self.path.glob("*") if path.name[0] != "."):
             raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
         if started:
             self._same_settings()
@@ -73,34 +84,67 @@ class RunDir:
             self._create()
         if jax.process_count() == 1:
             return {}
-        return {file.name: file.read_bytes() for file in self.path.iterdir() if file.is_file()}
+        files = (*self.path.glob("*"), *self.path.glob("checkpoints/*"))
+        return {f.relative_to(self.path): f.read_bytes() for f in files if f.is_file()}
 
     def _copy(self, files):
         self.path = Path(tempfile.mkdtemp(prefix="jcnf-"))
         atexit.register(shutil.rmtree, self.path, ignore_errors=True)
         (self.path / "figures").mkdir()
         for name, content in files.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
             (self.path / name).write_bytes(content)
 
     def _create(self):
         try:
-            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", self.config)
+            (self.path / "figures").mkdir()
         except OSError as error:
             raise InputError(
                 f"cannot write to {self.path} ({error.strerror}): choose another --out"
             ) from None
 
     def _same_settings(self):
-        before = read_json(self.path / "config.json")
+        self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))
+
+    def _check_config(self, what, before):
         names = [n for n in self.config | before if n not in FREE]
         differ = [n for n in names if before.get(n) != self.config.get(n)]
         if differ:
             listed = ", ".join(f"{n} {before.get(n)} -> {self.config.get(n)}" for n in differ)
             raise InputError(
-                f"{self.path} was started with other settings ({listed}): "
+                f"{what} with other settings ({listed}): "
                 "give the same ones, or choose another --out"
             )
+
+    def check_notes(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """Those of a checkpoint, where it is one of this run and version.
+
+        **Raises:** `InputError` that names what differs.
+        """
+        if not {"versions", "config", "place"} <= notes.keys():
+            raise InputError(f"{self.checkpoints} holds something else than a training's state")
+        self._check_config(f"the checkpoint in {self.checkpoints} was written", notes["config"])
+        here, there = versions(), notes["versions"]
+        if there["jcnf"] != here["jcnf"]:
+            raise InputError(
+                f"the checkpoint in {self.checkpoints} was written by jcnf {there['jcnf']}, this "
+                f"is {here['jcnf']}: go on with that version, or choose another --out"
+            )
+        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there.get(n) != here[n]]
+        if others:
+            print(f"warning: other versions than before, so not to the bit: {', '.join(others)}")
+        return notes
+
+    def command_to_resume(self) -> str:
+        """The command line that goes on with this run."""
+        if self.part_of is not None:
+            return self.part_of.command_to_resume()
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        if not any(word.split("=")[0] == "--out" for word in words):
+            words += ["--out", str(self.home)]
+        return shlex.join(["python", "-m", f"experiments.{self.name}", *words, "--resume"])
 
     def write_json(self, name: str, content: Any) -> None:
         """Write `name`, whole or not at all."""
@@ -186,7 +230,7 @@ def read_flow_notes(path: Path) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per dispatch, cut back to the step that a run resumes from."""
+    """metrics.jsonl: a line for each record, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, records: list[dict], step: int):
         self.path = path
@@ -199,6 +243,8 @@ class MetricsLog:
         self.records.append(json_ready(record))
         with open(self.path, "a") as file:
             file.write(json.dumps(self.records[-1], allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
@@ -237,10 +283,14 @@ def json_ready(value: Any) -> Any:
     return value
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide what a training's next bits are."""
+    return {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
+
+
 def environment() -> dict[str, Any]:
     """Versions, device and commit, for the summary."""
-    packages = {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
-    return packages | {"device": jax.devices()[0].device_kind, "git": _commit()}
+    return versions() | {"device": jax.devices()[0].device_kind, "git": _commit()}
 
 
 def _name_of(kind):

@@ -194,7 +194,7 @@ def run(settings: Spiral) -> None:
     numerics = {
         "nfe": int(stats.nfe),
         "solver_failures": failures,
-        "skipped_updates": fitted.skipped,
+        **fitted.numerics(),
     }
     run_dir.save_figures(
         fit=learner.picture(curve, title),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from jcnf import CNF, train
 
 WARM_UP = 5  # steps before those that are timed
+STUCK = 50  # steps in a row without an update, after which training does not go on as it is
 
 
 class Stage(NamedTuple):
@@ -43,8 +44,8 @@ def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
 
 def compiled(
     model: Any, stage: Stage, draw_of: DrawOf, state: train.TrainState, data: Any
-) -> jax.stages.Compiled:
-    """The program of a stage, `program(state, data, key, until)`."""
+) -> tuple[jax.stages.Compiled, train.Totals]:
+    """The program of a stage, `program(state, data, key, until, totals)`, and totals of no step."""
     program = train.make_run(
         model,
         stage.objective,
@@ -53,16 +54,14 @@ def compiled(
         average=stage.average,
         differentiate=stage.differentiate,
         fixed=stage.fixed,
+        # An optimiser that sees the same again would do the same again.
+        stuck=1 if stage.fixed else STUCK,
     )
-    return program.lower(state, data, jr.key(0), 0).compile()
-
-
-def next_state(state: train.TrainState, params: Any, stage: Stage) -> train.TrainState:
-    """The state that `stage` starts from after others: these parameters, and a fresh optimiser."""
-    fresh = (params, params, stage.optimizer.init(params))
-    # The state is donated: no two of its leaves may share a buffer.
-    params, average, opt_state = jax.tree.map(jnp.copy, fresh)
-    return train.TrainState(params, average, opt_state, step=state.step, skipped=state.skipped)
+    arguments = (state, data, jr.key(0), 0)
+    none = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(program, *arguments)[1]
+    )
+    return program.lower(*arguments, none).compile(), none
 
 
 class Trained(NamedTuple):
@@ -86,11 +85,11 @@ def train_stages(
     state = train.init(flow, stages[0].optimizer)
     for number, stage in enumerate(stages):
         if number:
-            state = next_state(state, state.average, stage)
-        program = compiled(flow, stage, draw_of, state, data)
+            state = train.restart(state, state.average, stage.optimizer)
+        program, none = compiled(flow, stage, draw_of, state, data)
         until = int(state.step) + stage.steps
         tic = time.perf_counter()
-        state, _ = jax.block_until_ready(program(state, data, key, until))
+        state, _ = jax.block_until_ready(program(state, data, key, until, none))
         seconds += time.perf_counter() - tic
     flow = train.with_params(flow, state.average)
     return Trained(flow, int(state.step), seconds, int(state.skipped))
@@ -99,8 +98,8 @@ def train_stages(
 def step_seconds(flow: CNF, stage: Stage, draw_of: DrawOf, steps: int) -> float:
     """Seconds of one of the first steps, without compilation and warm-up."""
     state = train.init(flow, stage.optimizer)
-    program = compiled(flow, stage, draw_of, state, None)
-    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP))
+    program, none = compiled(flow, stage, draw_of, state, None)
+    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP, none))
     tic = time.perf_counter()
-    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP + steps))
+    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP + steps, none))
     return (time.perf_counter() - tic) / steps

@@ -2,8 +2,10 @@
 
 The file is one line of JSON (format, whatever the caller notes, length of the rest, and SHA-256 of
 notes and rest), then the leaves of a pytree as `eqx.tree_serialise_leaves` writes them (no pickle).
+`jcnf.keeper` keeps several of them.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from jcnf.errors import InputError
@@ -19,8 +23,15 @@ from jcnf.errors import InputError
 FORMAT = 1
 
 
+class Damaged(InputError):
+    """A file that is no checkpoint, or no longer the one that was written."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that exists whole or not at all, whatever happens meanwhile."""
+    """Write a file that exists whole or not at all, whatever happens meanwhile.
+
+    **Raises:** `OSError`, with the name of the file; what was there before is then untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -28,8 +39,17 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if hasattr(os, "O_DIRECTORY"):  # so that its name outlives a power cut too
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where not even that can be done
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
@@ -45,21 +65,17 @@ def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
 def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     """The saved leaves in the structure of `like`, and the notes.
 
-    **Raises:** `InputError` when the file is missing, damaged, of another format, or holds
-    another structure than `like`.
+    **Raises:** `InputError` when the file is missing, of another format, or holds another
+    structure than `like`, of which it names the first difference; `Damaged` when it is that.
     """
     notes, payload = _read(path)
-    buffer = io.BytesIO(payload)
-    try:
-        tree = eqx.tree_deserialise_leaves(buffer, like)
-        if buffer.read(1):
-            raise ValueError("it has more arrays")
-        return tree, notes
-    except (RuntimeError, ValueError, EOFError) as error:
+    difference = _difference(payload, like)
+    if difference:
         raise InputError(
-            f"{path} holds another model than these settings describe "
-            f"({str(error).splitlines()[0]}): use the settings it was written with"
-        ) from None
+            f"{path} holds another model than these settings describe ({difference}): "
+            "use the settings it was written with"
+        )
+    return eqx.tree_deserialise_leaves(io.BytesIO(payload), like), notes
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -71,6 +87,29 @@ def _digest(notes, payload):
     return hashlib.sha256(json.dumps(notes).encode() + payload).hexdigest()
 
 
+def _difference(payload, like):
+    """The first array of the file that is not of the dtype and shape of its leaf; None if all are.
+
+    Arrays of dtypes that numpy does not know, bfloat16 for one, are told by their shape and width.
+    """
+    buffer = io.BytesIO(payload)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        if not eqx.is_array(leaf):
+            continue
+        name = jax.tree_util.keystr(path)
+        if buffer.tell() == len(payload):
+            return f"it has no {name}"
+        there = np.load(buffer, allow_pickle=False)
+        same = there.dtype == leaf.dtype or (
+            there.dtype.kind == "V" and there.dtype.itemsize == leaf.dtype.itemsize
+        )
+        if there.shape != leaf.shape or not same:
+            return (
+                f"{name} is {there.dtype} {there.shape} in it, and {leaf.dtype} {leaf.shape} here"
+            )
+    return "it has more arrays" if buffer.tell() < len(payload) else None
+
+
 def _read(path):
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: check the run directory, or start a new run")
@@ -79,7 +118,7 @@ def _read(path):
         header = json.loads(line)
         form, digest, notes = header["format"], header["sha256"], header["notes"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(
+        raise Damaged(
             f"{path} is not a jcnf checkpoint, or its header is damaged: "
             "restore it from a copy, or start a new run with another --out"
         ) from None
@@ -89,7 +128,7 @@ def _read(path):
             "use the version that wrote it"
         )
     if _digest(notes, payload) != digest:
-        raise InputError(
+        raise Damaged(
             f"{path} is damaged ({len(payload)} of {header.get('bytes')} bytes, or altered): "
             "restore it from a copy, or start a new run with another --out"
         )

@@ -135,6 +135,8 @@ def first(function: Callable[[], Any]) -> Any:
 
 def anywhere(flag: bool) -> bool:
     """Whether `flag` is true in any process."""
+    if jax.process_count() == 1:
+        return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jcnf import parallel
 from jcnf.distributions import Base
@@ -31,6 +31,23 @@ class TrainState(eqx.Module):
     opt_state: PyTree
     step: Int[Array, ""]  # steps taken, skipped ones included
     skipped: Int[Array, ""]  # of them, with an update that was not applied
+    stuck: Int[Array, ""]  # the last ones in a row that were skipped
+    rate: Float[Array, ""]  # a factor of the updates: under AdamW, of the learning rate
+
+
+class Totals(eqx.Module):
+    """Sums over steps."""
+
+    sums: dict[str, Float[Array, ""]]  # of the metrics of the updates applied
+    applied: Int[Array, ""]  # how many these are
+    skipped: dict[str, Int[Array, ""]]  # "skipped", all others, and of them by reason
+
+
+def means(totals: Totals) -> dict[str, Any]:
+    """The mean of each metric over the updates applied, NaN where there were none, and the counts
+    of those that were not."""
+    of_all = {n: total / totals.applied.astype(total.dtype) for n, total in totals.sums.items()}
+    return of_all | totals.skipped
 
 
 def make_optimizer(
@@ -79,9 +96,27 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     params: Any = partition(model)[0]
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(params, params, optimizer.init(params), step=zero, skipped=zero)
+    counts = {"step": zero, "skipped": zero, "stuck": zero, "rate": jnp.ones(())}
+    state = TrainState(params, params, optimizer.init(params), **counts)
     # The state is donated, so that no two of its leaves may share a buffer, with `model` or not.
     return jax.tree.map(jnp.copy, state)
+
+
+def restart(
+    state: TrainState, params: PyTree, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """`state` with these parameters, their average too, and a fresh optimiser."""
+    fresh = (params, params, optimizer.init(params))
+    params, average, opt_state = jax.tree.map(jnp.copy, fresh)  # it is donated
+    return TrainState(
+        params,
+        average,
+        opt_state,
+        step=state.step,
+        skipped=state.skipped,
+        stuck=jnp.zeros_like(state.stuck),
+        rate=state.rate,
+    )
 
 
 def with_params(model: PyTree, params: PyTree) -> Any:
@@ -148,20 +183,23 @@ def make_run(
     average: float = 0.999,
     differentiate: Callable = by_reverse_mode,
     fixed: bool = False,
+    stuck: int | None = None,
 ) -> jax.stages.Wrapped:
-    """Compile-once training: `run(state, data, key, until) -> (state, metrics)`.
+    """Compile-once training: `run(state, data, key, until, totals=None) -> (state, totals)`.
 
     `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
-    donates `state`. `draw_batch(key, data)` gives a batch inside the compiled program and
+    donates `state`; or until `stuck` steps in a row were skipped, if that is given.
+    `draw_batch(key, data)` gives a batch inside the compiled program and
     `objective(model, batch, key)` its loss, of a flow or of whatever is trained. `average` is the
     decay of the parameters' moving average, lower at first: min(average, (1 + step) / (10 + step)).
     `differentiate` is what `differentiator` gives for the objective's solve. With `fixed`, every
     step has the same batch and the same noise, as an optimiser with a line search (`optax.lbfgs`)
-    needs.
+    needs, and the rate of the state is not heeded.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
-    counted. The metrics are means over the updates applied, of the objective's own, "loss" and
-    "grad_norm", and "skipped", the number of those that were not.
+    counted. `means(totals)` gives the means over the updates applied of the objective's metrics,
+    of "loss" and "grad_norm", and the numbers of those that were not. Totals that are given are
+    added to, so that how steps are grouped into dispatches does not change a bit of them.
     """
     _, static = partition(model)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -179,18 +217,21 @@ def make_run(
             return jnp.where(metrics.get("failed", False), jnp.inf, loss)
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
-        metrics, good = dict(metrics), jnp.isfinite(loss)
+        metrics, failed, bad_loss = dict(metrics), jnp.asarray(False), ~jnp.isfinite(loss)
         if "failed" in metrics:
-            good &= ~metrics.pop("failed")
+            failed = metrics.pop("failed")
             # A solve that failed took all its steps: there is no point in going back through them.
-            grads = jax.lax.cond(good, gradient, lambda: jax.tree.map(jnp.zeros_like, state.params))
+            zeros = lambda: jax.tree.map(jnp.zeros_like, state.params)  # noqa: E731
+            grads = jax.lax.cond(failed | bad_loss, zeros, gradient)
         else:
             grads = gradient()
         norm = optax.global_norm(grads)
-        good &= jnp.isfinite(norm)
+        good = ~(failed | bad_loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_of
         )
+        if not fixed:
+            updates = jax.tree.map(lambda u: state.rate.astype(u.dtype) * u, updates)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
         mean = jax.tree.map(
@@ -202,24 +243,41 @@ def make_run(
             (state.params, state.average, state.opt_state),
         )
         metrics |= {"loss": loss, "grad_norm": norm}
-        metrics = {name: jnp.where(good, value, 0) for name, value in metrics.items()}
-        step, skipped = state.step + 1, state.skipped + jnp.where(good, 0, 1)
-        state = TrainState(params, mean, opt_state, step=step, skipped=skipped)
-        return parallel.everywhere(state), metrics
+        after = TrainState(
+            params,
+            mean,
+            opt_state,
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(good, 0, 1),
+            stuck=jnp.where(good, 0, state.stuck + 1),
+            rate=state.rate,
+        )
+        return parallel.everywhere(after), Totals(
+            {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},
+            applied=good.astype(int),
+            skipped={
+                "skipped": (~good).astype(int),
+                "skipped_solve": failed.astype(int),
+                "skipped_loss": (bad_loss & ~failed).astype(int),
+                "skipped_gradient": (~(good | failed | bad_loss)).astype(int),
+            },
+        )
 
-    def run(state, data, key, until):
-        _, shapes = jax.eval_shape(one_step, state, data, key)
-        zeros = {name: jnp.zeros((), float) for name in shapes}
+    def run(state, data, key, until, totals=None):
+        if totals is None:
+            _, shapes = jax.eval_shape(one_step, state, data, key)
+            totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def more(carry):
+            state, _ = carry
+            going = state.step < until
+            return going if stuck is None else going & (state.stuck < stuck)
 
         def body(carry):
-            state, sums = carry
-            state, metrics = one_step(state, data, key)
-            return state, {name: sums[name] + metrics[name].astype(float) for name in sums}
+            state, totals = carry
+            state, step = one_step(state, data, key)
+            return state, jax.tree.map(jnp.add, totals, step)
 
-        before = state
-        state, sums = jax.lax.while_loop(lambda c: c[0].step < until, body, (state, zeros))
-        skipped = state.skipped - before.skipped
-        applied = (state.step - before.step - skipped).astype(float)
-        return state, {name: total / applied for name, total in sums.items()} | {"skipped": skipped}
+        return jax.lax.while_loop(more, body, (state, totals))
 
     return jax.jit(run, donate_argnums=0)

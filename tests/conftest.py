@@ -46,6 +46,7 @@ CORE = [
     "objectives",
     "train",
     "checkpoint",
+    "keeper",
     "evaluate",
     "gaussian",
     "impute",

@@ -42,7 +42,8 @@ def trained(objective, steps):
     def once():
         state, losses = train.init(flow, optimizer), []
         for until in range(steps // 10, steps + 1, steps // 10):
-            state, metrics = run(state, None, jr.key(1), until)
+            state, totals = run(state, None, jr.key(1), until)
+            metrics = parallel.on_host(train.means(totals))
             losses.append([float(metrics[name]) for name in ("loss", "grad_norm")])
             losses[-1].append(float(metrics.get("nfe", 0)))
         assert int(state.skipped) == 0

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, or an error that says what to do."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -45,20 +46,28 @@ def test_the_header_is_a_line_of_json(path):
 
 
 @pytest.mark.parametrize(
-    "like",
+    ("like", "difference"),
     [
-        {"a": jnp.zeros((3, 2)), "b": TREE["b"]},  # another shape
-        {"a": jnp.zeros((2, 3), jnp.float32), "b": TREE["b"]},  # another dtype
-        {"a": TREE["a"], "b": (*TREE["b"], jnp.zeros(2))},  # more leaves
-        {"a": TREE["a"], "b": TREE["b"][:1]},  # fewer leaves
-        {"a": TREE["a"]},
+        ({"a": jnp.zeros((3, 2)), "b": TREE["b"]}, "['a'] is float64 (2, 3) in it, and float64 (3"),
+        ({"a": jnp.zeros((2, 3), jnp.float32), "b": TREE["b"]}, "and float32 (2, 3) here"),
+        ({"a": TREE["a"], "b": (*TREE["b"], jnp.zeros(2))}, "it has no ['b'][2]"),
+        ({"a": TREE["a"], "b": TREE["b"][:1]}, "it has more arrays"),
+        ({"a": TREE["a"]}, "it has more arrays"),
     ],
 )
-def test_another_structure(path, like):
+def test_another_structure_is_named(path, like, difference):
     with pytest.raises(InputError, match="holds another model than these settings describe") as e:
         checkpoint.load(path, like)
+    assert difference in str(e.value)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_bfloat16_comes_back(tmp_path):
+    tree = {"a": jnp.asarray([1.5, -2.0], jnp.bfloat16), "b": jnp.ones(2)}
+    for saved in (tree, jax.tree.map(np.asarray, tree)):
+        checkpoint.save(tmp_path / "state", saved, {})
+        assert_same(checkpoint.load(tmp_path / "state", tree)[0], tree)
 
 
 def test_missing(tmp_path):
@@ -109,7 +118,7 @@ def test_no_flipped_byte_goes_unnoticed(path):
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, broken):
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(OSError, match="disk full"):

@@ -217,7 +217,7 @@ def in_dimension_20(strategy):
 @pytest.mark.parametrize(
     ("strategy", "definition"),
     [(HutchPlusPlus(4), hutch_plus_plus), (XTrace(6), x_trace)],
-    ids=repr,
+    ids=["hutch_plus_plus", "x_trace"],
 )
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_sketched_estimates_are_their_definition(strategy, definition, spectrum):

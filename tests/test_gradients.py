@@ -43,7 +43,7 @@ SOLVES = {
     )
     for adjoint in adjoints
 }
-# Where there are seconds and not minutes, a field has one adjoint: this, or else the quickest.
+# Where there are seconds and not minutes, these fields have one adjoint, and others none.
 QUICK = {
     "mlp ignore": "reversible",
     "mlp concat": "direct",
@@ -55,12 +55,15 @@ QUICK = {
     "planar summed": "backsolve_seminorm",
     "residual without closed form": "backsolve",
     "time change": "checkpoint",
+    "resnet with waves": "forward",
+    "mixture": "forward",
+    "guided": "forward",
 }
 TABLE = [
     pytest.param(
         name,
         adjoint,
-        marks=() if adjoint == QUICK.get(name, "forward") else pytest.mark.slow,
+        marks=() if adjoint == QUICK.get(name) else pytest.mark.slow,
     )
     for name in FIELDS
     for adjoint in SOLVES

@@ -38,6 +38,7 @@ ORDER = [
         "objectives",
         "train",
         "checkpoint",
+        "keeper",
         "evaluate",
         "gaussian",
         "impute",

@@ -18,6 +18,7 @@ from jcnf.regularizers import kinetic
 TRACES = Tally()
 KEY = jr.key(7)
 DATA = jnp.asarray(np.random.default_rng(0).normal([1.0, -0.5], [0.5, 1.5], (64, 2)))
+SKIPPED = ("skipped", "skipped_solve", "skipped_loss", "skipped_gradient")
 AVERAGE = 0.3  # reached at the fourth step: (1 + 3) / (10 + 3)
 
 
@@ -35,6 +36,12 @@ def promotion():
     """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def after(run, state, until, data=DATA):
+    """The state at a step, and the means of the metrics until then."""
+    state, totals = run(state, data, KEY, until)
+    return state, train.means(totals)
 
 
 class Training:
@@ -58,7 +65,7 @@ def training():
 @pytest.fixture(scope="module")
 def ten(training):
     """The state after 10 uninterrupted steps, and their metrics."""
-    return training.run(training.start(), DATA, KEY, 10)
+    return after(training.run, training.start(), 10)
 
 
 def test_rows_of_several_tables_belong_together():
@@ -96,13 +103,33 @@ def test_killed_and_resumed_ends_bit_for_bit_where_uninterrupted(training, ten, 
 def test_intervals_change_nothing_and_metrics_are_means_over_the_steps(training, ten):
     state, losses = training.start(), []
     for until in range(1, 11):
-        state, metrics = training.run(state, DATA, KEY, until)
+        state, metrics = after(training.run, state, until)
         losses.append(metrics["loss"])
     assert_identical(state, ten[0])
     assert ten[1]["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
-    assert set(ten[1]) == {"loss", "nll", "nfe", "grad_norm", "skipped"}
+    assert set(ten[1]) == {"loss", "nll", "nfe", "grad_norm", *SKIPPED}
     assert ten[1]["nfe"] == 4
     assert ten[1]["skipped"] == 0
+
+
+def test_totals_go_on_bit_for_bit_whatever_the_dispatches(training):
+    _, whole = training.run(training.start(), DATA, KEY, 7)
+    state, totals = training.run(training.start(), DATA, KEY, 1)
+    for until in (4, 6, 7):
+        state, totals = training.run(state, DATA, KEY, until, totals)
+    assert_identical(totals, whole)
+    assert int(totals.applied) == 7
+
+
+def test_a_smaller_rate_is_a_smaller_learning_rate():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+    whole, half = (train.make_optimizer(rate, 100, weight_decay=0.1) for rate in (0.02, 0.01))
+    runs = [train.make_run(flow, objective, draw_batch, each) for each in (whole, half)]
+    start = eqx.tree_at(lambda state: state.rate, train.init(flow, whole), jnp.asarray(0.5))
+    scaled, _ = runs[0](start, DATA, KEY, 5)
+    small, _ = runs[1](train.init(flow, half), DATA, KEY, 5)
+    for a, b in zip(*map(jax.tree.leaves, (scaled.params, small.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_data_order_depends_on_the_key_and_the_step_alone(training, ten):
@@ -113,12 +140,12 @@ def test_data_order_depends_on_the_key_and_the_step_alone(training, ten):
 
 
 def test_one_program_for_all_intervals(training, ten):
-    before = TRACES.count
+    before, programs = TRACES.count, training.run._cache_size()
     state = training.start()
     for until in (1, 3, 10):
         state, _ = training.run(state, DATA, KEY, until)
     assert TRACES.count == before > 0
-    assert training.run._cache_size() == 1
+    assert training.run._cache_size() == programs
 
 
 def test_the_state_is_donated_and_the_flow_is_not(training):
@@ -145,8 +172,8 @@ def test_average_is_that_of_a_hand_computation(training):
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(training, ten):
-    state, late = training.run(copied(ten[0]), DATA, KEY, 60)
-    state, late = training.run(state, DATA, KEY, 80)
+    state, _ = training.run(copied(ten[0]), DATA, KEY, 60)
+    state, late = after(training.run, state, 80)
     # The data are Gaussian: their entropy is what the loss can reach.
     entropy = np.log(0.5 * 1.5) + np.log(2 * np.pi * np.e)
     assert ten[1]["loss"] - entropy > 1
@@ -159,13 +186,13 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(training, ten):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
 def test_steps_on_bad_data_are_skipped_and_counted(training, ten, bad):
     state = copied(ten[0])
-    state, metrics = training.run(state, DATA.at[:].set(bad), KEY, 13)
+    state, metrics = after(training.run, state, 13, DATA.at[:].set(bad))
     assert int(state.skipped) == metrics["skipped"] == 3
     assert int(state.step) == 13
     for name in ("params", "average", "opt_state"):
         assert_identical(getattr(state, name), getattr(ten[0], name))
     # Sound data again: training goes on.
-    state, metrics = training.run(state, DATA, KEY, 14)
+    state, metrics = after(training.run, state, 14)
     assert int(state.skipped) == 3
     assert metrics["skipped"] == 0
     assert not np.array_equal(
@@ -173,8 +200,15 @@ def test_steps_on_bad_data_are_skipped_and_counted(training, ten, bad):
     )
 
 
-@pytest.mark.parametrize("reason", ["failed", "loss", "gradient"])
-def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason):
+@pytest.mark.parametrize(
+    ("reason", "counted"),
+    [
+        ("failed", "skipped_solve"),
+        ("loss", "skipped_loss"),
+        ("gradient", "skipped_gradient"),
+    ],
+)
+def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason, counted):
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
     def objective(flow, x, key):
@@ -189,9 +223,21 @@ def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason):
     optimizer = optax.sgd(0.1)
     run = train.make_run(flow, objective, lambda key, data: data, optimizer)
     with jax.numpy_dtype_promotion("strict"):
-        state, metrics = run(train.init(flow, optimizer), DATA, KEY, 5)
-    assert int(state.skipped) == metrics["skipped"] == 5
+        state, metrics = after(run, train.init(flow, optimizer), 5)
+    assert int(state.skipped) == int(state.stuck) == metrics["skipped"] == metrics[counted] == 5
+    assert sum(metrics[name] for name in SKIPPED) == 10
     assert_identical(state.params, train.partition(flow)[0])
+
+
+def test_a_run_stops_after_so_many_skipped_in_a_row():
+    model, optimizer = jnp.zeros(()), optax.sgd(0.1)
+
+    def bad_from_7(model, key, _):
+        return model + jnp.where(model < -0.65, jnp.nan, 1.0), {}
+
+    run = train.make_run(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
+    state, totals = run(train.init(model, optimizer), DATA, KEY, 100)
+    assert (int(state.step), int(state.stuck), int(totals.applied)) == (11, 4, 7)
 
 
 def test_metrics_are_means_over_the_updates_applied():
@@ -205,7 +251,7 @@ def test_metrics_are_means_over_the_updates_applied():
         return jnp.where(jr.bernoulli(key), jnp.nan, 3.0)
 
     run = train.make_run(flow, objective, draw_batch, optimizer)
-    state, metrics = run(train.init(flow, optimizer), DATA, KEY, 20)
+    state, metrics = after(run, train.init(flow, optimizer), 20)
     assert 0 < int(state.skipped) == metrics["skipped"] < 20
     assert (metrics["loss"], metrics["twice"], metrics["grad_norm"]) == (3, 6, 0)
 
@@ -274,7 +320,7 @@ def test_lbfgs_on_all_rows_finds_the_maximum_and_keeps_out_of_where_solves_fail(
     model = {"loc": jnp.array([1.6, -2.0]), "log_scale": jnp.array([-0.5, 0.0])}
     optimizer = optax.lbfgs()
     run = train.make_run(model, gaussian, train.draw_rows(None), optimizer, average=0.0, fixed=True)
-    state, metrics = run(train.init(model, optimizer), DATA, KEY, 60)
+    state, metrics = after(run, train.init(model, optimizer), 60)
     np.testing.assert_allclose(state.params["loc"], DATA.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), DATA.std(axis=0), atol=1e-6)
     assert metrics["skipped"] == 0

@@ -90,6 +90,8 @@ def those_of(columns: Sequence[str]) -> Choose:
 def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]) -> None:
     """Write rows (rows, dim) to .csv or .csv.gz with a header, .npy, or .npz (rows, columns).
 
+    The file is there whole or not at all.
+
     Raises:
         InputError: an unknown ending, or a number of columns that is not `len(columns)`.
     """
@@ -98,16 +100,21 @@ def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]
         raise InputError(f"{path}: expected rows of shape (rows, {len(columns)}); got {rows.shape}")
     path.parent.mkdir(parents=True, exist_ok=True)
     ending = path.suffix.lower()
-    if ending == ".npy":
-        np.save(path, rows)
-    elif ending == ".npz":
-        np.savez_compressed(path, rows=rows, columns=np.array(columns, dtype=str))
-    else:
-        opener = gzip.open if ending == ".gz" else open
-        with opener(path, "wt", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows.astype(str))  # the shortest digits that read back the same
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if ending == ".npy":
+            np.save(temporary, rows)
+        elif ending == ".npz":
+            np.savez_compressed(temporary, rows=rows, columns=np.array(columns, dtype=str))
+        else:
+            opener = gzip.open if ending == ".gz" else open
+            with opener(temporary, "wt", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(columns)
+                writer.writerows(rows.astype(str))  # the shortest digits that read back the same
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

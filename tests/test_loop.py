@@ -1,0 +1,324 @@
+"""The loop of the experiments, on a model that compiles at once: nothing lost, nothing silent."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import loop, rundir
+from experiments.course import ROLLBACKS
+from experiments.loop import fit
+from experiments.run_settings import LoopSettings
+from experiments.rundir import RunDir
+from experiments.signals import Stopped
+from experiments.stages import STUCK, Stage
+from jcnf import checkpoint, train
+from jcnf.errors import InputError
+
+TARGET = jnp.array([1.0, -2.0])
+START = {"w": jnp.zeros(2)}
+DATA = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2)))
+
+
+def squares(model, x, key):
+    """(w - target)^2, with noise; it fails where w has gone off."""
+    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0)) ** 2)
+    return loss, {"nll": loss, "failed": jnp.max(jnp.abs(model["w"])) > 1e3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(LoopSettings):
+    steps: int = 40
+    log_every: int = 5
+    checkpoint_every: int = 10
+    validate_every: int = 20
+
+    def make_stages(self):
+        """Two of different optimisers."""
+        first = Stage(
+            squares, self.steps, optax.adam(0.1), train.by_reverse_mode, average=0.9, batch=8
+        )
+        return [first, first._replace(optimizer=optax.sgd(0.01), steps=self.steps // 2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion():
+    """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Those of a resumption are not compiled again."""
+    known, plain = {}, loop.compiled
+
+    def compiled(model, stage, *others):
+        name = stage.objective, stage.steps, stage.fixed, model["w"].dtype
+        if name not in known:
+            known[name] = plain(model, stage, *others)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compiled", compiled)
+        yield
+
+
+def distance(model):
+    return float(jnp.sum((model["w"] - TARGET) ** 2))
+
+
+def trained(out, *, resume=False, validate=distance, **given):
+    stages, data = given.pop("stages", None), given.pop("data", DATA)
+    settings = Settings(out=out, resume=resume, **given)
+    run = RunDir("toy2d", settings, resume=resume)
+    return fit(run, settings, START, train.draw_rows, data, validate, stages=stages)
+
+
+def log_of(out):
+    """Records without the times."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    times = ("step_ms", "train_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+def newest(out):
+    """The arrays of the newest checkpoint, as bytes, and where it says that the run is."""
+    path = max((out / "checkpoints").glob("*.jcnf"))
+    place = checkpoint.read_notes(path)["place"]
+    return path.read_bytes().split(b"\n", 1)[1], place["best"], place["stage"], place["totals"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, trained(out)
+
+
+def assert_the_same(out, whole):
+    assert log_of(out) == log_of(whole[0])
+    assert newest(out) == newest(whole[0])
+
+
+def test_an_uninterrupted_run(whole):
+    out, fitted = whole
+    assert distance(fitted.flow) == fitted.score < 0.1
+    records = log_of(out)
+    assert [r["step"] for r in records] == list(range(5, 61, 5))
+    assert [r["step"] for r in records if "val_nll" in r] == [20, 40, 60]
+    assert all(r["loss"] == r["nll"] > 0 and r["skipped"] == 0 for r in records)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        f"0000000{step}.jcnf" for step in (40, 50, 60)
+    ]
+    assert fitted.numerics() == {"skipped_updates": 0, "rollbacks": 0}
+    assert 0 < fitted.timing["checkpoint_stall_s"] < fitted.timing["fit_s"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, number):
+    """Stopped after every step."""
+    plain, handler = loop.compiled, signal.getsignal(number)
+
+    def interrupted(*arguments):
+        program, none = plain(*arguments)
+
+        def run(*arguments):
+            os.kill(os.getpid(), number)
+            return program(*arguments)
+
+        return run, none
+
+    monkeypatch.setattr(loop, "compiled", interrupted)
+    out = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["toy2d", "--steps", "40"])
+    for stop in range(1, 61):
+        with pytest.raises(Stopped, match=f"stopped at step {stop}, which is saved") as stopped:
+            trained(out, resume=stop > 1)
+        assert stopped.value.number == number
+        again = f"python -m experiments.toy2d --steps 40 --out {out} --resume"
+        assert str(stopped.value).endswith(again)
+    trained(out, resume=True)
+    assert_the_same(out, whole)
+    assert signal.getsignal(number) == handler
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    def twice(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it waited")
+
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", validate=twice)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, whole, harm, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        trained(out, validate=lambda model: distance(model) if steps_in(out) < 35 else 1 / 0)
+    path = max((out / "checkpoints").glob("*.jcnf"))
+    content = path.read_bytes()
+    flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    path.write_bytes(content[:-9] if harm == "truncated" else flipped)
+    fitted = trained(out, resume=True)
+    said = capsys.readouterr().out
+    assert f"{path} is damaged, kept as {path.name}.damaged: going on from step 20" in said
+    assert_the_same(out, whole)
+    assert distance(fitted.flow) == distance(whole[1].flow)
+
+
+def steps_in(out):
+    return max((r["step"] for r in log_of(out)), default=0)
+
+
+def test_without_its_checkpoints_a_run_is_not_begun_anew(tmp_path, whole):
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        content = (whole[0] / name).read_bytes()
+        (out / name).write_bytes(content.replace(str(whole[0]).encode(), str(out).encode()))
+    with pytest.raises(InputError, match=r"has no checkpoint, though metrics.jsonl goes to step 6"):
+        trained(out, resume=True)
+    assert log_of(out) == log_of(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ({"versions": {"jcnf": "0.0.1"}}, "was written by jcnf 0.0.1, this is "),
+        ({"config": {"steps": 41}}, r"other settings \(.*steps 41 -> 40"),
+        ({"place": None}, "holds something else than a training's state"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, notes, message):
+    out = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        trained(out, validate=lambda model: 1 / 0)
+    path = max((out / "checkpoints").glob("*.jcnf"))
+    header, payload = path.read_bytes().split(b"\n", 1)
+    written = json.loads(header)["notes"]
+    for name, change in notes.items():
+        if change is None:
+            del written[name]
+        else:
+            written[name] |= change
+    head = {"format": checkpoint.FORMAT, "sha256": checkpoint._digest(written, payload)}
+    head |= {"bytes": len(payload), "notes": written}
+    path.write_bytes(json.dumps(head).encode() + b"\n" + payload)
+    with pytest.raises(InputError, match=message):
+        trained(out, resume=True)
+
+
+def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        trained(out, validate=lambda model: 1 / 0)
+    later = rundir.versions() | {"jax": "99"}
+    monkeypatch.setattr(rundir, "versions", lambda: later)
+    trained(out, resume=True)
+    assert "not to the bit: jax" in capsys.readouterr().out
+
+
+def test_batches_of_nan_are_skipped_and_counted(tmp_path):
+    """Row 0 is NaN, so that some batches of 8 out of 50 have one."""
+    fitted = trained(tmp_path / "run", data=DATA.at[0].set(jnp.nan))
+    records = log_of(tmp_path / "run")
+    skipped = sum(r["skipped"] for r in records)
+    assert 0 < skipped == sum(r["skipped_loss"] for r in records) < 20
+    assert fitted.skipped == skipped
+    assert distance(fitted.flow) < 0.1
+
+
+def wild(rate):
+    """Plain gradient descent, which goes off at a rate above 1 and not below."""
+    stage = Settings().make_stages()[0]
+    return [stage._replace(optimizer=optax.sgd(rate), steps=300, average=0.0)]
+
+
+def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path, capsys):
+    out = tmp_path / "run"
+    fitted = trained(out, stages=wild(6.0))
+    assert fitted.rollbacks == 2, "6 / 4 is still above 1"
+    assert distance(fitted.flow) < 0.1
+    place = checkpoint.read_notes(out / "checkpoints" / "000000300.jcnf")["place"]
+    assert [r["rate"] for r in place["rollbacks"]] == [1 / 4, 1 / 16]
+    # The failed steps are the 50 that were waited for, each time.
+    assert fitted.skipped == 2 * STUCK
+    records = log_of(out)
+    assert [r["step"] for r in records] == list(range(5, 301, 5)), "cut back each time"
+    assert all(np.isfinite(r["loss"]) for r in records)
+
+
+@pytest.mark.parametrize("reason", ["solve", "loss", "gradient"])
+def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_path, reason):
+    out = tmp_path / "run"
+
+    def bad(model, x, key):
+        loss, metrics = squares(model, x, key)
+        late = model["w"][0] > 0.5
+        if reason == "loss":
+            loss = jnp.where(late, jnp.nan, loss)
+        if reason == "gradient":
+            loss = loss + 0 * jnp.sqrt(jnp.where(late, 0.0, 1.0) * jnp.sum(model["w"] ** 2))
+        return loss, metrics | {"failed": late & (reason == "solve")}
+
+    stage = Settings().make_stages()[0]._replace(objective=bad, steps=500)
+    with pytest.raises(InputError, match=f"nor after {ROLLBACKS} returns .* says more"):
+        trained(out, stages=[stage])
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps_without_update"] == STUCK
+    assert [r["rate"] for r in report["rollbacks"]] == [0.25**n for n in range(1, ROLLBACKS + 1)]
+    assert report["learning_rate_factor"] == 0.25**ROLLBACKS
+    assert report["last_records"][-1][f"skipped_{reason}"] == 5
+    path = max((out / "checkpoints").glob("*.jcnf"))
+    like = train.init(START, stage.optimizer)
+    (state, _), notes = checkpoint.load(path, (like, like.average))
+    assert float(state.params["w"][0]) <= 0.5 + 0.1
+    assert int(state.stuck) == 0
+    assert len(notes["place"]["rollbacks"]) == ROLLBACKS
+
+
+def test_a_stage_on_one_batch_ends_where_it_breaks_down(tmp_path):
+    stage = wild(6.0)[0]._replace(fixed=True)
+    fitted = trained(tmp_path / "run", stages=[stage])
+    assert (fitted.skipped, fitted.rollbacks) == (1, 0)
+    assert log_of(tmp_path / "run")[-1]["step"] < 10
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 5, 8])
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(
+    tmp_path, monkeypatch, whole, allowed
+):
+    """After so many files the disk is full; with room again the run ends as it would have."""
+    out, written, replace = tmp_path / "run", [], os.replace
+
+    def filling(*paths):
+        written.append(paths)
+        if len(written) > allowed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", filling)
+    with pytest.raises((OSError, InputError), match="No space left"):
+        trained(out)
+    monkeypatch.undo()
+    for path in (out / "checkpoints").glob("*"):
+        checkpoint.read_notes(path)
+    trained(out, resume=(out / "config.json").exists())
+    assert_the_same(out, whole)
+
+
+def test_noise_and_data_order_come_from_seed_and_step(tmp_path, whole):
+    again = trained(tmp_path / "again")
+    assert_the_same(tmp_path / "again", whole)
+    other = trained(tmp_path / "other", seed=1)
+    assert distance(again.flow) == distance(whole[1].flow) != distance(other.flow)
