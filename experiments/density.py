@@ -93,6 +93,10 @@ class Density(FitSettings):
         if self.impute is not None and self.context:
             raise InputError("--impute needs the density of all columns: leave out --context")
 
+    def batches(self) -> tuple[str, ...]:
+        """The settings that are sizes of batches, which the devices must divide."""
+        return super().batches() if self.from_run is None else ()
+
     def needs_data(self) -> bool:
         """Whether a table has to be named."""
         return self.from_run is None

@@ -238,13 +238,17 @@ class LoopSettings(TrainingSettings):
         self.at_least(1, "log_every", "checkpoint_every", "validate_every", "keep")
         self.at_least(0, "patience", "devices")
         mesh = self.make_mesh()
-        for name in ("batch", "lbfgs_batch") if self.lbfgs_steps else ("batch",):
+        for name in self.batches():
             size = getattr(self, name)
             if mesh is not None and (size == 0 or size % mesh.size):
                 raise InputError(
                     f"--{name.replace('_', '-')} {size} cannot be split among {mesh.size} devices: "
                     "make it a multiple, or choose other --devices"
                 )
+
+    def batches(self) -> tuple[str, ...]:
+        """The settings that are sizes of batches, which the devices must divide."""
+        return ("batch", "lbfgs_batch") if self.lbfgs_steps else ("batch",)
 
     def make_mesh(self) -> Mesh | None:
         """Of the devices that share batches; None for one. Raises `InputError` where it cannot."""

@@ -14,8 +14,8 @@ def blocks(language):
 
 
 def test_the_example_runs_as_printed_and_learns():
-    example, field = blocks("python")
-    script = example + "import equinox as eqx, jax, jax.numpy as jnp\n" + field
+    example, devices, field = blocks("python")
+    script = example + devices + "import equinox as eqx, jax, jax.numpy as jnp\n" + field
     script += "rotation = jcnf.CNF(Rotation(jnp.ones(())), distributions.StandardNormal(2))\n"
     script += "assert abs(jcnf.transform(rotation, x).logdet).max() == 0\n"
     done = subprocess.run(
