@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jcnf import require
+
 CHUNK = 5000
 ATTEMPTS = 3
 FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
@@ -21,8 +23,7 @@ def in_chunks(
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
-    if size < 1:
-        raise ValueError(f"chunk must be at least 1; got {size}")
+    require.whole(chunk=size)
     size = min(size, n)
     values, nfes, flags = [], [], []
     for start in range(0, n, size):
