@@ -52,7 +52,7 @@ def number(interval: str, **given: Any) -> None:
         )
         if not inside:
             words = _IN_WORDS.get(interval, f"in {interval}")
-            raise ValueError(f"{name} must be a number, {words}; got {value!r}")
+            raise ValueError(f"{name} must be {words}; got {value!r}")
 
 
 def one_key(key: Any) -> None:

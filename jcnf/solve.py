@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jcnf import require, reversible
@@ -206,6 +207,8 @@ def check_tolerance(solve: Solve, dtype: Any) -> None:
     In float32 errors of log-densities stop falling at tolerances of 1e-7; at 1e-9 a solve takes ten
     times the steps, most of which it rejects, and is no more accurate.
     """
+    if isinstance(solve.rtol, Tracer) or isinstance(solve.atol, Tracer):
+        return
     loosest, eps = max(solve.rtol, solve.atol), float(jnp.finfo(dtype).eps)
     if solve.step is None and loosest < eps / 2:
         raise ValueError(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, transform
+from jcnf.flow import Flow, check_batch, transform
 from jcnf.objectives.likelihood import check_penalties, penalised
 from jcnf.solve import Solve
 
@@ -40,6 +40,7 @@ def reverse_kl(
     """
     check_penalties(penalties)
     require.function("a function of x (batch, dim), as jcnf.data.energies has them", energy=energy)
+    check_batch(flow, z, context)
     given = (z,) if context is None else (z, context)
     shape = jnp.shape(jax.eval_shape(energy, *given))
     if shape != z.shape[:1]:
