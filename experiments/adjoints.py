@@ -21,11 +21,12 @@ from jaxtyping import Array
 
 from experiments.harness import main
 from experiments.quick import toy_flow
-from experiments.run_settings import RunSettings
+from experiments.run_settings import MANY, RunSettings
 from experiments.rundir import RunDir
 from jcnf import CNF, Solve, curves, distributions, evaluate, fields, objectives, train
 from jcnf.data.toys import toy
 from jcnf.errors import InputError
+from jcnf.solve import check_tolerance
 
 ADJOINTS = ("checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible")
 STEPS = (20, 80, 320, 1280)
@@ -52,8 +53,12 @@ class Adjoints(RunSettings):
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(0, "steps")
-        self.at_least(1, "batch", "loosest", "tightest", "rounds")
+        self.at_least(1, "batch", "loosest", "tightest", "rounds", most=MANY)
         self.positive("float32_at")
+        try:
+            check_tolerance(Solve(rtol=self.float32_at, atol=self.float32_at), "float32")
+        except ValueError as error:
+            raise InputError(f"--float32-at: {error}") from None
         if not self.loosest <= self.tightest <= 12:
             raise InputError("--tightest must be from --loosest to 12")
 

@@ -27,8 +27,8 @@ from jcnf.data.tables import Standardizer, Table, load_table, read_rows
 from jcnf.errors import InputError
 
 # What --from goes with.
-WITH_FROM = {"from_run", "out", "seed", "score", "samples", "given", "impute", "test_tolerance"}
-WITH_FROM |= {"devices"}
+WITH_FROM = {"from_run", "out", "seed", "x64", "devices", "test_tolerance"}
+WITH_FROM |= {"score", "samples", "given", "impute"}
 
 
 @preset

@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from experiments import figures
 from experiments.harness import main
 from experiments.loop import fit
-from experiments.run_settings import preset
+from experiments.run_settings import MANY, preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
 from experiments.stages import DrawOf, Stage, drawing
@@ -64,7 +64,7 @@ class EnergySettings(FlowSettings):
         self.at_least(0, "hot_steps")
         self.positive("temperature")
         super().check()
-        self.at_least(2, "test_points")
+        self.at_least(2, "test_points", most=MANY)
         self.check_objective(dim=2)
         if self.temperature != type(self)().temperature and not self.hot_steps:
             raise InputError("--temperature would change nothing: of use with --hot-steps alone")

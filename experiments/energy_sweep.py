@@ -38,7 +38,8 @@ class EnergySweep(EnergySettings):
             )
         if self.field != "planar" or len(self.widths) != 2:
             raise InputError("--units are those of the planar field, of two --widths: use these")
-        if min(self.units) < 1 or self.widths[0] != type(self)().widths[0]:
+        self.sizes("units", fewest=1)
+        if self.widths[0] != type(self)().widths[0]:
             raise InputError("give the numbers of units, at least 1, by --units")
         super().check()
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Key
 from experiments.density import Density
 from experiments.harness import main
 from experiments.quick import train_quickly
-from experiments.run_settings import RunSettings
+from experiments.run_settings import MANY, WIDEST, RunSettings
 from experiments.rundir import RunDir, load_flow
 from jcnf import (
     CNF,
@@ -73,11 +73,11 @@ class Estimators(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(2, "dim", "points", "draws")
+        self.at_least(2, "dim", most=WIDEST)
+        self.at_least(2, "points", "draws", most=MANY)
         self.at_least(0, "steps")
         self.at_least(1, "rounds")
-        if any(dim < 1 for dim in self.time_dims):
-            raise InputError("--time-dims must be at least 1")
+        self.sizes("time_dims")
 
 
 def mixture(dim: int):

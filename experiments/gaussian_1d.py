@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.harness import main
 from experiments.loop import fit
-from experiments.run_settings import preset
+from experiments.run_settings import MANY, preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
 from experiments.stages import Stage
@@ -59,7 +59,7 @@ class Gaussian1D(FitSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(2, "points", "test_points")
+        self.at_least(2, "points", "test_points", most=MANY)
         self.at_least(0, "data_seed")
         self.check_objective(dim=1)
 

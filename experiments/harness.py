@@ -35,6 +35,8 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         except InputError as error:
             sys.exit(_fail(f"error: {error}", 2))
     config = tyro.cli(kind, args=words, description=description)
+    if config.x64:
+        jax.config.update("jax_enable_x64", True)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))

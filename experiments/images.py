@@ -21,7 +21,7 @@ from experiments import likelihood_settings
 from experiments.harness import main
 from experiments.image_fit import ImageLoop, Measure, learn_pictures
 from experiments.likelihood_settings import LikelihoodSettings, named
-from experiments.run_settings import preset
+from experiments.run_settings import WIDEST, preset
 from experiments.stages import Stage
 from jcnf import Exact, Hutchinson, distributions, fields, multiscale, objectives, train
 from jcnf.chain import Chain
@@ -82,9 +82,12 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "scales", "blocks", "chunk", "reference_images")
+        self.sizes("channels", fewest=1)
+        self.at_least(1, "scales", "blocks", most=100)
+        self.at_least(1, "chunk", "reference_images")
         self.at_least(2, "test_draws")
-        self.at_least(0, "test_probes", "frequencies", "guidance")
+        self.at_least(0, "test_probes", "frequencies", most=WIDEST)
+        self.at_least(0, "guidance", most=1e3)
         self.check_steps(1.0)
         if self.steer:
             raise InputError("--steer is for a flow of one ODE, and a logit is part of these")

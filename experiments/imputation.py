@@ -12,7 +12,7 @@ import tyro
 
 from experiments.density import Density, train_and_measure
 from experiments.harness import main
-from experiments.run_settings import RunSettings
+from experiments.run_settings import MANY, RunSettings
 from experiments.rundir import RunDir, kind_of, load_flow
 from jcnf import Solve, impute, scatter
 from jcnf.data.tables import Table, load_table
@@ -54,9 +54,9 @@ class Imputation(RunSettings):
         if self.from_run is not None and self.train_steps != type(self).train_steps:
             raise InputError("--train-steps would change nothing with --from: drop it")
         self.at_least(1, "train_steps", "draws", "chain_steps")
-        self.at_least(2, "rows", "importance")
+        self.at_least(2, "rows", "importance", most=MANY)
         self.at_least(0, "burn_in")
-        self.positive("tolerance")
+        self.reachable("tolerance")
         if not 0 < self.hide < 1:
             raise InputError(f"--hide must be between 0 and 1; got {self.hide}")
         if self.draws > self.chain_steps:

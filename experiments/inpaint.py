@@ -20,7 +20,7 @@ import tyro
 from experiments.harness import main
 from experiments.image_data import held_out, some
 from experiments.image_fit import ImageLoop, one_hot
-from experiments.run_settings import RunSettings, SolveSettings
+from experiments.run_settings import MANY, RunSettings, SolveSettings
 from experiments.rundir import RunDir, kind_of, load_flow
 from jcnf import Solve, evaluate, galleries, inpaint
 from jcnf.chain import Chain
@@ -57,9 +57,9 @@ class Inpaint(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "count", "steps", "stages")
+        self.at_least(1, "count", "steps", "stages", most=MANY)
         self.at_least(0, "noise")
-        self.positive("tolerance")
+        self.reachable("tolerance")
         if self.from_run is None:
             raise InputError("give --from RUN_DIR: a finished run of nice or images")
         if self.way not in WAYS:

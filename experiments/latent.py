@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key
 from experiments.harness import main
 from experiments.latent_figures import Measured, draw
 from experiments.loop import Fitted, fit
-from experiments.run_settings import LoopSettings, SolveSettings, preset
+from experiments.run_settings import WIDEST, LoopSettings, SolveSettings, preset
 from experiments.rundir import RunDir
 from experiments.stages import Stage
 from jcnf import checkpoint, evaluate, fields, objectives, train
@@ -89,7 +89,9 @@ class Latent(LoopSettings, SolveSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "seeds", "latent", "hidden", "wider", "decoder", "samples")
+        self.at_least(1, "seeds", "samples")
+        self.at_least(1, "latent", "hidden", "wider", "decoder", most=WIDEST)
+        self.sizes("widths", fewest=1)
         if self.seed + self.seeds > 2**31:
             raise InputError("--seed and --seeds go beyond 2147483647: lower one of them")
         if self.lbfgs_steps and self.adjoint == "forward":

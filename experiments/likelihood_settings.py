@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from experiments.run_settings import SolveSettings, TrainingSettings
+from experiments.run_settings import WIDEST, SolveSettings, TrainingSettings
 from jcnf import Exact, ForwardMode, Hutchinson, objectives, regularizers
 from jcnf.divergence import DIVERGENCES, Divergence
 from jcnf.errors import InputError
@@ -44,11 +43,11 @@ class LikelihoodSettings(TrainingSettings, SolveSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "probes")
+        self.at_least(1, "probes", most=WIDEST)
         self.at_least(0, "steer")
         for name, weight in self.penalties:
-            if not 0 <= weight < math.inf:
-                raise InputError(f"--penalties: the weight of {name} must be at least 0 and finite")
+            if not 0 <= weight <= 1e9:
+                raise InputError(f"--penalties: the weight of {name} must be from 0 to 1e+09")
         if self.lbfgs_steps and self.adjoint == "forward":
             raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
 

@@ -19,7 +19,7 @@ from experiments.harness import main
 from experiments.image_data import held_out
 from experiments.image_fit import ImageLoop, learn_pictures
 from experiments.plane import PlaneLoop, ToySettings, learn
-from experiments.run_settings import TrainingSettings, preset
+from experiments.run_settings import LAYERS, TrainingSettings, preset
 from experiments.stages import Stage
 from jcnf import NICE, distributions, evaluate, objectives, train
 from jcnf.errors import InputError
@@ -43,6 +43,8 @@ class NICESettings(TrainingSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
+        self.sizes("widths")
+        self.at_least(1, "couplings", most=LAYERS)
         try:
             self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 2)

@@ -62,7 +62,7 @@ class OOD(RunSettings):
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(2, "count")
-        self.positive("test_tolerance")
+        self.reachable("test_tolerance")
 
 
 def run(settings: OOD) -> None:

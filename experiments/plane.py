@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from experiments import figures
 from experiments.loop import fit
-from experiments.run_settings import LoopSettings, RunSettings
+from experiments.run_settings import MANY, WIDEST, LoopSettings, RunSettings
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
 from experiments.stages import drawing
@@ -39,7 +39,8 @@ class PlaneSettings(RunSettings):
         """Raise `InputError` for settings that cannot work."""
         super().check()
         self.make_density()
-        self.at_least(2, "test_points", "cells")
+        self.at_least(2, "test_points", most=MANY)
+        self.at_least(2, "cells", most=10_000)
 
     def make_density(self) -> Toy:
         """What is learnt."""
@@ -96,10 +97,10 @@ class PlaneFit(FitSettings, PlaneFlow, PlaneLoop):
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
-        self.at_least(0, "augment")
+        self.at_least(0, "augment", most=WIDEST)
         super().check()
-        self.at_least(1, "particles")
-        self.at_least(2, "frames")
+        self.at_least(1, "particles", most=MANY)
+        self.at_least(2, "frames", most=10_000)
 
 
 def learn_flow(

@@ -16,6 +16,7 @@ import tyro
 from experiments.flow_matching import mmd_of
 from experiments.harness import main
 from experiments.plane import PlaneFlow, ToySettings
+from experiments.run_settings import MANY
 from experiments.rundir import RunDir, load_flow
 from experiments.stages import Stage, drawing, train_stages
 from experiments.toy2d import Toy2D
@@ -48,7 +49,7 @@ class Reflow(ToySettings, PlaneFlow):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(2, "pairs", "mmd_points")
+        self.at_least(2, "pairs", "mmd_points", most=MANY)
         self.at_least(1, "reflow_steps")
         if not self.euler_steps or not 1 <= min(self.euler_steps) <= max(self.euler_steps) <= MOST:
             raise InputError(f"--euler-steps must be whole numbers from 1 to {MOST}")

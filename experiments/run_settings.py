@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from experiments.stages import Stage
 from jcnf import Solve, evaluate, parallel, train
 from jcnf.errors import InputError
+from jcnf.solve import MOST_STEPS, check_tolerance
 
 T = TypeVar("T")
 VALIDATION_TOLERANCE = 1e-4
+LEAST = 1e-37  # what is less is 0 in float32
+WIDEST, LAYERS = 65_536, 1000  # of networks
+MANY = 10_000_000  # of what is held in memory at once
+
+
+def flag(name: str) -> str:
+    """A setting as the command line has it."""
+    return "--" + name.replace("_", "-")
 
 
 def preset(cls: type[T]) -> type[T]:
@@ -45,6 +55,8 @@ class RunSettings:
     out: Path | None = None
     # seed of weights, data order, noise and test data
     seed: int = 0
+    # compute in float64 (as with JAX_ENABLE_X64=1), for tolerances below 1e-7
+    x64: bool = False
 
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
@@ -56,17 +68,41 @@ class RunSettings:
             raise InputError("this runs in one process only: unset JAX_COORDINATOR_ADDRESS")
         return None
 
-    def at_least(self, lowest: float, *names: str) -> None:
-        """Raise `InputError` where a setting is below `lowest`, above int32, or NaN."""
-        for name in names:
-            if not lowest <= getattr(self, name) < 2**31:
-                raise InputError(f"--{name.replace('_', '-')} must be from {lowest} to {2**31 - 1}")
+    @property
+    def dtype(self) -> Any:
+        """What is computed in."""
+        return jnp.dtype("float64" if self.x64 else jnp.result_type(float))
 
-    def positive(self, *names: str) -> None:
-        """Raise `InputError` where a setting is not above 0, or is NaN."""
+    def at_least(self, lowest: float, *names: str, most: float = 2**31 - 1) -> None:
+        """Raise `InputError` where a setting is below `lowest`, above `most`, or NaN."""
         for name in names:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} must be positive and finite")
+            if not lowest <= getattr(self, name) <= most:
+                raise InputError(f"{flag(name)} must be from {lowest:.10g} to {most:.10g}")
+
+    def positive(self, *names: str, most: float = 1e9) -> None:
+        """Raise `InputError` where a setting is not above 0, or nothing in float32."""
+        for name in names:
+            if not LEAST <= getattr(self, name) <= most:
+                raise InputError(f"{flag(name)} must be positive, from {LEAST:g} to {most:g}")
+
+    def sizes(self, *names: str, fewest: int = 0) -> None:
+        """Raise `InputError` where a setting is no list of layers' sizes."""
+        for name in names:
+            sizes = getattr(self, name)
+            if not (fewest <= len(sizes) <= LAYERS and all(1 <= size <= WIDEST for size in sizes)):
+                raise InputError(
+                    f"{flag(name)} must be {fewest} to {LAYERS} whole numbers from 1 to {WIDEST}; "
+                    f"got {sizes}"
+                )
+
+    def reachable(self, *names: str) -> None:
+        """Raise `InputError` where a setting is no tolerance that the dtype can give."""
+        self.positive(*names)
+        for name in names:
+            try:
+                check_tolerance(Solve(rtol=getattr(self, name), atol=LEAST), self.dtype)
+            except ValueError as error:
+                raise InputError(f"{flag(name)}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +135,12 @@ class TrainingSettings(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "steps", "batch")
+        self.at_least(1, "steps")
+        self.at_least(1, "batch", most=MANY)
         self.at_least(0, "warmup", "weight_decay", "lbfgs_steps")
-        self.at_least(0 if self.has_table else 1, "lbfgs_batch")
-        self.positive("learning_rate", "clip")
+        self.at_least(0 if self.has_table else 1, "lbfgs_batch", most=MANY)
+        self.positive("learning_rate")
+        self.positive("clip", most=math.inf)
         if not 0 <= self.average < 1:
             raise InputError("--average must be in [0, 1)")
         if self.lbfgs_batch != type(self).lbfgs_batch and not self.lbfgs_steps:
@@ -170,20 +208,23 @@ class SolveSettings(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "max_steps")
-        self.positive("test_tolerance")
+        self.at_least(1, "max_steps", most=MOST_STEPS)
+        self.reachable("test_tolerance")
+        self.positive("rtol", "atol", *(["fixed_step"] if self.fixed_step is not None else []))
         given = [n for n in ("rtol", "atol", "norm") if getattr(self, n) != getattr(type(self), n)]
         if given and self.fixed_step is not None:
             flags = ", ".join("--" + name for name in given)
             raise InputError(f"{flags} would change nothing under a --fixed-step: set that to None")
         try:
             self.make_test_solve()
-            self.make_solve()
+            check_tolerance(self.make_solve(), self.dtype)
         except ValueError as error:
             raise InputError(str(error)) from None
 
     def check_steps(self, length: float) -> None:
         """Raise `InputError` where a fixed step cannot get over an interval of that length."""
+        if self.fixed_step is not None and self.fixed_step > length:
+            raise InputError(f"--fixed-step {self.fixed_step:g} is beyond the end, {length:g}")
         if self.fixed_step is not None and length > self.fixed_step * self.max_steps:
             raise InputError(
                 f"--fixed-step {self.fixed_step} needs {length / self.fixed_step:.0f} steps: "
@@ -235,6 +276,8 @@ class LoopSettings(TrainingSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
+        if self.resume and self.out is None:
+            raise InputError("--resume needs --out: name the run directory to go on with")
         self.at_least(1, "log_every", "checkpoint_every", "validate_every", "keep")
         self.at_least(0, "patience", "devices")
         mesh = self.make_mesh()

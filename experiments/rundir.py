@@ -65,8 +65,6 @@ class RunDir:
 
     def _open(self, settings, resume):
         """Check and begin it, or check it; what is in it, where other processes need that."""
-        if resume and settings.out is None:
-            raise InputError("--resume needs --out: name the run directory to go on with")
         if (self.path / "summary.json").exists():
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()

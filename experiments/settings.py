@@ -11,7 +11,7 @@ import jax.random as jr
 from experiments import likelihood_settings
 from experiments.fields import FIELDS
 from experiments.likelihood_settings import LikelihoodSettings, named
-from experiments.run_settings import LoopSettings
+from experiments.run_settings import WIDEST, LoopSettings
 from experiments.stages import Stage
 from jcnf import CNF, couplings, distributions, fields, objectives, paths, times, train
 from jcnf.errors import InputError
@@ -76,8 +76,14 @@ class FlowSettings(LikelihoodSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(0, "finetune_steps", "matching_weight", "frequencies", "waves")
+        self.sizes("widths")
+        self.at_least(0, "finetune_steps", "matching_weight")
+        self.at_least(0, "frequencies", "waves", most=WIDEST)
         self.positive("finetune_learning_rate", "base_scale")
+        # Of a longer way take more of the field: time is to be told apart in float32.
+        self.at_least(1e-3, "t1", most=1e3)
+        if not 0 <= self.drop_context < 1:
+            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
         try:
             self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 1)
@@ -85,8 +91,6 @@ class FlowSettings(LikelihoodSettings):
             raise InputError(str(error)) from None
         self.check_steps(self.t1)
         self.check_use(USERS)
-        if self.drop_context and not 0 < self.drop_context < 1:
-            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
 
     def uses(self) -> set[str]:
         """The parts of the settings that these ones put to use, by the names of `USERS`."""

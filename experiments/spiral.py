@@ -10,7 +10,7 @@ import numpy as np
 from experiments.harness import main
 from experiments.learner import SCORE, Learner, root_mean_square
 from experiments.loop import fit
-from experiments.run_settings import LoopSettings, SolveSettings, preset
+from experiments.run_settings import MANY, LoopSettings, SolveSettings, preset
 from experiments.rundir import RunDir
 from experiments.stages import Stage
 from jcnf import checkpoint, fields, objectives, plot, train
@@ -75,9 +75,11 @@ class Spiral(LoopSettings, SolveSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(3, "points")
-        self.at_least(2, "rows")
+        self.at_least(3, "points", most=MANY)
+        self.at_least(2, "rows", most=MANY)
         self.at_least(0, "held_out", "noise")
+        self.positive("shortest", "longest")
+        self.sizes("widths")
         if self.lbfgs_steps and self.adjoint == "forward":
             raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
         if self.time_unit is not None:

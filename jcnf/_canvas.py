@@ -56,7 +56,10 @@ def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
 
 def array(x: ArrayLike, name: str, shape: str, last: int | None = None) -> np.ndarray:
     """Return x in float64, checked to have the axes that `shape` names and a last one of `last`."""
-    x = np.asarray(x).astype(np.float64)
+    try:
+        x = np.asarray(x).astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {name} of numbers, of shape {shape}; got others") from None
     ndim = len(shape.strip("()").replace(",", " ").split())
     if x.ndim != ndim or last not in (None, x.shape[-1]):
         raise ValueError(f"expected {name} of shape {shape}; got {x.shape}: select or add axes")

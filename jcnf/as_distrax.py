@@ -22,6 +22,8 @@ from jcnf.flow import (
     Flow,
     arrived,
     check_batch,
+    check_flow,
+    check_strategy,
     log_prob,
     sample,
     sample_and_log_prob,
@@ -57,7 +59,7 @@ class FlowBijector(distrax.Bijector):
         divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     ):
         super().__init__(event_ndims_in=1)
-        _check(flow, context, divergence)
+        _check(flow, context, solve, divergence)
         self.flow, self.solve, self.divergence = flow, solve, divergence
         self.context = None if context is None else jnp.asarray(context)
 
@@ -127,7 +129,7 @@ class FlowDistribution(distrax.Distribution):
         divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     ):
         super().__init__()
-        _check(flow, context, divergence)
+        _check(flow, context, solve, divergence)
         self.flow, self.solve, self.divergence = flow, solve, divergence
         self.context = None if context is None else jnp.asarray(context)
 
@@ -199,7 +201,9 @@ def _batch_shape(context):
     return () if context is None else context.shape[:-1]
 
 
-def _check(flow, context, divergence):
+def _check(flow, context, solve, divergence):
+    check_flow(flow)
+    check_strategy(solve, divergence)
     size, shape = flow.context_dim, (0,) if context is None else jnp.shape(context)
     if not shape or size not in (None, shape[-1]):
         got = "none" if context is None else f"one of shape {shape}"

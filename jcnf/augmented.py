@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, arrived, transform
+from jcnf.flow import Flow, arrived, check_flow, transform
 from jcnf.solve import Solve, Stats
 
 
@@ -24,8 +25,9 @@ def augment(
 
     **Raises:** `ValueError` for `extra` below 0.
     """
-    if extra < 0:
-        raise ValueError(f"extra must be at least 0; got {extra}")
+    require.whole(0, extra=extra)
+    require.one_key(key)
+    _check_rank(x)
     return jnp.concatenate([x, jr.normal(key, (x.shape[0], extra), x.dtype)], axis=1)
 
 
@@ -46,8 +48,8 @@ def log_prob_bound(
 
     **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
     """
-    if jnp.ndim(x) != 2:
-        raise ValueError(f"expected x of shape (batch, dim); got {jnp.shape(x)}")
+    require.one_key(key)
+    _check_rank(x)
     e_key, noise_key = jr.split(key)
     return arrived(
         *solve_bound(
@@ -78,12 +80,11 @@ def solve_bound(
 
     They are sums over the samples, but for the mean NFE; where any solve failed is `stats.failed`.
     """
+    check_flow(flow)
+    require.whole(samples=samples)
     extra = flow.base.dim - x.shape[1]
-    if extra < 0 or not isinstance(samples, int) or samples < 1:
-        raise ValueError(
-            f"expected at most {flow.base.dim} dimensions and at least 1 sample; "
-            f"got {x.shape[1]} and {samples}"
-        )
+    if extra < 0:
+        raise ValueError(f"expected at most {flow.base.dim} dimensions; got {x.shape[1]}")
 
     def log_weight(number):
         e = jax.vmap(lambda key: jr.normal(jr.fold_in(key, number), (extra,), x.dtype))(keys)
@@ -106,3 +107,8 @@ def solve_bound(
         failed=jnp.any(each.failed, axis=0),
     )
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
+
+
+def _check_rank(x):
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"expected x of shape (batch, dim); got {jnp.shape(x)}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence
 from jcnf.flow import Bijection, Direction, Flow, Transformed
@@ -30,6 +31,10 @@ class Composition(Bijection):
     parts: tuple[Bijection, ...]
 
     def __init__(self, parts: Sequence[Bijection]):
+        if not isinstance(parts, Sequence):
+            raise ValueError(
+                f"parts must be a sequence of bijections; got a {type(parts).__name__}"
+            )
         for part in parts:
             if not isinstance(part, Bijection):
                 raise ValueError(
@@ -119,6 +124,7 @@ class Chain(Composition, Flow):
 
     def __init__(self, parts: Sequence[Bijection], base: Base):
         super().__init__(parts)
+        require.instance(Base, "one of jcnf.distributions, as StandardNormal(dim) is", base=base)
         self.base = base
 
 

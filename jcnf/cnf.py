@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence
 from jcnf.flow import Bijection, Direction, Flow, Transformed
@@ -30,8 +31,8 @@ class ODE(Bijection):
     t1: float = eqx.field(static=True)
 
     def __init__(self, field: Any, t1: float = 1.0):
-        if not 0 < t1 < np.inf:
-            raise ValueError(f"t1 must be positive and finite; got {t1}")
+        require.field(field)
+        require.number("(0, inf)", t1=t1)
         self.field, self.t1 = field, t1
 
     @property
@@ -99,6 +100,8 @@ class CNF(ODE, Flow):
     base: Base
 
     def __init__(self, field: Any, base: Base, t1: float = 1.0):
+        require.field(field)
+        require.instance(Base, "one of jcnf.distributions, as StandardNormal(dim) is", base=base)
         if field.dim != base.dim:
             raise ValueError(
                 f"field and base must have the same dim; got {field.dim} and {base.dim}"

@@ -22,6 +22,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jcnf import require
+
 Context = Float[Array, "batch context"] | None
 Coupling = Callable[
     [Key[Array, ""], Float[Array, "batch dim"], Float[Array, "batch dim"], Context],
@@ -51,11 +53,8 @@ class Transport(abc.ABC):
     context_weight: float = 100.0
 
     def __post_init__(self):
-        if self.group < 2 or not 0 <= self.context_weight < np.inf:
-            raise ValueError(
-                "expected a group of at least 2 and a context_weight that is finite and at least "
-                f"0; got {self.group} and {self.context_weight}"
-            )
+        require.whole(2, group=self.group)
+        require.number("[0, inf)", context_weight=self.context_weight)
 
     @abc.abstractmethod
     def pair(
@@ -118,11 +117,8 @@ class Sinkhorn(Transport):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.epsilon < np.inf or self.iterations < 1:
-            raise ValueError(
-                "expected a positive epsilon and at least one iteration; "
-                f"got {self.epsilon} and {self.iterations}"
-            )
+        require.number("(0, inf)", epsilon=self.epsilon)
+        require.whole(iterations=self.iterations)
 
     def pair(self, key, points0, points1):
         """A partner for each of `points1`, by its row of the plan; consumes `key`."""

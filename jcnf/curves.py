@@ -37,6 +37,8 @@ def scaling(panels: Sequence[Panel]) -> Figure:
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if not panels:
+        raise ValueError("expected at least one panel")
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     figure = c.new_figure(c.WIDTH, 3.6)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -65,5 +67,13 @@ def scaling(panels: Sequence[Panel]) -> Figure:
 
 
 def exponent(x: Values, y: Values) -> float:
-    """p of the fit y = c x^p, by least squares on logarithms."""
-    return float(np.polyfit(np.log(np.asarray(x)), np.log(np.asarray(y)), 1)[0])
+    """p of the fit y = c x^p, by least squares on logarithms.
+
+    **Raises:** `ValueError` for fewer than 2 points, and for some that are not positive and finite.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"expected x and y of at least 2 points; got {x.shape} and {y.shape}")
+    if not all(np.all((values > 0) & (values < np.inf)) for values in (x, y)):
+        raise ValueError(f"expected x and y positive and finite; got {x} and {y}")
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

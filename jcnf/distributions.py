@@ -10,8 +10,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key
+
+from jcnf import require
 
 
 class Base(eqx.Module):
@@ -34,7 +37,12 @@ class Base(eqx.Module):
     def sample(
         self, key: Key[Array, ""], num_samples: int, dtype=None
     ) -> Float[Array, "num_samples dim"]:
-        """Independent draws; consumes `key`."""
+        """Independent draws; consumes `key`.
+
+        **Raises:** `ValueError` for fewer than 1 sample, and for what is no key.
+        """
+        require.one_key(key)
+        require.whole(num_samples=num_samples)
         with _rank_promotion():
             return self.distribution(dtype).sample(seed=key, sample_shape=(num_samples,))
 
@@ -56,6 +64,9 @@ class StandardNormal(Base):
 
     dim: int = eqx.field(static=True)
 
+    def __check_init__(self):
+        require.whole(dim=self.dim)
+
     def distribution(self, dtype=None):
         """Independent normals."""
         return _independent("Normal", jnp.zeros(self.dim, dtype), jnp.ones(self.dim, dtype))
@@ -69,10 +80,15 @@ class ScaledNormal(Base):
     dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, scale=1.0, loc=0.0):
+        require.whole(dim=dim)
+        for name, value in (("loc", loc), ("scale", scale)):
+            if jnp.shape(value) not in ((), (1,), (dim,)):
+                raise ValueError(f"expected {name} of shape ({dim},); got {jnp.shape(value)}")
         self.dim = dim
         self.loc = jnp.broadcast_to(jnp.asarray(loc, float), (dim,))
         self.scale = jnp.broadcast_to(jnp.asarray(scale, float), (dim,))
-        if not isinstance(self.scale, Tracer) and not jnp.all(self.scale > 0):
+        require.finite(loc=self.loc, scale=self.scale)
+        if not isinstance(self.scale, Tracer) and not np.all(np.asarray(self.scale) > 0):
             raise ValueError(f"scale must be positive; got {scale}")
 
     def distribution(self, dtype=None):
@@ -84,6 +100,9 @@ class Logistic(Base):
     """Independent standard logistics: log p = -sum_i [log(1 + e^z_i) + log(1 + e^-z_i)]."""
 
     dim: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        require.whole(dim=self.dim)
 
     def distribution(self, dtype=None):
         """Independent logistics."""

@@ -7,14 +7,16 @@ t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). Along the
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence, Exact
 from jcnf.solve import Solve, Stats
@@ -112,8 +114,13 @@ def transform(
     """
     check_batch(flow, x, context)
     check_direction(direction)
-    if not all(callable(r) and hasattr(r, "__name__") for r in regularizers):
-        raise ValueError(f"expected functions as in jcnf.regularizers; got {regularizers}")
+    check_strategy(solve, divergence)
+    if not isinstance(regularizers, Iterable) or not all(
+        callable(r) and hasattr(r, "__name__") for r in regularizers
+    ):
+        raise ValueError(
+            f"expected a tuple of functions as in jcnf.regularizers; got {regularizers}"
+        )
     if len({r.__name__ for r in regularizers}) < len(regularizers):
         names = [r.__name__ for r in regularizers]
         raise ValueError(f"regularizers must have names of their own; got {names}")
@@ -154,6 +161,10 @@ def sample(
 
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
+    check_flow(flow)
+    check_strategy(solve)
+    require.whole(num_samples=num_samples)
+    check_context(flow, num_samples, context)
     z = flow.base.sample(key, num_samples)
     check_batch(flow, z, context)
     return arrived(*flow.carry(z, "to_data", context, solve))
@@ -174,6 +185,10 @@ def sample_and_log_prob(
 
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
+    check_flow(flow)
+    require.one_key(key)
+    require.whole(num_samples=num_samples)
+    check_context(flow, num_samples, context)
     base_key, noise_key = jax.random.split(key)
     z = flow.base.sample(base_key, num_samples)
     result = transform(
@@ -195,30 +210,61 @@ def check_direction(direction: str) -> None:
         raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
 
 
+def check_flow(flow: Any) -> None:
+    """Raise `ValueError` for what is no flow."""
+    require.instance(Flow, "a flow, as jcnf.CNF(field, base) is", flow=flow)
+
+
+def check_strategy(solve: Any, divergence: Any = Exact()) -> None:  # noqa: B008 (frozen)
+    """Raise `ValueError` for what is no solve, or no divergence."""
+    require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
+    require.instance(Divergence, "an instance, as jcnf.Exact() is", divergence=divergence)
+
+
 def check_batch(flow: Flow, x, context) -> None:
     """Raise `ValueError` where `x` is no batch for `flow`, or `context` none for it."""
+    check_flow(flow)
     dim = flow.base.dim
-    shape = jnp.shape(x)
+    try:
+        array = x if hasattr(x, "dtype") else np.asarray(x)
+        shape, dtype = array.shape, jnp.result_type(array)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"expected x of shape (batch, {dim}); got {x!r}, which is no array of numbers"
+        ) from None
     if len(shape) != 2 or shape[1] != dim:
         hint = ": add a batch axis with x[None]" if shape == (dim,) else ""
         raise ValueError(f"expected x of shape (batch, {dim}); got {shape}{hint}")
     if shape[0] == 0:
         raise ValueError("expected at least one sample; got an empty batch")
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise ValueError(f"expected x of a floating dtype; got {jnp.result_type(x)}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"expected x of a floating dtype; got {dtype}")
+    if dtype.itemsize < 4:
+        raise ValueError(
+            f"a state of {dtype} has too few digits for a solve: take x.astype(jnp.float32), and "
+            f"of the field jcnf.fields.Cast(field, jnp.{dtype})"
+        )
     widest = max(
         (leaf.dtype for leaf in jax.tree.leaves(flow) if eqx.is_inexact_array(leaf)),
         key=lambda dtype: dtype.itemsize,
-        default=jnp.result_type(x),
+        default=dtype,
     )
-    if widest.itemsize > jnp.result_type(x).itemsize:
+    if widest.itemsize > dtype.itemsize:
+        raise ValueError(f"the flow is of {widest} and x of {dtype}: cast it, x.astype({widest})")
+    check_context(flow, shape[0], context)
+
+
+def check_context(flow: Flow, batch: int, context) -> None:
+    """Raise `ValueError` where `context` is none for so many samples of `flow`."""
+    shape = (batch, 0) if context is None else jnp.shape(context)
+    if shape[:-1] != (batch,):
+        raise ValueError(f"expected context of shape ({batch}, context); got {shape}")
+    if context is not None and not jnp.issubdtype(jnp.result_type(context), jnp.floating):
         raise ValueError(
-            f"the flow is of {widest} and x of {jnp.result_type(x)}: cast it, x.astype({widest})"
+            f"expected context of a floating dtype; got {jnp.result_type(context)}: classes are "
+            "one-hot vectors, as jax.nn.one_hot makes them"
         )
-    shape_of_context = (shape[0], 0) if context is None else jnp.shape(context)
-    if shape_of_context[:-1] != shape[:1]:
-        raise ValueError(f"expected context of shape ({shape[0]}, context); got {shape_of_context}")
-    size, got = flow.context_dim, shape_of_context[-1]
+    size, got = flow.context_dim, shape[-1]
     if size is not None and got != size:
         raise ValueError(
             f"the flow takes a context of size {size}; got {got or 'none'}: "

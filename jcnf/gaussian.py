@@ -6,6 +6,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from jcnf import require
+
 
 class Gaussian(NamedTuple):
     """A full-covariance Gaussian."""
@@ -15,8 +17,14 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "rows dim"]) -> "Gaussian":
-        """That of the rows' mean and covariance."""
+        """That of the rows' mean and covariance.
+
+        **Raises:** `ValueError` for fewer than 2 rows (n, dim), and for rows that are not finite.
+        """
         rows = np.asarray(rows, np.float64)
+        if rows.ndim != 2 or len(rows) < 2:
+            raise ValueError(f"expected rows of shape (n, dim), at least 2; got {rows.shape}")
+        require.finite(rows=rows)
         return cls(rows.mean(axis=0), np.atleast_2d(np.cov(rows, rowvar=False, bias=True)))
 
     @property
@@ -27,9 +35,16 @@ class Gaussian(NamedTuple):
     def given(self, x: Float[np.ndarray, "n dim"]) -> "Conditional":
         """Of each row's missing entries, given its known ones.
 
-        **Raises:** `ValueError` for a covariance that is singular.
+        **Raises:** `ValueError` for other columns, infinite entries, and a covariance that is
+        singular.
         """
         x = np.asarray(x, np.float64)
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise ValueError(f"expected x of shape (n, {len(self.mean)}); got {x.shape}")
+        if (infinite := np.isinf(x).any(axis=1)).any():
+            raise ValueError(
+                f"x[{np.argmax(infinite)}] has infinite entries: NaN is what is missing"
+            )
         missing = np.isnan(x)
         known = ~missing
         eye = np.eye(len(self.mean))
@@ -64,6 +79,8 @@ class Conditional(NamedTuple):
 
     def draw(self, key: Key[Array, ""], samples: int) -> Float[np.ndarray, "samples n dim"]:
         """Whole rows; consumes `key`."""
+        require.one_key(key)
+        require.whole(samples=samples)
         e = np.asarray(jr.normal(key, (samples, *self.mean.shape)), np.float64)
         return self.mean + np.where(self.missing, np.einsum("nij,snj->sni", self.factor, e), 0.0)
 

@@ -33,6 +33,8 @@ def separation(panels: Sequence[Panel]) -> Figure:
     lies beyond is in the bins at the edges, whose bars may leave the top, and is counted in the
     title, as is what is not finite, which is left out.
     """
+    if not panels or not all(panel.sets for panel in panels):
+        raise ValueError("expected a panel or more, each with a set or more")
     names = list(dict.fromkeys(name for panel in panels for name in panel.sets))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from scipy.special import gammaln
 
+from jcnf import require
 from jcnf.evaluate.scores import full_precision, score
-from jcnf.flow import Flow
+from jcnf.flow import Flow, check_batch, check_flow
 from jcnf.gaussian import Gaussian, log_det, whiten
 from jcnf.inpaint import Density, langevin
 from jcnf.solve import Solve
@@ -72,7 +73,11 @@ def impute(
     **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
     """
     x = np.asarray(x)
-    _check(x, gaussian)
+    _check(flow, x, gaussian, key)
+    require.whole(draws=draws, steps=steps, candidates=candidates, chunk=chunk)
+    require.whole(0, burn_in=burn_in)
+    if draws > steps:
+        raise ValueError(f"draws are of the chain's steps; got {draws} draws of {steps} steps")
     start_key, chain_key = jr.split(key)
     some = np.flatnonzero(np.isnan(x).any(axis=1))
     result = Imputed(np.repeat(x[None], draws, axis=0), np.ones(len(x)), np.zeros(len(x), int))
@@ -137,12 +142,15 @@ def predictive(
     **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
     """
     truth, x = np.asarray(truth), np.asarray(x)
-    _check(x, gaussian)
-    if truth.shape != x.shape or draws.shape[1:] != x.shape or not len(draws) or samples < 2:
+    _check(flow, x, gaussian, key)
+    require.whole(2, samples=samples)
+    require.whole(chunk=chunk)
+    if truth.shape != x.shape or draws.shape[1:] != x.shape or not len(draws):
         raise ValueError(
-            f"expected truth and each draw of x's shape {x.shape}, and at least 2 samples; got "
-            f"{truth.shape}, {draws.shape} and {samples}"
+            f"expected truth and each draw of x's shape {x.shape}; got {truth.shape} and "
+            f"{draws.shape}"
         )
+    require.finite(truth=truth)
     missing = np.isnan(x)
     log_prob, stderr, ess = np.zeros(len(x)), np.zeros(len(x)), np.ones(len(x))
     mean = np.where(missing, draws.mean(axis=0, dtype=np.float64), x)
@@ -167,8 +175,10 @@ def predictive(
     return Predictive(log_prob, stderr, ess, mean)
 
 
-def _check(x, gaussian):
-    if x.ndim != 2 or x.dtype.kind != "f" or np.isinf(x).any():
+def _check(flow, x, gaussian, key):
+    require.one_key(key)
+    check_flow(flow)
+    if x.ndim != 2 or not len(x) or x.dtype.kind != "f" or np.isinf(x).any():
         raise ValueError(
             f"expected floating x (n, dim), finite or NaN where missing; got {x.shape}, {x.dtype}"
         )
@@ -177,6 +187,7 @@ def _check(x, gaussian):
             f"expected a finite Gaussian of dimension {x.shape[1]}, fitted to rows without NaN; "
             f"got one of {len(gaussian.mean)}"
         )
+    check_batch(flow, np.nan_to_num(x), None)
 
 
 @eqx.filter_jit

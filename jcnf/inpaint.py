@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jcnf import require
 from jcnf.divergence import Divergence, Exact
 from jcnf.flow import Flow, transform
 from jcnf.solve import Solve
@@ -119,7 +121,9 @@ def ascend(
 
     **Raises:** `ValueError` for bad shapes and numbers.
     """
-    missing = _missing(x, known, steps, keep, bounds)
+    missing = _missing(log_prob, x, known, key, steps, keep, bounds)
+    require.function("a function of the step, i -> a_i", rate=rate)
+    require.number("[0, inf)", noise=noise)
     s = _spread(scale, x)
 
     def step(i, state):
@@ -173,11 +177,9 @@ def langevin(
 
     **Raises:** `ValueError` for bad shapes and numbers.
     """
-    missing = _missing(x, known, steps, keep, bounds)
-    if burn_in < 0 or not 0 < step < np.inf:
-        raise ValueError(
-            f"burn_in must be at least 0, step positive and finite; got {burn_in}, {step}"
-        )
+    missing = _missing(log_prob, x, known, key, steps, keep, bounds)
+    require.whole(0, burn_in=burn_in)
+    require.number("(0, inf)", step=step)
     s = _spread(scale, x)
     free = jnp.any(missing, axis=1)
     start = (_start(x), jnp.full(x.shape[0], np.log(step), x.dtype), _none(x), _none(x))
@@ -231,6 +233,7 @@ def half(shape: tuple[int, int, int], side: str) -> Bool[np.ndarray, " dim"]:
     `shape`: (height, width, channels), in which pictures are flattened row by row. Of an odd
     number of rows or columns the middle one is not known.
     """
+    require.shape("shape", shape)
     if side not in SIDES:
         raise ValueError(f"unknown side {side!r}: use one of {', '.join(SIDES)}")
     mask = np.zeros(shape, bool)
@@ -241,8 +244,11 @@ def half(shape: tuple[int, int, int], side: str) -> Bool[np.ndarray, " dim"]:
     return mask.ravel()
 
 
-def _missing(x, known, steps, keep, bounds):
+def _missing(log_prob, x, known, key, steps, keep, bounds):
     """Which entries may move, (batch, dim)."""
+    require.function("a function of x (batch, dim), as Density(flow) is", log_prob=log_prob)
+    require.one_key(key)
+    require.whole(steps=steps, keep=keep)
     if jnp.ndim(x) != 2 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(
             f"expected floating x of shape (batch, dim); got {jnp.shape(x)}, {jnp.result_type(x)}"
@@ -253,7 +259,8 @@ def _missing(x, known, steps, keep, bounds):
         )
     if not jnp.issubdtype(jnp.result_type(known), jnp.bool_):
         raise ValueError(f"expected known of bool, True to keep; got {jnp.result_type(known)}")
-    if not 1 <= keep <= steps:
+    require.finite(x=x)
+    if keep > steps:
         raise ValueError(f"keep must be from 1 to steps; got {keep} of {steps}")
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (low, high) with low < high; got {bounds}")
@@ -261,6 +268,8 @@ def _missing(x, known, steps, keep, bounds):
 
 
 def _spread(scale, x):
+    if scale is not None and not isinstance(scale, Tracer) and not np.all(np.asarray(scale) > 0):
+        raise ValueError("scale must be positive, for it is a spread; got 0, less or NaN in it")
     return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, x.dtype), x.shape)
 
 

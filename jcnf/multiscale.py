@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jcnf import require
 from jcnf.chain import Composition
 from jcnf.divergence import Divergence
 from jcnf.flow import Bijection, Direction, Transformed
@@ -52,14 +53,14 @@ class Logit(Fixed):
     section 4.1; FFJORD has alpha 1e-6 for MNIST and 0.05 for CIFAR-10), a' = alpha/(1 - 2 alpha).
     What lies outside fails.
 
-    **Raises:** `ValueError` for an `alpha` not in (0, 1/2).
+    **Raises:** `ValueError` for an `alpha` not in [1e-7, 1/2): float32 cannot tell less from 0
+    where pixels are white.
     """
 
     alpha: float = eqx.field(static=True)
 
     def __check_init__(self):
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"alpha must be in (0, 0.5); got {self.alpha}")
+        require.number("[1e-7, 0.5)", alpha=self.alpha)
 
     def both(self, x, direction):
         """logdet = +-sum_i [log(1 - 2 alpha) - log s_i - log(1 - s_i)] with s = sigmoid(y)."""
@@ -86,7 +87,8 @@ class Squeeze(Fixed):
     shape: Shape = eqx.field(static=True)
 
     def __check_init__(self):
-        if len(self.shape) != 3 or self.shape[0] % 2 or self.shape[1] % 2:
+        require.shape("shape", self.shape)
+        if self.shape[0] % 2 or self.shape[1] % 2:
             raise ValueError(f"only an even height and width can be squeezed; got {self.shape}")
 
     def both(self, x, direction):
@@ -113,7 +115,9 @@ class OnChannels(Bijection):
     channels: int = eqx.field(static=True)
 
     def __check_init__(self):
-        if len(self.shape) != 3 or not 0 < self.channels < self.shape[2]:
+        require.shape("shape", self.shape)
+        require.whole(channels=self.channels)
+        if self.channels >= self.shape[2]:
             raise ValueError(
                 f"channels must be fewer than those of {self.shape}; got {self.channels}"
             )
@@ -162,7 +166,10 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
 
     **Raises:** `ValueError` for fewer than 1 scale, and for what cannot be halved so often.
     """
+    require.shape("shape", shape)
     height, width, channels = shape
+    if not isinstance(scales, int):
+        raise ValueError(f"scales must be a whole number; got {scales!r}")
     halvings = 2 ** (scales - 1) if scales >= 1 else 0
     if not halvings or height % halvings or width % halvings:
         raise ValueError(

@@ -11,8 +11,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.bijective import BijectiveFlow
 from jcnf.distributions import Base, Logistic
+from jcnf.flow import check_batch
 from jcnf.solve import Solve
 
 SPLITS = ("halves", "odd_even")
@@ -62,11 +64,10 @@ class NICE(BijectiveFlow):
         base: Base | None = None,
         key: Key[Array, ""],
     ):
-        if dim < 2 or couplings < 1 or min(widths, default=1) < 1:
-            raise ValueError(
-                "dim must be at least 2, couplings and widths at least 1; "
-                f"got dim={dim}, couplings={couplings}, widths={tuple(widths)}"
-            )
+        require.whole(2, dim=dim)
+        require.whole(couplings=couplings)
+        require.wholes(widths=widths)
+        require.one_key(key)
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         self.base = Logistic(dim) if base is None else base
@@ -87,7 +88,12 @@ class NICE(BijectiveFlow):
         spread of the prior: the start that training finds in thousands of steps otherwise, where
         components differ in scale as pixels do (data-dependent initialisation, Salimans & Kingma
         2016). A component that never varies is left at the scale it had.
+
+        **Raises:** `ValueError` for `x` that is no batch, or not finite.
         """
+
+        check_batch(self, x, None)
+        require.finite(x=x)
 
         def latents(flow):
             return flow.carry(x, "to_base", None, Solve())[0]

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf import _canvas as c
+from jcnf import require
 from jcnf._canvas import BASE, DATA, MODEL, WIDTH, Figure
 
 COLUMNS = 4
@@ -115,6 +116,7 @@ def film(
     import matplotlib
     from PIL import Image
 
+    require.number("(0, inf)", fps=fps)
     every = _curves(curves, titles)
     with matplotlib.rc_context(c.RC):
         figure = c.new_figure(3.4, 3.5)

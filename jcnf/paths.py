@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jcnf import require
+
 Vector = Float[Array, " dim"]
 Path = Callable[[Float[Array, ""], Vector, Vector, Vector], Vector]
 
@@ -45,8 +47,7 @@ class SigmaMin:
     sigma: float = 1e-2
 
     def __post_init__(self):
-        if not 0 <= self.sigma < 1:
-            raise ValueError(f"sigma must be in [0, 1); got {self.sigma}")
+        require.number("[0, 1)", sigma=self.sigma)
 
     def __call__(self, s, x0, x1, z):
         """The point at s."""
@@ -71,11 +72,10 @@ class VariancePreserving:
     end: float = 1e-3
 
     def __post_init__(self):
-        if not 0 < self.low <= self.high < np.inf or not 0 < self.end < 1:
-            raise ValueError(
-                "expected 0 < low <= high and 0 < end < 1; "
-                f"got {self.low}, {self.high} and {self.end}"
-            )
+        require.number("(0, inf)", low=self.low, high=self.high)
+        require.number("(0, 1)", end=self.end)
+        if self.low > self.high:
+            raise ValueError(f"expected low <= high; got {self.low} and {self.high}")
 
     def __call__(self, s, x0, x1, z):
         """The point at s."""
@@ -104,8 +104,8 @@ class Stochastic:
     gamma: Callable = bump
 
     def __post_init__(self):
-        if not 0 <= self.sigma < np.inf:
-            raise ValueError(f"sigma must be at least 0 and finite; got {self.sigma}")
+        require.number("[0, inf)", sigma=self.sigma)
+        require.function("a function, as jcnf.paths.linear is", path=self.path, gamma=self.gamma)
 
     def __call__(self, s, x0, x1, z):
         """The point at s."""

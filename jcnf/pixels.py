@@ -8,6 +8,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Integer, Key
 
+from jcnf import require
+
 Nats = TypeVar("Nats", float, np.ndarray, Array)
 
 
@@ -28,8 +30,8 @@ def dequantise(
             f"expected pixels of a type of whole numbers; got {pixels.dtype}: they are grey values "
             f"0 to {levels - 1}, not yet scaled"
         )
-    if levels < 1:
-        raise ValueError(f"levels must be at least 1; got {levels}")
+    require.whole(levels=levels)
+    require.one_key(key)
     u = jr.uniform(key, pixels.shape)
     whole = pixels.astype(u.dtype)
     return jnp.minimum(whole + u, jnp.nextafter(whole + 1, whole)) / levels
@@ -44,4 +46,5 @@ def bits_per_dim(log_prob: Nats, dim: int, levels: int) -> Nats:
     (Theis, van den Oord and Bethge 2016, "A note on the evaluation of generative models",
     section 3.1). The uniform density on [0, 1]^dim gives log2 levels.
     """
+    require.whole(dim=dim, levels=levels)
     return -(log_prob / dim - math.log(levels)) / math.log(2)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf import _canvas as c
+from jcnf import require
 from jcnf._canvas import BASE, DATA, MODEL, WIDTH, Extent, Figure
 
 MAX_PATHS, MAX_COLUMNS = 300, 6
@@ -56,6 +57,7 @@ def densities(
     +inf are red and counted.
     """
     box = c.box_of(extent, np.empty(0))
+    require.number("(0, inf)", nats=nats)
     grids = {"model": c.array(log_density, "log_density", "(ny, nx)")}
     if true_log_density is not None:
         grids["true"] = c.array(true_log_density, "true_log_density", "(ny, nx)")
@@ -159,6 +161,7 @@ def animation(
     most 5,000 particles are drawn; those that are non-finite anywhere are dropped and counted. The
     file is written beside `path`, then moved there. Raises OSError where that cannot be done.
     """
+    require.number("(0, inf)", fps=fps)
     every, times = c.check_paths(paths, times)
     kept = c.finite(every.transpose(1, 0, 2))
     drawn = c.thin(kept, c.MAX_DOTS)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.jet import jet
 from jaxtyping import Array, Float
 
+from jcnf import require
 from jcnf.divergence import Local
 from jcnf.fields.jacobian import trace_and_square
 
@@ -60,8 +61,7 @@ def taylor(order: int) -> Callable:
 
     The regularizer of order K >= 1, named "taylorK"; `taylor(1)` is |v|^2. Its cost grows as K^2.
     """
-    if not isinstance(order, int) or order < 1:
-        raise ValueError(f"the order must be at least 1; got {order}")
+    require.whole(order=order)
 
     def rate(field, t, x, context, local: Local) -> Rate:
         # d^k(t, x)/dt^k is (0, d^{k-1}v/dt^{k-1}) from k = 2 on: each pass finds one order more.

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf import _canvas as c
+from jcnf import require
 from jcnf._canvas import MODEL, WIDTH, Figure
 
 
@@ -19,6 +20,7 @@ def by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: float) ->
     """
     if not clouds:
         raise ValueError("expected at least one cloud of points")
+    require.number("(0, inf)", half=half)
     figure = c.new_figure(WIDTH, WIDTH / len(clouds) + 0.75, "compressed")
     axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
     box = np.array([[-half, -half], [half, half]])

@@ -6,7 +6,6 @@ accuracy is bought by the error norm instead: `norm="worst"`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jcnf import parallel, reversible
+from jcnf import parallel, require, reversible
+
+MOST_STEPS = 1_000_000  # of a solve: memory for its checkpoints grows as their root
 
 
 class RK4(diffrax.AbstractERK):
@@ -108,18 +110,15 @@ class Solve(eqx.Module):
     first_step: float = 0.1
 
     def __check_init__(self):
-        _known("solver", self.solver, SOLVERS)
-        _known("adjoint", self.adjoint, (*_ADJOINTS, "reversible"))
-        if self.norm not in _NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}: use one of {', '.join(_NORMS)}")
-        for name in ("rtol", "atol", "step", "first_step", "max_steps"):
-            value = getattr(self, name)
-            if name == "step" and value is None:
-                continue
-            if value is None or isinstance(value, str) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {value!r}")
-        if not isinstance(self.max_steps, int):
-            raise ValueError(f"max_steps must be a whole number; got {self.max_steps}")
+        adjoints = (*_ADJOINTS, "reversible")
+        _known("solver", self.solver, SOLVERS, diffrax.AbstractSolver)
+        _known("adjoint", self.adjoint, adjoints, diffrax.AbstractAdjoint)
+        _known("norm", self.norm, _NORMS, ())
+        require.number("(0, inf)", rtol=self.rtol, atol=self.atol)
+        require.number("(0, 1]", first_step=self.first_step)
+        if self.step is not None:
+            require.number("(0, inf)", step=self.step)
+        require.whole(1, MOST_STEPS, max_steps=self.max_steps)
         if self.step is None and not self._estimates_errors():
             raise ValueError(
                 f"solver {self.solver!r} has no error estimate: give it a fixed step, "
@@ -187,8 +186,10 @@ def integrate(
     `max_steps` allows would put out of tolerance or make non-finite, where there are such; all of
     the batch otherwise.
 
-    **Raises:** `ValueError` for `times` under the "reversible" adjoint, which keeps the end only.
+    **Raises:** `ValueError` for `times` under the "reversible" adjoint, which keeps the end only,
+    and for tolerances that the state's dtype cannot meet.
     """
+    check_tolerance(solve, jax.tree.leaves(y0)[0].dtype)
     y0 = parallel.split_where_even(y0)
     march = _march_reversibly if solve.adjoint == "reversible" else _march
     first = (t1 - t0) * solve.first_step if solve.step is None else jnp.sign(t1 - t0) * solve.step
@@ -199,6 +200,22 @@ def integrate(
         rejected=rejected,
         failed=_failed(vector_field, last, args, t, t1, first, solve),
     )
+
+
+def check_tolerance(solve: Solve, dtype: Any) -> None:
+    """Raise `ValueError` for tolerances below half a rounding of `dtype`.
+
+    In float32 errors of log-densities stop falling at tolerances of 1e-7; at 1e-9 a solve takes ten
+    times the steps, most of which it rejects, and is no more accurate.
+    """
+    if isinstance(solve.rtol, Tracer) or isinstance(solve.atol, Tracer):
+        return
+    loosest, eps = max(solve.rtol, solve.atol), float(jnp.finfo(dtype).eps)
+    if solve.step is None and loosest < eps / 2:
+        raise ValueError(
+            f"tolerance {loosest:g} is below what {dtype} can give (about {eps:.0e}): "
+            "use x64 (JAX_ENABLE_X64=1, --x64) or a larger tolerance"
+        )
 
 
 def _march(vector_field, y0, args, t0, t1, first, solve, times):
@@ -357,6 +374,8 @@ _ADJOINTS = {
 }
 
 
-def _known(what, name, table):
-    if isinstance(name, str) and name not in table:
-        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(table)}")
+def _known(what, given, table, kind):
+    if isinstance(given, str) and given not in table:
+        raise ValueError(f"unknown {what} {given!r}: use one of {', '.join(table)}")
+    if not isinstance(given, str) and not isinstance(given, kind):
+        raise ValueError(f"{what} must be one of {', '.join(table)}, or diffrax's; got {given!r}")

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
+
 Times = Callable[[Key[Array, ""], int], Float[Array, " num"]]
 
 
 def uniform(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
     """Independent and uniform; consumes `key`."""
+    _check(key, num)
     return jr.uniform(key, (num,))
 
 
@@ -23,6 +26,7 @@ def lattice(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
 
     The average over a batch then has less variance (Kingma et al. 2021, variational diffusion).
     """
+    _check(key, num)
     return (jr.uniform(key) + jnp.arange(num) / num) % 1
 
 
@@ -35,7 +39,13 @@ def late(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
 
 def logit_normal(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
     """sigmoid of a standard normal: most around the middle (Esser et al. 2024); consumes `key`."""
+    _check(key, num)
     return jax.nn.sigmoid(jr.normal(key, (num,)))
+
+
+def _check(key, num):
+    require.one_key(key)
+    require.whole(num=num)
 
 
 TIMES: dict[str, Times] = {

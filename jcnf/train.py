@@ -15,7 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jcnf import parallel
+from jcnf import parallel, require
 from jcnf.distributions import Base
 from jcnf.solve import Solve
 
@@ -64,8 +64,13 @@ def make_optimizer(
     With `schedule="constant"` the rate stays after the warm-up. The decay is decoupled, and of all
     parameters, biases included.
 
-    **Raises:** `ValueError` for another schedule.
+    **Raises:** `ValueError` for another schedule, and for numbers out of range.
     """
+    require.number("(0, inf)", learning_rate=learning_rate)
+    require.number("(0, inf]", clip=clip)
+    require.number("[0, inf)", weight_decay=weight_decay)
+    require.whole(steps=steps)
+    require.whole(0, warmup=warmup)
     start = learning_rate if warmup == 0 else 0.0
     if schedule == "cosine":
         rate = optax.schedules.warmup_cosine_decay_schedule(
@@ -94,7 +99,10 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
 
 def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
+    _check_optimizer(optimizer)
     params: Any = partition(model)[0]
+    if not jax.tree.leaves(params):
+        raise ValueError(f"nothing to train in a {type(model).__name__}: bases are not trained")
     zero = jnp.zeros((), jnp.int32)
     counts = {"step": zero, "skipped": zero, "stuck": zero, "rate": jnp.ones(())}
     state = TrainState(params, params, optimizer.init(params), **counts)
@@ -121,7 +129,20 @@ def restart(
 
 def with_params(model: PyTree, params: PyTree) -> Any:
     """`model` with trained parameters in place of its own: `state.average`, to evaluate."""
-    return eqx.combine(params, partition(model)[1])
+    own, rest = partition(model)
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"parameters of another model: expected shapes {shapes[0]}; got {shapes[1]}"
+        )
+    return eqx.combine(params, rest)
+
+
+def _check_optimizer(optimizer):
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer must be optax's, as jcnf.train.make_optimizer makes one; got {optimizer!r}"
+        )
 
 
 def draw_rows(batch: int | None) -> DrawBatch:
@@ -130,6 +151,8 @@ def draw_rows(batch: int | None) -> DrawBatch:
     None gives all of them, in order. It raises `ValueError` for tables without rows, or of unequal
     numbers of them.
     """
+    if batch is not None:
+        require.whole(batch=batch)
 
     def draw(key, data):
         rows = {table.shape[0] for table in jax.tree.leaves(data)}
@@ -200,7 +223,16 @@ def make_run(
     counted. `means(totals)` gives the means over the updates applied of the objective's metrics,
     of "loss" and "grad_norm", and the numbers of those that were not. Totals that are given are
     added to, so that how steps are grouped into dispatches does not change a bit of them.
+
+    **Raises:** `ValueError` for what is no objective, no optimizer, or nothing to draw batches by.
     """
+    require.function(
+        "a function of (model, batch, key), as jcnf.objectives has", objective=objective
+    )
+    require.function("a function of (key, data), as draw_rows(64) is", draw_batch=draw_batch)
+    require.function("what `differentiator(solve)` gives", differentiate=differentiate)
+    require.number("[0, 1)", average=average)
+    _check_optimizer(optimizer)
     _, static = partition(model)
     optimizer = optax.with_extra_args_support(optimizer)
 

@@ -10,9 +10,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from jcnf import require
 from jcnf.cnf import CNF, Velocity
 from jcnf.distributions import StandardNormal
-from jcnf.flow import arrived, check_batch
+from jcnf.flow import arrived, check_batch, check_strategy
 from jcnf.solve import Solve, Stats, integrate
 
 
@@ -68,6 +69,7 @@ def solve_trajectory(
 
     It raises nothing then: the last finite state stands at all times that were not reached.
     """
+    check_strategy(solve)
     if not isinstance(flow, CNF):
         dim = getattr(flow, "dim", None)
         if not isinstance(dim, int):
@@ -75,7 +77,7 @@ def solve_trajectory(
         flow = CNF(flow, StandardNormal(dim))  # a base that nothing asks for
     check_batch(flow, x, context)
     x = jnp.asarray(x)
-    _check_times(times, len(x), x.dtype)
+    check_times(times, len(x), x.dtype)
     times = jnp.asarray(times, x.dtype)
     if times.ndim == 1 and solve.adjoint != "reversible":
         return _in_one_solve(flow.field, x, times, context, solve)
@@ -83,8 +85,13 @@ def solve_trajectory(
     return _by_intervals(flow.field, x, own, context, solve)
 
 
-def _check_times(times, batch, dtype):
-    shape = jnp.shape(times)
+def check_times(times: Any, batch: int, dtype: Any) -> None:
+    """Raise `ValueError` for what are no times of a batch, in `dtype`."""
+    shape = np.shape(times)
+    if shape and not isinstance(times, Tracer):
+        if np.asarray(times).dtype.kind not in "fiu" and not hasattr(times, "dtype"):
+            raise ValueError(f"expected times that are numbers; got {times!r}")
+        require.finite(times=times)
     if not shape or shape[0] < 2 or shape[1:] not in ((), (batch,)):
         raise ValueError(
             "times must be a vector of at least 2, or of shape (times, batch) with "

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.distributions import Base, StandardNormal
 from jcnf.divergence import Divergence, Exact
 from jcnf.flow import Bijection, Direction, Flow, Transformed, transform
@@ -43,6 +44,9 @@ class Encoder(eqx.Module):
     head: eqx.nn.Linear
 
     def __init__(self, trunk: Callable, features: int, dim: int, *, key: Key[Array, ""]):
+        require.function("a function, x -> features, of one sample", trunk=trunk)
+        require.whole(features=features, dim=dim)
+        require.one_key(key)
         self.trunk = trunk
         self.head = eqx.nn.Linear(features, 2 * dim, key=key)
 
@@ -76,6 +80,9 @@ class Posterior(Flow):
     base: Base
 
     def __init__(self, encoder: Callable, dim: int, refine: Bijection | None = None):
+        require.function("a function, x -> Encoded, of one sample", encoder=encoder)
+        if refine is not None:
+            require.instance(Bijection, "a bijection, as jcnf.cnf.ODE(field) is", refine=refine)
         self.encoder, self.refine, self.base = encoder, refine, StandardNormal(dim)
 
     @property
@@ -182,8 +189,7 @@ class Binomial:
     trials: int
 
     def __post_init__(self):
-        if self.trials < 1 or self.trials % 1:
-            raise ValueError(f"trials must be a whole number from 1 on; got {self.trials}")
+        require.whole(trials=self.trials)
 
     def __call__(self, x: Float[Array, "*shape"], logits: Float[Array, "*shape"]) -> Array:
         """log p(x) in nats, summed over the components."""
@@ -226,6 +232,7 @@ def weigh(
     **Raises:** `ValueError` as `jcnf.transform` does, for integers x, and for log-likelihoods of
     another shape than (batch,).
     """
+    require.instance(VAE, "a jcnf.vae.VAE", model=model)
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(
             f"expected x of a floating dtype; got {jnp.result_type(x)}: cast it and scale it to "

@@ -228,7 +228,7 @@ def test_what_is_outside_of_the_logit_fails_alone():
     scores = evaluate.score(flow, jnp.tile(x[:1], (40, 1)).at[3].set(x[1]))
     np.testing.assert_array_equal(np.flatnonzero(np.isnan(scores.log_prob)), [3])
     for alpha in (0.0, 0.5, 0.7):
-        with pytest.raises(ValueError, match=r"alpha must be in \(0, 0.5\)"):
+        with pytest.raises(ValueError, match=r"alpha must be in \[1e-7, 0.5\)"):
             Logit(alpha)
 
 
@@ -286,7 +286,7 @@ def test_other_channels_pass_through_bit_by_bit():
     np.testing.assert_allclose(plain, found.x, atol=1e-12)
     assert stats.nfe == found.stats.nfe == of_first.stats.nfe
     for wrong in (0, 3):
-        with pytest.raises(ValueError, match="channels must be fewer than"):
+        with pytest.raises(ValueError, match="channels must be"):
             OnChannels(inner, shape, wrong)
 
 

@@ -166,14 +166,23 @@ def test_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Exact(group=1), "expected a group of at least 2"),
-        (lambda: Exact(context_weight=-1.0), "got 128 and -1.0"),
-        (lambda: Exact(context_weight=np.inf), "got 128 and inf"),
-        (lambda: Sinkhorn(group=0), "got 0 and 100.0"),
-        (lambda: Sinkhorn(context_weight=np.nan), "got 128 and nan"),
-        (lambda: Sinkhorn(epsilon=0.0), "expected a positive epsilon and at least one iteration"),
-        (lambda: Sinkhorn(epsilon=np.nan), "got nan and 1000"),
-        (lambda: Sinkhorn(iterations=0), "got 0.02 and 0"),
+        (lambda: Exact(group=1), "group must be a whole number, at least 2"),
+        (
+            lambda: Exact(context_weight=-1.0),
+            "context_weight must be at least 0 and finite; got -1.0",
+        ),
+        (
+            lambda: Exact(context_weight=np.inf),
+            "context_weight must be at least 0 and finite; got inf",
+        ),
+        (lambda: Sinkhorn(group=0), "got group=0"),
+        (
+            lambda: Sinkhorn(context_weight=np.nan),
+            "context_weight must be at least 0 and finite; got nan",
+        ),
+        (lambda: Sinkhorn(epsilon=0.0), "epsilon must be positive and finite; got 0.0"),
+        (lambda: Sinkhorn(epsilon=np.nan), "epsilon must be positive and finite; got nan"),
+        (lambda: Sinkhorn(iterations=0), "got iterations=0"),
     ],
 )
 def test_errors_say_what_is_wrong(make, message):

@@ -160,7 +160,7 @@ BAD = {
     "euler without step": (["toy2d", "--solver", "euler"], ["step"]),
     "no steps": (["toy2d", "--steps", "0"], ["--steps"]),
     "negative rate": (["toy2d", "--learning-rate", "-1"], ["--learning-rate"]),
-    "width 0": (["toy2d", "--widths", "0"], ["width=0"]),
+    "width 0": (["toy2d", "--widths", "0"], ["--widths", "(0,)"]),
     "resume without out": (["toy2d", "--resume"], ["--out"]),
     "negative seed": (["toy2d", "--seed", "-1"], ["--seed"]),
     "step too small": (["toy2d", "--fixed-step", "1e-4"], ["--fixed-step", "--max-steps"]),
@@ -262,7 +262,7 @@ BAD = {
     "one test picture": (["images", "--test-images", "1"], ["--test-images", "2"]),
     "alpha beyond a half": (["images", "--alpha", "0.7"], ["alpha", "0.7"]),
     "scales of 8x8": (["images", "--scales", "5"], ["5 scales", "8 x 8"]),
-    "channel 0": (["images", "--channels", "0"], ["channels", "at least 1"]),
+    "channel 0": (["images", "--channels", "0"], ["--channels", "(0,)"]),
     "flow matching of scales": (
         ["images", "--objective", "flow_matching", "--scales", "2"],
         ["one ODE", "--scales 1"],

@@ -233,8 +233,8 @@ def test_float32_in_float32_out():
     [
         ({"time": "gate"}, "unknown time layer 'gate': use one of ignore, concat, squash"),
         ({"activation": "relu"}, "unknown activation 'relu': use one of tanh, softplus, silu"),
-        ({"dim": 0}, "dim and widths must be at least 1"),
-        ({"widths": (4, 0)}, r"got dim=2, widths=(4, 0)"),
+        ({"dim": 0}, "dim must be a whole number, at least 1; got dim=0"),
+        ({"widths": (4, 0)}, "got widths=(4, 0)"),
         ({"context_dim": -1}, "context_dim=-1"),
         ({"conditioning": "film"}, "unknown conditioning 'film': use 'concat' or 'modulate'"),
         ({"conditioning": "modulate", "widths": (4,)}, "give context_dim and widths"),

@@ -305,7 +305,7 @@ def test_other_errors_say_what_to_do():
     with pytest.raises(ValueError, match="'to_base' or 'to_data'; got 'forward'"):
         jcnf.transform(FLOW, TWO, direction="forward")
     for times in ([0.0, 0.5, 0.5], [0.0, 1.0, 0.5], [0.0, np.nan]):
-        with pytest.raises(ValueError, match="strictly increase or strictly decrease"):
+        with pytest.raises(ValueError, match=r"strictly increase or strictly decrease|not finite"):
             jcnf.trajectory(FLOW, TWO, jnp.array(times))
     for times in (jnp.array(1.0), jnp.array([1.0])):
         with pytest.raises(ValueError, match="vector of at least 2"):
@@ -336,7 +336,7 @@ def test_what_has_a_wrong_shape_is_refused_and_not_broadcast(unchecked):
             run(flow, X[:, :2])
     with pytest.raises(ValueError, match=r"penalty per_component must give an array of shape \(\)"):
         transform(linear(), X, regularizers=(per_component,))
-    with pytest.raises(ValueError, match="expected functions as in"):
+    with pytest.raises(ValueError, match="functions as in"):
         transform(linear(), X, regularizers=("kinetic",))
     with pytest.raises(ValueError, match=r"cast it, x.astype\(float64\)"):
         jcnf.log_prob(linear(), X.astype(jnp.float32))

@@ -244,7 +244,7 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
                     flow_matching, CNF(Told(), StandardNormal(2)), X, KEY, context=TWO,
                     drop_context=rate,
                 ),
-                f"drop_context must be in [0, 1), of a context; got {rate}",
+                f"drop_context must be in [0, 1); got {rate}",
             )
             for rate in (1.0, 1.5, -0.1, np.nan)
         ),
@@ -260,7 +260,7 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
             "expected context of shape (4, context)",
         ),
         (partial(mixed, truth(), X, KEY, weights={}), "mixed needs objectives"),
-        (partial(mixed, truth(), X, KEY, weights={flow_matching: -1.0}), "weights must be at"),
+        (partial(mixed, truth(), X, KEY, weights={flow_matching: -1.0}), "at least 0 and"),
         (
             partial(flow_matching, truth(), X, KEY, coupling=lambda *_: jnp.arange(3)),
             "whole numbers of shape (4,)",

@@ -293,7 +293,7 @@ def test_unknown_names_are_told_the_known(name):
 
 
 def test_taylor_starts_at_order_one():
-    with pytest.raises(ValueError, match="the order must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="order must be a whole number, at least 1; got order=0"):
         named("taylor0")
 
 

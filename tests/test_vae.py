@@ -253,10 +253,13 @@ WRONG = {
         "a scalar for each sample; got (3,)",
     ),
     "numbers of x and eps": (lambda: weigh(linear(), X, jnp.zeros((4, 2))), "shape (4, context)"),
-    "samples": (lambda: evaluate.bounds(linear(), X, KEY, samples=0), "at least 1 sample"),
+    "samples": (
+        lambda: evaluate.bounds(linear(), X, KEY, samples=0),
+        "samples must be a whole number, at least 1",
+    ),
     "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, data)"),
     "k": (lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3), "from 1 to the 2"),
-    "trials": (lambda: Binomial(0), "from 1 on; got 0"),
+    "trials": (lambda: Binomial(0), "at least 1; got trials=0"),
     "half a trial": (lambda: Binomial(1.5), "whole number"),
     "one logit": (lambda: Binomial(1)(jnp.zeros(3), jnp.zeros(1)), "a logit for each component"),
 }

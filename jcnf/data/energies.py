@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jcnf import require
 from jcnf.errors import InputError
 
 Extent = tuple[float, float, float, float]  # lowest and highest z1, lowest and highest z2
@@ -60,7 +61,7 @@ def energy(name: str, extent: Extent | None = None) -> Energy:
         if extent is not None:
             raise InputError(f"{name} has an extent of its own: leave out --extent")
         return ENERGIES[name]
-    module_name, colon, function_name = name.partition(":")
+    module_name, colon, function_name = str(name).partition(":")
     if not (module_name and colon and function_name):
         raise InputError(
             f"no energy is called {name!r}: use one of {', '.join(ENERGIES)}, or module:function"
@@ -169,6 +170,7 @@ def integrate(energy: Energy, cells: int = 1000) -> Integral:
 
 def cell_grid(extent: Extent, cells: int) -> Float[np.ndarray, "cells cells 2"]:
     """Midpoints of equal cells of a window, [i, j] for the i-th value of z2 and j-th of z1."""
+    require.whole(cells=cells)
     a, b, c, d = extent
     middle = (np.arange(cells) + 0.5) / cells
     return np.stack(np.meshgrid(a + (b - a) * middle, c + (d - c) * middle), axis=-1)

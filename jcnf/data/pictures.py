@@ -14,7 +14,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Integer
 
-from jcnf.data.toys import Toy, batched
+from jcnf import require
+from jcnf.data.toys import Toy, batched, drawing
 from jcnf.errors import InputError
 
 EXTENT = 4.0
@@ -75,6 +76,7 @@ def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> 
 
     if not 2 <= side <= LONGEST:
         raise ValueError(f"side must be from 2 to {LONGEST} pixels; got {side}")
+    require.instance(Image.Image, "pillow's, as read_picture(path) gives it", image=image)
     if min(image.size) < 1:
         raise InputError(f"{name}: has no pixels; give another")
     ground = Image.new("RGBA", image.size, "black" if invert else "white")
@@ -95,6 +97,10 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
     sample's pixel is had exactly as often as is its due: by the pixels' cumulative sum, in which a
     whole number below their total is looked up.
     """
+    if levels.ndim != 2 or levels.min(initial=0) < 0 or not levels.any():
+        raise ValueError(
+            f"expected levels (rows, columns) of whole numbers >= 0, not all 0; got {levels.shape}"
+        )
     rows, columns = levels.shape
     size = 2 * EXTENT / max(rows, columns)  # of a pixel
     cumulative = np.cumsum(levels, dtype=np.int32)
@@ -121,4 +127,4 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
     entropy = float(-np.sum(occupied * np.log(occupied / size**2)))
     # Samples keep off the edges of pixels: so much lower is their own entropy.
     error = -2 * math.log1p(-2 * _MARGIN)
-    return Toy(name, sample, batched(density), entropy, entropy_error=error, extent=EXTENT)
+    return Toy(name, drawing(sample), batched(density), entropy, entropy_error=error, extent=EXTENT)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from jcnf import require
 from jcnf.data.table_files import all_but, read_raw
 from jcnf.data.tables import Standardizer
 from jcnf.errors import InputError
@@ -63,10 +64,12 @@ def spiral(
 
     The times are evenly spaced from 0 to the end; `irregular` ones are uniform between these two.
 
-    **Raises:** `InputError` for an unknown name.
+    **Raises:** `InputError` for an unknown name, `ValueError` for numbers out of range.
     """
     if name not in TARGETS:
         raise InputError(f"unknown target '{name}': use one of {', '.join(TARGETS)}")
+    require.whole(3, points=points)
+    require.number("[0, inf)", noise=noise)
     target, rng = TARGETS[name], np.random.default_rng(seed)
     times = np.linspace(0, target.end, points)
     if irregular:
@@ -108,12 +111,13 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
         raise InputError(f"{path}: {held_out} rows held out leave fewer than 3 of {len(rows)}")
     known = slice(len(rows) - held_out)
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = Standardizer(values[known].mean(axis=0), values[known].std(axis=0), names)
-    for name, column, std in zip(names, values[known].T, scale.std, strict=True):
+        mean, stds = values[known].mean(axis=0), values[known].std(axis=0)
+    for name, column, std in zip(names, values[known].T, stds, strict=True):
         if np.all(column == column[0]):
             raise InputError(f"{path}: column {name} is constant: leave it out")
         if not 0 < std < np.inf:
             raise InputError(f"{path}: column {name} cannot be standardised: change its unit")
+    scale = Standardizer(mean, stds, names)
     values = (values - scale.mean) / scale.std
     if unit is None:
         speeds = np.diff(values[known], axis=0) / np.diff(times[known])[:, None]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jcnf import require
 from jcnf.data.csv_text import label, missing_error, read_text
 from jcnf.errors import InputError
 
@@ -39,6 +40,7 @@ def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) 
             infinite and, unless asked for, missing values in the columns that are read; whatever
             `choose` raises.
     """
+    require.instance((str, os.PathLike), "a path", path=path)
     path = _existing(Path(path))
     read = _read_csv if ".csv" in path.name.lower() else _read_numpy
     return read(path, choose, missing)

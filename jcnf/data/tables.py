@@ -30,6 +30,19 @@ class Standardizer:
     std: Float[np.ndarray, " dim"]
     columns: tuple[str, ...]
 
+    def __post_init__(self):
+        if not len(self.mean) == len(self.std) == len(self.columns):
+            raise ValueError(
+                f"expected a mean and a std for each of the columns; got {len(self.mean)}, "
+                f"{len(self.std)} and {len(self.columns)}"
+            )
+        bad = ~(np.isfinite(self.mean) & np.isfinite(self.std) & (np.asarray(self.std) > 0))
+        if bad.any():
+            raise InputError(
+                f"column {self.columns[np.argmax(bad)]} cannot be standardized: its std must be "
+                "positive and finite, its mean finite; leave it out"
+            )
+
     @property
     def log_scale(self) -> float:
         """Sum of log std, in nats: log p(x) = log p(standardize(x)) - log_scale."""
@@ -44,8 +57,8 @@ class Standardizer:
         scaled = (self._rows(rows) - self.mean) / self.std
         if (place := _too_large(scaled)) is not None:
             raise InputError(
-                f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is too large for "
-                "float32 when standardized; leave the row out"
+                f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is NaN, or too "
+                "large for float32 when standardized; leave the row out"
             )
         return scaled.astype(np.float32)
 
@@ -58,7 +71,10 @@ class Standardizer:
         return self._rows(rows) * self.std + self.mean
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.asarray(rows, np.float64)
+        try:
+            rows = np.asarray(rows, np.float64)
+        except (TypeError, ValueError):
+            raise InputError("expected rows of numbers; got something else among them") from None
         if rows.ndim != 2 or rows.shape[1] != len(self.columns):
             raise InputError(
                 f"expected rows of shape (rows, {len(self.columns)}), the columns "

@@ -23,6 +23,7 @@ import numpy as np
 from jax.scipy.special import erfc, i0e
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.errors import InputError
 
 Point = Float[Array, "2"]
@@ -59,7 +60,7 @@ def toy(name: str) -> Toy:
     """The toy called `name`; raises `InputError`, with the known names, if there is none."""
     if name in TOYS:
         return TOYS[name]
-    close = difflib.get_close_matches(name, TOYS, n=1)
+    close = difflib.get_close_matches(str(name), TOYS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise InputError(f"no toy is called {name!r}: {hint}The toys are {', '.join(TOYS)}")
 
@@ -79,6 +80,17 @@ def batched(density: Density) -> Callable[[Array], Array]:
         return jnp.where(bad, jnp.nan, jax.lax.map(density, x, batch_size=_CHUNK))
 
     return log_prob
+
+
+def drawing(sample: Callable) -> Callable[[Array, int], Array]:
+    """A sampler that says what is wrong with its key, or its number of samples."""
+
+    def checked(key: Key[Array, ""], num_samples: int) -> Float[Array, "num_samples 2"]:
+        require.one_key(key)
+        require.whole(num_samples=num_samples)
+        return sample(key, num_samples)
+
+    return checked
 
 
 # What toys are made of: points, curves and circles under noise
@@ -304,6 +316,6 @@ _TABLE = (
 )
 
 TOYS: dict[str, Toy] = {
-    name: Toy(name, sample, batched(density), *numbers)
+    name: Toy(name, drawing(sample), batched(density), *numbers)
     for name, sample, density, *numbers in _TABLE
 }

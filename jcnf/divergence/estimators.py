@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
+from jcnf import require
 from jcnf.divergence.orthogonal import inverse_transposed, orthonormalise
 from jcnf.divergence.strategy import Divergence, Local
 from jcnf.fields.jacobian import products
@@ -24,8 +25,7 @@ class Estimator(Divergence):
     probes: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        if not isinstance(self.probes, int) or self.probes < 1:
-            raise ValueError(f"{type(self).__name__} needs at least 1 probe; got {self.probes}")
+        require.whole(probes=self.probes)
 
     @property
     @abstractmethod
@@ -39,6 +39,7 @@ class Estimator(Divergence):
                 f"{type(self).__name__} draws noise: pass key=jax.random.key(seed), "
                 "or use divergence=jcnf.Exact()"
             )
+        require.one_key(key)
         return self._noise(key, batch, dim, dtype)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 
+from jcnf import require
 from jcnf.divergence.estimators import Hutchinson
 from jcnf.divergence.strategy import Divergence, Local
 from jcnf.fields import jacobian
@@ -21,8 +22,7 @@ class ForwardMode(Divergence):
     chunk: int = eqx.field(static=True, default=jacobian.CHUNK)
 
     def __check_init__(self):
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {self.chunk}")
+        require.whole(chunk=self.chunk)
 
     def __call__(self, field, t, x, context, noise):
         """Velocity, trace and squared Frobenius norm, exactly."""
@@ -41,8 +41,7 @@ class Exact(Divergence):
     probes: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        if not isinstance(self.probes, int) or self.probes < 0:
-            raise ValueError(f"probes must be at least 0; got {self.probes}")
+        require.whole(0, probes=self.probes)
 
     def draw(self, key, batch, dim, dtype):
         """The probes' noise; consumes `key` where there are probes, and needs none otherwise."""

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.evaluate.chunks import in_chunks
 from jcnf.evaluate.scores import ACCURATE, full_precision
 from jcnf.solve import Solve
@@ -40,6 +41,7 @@ class Bounds(NamedTuple):
         **Raises:** `ValueError` for more than there are.
         """
         n, samples = self.log_ratio.shape
+        require.whole(k=k)
         if not 1 <= k <= samples:
             raise ValueError(f"k must be from 1 to the {samples} samples; got {k}")
         groups = samples // k
@@ -66,10 +68,12 @@ def bounds(
 
     **Raises:** `ValueError` for no x, no samples, and as `jcnf.vae.weigh` does.
     """
-    if jnp.ndim(x) != 2 or not len(x) or samples < 1:
-        raise ValueError(
-            f"expected x of shape (n, data) and at least 1 sample; got {jnp.shape(x)}, {samples}"
-        )
+    require.instance(VAE, "a jcnf.vae.VAE", model=model)
+    require.whole(samples=samples)
+    require.one_key(key)
+    if jnp.ndim(x) != 2 or not len(x):
+        raise ValueError(f"expected x of shape (n, data); got {jnp.shape(x)}")
+    require.finite(x=x)
     x = jnp.asarray(x)
 
     def program(x, keys):

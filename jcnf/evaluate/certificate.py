@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.divergence import Divergence, Drawn, Estimator, Exact
 from jcnf.evaluate.chunks import CHUNK
-from jcnf.evaluate.density import Grid, grid
+from jcnf.evaluate.density import Grid, check_extent, grid
 from jcnf.evaluate.doubled import in_float64
-from jcnf.evaluate.scores import ACCURATE, Scores, roundtrip, score, standard_error
-from jcnf.flow import Flow, check_batch
+from jcnf.evaluate.scores import (
+    ACCURATE,
+    Scores,
+    check_data,
+    roundtrip,
+    score,
+    standard_error,
+)
+from jcnf.flow import Flow
 from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
@@ -99,9 +107,13 @@ def certify(
     the means. In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x`
     and half as much again at each side.
 
-    **Raises:** `ValueError` for bad shapes, and for fewer than 2 draws of an estimator.
+    **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
     """
-    check_batch(flow, x, context)
+    check_data(flow, x, context, solve, divergence)
+    require.whole(draws=draws, cells=cells, chunk=chunk)
+    require.whole(0, reference_points=reference_points)
+    if extent is not None:
+        check_extent(extent, x.shape[1])
     x = jnp.asarray(x)
     settings = {"context": context, "solve": solve, "chunk": chunk}
     keys: Any = [key]

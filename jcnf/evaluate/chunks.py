@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcnf import parallel
+from jcnf import parallel, require
 
 CHUNK = 5000
 ATTEMPTS = 3
@@ -23,8 +23,7 @@ def in_chunks(
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
-    if size < 1:
-        raise ValueError(f"chunk must be at least 1; got {size}")
+    require.whole(chunk=size)
     devices = parallel.devices()
     size = -(-min(size, n) // devices) * devices
     values, nfes, flags = [], [], []

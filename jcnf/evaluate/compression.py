@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jcnf import require
+
 _PNG = 63  # bytes of any PNG: signature, IHDR, the frames of one IDAT, of its zlib stream, of IEND
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 16, "lc": 0, "pb": 0}]
 
@@ -36,6 +38,7 @@ def code_length(
             f"{pixels.shape} for {shape}: give the shape they were flattened from, height, width, "
             "channels"
         )
+    require.whole(levels=levels)
     if levels > 256:
         raise ValueError(f"grey values of uint8 have at most 256 levels; got {levels}")
     if (top := pixels.max(initial=0)) >= levels:

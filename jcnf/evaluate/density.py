@@ -1,14 +1,15 @@
 """A density over its whole space, and the Gaussian it has to beat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jcnf import require
 from jcnf.evaluate.scores import ACCURATE, Scores, score
-from jcnf.flow import Flow
+from jcnf.flow import Flow, check_flow
 from jcnf.solve import Solve
 
 
@@ -27,24 +28,17 @@ def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = 
 
     Its integral is over the cells whose solves did not fail.
     """
-    if 2 * flow.base.dim != len(extent):
-        raise ValueError(
-            "a grid needs a lowest and a highest value for each of the flow's dimensions; "
-            f"got {len(extent)} values for {flow.base.dim}"
-        )
+    check_flow(flow)
+    check_extent(extent, flow.base.dim)
     return grid_of(lambda points: score(flow, points, solve=solve), extent, n)
 
 
 def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int = 200) -> Grid:
     """The same of any `scores(points)`, of points (m, 1) or (m, 2)."""
+    check_extent(extent)
+    require.whole(cells=n)
     dim = len(extent) // 2
-    if len(extent) not in (2, 4):
-        raise ValueError(f"a grid is of 1 or 2 dimensions; got an extent of {len(extent)} values")
     intervals = np.reshape(extent, (dim, 2))
-    if n < 1 or not np.all(np.diff(intervals) > 0) or not np.all(np.isfinite(intervals)):
-        raise ValueError(
-            f"a grid needs at least one cell, and an extent that rises; got {n}, {extent}"
-        )
     axes = [cell_centres(tuple(interval), n) for interval in intervals]
     points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
     found = scores(points)
@@ -53,8 +47,27 @@ def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int
     return Grid(found.log_prob.reshape([n] * dim), points, extent, mass, found.failures)
 
 
+def check_extent(extent: tuple[float, ...], dim: int | None = None) -> None:
+    """Raise `ValueError` for what is no window in `dim` dimensions, or in 1 or 2."""
+    size = len(extent) if isinstance(extent, Sequence) else 0
+    if size not in (2, 4):
+        raise ValueError(
+            "a grid is of 1 or 2 dimensions: its extent is (xmin, xmax) or (xmin, xmax, ymin, "
+            f"ymax); got {extent}"
+        )
+    if dim is not None and size != 2 * dim:
+        raise ValueError(
+            "a grid needs a lowest and a highest value for each of the flow's dimensions; "
+            f"got {size} values for {dim}"
+        )
+    intervals = np.reshape(extent, (-1, 2))
+    if not np.all(np.diff(intervals) > 0) or not np.all(np.isfinite(intervals)):
+        raise ValueError(f"a grid needs a finite extent that rises; got {extent}")
+
+
 def cell_centres(interval: tuple[float, float], n: int) -> np.ndarray:
     """Midpoints of n equal cells of an interval, (n,)."""
+    require.whole(n=n)
     edges = np.linspace(*interval, n + 1)
     return (edges[:-1] + edges[1:]) / 2
 
@@ -63,8 +76,15 @@ def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
     """Test NLL in nats of a full-covariance Gaussian fitted to `train`: the baseline to beat.
 
     NaN where the covariance is singular: there is no density then.
+
+    **Raises:** `ValueError` for other shapes than (rows, dim), and for rows that are not finite.
     """
     train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
+    if train.ndim != 2 or train.shape[1:] != test.shape[1:] or not (len(train) and len(test)):
+        raise ValueError(
+            f"expected rows (n, dim) of one dimension, at least 1; got {train.shape}, {test.shape}"
+        )
+    require.finite(train=train, test=test)
     covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))
     if np.linalg.matrix_rank(covariance, hermitian=True) < len(covariance):
         return float("nan")

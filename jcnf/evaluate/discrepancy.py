@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jcnf import require
+
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # bandwidths, in medians of the distances
 
 
@@ -23,11 +25,12 @@ def mmd(x: Float[Array, "n dim"], y: Float[Array, "m dim"]) -> float:
         raise ValueError(
             f"expected two samples (n, dim) of at least 2 points; got {x.shape} and {y.shape}"
         )
+    require.finite(x=x, y=y)
     square = float(_mmd_squared(x, y))
     if not np.isfinite(square):
         raise ValueError(
-            "no discrepancy: a point is not finite, or most points of y are the same; leave out "
-            "those that failed"
+            "no discrepancy: most points of y are the same, and it has no scale; give data that "
+            "vary"
         )
     return float(np.sqrt(max(square, 0.0)))  # rounding may take it below 0
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.doubled import in_float64
-from jcnf.flow import Flow, check_batch
+from jcnf.evaluate.scores import check_data
+from jcnf.flow import Flow
 from jcnf.objectives import likelihood
 from jcnf.solve import Solve
 from jcnf.train import differentiator, partition
@@ -48,7 +49,7 @@ def audit_gradients(
     differences of the loss (of order 4, along the gradient). All share one draw of the noise of a
     stochastic `divergence`, which consumes `key`.
     """
-    check_batch(flow, x, context)
+    check_data(flow, x, context, solve, divergence)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
     arguments = (flow, x, context, Drawn(divergence, noise), tuple(penalties.items()))
     own, failed = _gradient(solve, *arguments)
@@ -72,12 +73,17 @@ def loss_gradient(
 
     Exact divergence; by default, and inside `in_float64`, the one others are held against.
     """
+    check_data(flow, x, solve=solve)
     gradient, failed = _gradient(solve, flow, x, None, Exact(), ())
     return gradient, bool(failed)
 
 
 def relative_error(gradient: np.ndarray, reference: np.ndarray) -> float:
     """|g - g'| / |g'|."""
+    if np.shape(gradient) != np.shape(reference):
+        raise ValueError(
+            f"expected gradients of one flow; got {np.shape(gradient)}, {np.shape(reference)}"
+        )
     return float(np.linalg.norm(gradient - reference) / np.linalg.norm(reference))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.augmented import solve_bound
 from jcnf.evaluate.chunks import CHUNK, in_chunks
 from jcnf.evaluate.scores import ACCURATE, Scores, full_precision
@@ -27,10 +28,13 @@ def score_marginal(
     from here is an upper bound. `key` is consumed once; the noise of a point does not depend on
     `chunk`.
 
-    **Raises:** `ValueError` for x that is no floating array (n, dim), and for no samples.
+    **Raises:** `ValueError` for x that is no finite floating array (n, dim), and for no samples.
     """
     if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"expected floating x of shape (n, dim); got {jnp.shape(x)}")
+    require.finite(x=x)
+    require.one_key(key)
+    require.whole(samples=samples)
     x = jnp.asarray(x)
 
     def program(x, keys):

@@ -1,7 +1,7 @@
 """Log-densities of points, and points carried along the flow."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,12 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.chunks import CHUNK, in_chunks
-from jcnf.flow import Direction, Flow, check_batch, check_direction, transform
+from jcnf.flow import (
+    Direction,
+    Flow,
+    check_batch,
+    check_direction,
+    check_flow,
+    check_strategy,
+    transform,
+)
 from jcnf.solve import Solve
-from jcnf.trajectories import solve_trajectory
+from jcnf.trajectories import check_times, solve_trajectory
 
 ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
 
@@ -61,8 +70,10 @@ def score(
 
     `key` is consumed once, by a stochastic divergence only; the noise of a point does not depend
     on `chunk`.
+
+    **Raises:** `ValueError` as `jcnf.log_prob` does, and for `x` or `context` that is not finite.
     """
-    check_batch(flow, x, context)
+    check_data(flow, x, context, solve, divergence)
     x = jnp.asarray(x)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
 
@@ -97,8 +108,11 @@ def transport(
     """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`.
 
     No gradient is taken: `solve.adjoint` does not matter.
+
+    **Raises:** `ValueError` as `score` does, and for times as `jcnf.trajectory` does.
     """
-    check_batch(flow, x, context)
+    check_data(flow, x, context, solve)
+    check_times(times, len(x), jnp.result_type(x))
     solve = _without_gradient(solve)
     times = jnp.asarray(times, jnp.result_type(x))
 
@@ -118,8 +132,11 @@ def carry(
     solve: Solve = ACCURATE,
     chunk: int = CHUNK,
 ) -> Transport:
-    """Points and where the flow carries them, at `x[0]` and `x[-1]`: no log-det is computed."""
-    check_batch(flow, x, context)
+    """Points and where the flow carries them, at `x[0]` and `x[-1]`: no log-det is computed.
+
+    **Raises:** `ValueError` as `score` does, and for an unknown direction.
+    """
+    check_data(flow, x, context, solve)
     check_direction(direction)
     solve = _without_gradient(solve)
 
@@ -139,6 +156,7 @@ def draw(
     solve: Solve = ACCURATE,
 ) -> Transport:
     """Samples at `x[-1]` and the base draws they came from at `x[0]`; consumes `key`."""
+    check_flow(flow)
     z = flow.base.sample(key, num_samples)
     return carry(flow, z, "to_data", context=context, solve=solve)
 
@@ -165,6 +183,19 @@ def roundtrip(flow: Flow, x, **settings) -> tuple[float, Transport]:
     return float(np.max(error, initial=np.nan if failed.all() else 0.0)), back._replace(
         failed=failed
     )
+
+
+def check_data(
+    flow: Flow,
+    x: Any,
+    context: Any = None,
+    solve: Solve = ACCURATE,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+) -> None:
+    """Raise `ValueError` for what a flow cannot be measured by: NaN, besides bad shapes."""
+    check_batch(flow, x, context)
+    check_strategy(solve, divergence)
+    require.finite(x=x, context=context)
 
 
 def _without_gradient(solve):

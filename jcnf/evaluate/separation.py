@@ -22,6 +22,7 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
 
     **Raises:** `ValueError` for no scores, and for a NaN among them.
     """
+    inside, outside = np.asarray(inside), np.asarray(outside)
     for name, scores in {"inside": inside, "outside": outside}.items():
         if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
             raise ValueError(

@@ -49,6 +49,7 @@ def complexity(
     is `dim` times their `bits_per_dim`; `code_length` is L, `jcnf.evaluate.code_length` of the
     same pictures.
     """
+    _same(log_prob, code_length)
     return dim * bits_per_dim(log_prob, dim, levels) - code_length
 
 
@@ -61,4 +62,12 @@ def ratio(
     common to pictures and not what is special to these (Ren et al. 2019, "Likelihood ratios for
     out-of-distribution detection").
     """
+    _same(log_prob, background)
     return background - log_prob
+
+
+def _same(log_prob, other):
+    if np.shape(log_prob) != np.shape(other):
+        raise ValueError(
+            f"expected values of the same points; got {np.shape(log_prob)} and {np.shape(other)}"
+        )

@@ -83,7 +83,7 @@ def resolve(activation: str | Callable) -> Activation:
     """
     if callable(activation):
         return _by_jvp(activation)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
             f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}, "
             "or pass an elementwise function"

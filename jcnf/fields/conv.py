@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.convolution import KERNEL, convolve
 from jcnf.fields.jacobian import along
@@ -58,11 +59,10 @@ class Conv(eqx.Module):
     ):
         if time not in LAYERS:
             raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
-        if len(shape) != 3 or min(*shape, *channels) < 1 or context_dim < 0:
-            raise ValueError(
-                "shape (height, width, channels) and channels must be at least 1 and context_dim "
-                f"at least 0; got {shape}, {tuple(channels)}, context_dim={context_dim}"
-            )
+        require.shape("shape", shape)
+        require.wholes(channels=channels)
+        require.whole(0, context_dim=context_dim)
+        require.one_key(key)
         self.shape, self.context_dim = shape, context_dim
         self.activation = resolve(activation)
         sizes = (shape[2], *channels, shape[2])

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jcnf import require
 from jcnf.fields.jacobian import velocity_and_divergence
 from jcnf.fields.wrappers import Wrapper
 
@@ -25,11 +26,14 @@ class Guided(Wrapper):
     - `field`: f, a field that takes a context.
     - `scale`: any finite number; an array, where many are tried with one program.
 
-    **Raises:** `ValueError` for a call without a context.
+    **Raises:** `ValueError` for a scale that is not finite, and for a call without a context.
     """
 
     field: Any
     scale: float | Float[Array, ""]
+
+    def __check_init__(self):
+        require.number("(-inf, inf)", scale=self.scale)
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None

@@ -15,7 +15,10 @@ def products(
     def push(tangent):
         return jax.jvp(lambda x: field(t, x, context), (x,), (tangent,))
 
-    return jax.vmap(push, out_axes=(None, 0))(tangents)
+    v, images = jax.vmap(push, out_axes=(None, 0))(tangents)
+    if v.shape != x.shape:
+        raise ValueError(f"the field must give an array of shape {x.shape}; got {v.shape}")
+    return v, images
 
 
 def trace_and_square(

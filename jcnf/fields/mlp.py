@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
 
@@ -59,13 +60,12 @@ class MLP(eqx.Module):
             raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
         if conditioning not in ("concat", "modulate"):
             raise ValueError(f"unknown conditioning {conditioning!r}: use 'concat' or 'modulate'")
+        require.whole(dim=dim)
+        require.wholes(widths=widths)
+        require.whole(0, context_dim=context_dim)
+        require.one_key(key)
         modulated = tuple(widths) if conditioning == "modulate" else ()
         sizes = (dim if modulated else dim + context_dim, *widths, dim)
-        if min(dim, *sizes) < 1 or context_dim < 0:
-            raise ValueError(
-                f"dim and widths must be at least 1 and context_dim at least 0; "
-                f"got dim={dim}, widths={tuple(widths)}, context_dim={context_dim}"
-            )
         if conditioning == "modulate" and not (modulated and context_dim):
             raise ValueError(
                 "conditioning='modulate' needs a context and hidden layers: give context_dim and "

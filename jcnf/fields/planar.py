@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
+
 
 class Planar(eqx.Module):
     """v(t, x) = mean_m u_m tanh(w_m . x + b_m) (Chen et al. 2018, section 4).
@@ -41,11 +43,9 @@ class Planar(eqx.Module):
         average: bool = True,
         key: Key[Array, ""],
     ):
-        if min(dim, width, hidden) < 1:
-            raise ValueError(
-                "dim, width and hidden must be at least 1; "
-                f"got dim={dim}, width={width}, hidden={hidden}"
-            )
+        require.whole(dim=dim, width=width, hidden=hidden)
+        require.instance(bool, "True for the mean, False for the sum", average=average)
+        require.one_key(key)
         sizes = (1, hidden, hidden, 3 * width * dim + width)
         keys = jr.split(key, 3)
         self.hypernet = tuple(

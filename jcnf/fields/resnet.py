@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.layers import Ignore
 
@@ -72,12 +73,9 @@ class ResNet(eqx.Module):
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
-        if min(dim, width, blocks) < 1 or min(frequencies, waves, context_dim) < 0:
-            raise ValueError(
-                "dim, width and blocks must be at least 1, frequencies, waves and context_dim at "
-                f"least 0; got dim={dim}, width={width}, blocks={blocks}, "
-                f"frequencies={frequencies}, waves={waves}, context_dim={context_dim}"
-            )
+        require.whole(dim=dim, width=width, blocks=blocks)
+        require.whole(0, frequencies=frequencies, waves=waves, context_dim=context_dim)
+        require.one_key(key)
         self.dim = dim
         self.context_dim = context_dim
         self.frequencies = frequencies

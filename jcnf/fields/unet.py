@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.convolution import KERNEL, convolve
 from jcnf.fields.layers import Ignore
@@ -83,16 +84,13 @@ class UNet(eqx.Module):
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
-        if len(shape) != 3 or not channels or min(*shape, *channels, blocks) < 1:
-            raise ValueError(
-                "shape (height, width, channels), channels and blocks must be at least 1; "
-                f"got {shape}, {tuple(channels)}, blocks={blocks}"
-            )
-        if min(frequencies, context_dim) < 0:
-            raise ValueError(
-                "frequencies and context_dim must be at least 0; "
-                f"got {frequencies} and {context_dim}"
-            )
+        require.shape("shape", shape)
+        require.wholes(channels=channels)
+        if not channels:
+            raise ValueError("channels must be those of one level or more; got ()")
+        require.whole(blocks=blocks)
+        require.whole(0, frequencies=frequencies, context_dim=context_dim)
+        require.one_key(key)
         halvings = 2 ** (len(channels) - 1)
         if shape[0] % halvings or shape[1] % halvings:
             raise ValueError(

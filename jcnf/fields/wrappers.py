@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.fields.jacobian import velocity_and_divergence
 from jcnf.fields.layers import uniform
 
@@ -18,6 +18,9 @@ class Wrapper(eqx.Module):
     """A field around another, of the same `dim` and `context_dim`."""
 
     field: eqx.AbstractVar[Any]
+
+    def __check_init__(self):
+        require.field(self.field)
 
     @property
     def dim(self) -> int:
@@ -49,7 +52,11 @@ class Cast(Wrapper):
     dtype: Any = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.floating):
+        try:
+            floating = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
             raise ValueError(f"expected a floating dtype, as jnp.bfloat16; got {self.dtype}")
 
     def _down(self, *values):
@@ -121,8 +128,8 @@ class TimeChange(Wrapper):
     def __init__(
         self, field: Any, rate: float | Float[Array, ""], start: float | Float[Array, ""] = 0.0
     ):
-        if not isinstance(rate, Tracer) and not 0 < rate < jnp.inf:
-            raise ValueError(f"rate must be positive and finite; got {rate}")
+        require.number("(0, inf)", rate=rate)
+        require.number("(-inf, inf)", start=start)
         self.field = field
         self.sqrt_rate = jnp.sqrt(jnp.asarray(rate, jnp.result_type(rate, float)))
         self.start = start
@@ -181,6 +188,9 @@ class Mixture(eqx.Module):
     context_dim: int | None = eqx.field(static=True)
 
     def __init__(self, fields: Sequence[Any], *, key: Key[Array, ""]):
+        for one in fields:
+            require.field(one)
+        require.one_key(key)
         dims = {field.dim for field in fields}
         context_dims = {getattr(field, "context_dim", None) for field in fields} - {None}
         if len(dims) != 1 or len(context_dims) > 1:

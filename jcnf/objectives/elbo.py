@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.objectives.likelihood import check_names, penalised
+from jcnf.objectives.likelihood import check_penalties, penalised
 from jcnf.solve import Solve
 from jcnf.vae import VAE, weigh
 
@@ -33,7 +34,8 @@ def elbo(
 
     **Raises:** `ValueError` as `jcnf.vae.weigh` does.
     """
-    check_names(penalties)
+    check_penalties(penalties)
+    require.one_key(key)
     eps_key, noise_key = jr.split(key)
     weighed = weigh(
         model,

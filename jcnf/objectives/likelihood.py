@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeChange
@@ -40,12 +41,14 @@ def likelihood(
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
-    check_names(penalties)
+    check_penalties(penalties)
     if steer:
         if not isinstance(flow, CNF):
             raise ValueError("steer moves the end time of a CNF; this flow has none")
-        if key is None or not 0 < steer < flow.t1:
-            raise ValueError(f"steer must be in [0, {flow.t1}) and needs a key; got {steer}")
+        require.number(f"[0, {flow.t1})", steer=steer)
+        if key is None:
+            raise ValueError("steer draws a time: it needs a key, jax.random.key(seed)")
+        require.one_key(key)
         key, steer_key = jr.split(key)
         start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
         steered = TimeChange(flow.field, rate=1 - start / flow.t1, start=start)
@@ -63,8 +66,15 @@ def likelihood(
     return penalised("nll", nll, penalties, result)
 
 
-def check_names(penalties: Mapping[Callable, float]) -> None:
-    """Raise `ValueError` where a penalty has the name of a metric."""
+def check_penalties(penalties: Mapping[Callable, float]) -> None:
+    """Raise `ValueError` for what is no penalty, bad weights, and names that metrics have."""
+    if not isinstance(penalties, Mapping) or not all(hasattr(r, "__name__") for r in penalties):
+        raise ValueError(
+            "penalties must be functions as in jcnf.regularizers, each with its weight, as in "
+            f"{{kinetic: 0.01}}; got {penalties}"
+        )
+    for regularizer, weight in penalties.items():
+        require.number("[0, inf)", **{f"the weight of {regularizer.__name__}": weight})
     taken = RESERVED & {r.__name__ for r in penalties}
     if taken:
         raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")

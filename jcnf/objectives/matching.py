@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import couplings, paths, times
+from jcnf import couplings, paths, require, times
 from jcnf.cnf import CNF
 from jcnf.flow import check_batch
 
@@ -34,7 +34,11 @@ def flow_matching(
     **Raises:** `ValueError` for bad shapes, a path that returns another shape than x, and a
     `drop_context` not in [0, 1) or without a context.
     """
-    check_batch(flow, x, context)
+    _check(flow, x, context, key)
+    require.function("a function, as those of jcnf.paths are", path=path)
+    require.function("a function, as those of jcnf.couplings are", coupling=coupling)
+    require.function("a function, as those of jcnf.times are", time=time)
+    require.number("[0, 1)", drop_context=drop_context)
     base_key, coupling_key, drop_key, key = jr.split(key, 4)
     x0 = flow.base.sample(base_key, len(x), x.dtype)
     partners = coupling(coupling_key, x0, x, context)
@@ -45,8 +49,8 @@ def flow_matching(
         )
     x0 = x0[partners]
     if drop_context:
-        if context is None or not 0 < drop_context < 1:
-            raise ValueError(f"drop_context must be in [0, 1), of a context; got {drop_context}")
+        if context is None:
+            raise ValueError(f"drop_context is of a context; got {drop_context} and no context")
         kept = jr.bernoulli(drop_key, 1 - drop_context, (len(x), 1))
         context = jnp.where(kept, context, 0)
     return _match(flow, x0, x, key, context, path, time)
@@ -67,14 +71,24 @@ def rectified(
 
     **Raises:** `ValueError` for bad shapes.
     """
-    if len(pairs) != 2 or jnp.shape(pairs[0]) != jnp.shape(pairs[1]):
+    if (
+        not isinstance(pairs, tuple | list)
+        or len(pairs) != 2
+        or jnp.shape(pairs[0]) != jnp.shape(pairs[1])
+    ):
         raise ValueError(
             "expected pairs (x0, x1) of one shape; with a context, batches ((x0, x1), context)"
         )
     x0, x1 = pairs
     for end in pairs:
-        check_batch(flow, end, context)
+        _check(flow, end, context, key)
     return _match(flow, x0, x1, key, context, paths.linear, time)
+
+
+def _check(flow, x, context, key):
+    require.instance(CNF, "a jcnf.CNF, whose field is to be matched", flow=flow)
+    check_batch(flow, x, context)
+    require.one_key(key)
 
 
 def _match(flow, x0, x1, key, context, path, time):

@@ -1,7 +1,6 @@
 """Several objectives at once."""
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.flow import Flow
 
 
@@ -30,8 +30,10 @@ def mixed(
     """
     if not weights:
         raise ValueError("mixed needs objectives: give weights={objective: weight}")
-    if not all(0 <= weight < math.inf for weight in weights.values()):
-        raise ValueError(f"weights must be at least 0 and finite; got {[*weights.values()]}")
+    for objective, weight in weights.items():
+        require.function("a function, as those of jcnf.objectives are", objective=objective)
+        require.number("[0, inf)", weights=weight)
+    require.one_key(key)
     losses, metrics = [], {}
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, transform
-from jcnf.objectives.likelihood import check_names, penalised
+from jcnf.flow import Flow, check_batch, transform
+from jcnf.objectives.likelihood import check_penalties, penalised
 from jcnf.solve import Solve
 
 
@@ -36,7 +38,17 @@ def reverse_kl(
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for energies of another shape.
     """
-    check_names(penalties)
+    check_penalties(penalties)
+    require.function("a function of x (batch, dim), as jcnf.data.energies has them", energy=energy)
+    check_batch(flow, z, context)
+    given = (z,) if context is None else (z, context)
+    shape = jnp.shape(jax.eval_shape(energy, *given))
+    if shape != z.shape[:1]:
+        # A column would broadcast, and give a mean of nothing.
+        raise ValueError(
+            f"the energy must map x of shape {z.shape} to values of shape {z.shape[:1]}; got "
+            f"{shape}: jax.vmap makes an energy of one point one of a batch"
+        )
     result = transform(
         flow,
         z,
@@ -48,11 +60,5 @@ def reverse_kl(
         regularizers=tuple(penalties),
     )
     u = energy(result.x) if context is None else energy(result.x, context)
-    if jnp.shape(u) != z.shape[:1]:
-        # A column would broadcast, and give a mean of nothing.
-        raise ValueError(
-            f"the energy must map x of shape {z.shape} to values of shape {z.shape[:1]}; got "
-            f"{jnp.shape(u)}: jax.vmap makes an energy of one point one of a batch"
-        )
     kl = jnp.mean(flow.base.log_prob(z) - result.logdet + u)
     return penalised("reverse_kl", kl, penalties, result)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Key
 
+from jcnf import require
 from jcnf.cnf import CNF
 from jcnf.solve import Solve
 from jcnf.trajectories import solve_trajectory
@@ -38,6 +39,9 @@ def trajectory_fit(
 
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """
+    require.instance(
+        Windows, "a Windows(times, values, observed), as draw_windows draws them", windows=windows
+    )
     times, values, observed = windows
     if not values.shape[:2] == times.shape == observed.shape or observed.dtype != bool:
         raise ValueError(
@@ -63,13 +67,12 @@ def draw_windows(
 
     **Raises:** `ValueError` for lengths or rows that make no window.
     """
-    if num is not None and num < 1:
-        raise ValueError(f"expected at least one window; got {num}")
-    if not 0 < shortest <= longest or rows < 2:
-        raise ValueError(
-            "expected windows of 0 < shortest <= longest and at least 2 rows; "
-            f"got {shortest}, {longest} and {rows}"
-        )
+    if num is not None:
+        require.whole(num=num)
+    require.whole(2, rows=rows)
+    require.number("(0, inf)", shortest=shortest, longest=longest)
+    if shortest > longest:
+        raise ValueError(f"expected shortest <= longest; got {shortest} and {longest}")
 
     def window(times, values, start, length, order):
         """Its rows, those that come first in `order` (n,)."""

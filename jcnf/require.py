@@ -1,0 +1,126 @@
+"""What arguments have to be: one check for each kind, and the words of its error.
+
+They look at types, shapes and concrete numbers, at trace time or before, and at no traced value.
+All raise `ValueError`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+_IN_WORDS = {
+    "(0, inf)": "positive and finite",
+    "[0, inf)": "at least 0 and finite",
+    "(-inf, inf)": "finite",
+}
+
+
+def whole(lowest: int = 1, highest: int | None = None, **given: Any) -> None:
+    """Whole numbers from `lowest` to `highest`; True is none."""
+    upto = "" if highest is None else f" and at most {highest}"
+    for name, value in given.items():
+        if not _is_whole(value) or value < lowest or (highest is not None and value > highest):
+            raise ValueError(
+                f"{name} must be a whole number, at least {lowest}{upto}; got {name}={value!r}"
+            )
+
+
+def wholes(lowest: int = 1, **given: Any) -> None:
+    """Sequences of whole numbers from `lowest` on; they may be empty."""
+    for name, values in given.items():
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError(f"{name} must be a tuple of whole numbers; got {name}={values!r}")
+        if not all(_is_whole(value) and value >= lowest for value in values):
+            raise ValueError(
+                f"{name} must be whole numbers, each at least {lowest}; got {name}={tuple(values)}"
+            )
+
+
+def number(interval: str, **given: Any) -> None:
+    """Real numbers in an interval, as "[0, 1)"; True is none, nor is an array but a scalar one."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for name, value in given.items():
+        if isinstance(value, Tracer):
+            continue
+        inside = _is_real(value) and (
+            (low <= value if interval[0] == "[" else low < value)
+            and (value <= high if interval[-1] == "]" else value < high)
+        )
+        if not inside:
+            words = _IN_WORDS.get(interval, f"in {interval}")
+            raise ValueError(f"{name} must be {words}; got {value!r}")
+
+
+def one_key(key: Any) -> None:
+    """A single typed key."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        got = repr(key) if dtype is None else f"{dtype} of shape {shape}"
+        raise ValueError(f"expected a typed key; got {got}: make one by jax.random.key(seed)")
+    if shape != ():
+        raise ValueError(f"expected one key; got keys of shape {shape}: take one of them")
+
+
+def instance(kind: type | tuple[type, ...], hint: str, **given: Any) -> None:
+    """Instances of `kind`; `hint` says which there are."""
+    for name, value in given.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {hint}; got {_shown(value)}")
+
+
+def function(hint: str, **given: Any) -> None:
+    """Functions, or instances that can be called: no classes and no names of any."""
+    for name, value in given.items():
+        if not callable(value) or isinstance(value, type):
+            raise ValueError(f"{name} must be {hint}; got {_shown(value)}")
+
+
+def field(field: Any) -> None:
+    """A velocity field: something to call, with an integer `dim`."""
+    hint = "an instance, field(t, x, context) of one sample with an integer dim"
+    function(hint, field=field)
+    if not _is_whole(getattr(field, "dim", None)):
+        raise ValueError(f"field must be {hint}; got {_shown(field)}")
+
+
+def finite(**given: Any) -> None:
+    """Arrays without NaN and infinities, where they are concrete; names the first bad row."""
+    for name, values in given.items():
+        if values is None or isinstance(values, Tracer):
+            continue
+        values = np.asarray(values)
+        good: Any = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not good.all():
+            raise ValueError(
+                f"{name}[{np.argmin(good)}] is not finite, as are {np.sum(~good)} of {len(good)} "
+                f"rows of {name}: leave them out, or say what became of them"
+            )
+
+
+def shape(what: str, given: Any) -> None:
+    """Height, width and channels of a picture."""
+    if not isinstance(given, Sequence) or len(given) != 3:
+        raise ValueError(f"{what} must be (height, width, channels); got {given!r}")
+    wholes(1, **{what: given})
+
+
+def _is_whole(value):
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_real(value):
+    if isinstance(value, bool | str | bytes) or value is None:
+        return False
+    scalar = jnp.shape(value) == () if hasattr(value, "dtype") else isinstance(value, int | float)
+    return scalar and not jnp.issubdtype(jnp.result_type(value), jnp.bool_)
+
+
+def _shown(value):
+    if isinstance(value, type):
+        return f"the class {value.__name__}: make an instance of it"
+    text = repr(value)
+    return text if len(text) < 80 else f"a {type(value).__name__}"
