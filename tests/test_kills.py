@@ -33,6 +33,11 @@ def result(out):
     return [file.read_bytes().split(b"\n", 1)[1] for file in files]
 
 
+def records_of(out):
+    log = out / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
     tic = time.monotonic()
@@ -44,18 +49,24 @@ def test_fifty_kills(tmp_path):
     while kills < KILLS or not (out / "summary.json").exists():
         out = tmp_path / f"killed-{ends}"
         process = start(out)
-        # The last run is left to its end.
-        wait = chance.uniform(0, took) if kills < KILLS else None
         try:
-            code = process.wait(wait)
+            if kills == KILLS:
+                code = process.wait()  # the last run is left to its end
+            elif chance.random() < 0.25:
+                code = process.wait(chance.uniform(0, took))
+            else:
+                records = records_of(out) + chance.randrange(12)
+                while records_of(out) < records and process.poll() is None:
+                    time.sleep(0.001)
+                code = process.wait(chance.uniform(0, 0.1))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-            steps = [int(path.stem) for path in (out / "checkpoints").glob("[0-9]*")]
-            for path in (out / "checkpoints").glob("[0-9]*"):
+            paths = list((out / "checkpoints").glob("[0-9]*"))
+            for path in paths:
                 checkpoint.read_notes(path)  # raises where it is damaged
-            places.append(max(steps, default=None))
+            places.append(max((int(path.stem) for path in paths), default=None))
             if not (out / "summary.json").exists():
                 continue
             code = 0
@@ -68,4 +79,4 @@ def test_fifty_kills(tmp_path):
         ends += kills < KILLS
     print(f"{kills} kills, {ends + 1} runs, newest checkpoint at each: {places}")
     in_training = sum(place is not None and place < STEPS for place in places)
-    assert in_training >= KILLS // 4, "hardly any kill came while training"
+    assert in_training >= KILLS // 2, "hardly any kill came while training"
