@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM: they end a run, and training at the next step at which it can be saved."""
 
+import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -40,7 +40,8 @@ class Waiting:
         if self.number is not None:
             _stop(number, frame)
         self.number = number
-        print("\nending after the steps under way, to save them", file=sys.stderr)
+        # Not by print, which a signal may have interrupted.
+        os.write(2, b"\nending after the steps under way, to save them\n")
 
 
 def _stop(number, frame):
