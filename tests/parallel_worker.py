@@ -68,12 +68,12 @@ def likelihood():
 
 
 def evaluation():
-    """Numbers of points that no number of devices divides."""
+    """Numbers of points, and of those in a chunk, that no number of devices divides."""
     flow, key = flow_of(), jr.key(3)
     x = rows(jr.key(2), 37)
     drawn = evaluate.draw(flow, key, 37)
     return {
-        "log_prob": evaluate.score(flow, x, chunk=16).log_prob,
+        "log_prob": evaluate.score(flow, x, chunk=15).log_prob,
         "samples": drawn.x[-1],
         "noise": drawn.x[0],
         "drawn": parallel.on_host(

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 from experiments.toy2d import Toy2D
 from jcnf import parallel
 from jcnf.errors import InputError
+from jcnf.evaluate import chunks
 
 HERE = Path(__file__).parent
 # Tasks that a worker does together.
@@ -195,6 +197,26 @@ def test_a_mesh_of_one_device_changes_nothing():
     with jax.set_mesh(parallel.make_mesh(1)):
         assert parallel.devices() == 1
         assert "sharding" not in str(jax.make_jaxpr(parallel.split)(jnp.ones((4, 2))))
+
+
+def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
+    """What one row gives depends on those solved with it, by the steps they all take."""
+    shapes = []
+
+    def program(x):
+        shapes.append(x.shape)
+        return x - x.max(), SimpleNamespace(nfe=1, failed=np.zeros(len(x), bool))
+
+    rows, found = np.arange(37.0), []
+    for number in (1, 4):
+        same = {"split": lambda batch: batch, "on_host": lambda tree: tree}
+        patched = SimpleNamespace(devices=lambda number=number: number, **same)
+        monkeypatch.setattr(chunks, "parallel", patched)
+        found.append(chunks.in_chunks(program, (rows,), 37, 15))
+    assert shapes == 3 * [(15,)] + 3 * [(16,)]
+    for one, four in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, four)
+    np.testing.assert_array_equal(found[1][0][[0, 14, 15, 36]], [-14, 0, -14, 0])
 
 
 def test_bad_meshes_are_refused():

@@ -24,17 +24,18 @@ def in_chunks(
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
     require.whole(chunk=size)
-    devices = parallel.devices()
-    size = -(-min(size, n) // devices) * devices
+    size, devices = min(size, n), parallel.devices()
+    filled = -(-size // devices) * devices
     values, nfes, flags = [], [], []
     for start in range(0, n, size):
-        # The last chunk is filled up with its last row.
-        index = np.minimum(np.arange(start, start + size), n - 1)
+        # A chunk is filled up with its last row: its own rows depend on no number of devices.
+        stop = min(start + size, n)
+        index = np.minimum(np.arange(start, start + filled), stop - 1)
         value, nfe, failed = _solve_chunk(program, rows, index)
-        values.append(value)
+        values.append(value[: stop - start])
         nfes.append(nfe)
-        flags.append(failed)
-    return np.concatenate(values)[:n], float(np.mean(nfes)), np.concatenate(flags)[:n]
+        flags.append(failed[: stop - start])
+    return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
 
 
 def _solve_chunk(program, rows, index):
