@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
     """Save the array leaves of `tree`, with JSON-able `notes` to be read back by `load`."""
     buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, tree)
+    eqx.tree_serialise_leaves(buffer, eqx.filter(tree, eqx.is_array))
     payload = buffer.getvalue()
     digest = _digest(notes, payload)
     header = {"format": FORMAT, "sha256": digest, "bytes": len(payload), "notes": notes}
@@ -63,19 +63,20 @@ def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
 
 
 def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The saved leaves in the structure of `like`, and the notes.
+    """The saved arrays in place of those of `like`, and the notes.
 
     **Raises:** `InputError` when the file is missing, of another format, or holds another
     structure than `like`, of which it names the first difference; `Damaged` when it is that.
     """
     notes, payload = _read(path)
-    difference = _difference(payload, like)
+    arrays, rest = eqx.partition(like, eqx.is_array)
+    difference = _difference(payload, arrays)
     if difference:
         raise InputError(
             f"{path} holds another model than these settings describe ({difference}): "
             "use the settings it was written with"
         )
-    return eqx.tree_deserialise_leaves(io.BytesIO(payload), like), notes
+    return eqx.combine(eqx.tree_deserialise_leaves(io.BytesIO(payload), arrays), rest), notes
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -87,15 +88,13 @@ def _digest(notes, payload):
     return hashlib.sha256(json.dumps(notes).encode() + payload).hexdigest()
 
 
-def _difference(payload, like):
+def _difference(payload, arrays):
     """The first array of the file that is not of the dtype and shape of its leaf; None if all are.
 
     Arrays of dtypes that numpy does not know, bfloat16 for one, are told by their shape and width.
     """
     buffer = io.BytesIO(payload)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-        if not eqx.is_array(leaf):
-            continue
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         name = jax.tree_util.keystr(path)
         if buffer.tell() == len(payload):
             return f"it has no {name}"

@@ -39,6 +39,13 @@ def test_round_trip(path):
     assert notes == checkpoint.read_notes(path) == NOTES
 
 
+def test_what_is_no_array_stays_as_it_is(tmp_path):
+    checkpoint.save(tmp_path / "state", {"a": 1.5, "b": jnp.ones(2), "c": "text"}, {})
+    tree, _ = checkpoint.load(tmp_path / "state", {"a": 2.5, "b": jnp.zeros(2), "c": len})
+    assert_same(tree.pop("b"), jnp.ones(2))
+    assert tree == {"a": 2.5, "c": len}
+
+
 def test_the_header_is_a_line_of_json(path):
     header = json.loads(path.read_bytes().split(b"\n")[0])
     assert header["format"] == checkpoint.FORMAT
