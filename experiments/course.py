@@ -38,7 +38,7 @@ class Place:
     train_s: float = 0.0  # that all took
     worse: int = 0  # validations of the stage without a new best
     best: float | None = None  # lowest of all validations; None before any was finite
-    best_step: int | None = None
+    best_step: int | None = None  # of a checkpoint that has its parameters
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def improved_by(self, score: float, step: int) -> bool:
@@ -142,13 +142,18 @@ class Course:
         place.recorded, place.totals, place.seconds = self.step, None, 0.0
 
     def save(self) -> None:
-        """Save it all, in the background."""
+        """Save it all, in the background; while stuck, beside what `roll_back` would go to."""
         place = dataclasses.asdict(self.place)
         notes = {"versions": versions(), "config": self.run.config, "place": place}
-        self.keeper.save(self.step, (self.state, self.best), notes, best=self.place.best_step)
+        also = set() if self.place.best_step is None else {self.place.best_step}
+        if self.stuck:
+            also |= {*[s for s in self.keeper.steps() if s <= self.step - self.stuck][-1:]}
+        self.keeper.save(self.step, (self.state, self.best), notes, also=also)
 
     def roll_back(self, none: train.Totals) -> str:
         """Go back to an earlier checkpoint at a smaller learning rate; the message about it.
+
+        The best parameters stay those of the best validation, also where that was later.
 
         **Raises:** `InputError`, with a report saved, after the last return.
         """
@@ -159,8 +164,11 @@ class Course:
         means = self.means(none)
         if before and not any(before[-1]["to"] < s <= sound for s in self.keeper.steps()):
             upto = before[-1]["to"] - 1
+        best, lowest = self.best, self.place.best
         found = self.keeper.restore(self._like, upto=upto)
         self._take(found or self.keeper.restore(self._like, upto=sound), self.log.records)
+        if lowest is not None and (self.place.best is None or lowest < self.place.best):
+            self.best, self.place.best, self.place.best_step = best, lowest, self.step
         rate = SMALLER ** (len(before) + 1)
         skipped -= int(self.state.skipped)
         this = {"from": step, "to": self.step, "rate": rate, "skipped": skipped, "last": means}

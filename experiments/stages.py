@@ -80,7 +80,10 @@ def train_stages(
     data: Any = None,
     seed: int = 0,
 ) -> Trained:
-    """Train through `stages`, each from the averaged parameters of the one before."""
+    """Train through `stages`, each from the averaged parameters of the one before.
+
+    One that breaks down, `STUCK` steps in a row without an update, ends there, with a warning.
+    """
     key, seconds = jr.fold_in(jr.key(seed), 1), 0.0
     state = train.init(flow, stages[0].optimizer)
     for number, stage in enumerate(stages):
@@ -91,6 +94,8 @@ def train_stages(
         tic = time.perf_counter()
         state, _ = jax.block_until_ready(program(state, data, key, until, none))
         seconds += time.perf_counter() - tic
+        if state.step < until:
+            print(f"warning: training broke down {until - int(state.step)} steps before its end")
     flow = train.with_params(flow, state.average)
     return Trained(flow, int(state.step), seconds, int(state.skipped))
 

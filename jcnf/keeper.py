@@ -1,8 +1,8 @@
-"""The checkpoints of one run: the last few and the best, written beside the training."""
+"""The checkpoints of one run: the last few and chosen ones, written beside the training."""
 
 import concurrent.futures
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ class Keeper:
     """A folder of checkpoints, a file for each step that was saved.
 
     `save` copies the arrays and returns; a thread writes them, and then removes what is neither
-    among the last `keep` nor the best. One write is under way at a time: the next `save` waits for
-    it. As a context it waits at the end, whatever happened.
+    among the last `keep` nor asked for. One write is under way at a time: every other method waits
+    for it. As a context it waits at the end, whatever happened.
 
     **Raises:** `ValueError` where `keep` is below 1; each method `OSError` where a disk is full or
     cannot be written, of a write in the background at the next call. What is on disk by then stays
@@ -40,7 +40,7 @@ class Keeper:
         if keep < 1:
             raise ValueError(f"keep must be at least 1; got {keep}")
         self.folder, self.keep = folder, keep
-        self.stalled = 0.0  # seconds for which `save` and `wait` have kept the caller
+        self.stalled = 0.0  # seconds for which saving has kept the caller
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
 
@@ -48,27 +48,30 @@ class Keeper:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self.wait()
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
 
     def steps(self) -> list[int]:
         """Those on disk, ascending, damaged ones included."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jcnf"))
+        self.wait()
+        return self._on_disk()
 
     def path(self, step: int) -> Path:
         """The file of a step."""
         return self.folder / f"{step:09}.jcnf"
 
     def save(
-        self, step: int, tree: PyTree, notes: dict[str, Any], *, best: int | None = None
+        self, step: int, tree: PyTree, notes: dict[str, Any], *, also: Collection[int] = ()
     ) -> None:
-        """Save `tree` as it is now: it may be donated at once. `best` is the step to keep beside
+        """Save `tree` as it is now: it may be donated at once. `also` are the steps to keep beside
         the last ones."""
-        tic = time.perf_counter()
         self.wait()
+        tic = time.perf_counter()
         copy = jax.tree.map(lambda x: np.array(x) if eqx.is_array(x) else x, tree)
-        self._writing = self._thread.submit(self._write, step, copy, notes, best)
+        self._writing = self._thread.submit(self._write, step, copy, notes, also)
         self.stalled += time.perf_counter() - tic
 
     def poll(self) -> None:
@@ -80,7 +83,11 @@ class Keeper:
         """Return once everything is on disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            tic = time.perf_counter()
+            try:
+                writing.result()
+            finally:
+                self.stalled += time.perf_counter() - tic
 
     def restore(
         self, like: Callable[[dict[str, Any]], PyTree], *, upto: int | None = None
@@ -92,11 +99,11 @@ class Keeper:
 
         **Raises:** `InputError` where all are damaged, or it holds another structure.
         """
-        self.wait()
+        steps = self.steps()
         for leftover in self.folder.glob(".*.jcnf.*"):  # of writes that a kill cut short
             leftover.unlink()
         damaged: dict[Path, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(steps):
             if upto is not None and step > upto:
                 continue
             try:
@@ -114,15 +121,17 @@ class Keeper:
 
     def forget(self, after: int) -> None:
         """Remove the checkpoints of later steps."""
-        self.wait()
         for step in self.steps():
             if step > after:
                 self.path(step).unlink()
 
-    def _write(self, step, tree, notes, best):
+    def _on_disk(self):
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jcnf"))
+
+    def _write(self, step, tree, notes, also):
         self.folder.mkdir(exist_ok=True)
         checkpoint.save(self.path(step), tree, notes)
-        steps = self.steps()
+        steps = self._on_disk()
         for old in steps:
-            if old not in (*steps[-self.keep :], best):
+            if old not in (*steps[-self.keep :], *also):
                 self.path(old).unlink()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from experiments.loop import fit
 from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped
-from experiments.stages import STUCK, Stage
+from experiments.stages import STUCK, Stage, train_stages
 from jcnf import checkpoint, train
 from jcnf.errors import InputError
 
@@ -258,6 +259,79 @@ def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path, capsys)
     assert all(np.isfinite(r["loss"]) for r in records)
 
 
+def climbing(limit, **others):
+    """w rises by 0.1 a step at the full rate, and fails above `limit`."""
+
+    def objective(model, x, key):
+        return -model["w"][0], {"failed": model["w"][0] > limit}
+
+    stage = Settings().make_stages()[0]
+    return [stage._replace(objective=objective, optimizer=optax.sgd(0.1), average=0.0, **others)]
+
+
+def rollbacks_of(out):
+    return json.loads((out / "report.json").read_text())["rollbacks"]
+
+
+def test_a_return_waits_for_a_checkpoint_that_is_still_being_written(tmp_path, monkeypatch):
+    save, out = checkpoint.save, tmp_path / "run"
+
+    def slowly(path, *others):
+        if path.stem == "000000020":
+            time.sleep(1)
+        save(path, *others)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    with pytest.raises(InputError, match="says more"):
+        trained(out, stages=climbing(1.35, steps=1000), validate_every=1000)
+    # Back from 1.4 to 1.0, at 0.025 a step; that breaks down after 20, when w is 1.25.
+    assert [r["to"] for r in rollbacks_of(out)][:2] == [10, 20]
+
+
+def test_a_signal_between_skipped_updates_leaves_what_is_gone_back_to(tmp_path, monkeypatch):
+    """Also where one checkpoint is kept."""
+    plain, stages, out = loop.compiled, climbing(2.05, steps=1000), tmp_path / "run"
+    stops = [30, 45]
+
+    def interrupted(*arguments):
+        program, none = plain(*arguments)
+
+        def run(state, *others):
+            if stops and int(state.step) == stops[0]:
+                del stops[0]
+                os.kill(os.getpid(), signal.SIGTERM)
+            return program(state, *others)
+
+        return run, none
+
+    monkeypatch.setattr(loop, "compiled", interrupted)
+    again = {"keep": 1, "validate_every": 1000, "stages": stages}
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            trained(out, resume=out.exists(), **again)
+    with pytest.raises(InputError, match="says more"):
+        trained(out, resume=True, **again)
+    first = rollbacks_of(out)[0]
+    assert (first["from"], first["to"]) == (71, 20)
+
+
+def test_the_best_parameters_outlive_a_return_to_before_them(tmp_path):
+    """w is best at step 20, and after the second return trains on from step 10."""
+    out = tmp_path / "run"
+    fitted = trained(
+        out,
+        stages=climbing(2.05, steps=100),
+        validate=lambda model: abs(float(model["w"][0]) - 2),
+        validate_every=10,
+    )
+    assert fitted.rollbacks == 2
+    assert log_of(out)[1]["step"] == 10
+    assert log_of(out)[-1]["val_nll"] > 0.4
+    assert fitted.score == abs(float(fitted.flow["w"][0]) - 2) < 1e-9
+    notes = checkpoint.read_notes(out / "checkpoints" / "000000010.jcnf")
+    assert notes["place"]["best_step"] == 10, "it has them"
+
+
 @pytest.mark.parametrize("reason", ["solve", "loss", "gradient"])
 def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_path, reason):
     out = tmp_path / "run"
@@ -285,6 +359,14 @@ def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_p
     assert float(state.params["w"][0]) <= 0.5 + 0.1
     assert int(state.stuck) == 0
     assert len(notes["place"]["rollbacks"]) == ROLLBACKS
+
+
+def test_stages_without_a_loop_say_where_they_break_down(capsys):
+    trained = train_stages(START, climbing(0.55, steps=100), train.draw_rows, DATA)
+    assert (trained.steps, trained.skipped) == (6 + STUCK, STUCK)
+    assert "warning: training broke down 44 steps before its end" in capsys.readouterr().out
+    train_stages(START, climbing(0.55, steps=6), train.draw_rows, DATA)
+    assert not capsys.readouterr().out
 
 
 def test_a_stage_on_one_batch_ends_where_it_breaks_down(tmp_path):
