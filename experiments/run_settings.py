@@ -285,7 +285,7 @@ class LoopSettings(TrainingSettings):
             size = getattr(self, name)
             if mesh is not None and (size == 0 or size % mesh.size):
                 raise InputError(
-                    f"--{name.replace('_', '-')} {size} cannot be split among {mesh.size} devices: "
+                    f"{flag(name)} {size} cannot be split among {mesh.size} devices: "
                     "make it a multiple, or choose other --devices"
                 )
 
