@@ -43,6 +43,7 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
     stop_at_once()
     try:
         parallel.join()
+        stop_at_once()  # again: jax.distributed takes SIGTERM to itself
         if jax.process_index() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end)
         config.check()

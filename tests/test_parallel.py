@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -231,6 +232,23 @@ def test_processes_are_numbered(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(InputError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
         parallel.join()
+
+
+def test_signals_end_what_has_joined(tmp_path):
+    command = (
+        "import os, signal\n"
+        "from experiments.harness import main\n"
+        "from experiments.run_settings import RunSettings\n"
+        "def run(settings):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    raise AssertionError('it goes on')\n"
+        "main(run, RunSettings)\n"
+    )
+    env = environment(2, 1, tmp_path)[0] | {"JAX_NUM_PROCESSES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
 def test_devices_must_divide_the_batches(monkeypatch):
