@@ -78,6 +78,7 @@ class RunDir:
             raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
         if started:
             self._same_settings()
+            (self.path / "figures").mkdir(exist_ok=True)  # a kill may have come before it
         else:
             self._create()
         if jax.process_count() == 1:

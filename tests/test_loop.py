@@ -151,6 +151,17 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeyp
     assert signal.getsignal(number) == handler
 
 
+def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path):
+    """In the first write, and after it."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json.123").write_bytes(b"{")
+    RunDir("toy2d", Settings(out=out))
+    (out / "figures").rmdir()
+    run = RunDir("toy2d", Settings(out=out, resume=True), resume=True)
+    run.write_json("figures/of.json", [1])
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     def twice(model):
         os.kill(os.getpid(), signal.SIGTERM)
