@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from experiments.rundir import MetricsLog, RunDir, read_jsonl, versions
+from experiments.records import MetricsLog, read_jsonl
+from experiments.rundir import RunDir, versions
 from experiments.stages import STUCK, Stage
 from jcnf import parallel, train
 from jcnf.errors import InputError

@@ -6,7 +6,8 @@ import jax.random as jr
 
 from experiments.energy import EnergySettings, MatchEnergy, base_samples, integrated, measure
 from experiments.harness import main
-from experiments.rundir import MetricsLog, RunDir
+from experiments.records import MetricsLog
+from experiments.rundir import RunDir
 from experiments.stages import train_stages
 from jcnf.curves import Panel, scaling
 from jcnf.data.energies import ENERGIES, Energy, energy

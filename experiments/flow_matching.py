@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from experiments.harness import main
 from experiments.plane import PlaneFlow, ToySettings
-from experiments.rundir import MetricsLog, RunDir
+from experiments.records import MetricsLog
+from experiments.rundir import RunDir
 from experiments.spline_flow import require_flowjax, train_spline_flow
 from experiments.stages import Stage, drawing, step_seconds, train_stages
 from jcnf import evaluate

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.rundir import RunDir, read_jsonl
+from experiments.records import read_jsonl
+from experiments.rundir import RunDir
 from jcnf import Solve, checkpoint, objectives, orbits, train
 from jcnf.data.series import Series
 from jcnf.solve import Stats

@@ -6,8 +6,6 @@ import dataclasses
 import datetime
 import importlib
 import json
-import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -20,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from experiments.records import json_ready, read_json
 from experiments.run_settings import RunSettings, TrainingSettings
 from jcnf import checkpoint, parallel, train
 from jcnf.errors import InputError
@@ -226,60 +225,6 @@ def read_flow_notes(path: Path) -> dict[str, Any]:
     if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
         raise InputError(f"{path} is not trained to its end: finish it with --resume first")
     return checkpoint.read_notes(path / "flow.jcnf")
-
-
-class MetricsLog:
-    """metrics.jsonl: a line for each record, cut back to the step that a run resumes from."""
-
-    def __init__(self, path: Path, records: list[dict], step: int):
-        self.path = path
-        self.records = [r for r in records if r["step"] <= step]
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        checkpoint.write_atomically(path, lines.encode())
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self.records.append(json_ready(record))
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.records[-1], allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a run directory; `InputError` when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: is {path.parent} a run directory?") from None
-    except ValueError:
-        raise InputError(f"{path} is damaged: restore it, or start a new run") from None
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def json_ready(value: Any) -> Any:
-    """Paths as strings, tuples as lists, and numbers that JSON has no name for as null."""
-    if isinstance(value, dict):
-        return {key: json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def versions() -> dict[str, str | None]:
