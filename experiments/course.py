@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from experiments.rundir import MetricsLog, RunDir, read_jsonl, versions
+from experiments.rundir import MetricsLog, RunDir, read_records, versions
 from experiments.stages import STUCK, Stage
 from jcnf import parallel, train
 from jcnf.errors import InputError
@@ -68,12 +68,17 @@ class Course:
         self.best: PyTree
         self.step: int
         self.log: MetricsLog
-        records = read_jsonl(run.log)
+        records = read_records(run.log)
         found = keeper.restore(self._like)
         if found is None and records:
             raise InputError(
                 f"{run.checkpoints} has no checkpoint, though {run.log.name} goes to step "
                 f"{records[-1]['step']}: restore one, or start a new run with another --out"
+            )
+        if found is not None and found.notes["place"]["recorded"] and not records:
+            raise InputError(
+                f"{run.log} has no record, though the newest checkpoint is of step {found.step}: "
+                "restore it, or start a new run with another --out"
             )
         self._take(found, records)
         if found is None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.rundir import RunDir, read_jsonl
+from experiments.rundir import RunDir, read_records
 from jcnf import Solve, checkpoint, objectives, orbits, train
 from jcnf.data.series import Series
 from jcnf.solve import Stats
@@ -76,7 +76,7 @@ class Learner:
         validation of the log has the n-th row of the file.
         """
         curve, _ = self.follow(field, self.series.values[0])
-        done = sum(SCORE in record for record in read_jsonl(self.run_dir.log))
+        done = sum(SCORE in record for record in read_records(self.run_dir.log))
         curves = np.concatenate([self.curves()[:done], curve[None]])
         buffer = io.BytesIO()
         np.save(buffer, curves.astype(np.float32))

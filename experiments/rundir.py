@@ -27,6 +27,8 @@ from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
 FREE = ("out", "resume", "keep", "devices")
+# What stands beside a trained flow at least.
+FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
 
 
 S = TypeVar("S", bound=TrainingSettings)
@@ -121,16 +123,16 @@ class RunDir:
 
         **Raises:** `InputError` that names what differs.
         """
-        if not {"versions", "config", "place"} <= notes.keys():
+        if not all(isinstance(notes.get(n), dict) for n in ("versions", "config", "place")):
             raise InputError(f"{self.checkpoints} holds something else than a training's state")
         self._check_config(f"the checkpoint in {self.checkpoints} was written", notes["config"])
-        here, there = versions(), notes["versions"]
+        here, there = versions(), dict.fromkeys(versions()) | notes["versions"]
         if there["jcnf"] != here["jcnf"]:
             raise InputError(
                 f"the checkpoint in {self.checkpoints} was written by jcnf {there['jcnf']}, this "
                 f"is {here['jcnf']}: go on with that version, or choose another --out"
             )
-        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there.get(n) != here[n]]
+        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there[n] != here[n]]
         if others:
             print(f"warning: other versions than before, so not to the bit: {', '.join(others)}")
         return notes
@@ -191,7 +193,7 @@ def kind_of(path: Path) -> type[TrainingSettings]:
     **Raises:** `InputError` where it is no run of an experiment of this version.
     """
     notes = read_flow_notes(path)
-    module, _, name = notes.get("settings", "").partition(":")
+    module, _, name = notes["settings"].partition(":")
     # Of this package alone: what a file names must not choose other code to import.
     if module.startswith("experiments.") and module.count(".") == 1:
         try:
@@ -215,7 +217,10 @@ def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
             f"{path} is a run of another experiment or version ({notes['experiment']})"
         )
     settings = kind(**{name: config[name] for name in names})
-    flow = settings.make_flow(notes["dim"], notes["context_dim"])
+    try:
+        flow = settings.make_flow(notes["dim"], notes["context_dim"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path / 'flow.jcnf'} has settings of no flow: {error}") from None
     params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
     return train.with_params(flow, params), settings, notes
 
@@ -224,7 +229,10 @@ def read_flow_notes(path: Path) -> dict[str, Any]:
     """What stands beside the trained flow of a run."""
     if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
         raise InputError(f"{path} is not trained to its end: finish it with --resume first")
-    return checkpoint.read_notes(path / "flow.jcnf")
+    notes = checkpoint.read_notes(path / "flow.jcnf")
+    if not all(isinstance(notes.get(name), kind) for name, kind in FLOW_NOTES.items()):
+        raise InputError(f"{path / 'flow.jcnf'} holds something else than a trained flow")
+    return notes
 
 
 class MetricsLog:
@@ -245,26 +253,32 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run directory; `InputError` when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: is {path.parent} a run directory?") from None
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged: restore it, or start a new run") from None
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Those of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    **Raises:** `InputError` that names the line when another is damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise InputError(
+                    f"line {number} of {path} is damaged: mend it, or take it out"
+                ) from None
     return records
 
 

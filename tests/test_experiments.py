@@ -492,10 +492,13 @@ def test_the_settings_of_a_run_are_found_by_name(tmp_path):
     RunDir("nice", settings).save_flow(CNF(Straight(), StandardNormal(2)), {})
     assert kind_of(tmp_path / "run") is PlaneNICE
     for name in ("os:system", "experiments.nice:CALIBRATION", "experiments.no:One", "experiments"):
-        notes = {"experiment": "nice", "settings": name}
+        notes = {"experiment": "nice", "settings": name, "config": {}, "dim": 2, "context_dim": 0}
         checkpoint.save(tmp_path / "flow.jcnf", (), notes)
         with pytest.raises(InputError, match="a run of another experiment or version"):
             kind_of(tmp_path)
+    checkpoint.save(tmp_path / "flow.jcnf", (), {"place": {}})
+    with pytest.raises(InputError, match="holds something else than a trained flow"):
+        kind_of(tmp_path)
 
 
 @pytest.mark.slow

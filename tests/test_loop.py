@@ -191,6 +191,47 @@ def test_without_its_checkpoints_a_run_is_not_begun_anew(tmp_path, whole):
     assert log_of(out) == log_of(whole[0])
 
 
+def unfinished(out):
+    """A run that ended at step 20 of 40."""
+    with pytest.raises(ZeroDivisionError):
+        trained(out, validate=lambda model: distance(model) if steps_in(out) < 35 else 1 / 0)
+    return out
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"5", b"{}", b"\xff\xfe", b'{"step": null}'])
+def test_a_damaged_line_of_the_log_is_named_and_the_others_stay(tmp_path, line):
+    log = unfinished(tmp_path / "run") / "metrics.jsonl"
+    lines = log.read_bytes().splitlines()
+    content = b"\n".join([lines[0], line, *lines[2:]])
+    log.write_bytes(content)
+    with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is damaged: mend it, or"):
+        trained(tmp_path / "run", resume=True)
+    assert log.read_bytes() == content
+
+
+def test_a_last_line_of_the_log_that_a_kill_cut_short_is_written_anew(tmp_path, whole):
+    out = unfinished(tmp_path / "run")
+    with (out / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 40, "lo\xc3')
+    trained(out, resume=True)
+    assert_the_same(out, whole)
+
+
+def test_without_its_log_a_run_is_not_gone_on_with(tmp_path):
+    out = unfinished(tmp_path / "run")
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="has no record, though the newest checkpoint is of step"):
+        trained(out, resume=True)
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "{", "\x00", "[" * 100_000])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    out = unfinished(tmp_path / "run")
+    (out / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is damaged: restore it"):
+        trained(out, resume=True)
+
+
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
