@@ -53,8 +53,10 @@ class Keeper:
             self.wait()
 
     def steps(self) -> list[int]:
-        """Those on disk, ascending, damaged ones included."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jcnf"))
+        """Those on disk, ascending, damaged ones included; other files are passed over."""
+        numbers = (path.stem for path in self.folder.glob("[0-9]*.jcnf"))
+        steps = {int(number) for number in numbers if number.isdecimal()}
+        return sorted(step for step in steps if self.path(step).exists())
 
     def path(self, step: int) -> Path:
         """The file of a step."""
