@@ -69,11 +69,14 @@ def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     structure than `like`, of which it names the first difference; `Damaged` when it is that.
     """
     notes, payload = _read(path)
-    difference = _difference(payload, like)
+    try:
+        difference = _difference(payload, like)
+    except ValueError:  # whole, but not written by `save`
+        raise Damaged(f"{path} holds no plain arrays: restore it from a copy") from None
     if difference:
         raise InputError(
             f"{path} holds another model than these settings describe ({difference}): "
-            "use the settings it was written with"
+            "use the settings and the precision it was written with"
         )
     return eqx.tree_deserialise_leaves(io.BytesIO(payload), like), notes
 
@@ -99,7 +102,7 @@ def _difference(payload, like):
         name = jax.tree_util.keystr(path)
         if buffer.tell() == len(payload):
             return f"it has no {name}"
-        there = np.load(buffer, allow_pickle=False)
+        there = np.lib.format.read_array(buffer, allow_pickle=False)
         same = there.dtype == leaf.dtype or (
             there.dtype.kind == "V" and there.dtype.itemsize == leaf.dtype.itemsize
         )
@@ -116,8 +119,8 @@ def _read(path):
     line, _, payload = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(line)
-        form, digest, notes = header["format"], header["sha256"], header["notes"]
-    except (ValueError, KeyError, TypeError):
+        form, digest, notes = header["format"], header["sha256"], dict(header["notes"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(
             f"{path} is not a jcnf checkpoint, or its header is damaged: "
             "restore it from a copy, or start a new run with another --out"
