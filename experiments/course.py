@@ -8,6 +8,7 @@ A stage on one fixed batch, where the next step would fail as well, ends instead
 """
 
 import dataclasses
+import hashlib
 import math
 from typing import Any, NoReturn
 
@@ -51,6 +52,14 @@ class Place:
         return first
 
 
+def digest_of(data: PyTree) -> str:
+    """What tells the data of a training from others."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(data):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
 class Course:
     """A training, from the run's newest sound checkpoint or from its beginning.
 
@@ -60,9 +69,17 @@ class Course:
     **Raises:** `InputError` where the checkpoints are gone, all damaged, or of something else.
     """
 
-    def __init__(self, run: RunDir, model: Any, stages: list[Stage], patience: int, keeper: Keeper):
+    def __init__(
+        self,
+        run: RunDir,
+        model: Any,
+        digest: str,
+        stages: list[Stage],
+        patience: int,
+        keeper: Keeper,
+    ):
         self.run, self.model, self.stages, self.keeper = run, model, stages, keeper
-        self.patience = patience
+        self.digest, self.patience = digest, patience
         self.place: Place
         self.state: train.TrainState
         self.best: PyTree
@@ -80,6 +97,8 @@ class Course:
                 f"{run.log} has no record, though the newest checkpoint is of step {found.step}: "
                 "restore it, or start a new run with another --out"
             )
+        if found is not None and found.notes.get("data", digest) != digest:
+            print("warning: the data are others than before: the numbers are of neither run")
         self._take(found, records)
         if found is None:
             self.save()
@@ -150,6 +169,7 @@ class Course:
         """Save it all, in the background."""
         place = dataclasses.asdict(self.place)
         notes = {"versions": versions(), "config": self.run.config, "place": place}
+        notes["data"] = self.digest
         self.keeper.save(self.step, (self.state, self.best), notes, best=self.place.best_step)
 
     def roll_back(self, none: train.Totals) -> str:

@@ -259,6 +259,14 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, note
         trained(out, resume=True)
 
 
+def test_other_data_than_before_are_told(tmp_path, capsys):
+    out = unfinished(tmp_path / "run")
+    for data, times in ((DATA, 0), (DATA.at[7, 1].add(1.0), 1)):
+        with pytest.raises(ZeroDivisionError):
+            trained(out, resume=True, data=data, validate=lambda model: 1 / 0)
+        assert capsys.readouterr().out.count("warning: the data are others than before") == times
+
+
 def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):
