@@ -41,7 +41,7 @@ class RunDir:
     are alike and forgotten at the end: they need no file system in common.
 
     **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
-    one of other settings, or cannot be written.
+    one of other settings, is in use, or cannot be written.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class RunDir:
             self._same_settings()
         else:
             self._create()
+        self._hold()
         if jax.process_count() == 1:
             return {}
         files = (*self.path.glob("*"), *self.path.glob("checkpoints/*"))
@@ -104,6 +105,22 @@ class RunDir:
             raise InputError(
                 f"cannot write to {self.path} ({error.strerror}): choose another --out"
             ) from None
+
+    def _hold(self):
+        """Keep other processes out of it until this one ends, where the file system has locks."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (to the end)
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.path} is in use by another process: wait for its end, or end it"
+            ) from None
+        except OSError:
+            pass
 
     def _same_settings(self):
         self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))

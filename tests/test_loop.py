@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +224,28 @@ def test_without_its_log_a_run_is_not_gone_on_with(tmp_path):
     (out / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="has no record, though the newest checkpoint is of step"):
         trained(out, resume=True)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole):
+    out = unfinished(tmp_path / "run")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, out / "config.json"], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="in use by another process: wait for its end"):
+            trained(out, resume=True)
+    trained(out, resume=True)
+    assert_the_same(out, whole)
 
 
 @pytest.mark.parametrize("content", ["[1]", "5", "{", "\x00", "[" * 100_000])
