@@ -14,6 +14,7 @@ import numpy as np
 from experiments.rundir import RunDir, read_records
 from jcnf import Solve, checkpoint, objectives, orbits, train
 from jcnf.data.series import Series
+from jcnf.errors import InputError
 from jcnf.solve import Stats
 from jcnf.trajectories import solve_trajectory
 
@@ -91,7 +92,10 @@ class Learner:
     def curves(self) -> np.ndarray:
         """The trajectories kept, (validations, times, dim)."""
         if self.file.exists():
-            return np.load(self.file)
+            try:
+                return np.load(self.file)
+            except (ValueError, EOFError):
+                raise InputError(f"{self.file} is damaged: restore it, or remove it") from None
         return np.zeros((0, len(self.times), self.series.values.shape[1]), np.float32)
 
     def errors(self, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
