@@ -1,5 +1,6 @@
 """The experiments as a person runs them: whole runs, resumption, and what bad input says."""
 
+import errno
 import importlib
 import json
 import os
@@ -345,6 +346,25 @@ def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
     for part in expected:
         assert part in lines[0]
     assert sorted(bad_files.rglob("*")) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [(["--data", "t.csv"], "--resume"), (["--from", "run", "--samples", "3"], "but the files")],
+)
+def test_a_full_disk_is_named_where_its_error_names_none(words, hint, monkeypatch, capsys):
+    from experiments.density import Density
+    from experiments.harness import main
+
+    def full(settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "argv", ["density", "--out", "there", *words])
+    with pytest.raises(SystemExit):
+        main(full, Density)
+    said = capsys.readouterr().err
+    assert said.startswith("error: there: No space left on device")
+    assert hint in said
 
 
 def test_resuming_with_other_settings_names_them(tmp_path, toy_run):
