@@ -18,6 +18,7 @@ from experiments.rundir import RunDir
 from experiments.signals import Stopped, Waiting
 from experiments.stages import STUCK, DrawOf, Stage, compiled
 from jcnf import parallel, train
+from jcnf.errors import InputError
 from jcnf.keeper import Keeper
 
 DISPATCH = 1.0  # seconds: after about so many the host hears of the steps, and they of signals
@@ -61,6 +62,8 @@ def fit(
     stages = stages or settings.make_stages()
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
     digest = digest_of(data)
+    if parallel.anywhere(digest != parallel.first(lambda: digest)):
+        raise InputError("the processes have read different data: give each of them the same files")
     key, data = parallel.everywhere((jr.fold_in(jr.key(settings.seed), 1), data))
     programs: dict[int, tuple[jax.stages.Compiled, train.Totals]] = {}
     with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:

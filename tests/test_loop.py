@@ -21,7 +21,7 @@ from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped
 from experiments.stages import STUCK, Stage
-from jcnf import checkpoint, train
+from jcnf import checkpoint, parallel, train
 from jcnf.errors import InputError
 
 TARGET = jnp.array([1.0, -2.0])
@@ -289,6 +289,16 @@ def test_other_data_than_before_are_told(tmp_path, capsys):
         with pytest.raises(ZeroDivisionError):
             trained(out, resume=True, data=data, validate=lambda model: 1 / 0)
         assert capsys.readouterr().out.count("warning: the data are others than before") == times
+
+
+def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
+    def first(make):
+        made = make()
+        return "another digest" if isinstance(made, str) else made
+
+    monkeypatch.setattr(parallel, "first", first)
+    with pytest.raises(InputError, match="different data: give each of them the same files"):
+        trained(tmp_path / "run")
 
 
 def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):
