@@ -8,6 +8,7 @@ A stage on one fixed batch, where the next step would fail as well, ends instead
 """
 
 import dataclasses
+import hashlib
 import math
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from experiments.records import MetricsLog, read_jsonl
+from experiments.records import MetricsLog, read_records
 from experiments.rundir import RunDir, versions
 from experiments.stages import STUCK, Stage
 from jcnf import parallel, train
@@ -52,6 +53,14 @@ class Place:
         return first
 
 
+def digest_of(data: PyTree) -> str:
+    """What tells the data of a training from others."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(data):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
 class Course:
     """A training, from the run's newest sound checkpoint or from its beginning.
 
@@ -61,21 +70,36 @@ class Course:
     **Raises:** `InputError` where the checkpoints are gone, all damaged, or of something else.
     """
 
-    def __init__(self, run: RunDir, model: Any, stages: list[Stage], patience: int, keeper: Keeper):
+    def __init__(
+        self,
+        run: RunDir,
+        model: Any,
+        digest: str,
+        stages: list[Stage],
+        patience: int,
+        keeper: Keeper,
+    ):
         self.run, self.model, self.stages, self.keeper = run, model, stages, keeper
-        self.patience = patience
+        self.digest, self.patience = digest, patience
         self.place: Place
         self.state: train.TrainState
         self.best: PyTree
         self.step: int
         self.log: MetricsLog
-        records = read_jsonl(run.log)
+        records = read_records(run.log)
         found = keeper.restore(self._like)
         if found is None and records:
             raise InputError(
                 f"{run.checkpoints} has no checkpoint, though {run.log.name} goes to step "
                 f"{records[-1]['step']}: restore one, or start a new run with another --out"
             )
+        if found is not None and found.notes["place"]["recorded"] and not records:
+            raise InputError(
+                f"{run.log} has no record, though the newest checkpoint is of step {found.step}: "
+                "restore it, or start a new run with another --out"
+            )
+        if found is not None and found.notes.get("data", digest) != digest:
+            print("warning: the data are others than before: the numbers are of neither run")
         self._take(found, records)
         if found is None:
             self.save()
@@ -146,6 +170,7 @@ class Course:
         """Save it all, in the background; while stuck, beside what `roll_back` would go to."""
         place = dataclasses.asdict(self.place)
         notes = {"versions": versions(), "config": self.run.config, "place": place}
+        notes["data"] = self.digest
         also = set() if self.place.best_step is None else {self.place.best_step}
         if self.stuck:
             also |= {*[s for s in self.keeper.steps() if s <= self.step - self.stuck][-1:]}

@@ -25,7 +25,7 @@ from experiments.density import Density
 from experiments.harness import main
 from experiments.quick import train_quickly
 from experiments.run_settings import MANY, WIDEST, RunSettings
-from experiments.rundir import RunDir, load_flow
+from experiments.rundir import RunDir, load_flow, read_flow_notes
 from jcnf import (
     CNF,
     Exact,
@@ -78,6 +78,8 @@ class Estimators(RunSettings):
         self.at_least(0, "steps")
         self.at_least(1, "rounds")
         self.sizes("time_dims")
+        if self.from_run is not None:
+            read_flow_notes(self.from_run)
 
 
 def mixture(dim: int):

@@ -56,7 +56,8 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
             raise
         sys.exit(_fail("error: out of memory: lower --batch, --widths or the rows asked for", 2))
     except OSError as error:
-        message = f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        place = error.filename or config.out or "a file"
+        message = f"error: {place}: {error.strerror or error}"
         sys.exit(_fail(f"{message}: make room, or give another place; {_going_on(config)}", 2))
     except Stopped as stop:
         sys.exit(_fail(str(stop) or f"stopped: {_going_on(config)}", 128 + stop.number))
@@ -64,7 +65,7 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
 
 def _going_on(config):
     """How to go on with a run that ended before its end."""
-    if hasattr(config, "resume"):
+    if hasattr(config, "resume") and getattr(config, "from_run", None) is None:
         return "--resume and --out RUN_DIRECTORY go on from the last checkpoint"
     return "nothing of it is kept but the files it has written"
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.records import read_jsonl
+from experiments.records import read_records
 from experiments.rundir import RunDir
 from jcnf import Solve, checkpoint, objectives, orbits, train
 from jcnf.data.series import Series
+from jcnf.errors import InputError
 from jcnf.solve import Stats
 from jcnf.trajectories import solve_trajectory
 
@@ -77,7 +78,7 @@ class Learner:
         validation of the log has the n-th row of the file.
         """
         curve, _ = self.follow(field, self.series.values[0])
-        done = sum(SCORE in record for record in read_jsonl(self.run_dir.log))
+        done = sum(SCORE in record for record in read_records(self.run_dir.log))
         curves = np.concatenate([self.curves()[:done], curve[None]])
         buffer = io.BytesIO()
         np.save(buffer, curves.astype(np.float32))
@@ -92,7 +93,10 @@ class Learner:
     def curves(self) -> np.ndarray:
         """The trajectories kept, (validations, times, dim)."""
         if self.file.exists():
-            return np.load(self.file)
+            try:
+                return np.load(self.file)
+            except (ValueError, EOFError):
+                raise InputError(f"{self.file} is damaged: restore it, or remove it") from None
         return np.zeros((0, len(self.times), self.series.values.shape[1]), np.float32)
 
     def errors(self, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from tqdm import tqdm
 
-from experiments.course import Course
+from experiments.course import Course, digest_of
 from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped, Waiting
 from experiments.stages import STUCK, DrawOf, Stage, compiled
 from jcnf import parallel, train
+from jcnf.errors import InputError
 from jcnf.keeper import Keeper
 
 DISPATCH = 1.0  # seconds: after about so many the host hears of the steps, and they of signals
@@ -60,10 +61,13 @@ def fit(
     start, compile_s, pace = time.perf_counter(), 0.0, 1
     stages = stages or settings.make_stages()
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
+    digest = digest_of(data)
+    if parallel.anywhere(digest != parallel.first(lambda: digest)):
+        raise InputError("the processes have read different data: give each of them the same files")
     key, data = parallel.everywhere((jr.fold_in(jr.key(settings.seed), 1), data))
     programs: dict[int, tuple[jax.stages.Compiled, train.Totals]] = {}
     with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:
-        course = Course(run, model, stages, settings.patience, keeper)
+        course = Course(run, model, digest, stages, settings.patience, keeper)
         total = sum(stage.steps for stage in stages)
         with tqdm(
             total=total,

@@ -28,26 +28,32 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run directory; `InputError` when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: is {path.parent} a run directory?") from None
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged: restore it, or start a new run") from None
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Those of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    **Raises:** `InputError` that names the line when another is damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise InputError(
+                    f"line {number} of {path} is damaged: mend it, or take it out"
+                ) from None
     return records
 
 

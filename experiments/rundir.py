@@ -26,6 +26,8 @@ from jcnf.flow import Flow
 
 # Settings that may differ between a run and its resumption: where it goes, not what it does.
 FREE = ("out", "resume", "keep", "devices")
+# What stands beside a trained flow at least.
+FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
 
 
 S = TypeVar("S", bound=TrainingSettings)
@@ -38,7 +40,7 @@ class RunDir:
     are alike and forgotten at the end: they need no file system in common.
 
     **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
-    one of other settings, or cannot be written.
+    one of other settings, is in use, or cannot be written.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RunDir:
             (self.path / "figures").mkdir(exist_ok=True)  # a kill may have come before it
         else:
             self._create()
+        self._hold()
         if jax.process_count() == 1:
             return {}
         files = (*self.path.glob("*"), *self.path.glob("checkpoints/*"))
@@ -103,6 +106,22 @@ class RunDir:
                 f"cannot write to {self.path} ({error.strerror}): choose another --out"
             ) from None
 
+    def _hold(self):
+        """Keep other processes out of it until this one ends, where the file system has locks."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (to the end)
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.path} is in use by another process: wait for its end, or end it"
+            ) from None
+        except OSError:
+            pass
+
     def _same_settings(self):
         self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))
 
@@ -121,16 +140,16 @@ class RunDir:
 
         **Raises:** `InputError` that names what differs.
         """
-        if not {"versions", "config", "place"} <= notes.keys():
+        if not all(isinstance(notes.get(n), dict) for n in ("versions", "config", "place")):
             raise InputError(f"{self.checkpoints} holds something else than a training's state")
         self._check_config(f"the checkpoint in {self.checkpoints} was written", notes["config"])
-        here, there = versions(), notes["versions"]
+        here, there = versions(), dict.fromkeys(versions()) | notes["versions"]
         if there["jcnf"] != here["jcnf"]:
             raise InputError(
                 f"the checkpoint in {self.checkpoints} was written by jcnf {there['jcnf']}, this "
                 f"is {here['jcnf']}: go on with that version, or choose another --out"
             )
-        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there.get(n) != here[n]]
+        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there[n] != here[n]]
         if others:
             print(f"warning: other versions than before, so not to the bit: {', '.join(others)}")
         return notes
@@ -191,7 +210,7 @@ def kind_of(path: Path) -> type[TrainingSettings]:
     **Raises:** `InputError` where it is no run of an experiment of this version.
     """
     notes = read_flow_notes(path)
-    module, _, name = notes.get("settings", "").partition(":")
+    module, _, name = notes["settings"].partition(":")
     # Of this package alone: what a file names must not choose other code to import.
     if module.startswith("experiments.") and module.count(".") == 1:
         try:
@@ -215,7 +234,10 @@ def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
             f"{path} is a run of another experiment or version ({notes['experiment']})"
         )
     settings = kind(**{name: config[name] for name in names})
-    flow = settings.make_flow(notes["dim"], notes["context_dim"])
+    try:
+        flow = settings.make_flow(notes["dim"], notes["context_dim"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path / 'flow.jcnf'} has settings of no flow: {error}") from None
     params, _ = checkpoint.load(path / "flow.jcnf", train.partition(flow)[0])
     return train.with_params(flow, params), settings, notes
 
@@ -224,7 +246,10 @@ def read_flow_notes(path: Path) -> dict[str, Any]:
     """What stands beside the trained flow of a run."""
     if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
         raise InputError(f"{path} is not trained to its end: finish it with --resume first")
-    return checkpoint.read_notes(path / "flow.jcnf")
+    notes = checkpoint.read_notes(path / "flow.jcnf")
+    if not all(isinstance(notes.get(name), kind) for name, kind in FLOW_NOTES.items()):
+        raise InputError(f"{path / 'flow.jcnf'} holds something else than a trained flow")
+    return notes
 
 
 def versions() -> dict[str, str | None]:

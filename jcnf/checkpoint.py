@@ -70,11 +70,14 @@ def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     """
     notes, payload = _read(path)
     arrays, rest = eqx.partition(like, eqx.is_array)
-    difference = _difference(payload, arrays)
+    try:
+        difference = _difference(payload, arrays)
+    except ValueError:  # whole, but not written by `save`
+        raise Damaged(f"{path} holds no plain arrays: restore it from a copy") from None
     if difference:
         raise InputError(
             f"{path} holds another model than these settings describe ({difference}): "
-            "use the settings it was written with"
+            "use the settings and the precision it was written with"
         )
     return eqx.combine(eqx.tree_deserialise_leaves(io.BytesIO(payload), arrays), rest), notes
 
@@ -98,7 +101,7 @@ def _difference(payload, arrays):
         name = jax.tree_util.keystr(path)
         if buffer.tell() == len(payload):
             return f"it has no {name}"
-        there = np.load(buffer, allow_pickle=False)
+        there = np.lib.format.read_array(buffer, allow_pickle=False)
         same = there.dtype == leaf.dtype or (
             there.dtype.kind == "V" and there.dtype.itemsize == leaf.dtype.itemsize
         )
@@ -115,8 +118,8 @@ def _read(path):
     line, _, payload = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(line)
-        form, digest, notes = header["format"], header["sha256"], header["notes"]
-    except (ValueError, KeyError, TypeError):
+        form, digest, notes = header["format"], header["sha256"], dict(header["notes"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(
             f"{path} is not a jcnf checkpoint, or its header is damaged: "
             "restore it from a copy, or start a new run with another --out"

@@ -256,6 +256,8 @@ def check_batch(flow: Flow, x, context) -> None:
 
 def check_context(flow: Flow, batch: int, context) -> None:
     """Raise `ValueError` where `context` is none for so many samples of `flow`."""
+    if context is not None and not hasattr(context, "dtype"):
+        raise ValueError(f"context must be an array, as jnp.asarray makes one; got {context!r}")
     shape = (batch, 0) if context is None else jnp.shape(context)
     if shape[:-1] != (batch,):
         raise ValueError(f"expected context of shape ({batch}, context); got {shape}")

@@ -55,7 +55,7 @@ class Keeper:
             self._thread.shutdown()
 
     def steps(self) -> list[int]:
-        """Those on disk, ascending, damaged ones included."""
+        """Those on disk, ascending, damaged ones included; other files are passed over."""
         self.wait()
         return self._on_disk()
 
@@ -126,7 +126,9 @@ class Keeper:
                 self.path(step).unlink()
 
     def _on_disk(self):
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jcnf"))
+        numbers = (path.stem for path in self.folder.glob("[0-9]*.jcnf"))
+        steps = {int(number) for number in numbers if number.isdecimal()}
+        return sorted(step for step in steps if self.path(step).exists())
 
     def _write(self, step, tree, notes, also):
         self.folder.mkdir(exist_ok=True)

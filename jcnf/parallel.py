@@ -33,6 +33,9 @@ def join() -> None:
     """
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
+    if not address.rpartition(":")[2].isdecimal():
+        raise InputError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT; got {address!r}")
     names = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
     try:
         number, place = (int(os.environ[n]) if n in os.environ else None for n in names)

@@ -238,6 +238,7 @@ def make_run(
 
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
+        require.one_key(key)
         batch_key, noise_key = jr.split(jr.fold_in(key, 0 if fixed else state.step))
         batch = parallel.split(draw_batch(batch_key, data))
 

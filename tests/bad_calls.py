@@ -117,6 +117,10 @@ FLOWS = {
         ["flow", "CNF(field, base)", "instance"],
     ),
     "log_prob: a field": (of(jcnf.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
+    "log_prob: a list for a context": (
+        of(jcnf.log_prob, GIVEN, X, context=[[1.0, 2.0, 3.0]] * 3),
+        ["context must be an array", "asarray"],
+    ),
     "log_prob: context for none": (of(jcnf.log_prob, FLOW, X, context=X), ["context", "0"]),
     "log_prob: no context": (of(jcnf.log_prob, GIVEN, X), ["context of size 3", "none"]),
     "log_prob: context of another size": (
@@ -566,6 +570,10 @@ TRAINING = {
     "make_run: no objective": (make_run(objective="likelihood"), ["objective", "'likelihood'"]),
     "make_run: an array to draw": (make_run(draw=ROWS), ["draw_batch", "draw_rows"]),
     "make_run: no optimizer": (make_run(optimizer=1e-3), ["optimizer", "make_optimizer"]),
+    "make_run: a number for a key": (
+        lambda: make_run()()(train.init(FLOW, OPTIMIZER), ROWS, 1, 3),
+        ["expected a typed key", "jax.random.key(seed)"],
+    ),
     "make_run: average 1": (make_run(average=1.0), ["average", "[0, 1)"]),
     "make_run: average NaN": (make_run(average=np.nan), ["average", "nan"]),
     "init: no optimizer": (of(train.init, FLOW, "adam"), ["optimizer", "'adam'"]),

@@ -206,6 +206,7 @@ BAD = {
     "seconds for a peer": ("tabular", "Tabular", "--suite digits --peer-seconds -1", ["--peer"]),
     "a suite of nobody": ("tabular", "Tabular", "--suite mnist", ["'mnist'", "power"]),
     "a run of nobody": ("inpaint", "Inpaint", "", ["--from"]),
+    "a flow of nobody": ("estimators", "Estimators", "--from nowhere", ["nowhere", "run dir"]),
     "no run to hold anything against": ("ood", "OOD", "", ["--from"]),
 }
 

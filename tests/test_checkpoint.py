@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
+import pickle
 import re
 
 import jax
@@ -82,11 +84,49 @@ def test_missing(tmp_path):
         checkpoint.load(tmp_path, TREE)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\x93NUMPY", b"[1]", b'{"format": 1}\n', b"null"])
+DEEP = b"[" * 100_000 + b"]" * 100_000
+NO_NOTES = b'{"format": 1, "sha256": "0", "notes": [1]}'
+GARBAGE = [b"", b"\n", b"\x93NUMPY", b"[1]", b'{"format": 1}\n', b"null", DEEP, NO_NOTES]
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=lambda content: str(content[:12]))
 def test_garbage(tmp_path, content):
     path = tmp_path / "garbage"
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a jcnf checkpoint, or its header is damaged"):
+        checkpoint.load(path, TREE)
+
+
+class Opened:
+    """What a pickle of it would run."""
+
+    def __reduce__(self):
+        return pytest.fail, ("it was unpickled",)
+
+
+def file_of(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+HEADER = file_of(np.ones(3))[:-24]
+PAYLOADS = {
+    "objects": file_of(np.array([Opened()], dtype=object)),
+    "a pickle": pickle.dumps(Opened()),
+    "an archive": b"PK\x03\x04" + bytes(100),
+    "more than there is": HEADER,
+    "half a header": HEADER[:50],
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_whole_file_of_something_else_runs_no_code(tmp_path, name):
+    """Of a right SHA-256, as anyone can make one."""
+    path, payload = tmp_path / "state.jcnf", PAYLOADS[name]
+    head = {"format": checkpoint.FORMAT, "sha256": checkpoint._digest({}, payload), "notes": {}}
+    path.write_bytes(json.dumps(head).encode() + b"\n" + payload)
+    with pytest.raises(InputError, match="holds no plain arrays"):
         checkpoint.load(path, TREE)
 
 

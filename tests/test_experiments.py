@@ -1,5 +1,6 @@
 """The experiments as a person runs them: whole runs, resumption, and what bad input says."""
 
+import errno
 import importlib
 import json
 import os
@@ -347,6 +348,25 @@ def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
     assert sorted(bad_files.rglob("*")) == before, "nothing is left behind"
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [(["--data", "t.csv"], "--resume"), (["--from", "run", "--samples", "3"], "but the files")],
+)
+def test_a_full_disk_is_named_where_its_error_names_none(words, hint, monkeypatch, capsys):
+    from experiments.density import Density
+    from experiments.harness import main
+
+    def full(settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "argv", ["density", "--out", "there", *words])
+    with pytest.raises(SystemExit):
+        main(full, Density)
+    said = capsys.readouterr().err
+    assert said.startswith("error: there: No space left on device")
+    assert hint in said
+
+
 def test_resuming_with_other_settings_names_them(tmp_path, toy_run):
     out, _ = toy_run
     (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
@@ -492,10 +512,13 @@ def test_the_settings_of_a_run_are_found_by_name(tmp_path):
     RunDir("nice", settings).save_flow(CNF(Straight(), StandardNormal(2)), {})
     assert kind_of(tmp_path / "run") is PlaneNICE
     for name in ("os:system", "experiments.nice:CALIBRATION", "experiments.no:One", "experiments"):
-        notes = {"experiment": "nice", "settings": name}
+        notes = {"experiment": "nice", "settings": name, "config": {}, "dim": 2, "context_dim": 0}
         checkpoint.save(tmp_path / "flow.jcnf", (), notes)
         with pytest.raises(InputError, match="a run of another experiment or version"):
             kind_of(tmp_path)
+    checkpoint.save(tmp_path / "flow.jcnf", (), {"place": {}})
+    with pytest.raises(InputError, match="holds something else than a trained flow"):
+        kind_of(tmp_path)
 
 
 @pytest.mark.slow

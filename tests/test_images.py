@@ -416,6 +416,10 @@ def test_a_link_in_an_archive_and_a_damaged_header(tmp_path):
         archive.addfile(link)
     with pytest.raises(InputError, match="holds no file of pictures"):
         read_images(tmp_path / "a.tar.gz")
+    (tmp_path / "b.tar.gz").write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"b\.tar\.gz: cannot be read as \.tar\.gz") as refused:
+        read_images(tmp_path / "b.tar.gz")
+    assert "\n" not in str(refused.value)
     path = write_npz(tmp_path, {"x_test": grey((3, 4, 4))})
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 10] = 99  # a compression that there is not

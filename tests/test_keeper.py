@@ -86,6 +86,17 @@ def test_a_damaged_one_falls_back_to_the_one_before(keeper, harm):
     assert keeper.restore(like).step == 10
 
 
+def test_files_of_others_are_passed_over(keeper):
+    saved(keeper, 5, 10)
+    for name in ("000000010 (copy).jcnf", "10.jcnf", "30.jcnf", "notes.txt"):
+        (keeper.folder / name).write_bytes(b"?")
+    keeper.path(40).symlink_to("nowhere")
+    assert keeper.steps() == [5, 10]
+    assert keeper.restore(like).step == 10
+    saved(keeper, 15)
+    assert keeper.steps() == [10, 15]
+
+
 def test_all_damaged_is_an_error_that_touches_nothing(keeper):
     saved(keeper, 5, 10)
     for step in (5, 10):

@@ -12,6 +12,7 @@ from PIL import Image
 from experiments.learner import SCORE, Learner
 from jcnf import orbits
 from jcnf.data.series import spiral
+from jcnf.errors import InputError
 from jcnf.objectives import draw_windows
 
 RNG = np.random.default_rng(0)
@@ -56,6 +57,10 @@ def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_p
     learner.draw_learning([{"step": i, SCORE: s} for i, s in enumerate((*scores[:2], again))])
     assert set(saved) == {"fit", "learning"}
     assert Image.open(tmp_path / "figures" / "learning.gif").n_frames == 3
+    for content in (b"", b"?", learner.file.read_bytes()[:-1]):
+        learner.file.write_bytes(content)
+        with pytest.raises(InputError, match=r"trajectories\.npy is damaged: restore it"):
+            learner.curves()
 
 
 def test_a_panel_for_each_curve_over_the_same_data():

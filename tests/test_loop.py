@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -20,7 +22,7 @@ from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped
 from experiments.stages import STUCK, Stage, train_stages
-from jcnf import checkpoint, train
+from jcnf import checkpoint, parallel, train
 from jcnf.errors import InputError
 
 TARGET = jnp.array([1.0, -2.0])
@@ -203,6 +205,69 @@ def test_without_its_checkpoints_a_run_is_not_begun_anew(tmp_path, whole):
     assert log_of(out) == log_of(whole[0])
 
 
+def unfinished(out):
+    """A run that ended at step 20 of 40."""
+    with pytest.raises(ZeroDivisionError):
+        trained(out, validate=lambda model: distance(model) if steps_in(out) < 35 else 1 / 0)
+    return out
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"5", b"{}", b"\xff\xfe", b'{"step": null}'])
+def test_a_damaged_line_of_the_log_is_named_and_the_others_stay(tmp_path, line):
+    log = unfinished(tmp_path / "run") / "metrics.jsonl"
+    lines = log.read_bytes().splitlines()
+    content = b"\n".join([lines[0], line, *lines[2:]])
+    log.write_bytes(content)
+    with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is damaged: mend it, or"):
+        trained(tmp_path / "run", resume=True)
+    assert log.read_bytes() == content
+
+
+def test_a_last_line_of_the_log_that_a_kill_cut_short_is_written_anew(tmp_path, whole):
+    out = unfinished(tmp_path / "run")
+    with (out / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 40, "lo\xc3')
+    trained(out, resume=True)
+    assert_the_same(out, whole)
+
+
+def test_without_its_log_a_run_is_not_gone_on_with(tmp_path):
+    out = unfinished(tmp_path / "run")
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="has no record, though the newest checkpoint is of step"):
+        trained(out, resume=True)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole):
+    out = unfinished(tmp_path / "run")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, out / "config.json"], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="in use by another process: wait for its end"):
+            trained(out, resume=True)
+    trained(out, resume=True)
+    assert_the_same(out, whole)
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "{", "\x00", "[" * 100_000])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    out = unfinished(tmp_path / "run")
+    (out / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is damaged: restore it"):
+        trained(out, resume=True)
+
+
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
@@ -228,6 +293,24 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, note
     path.write_bytes(json.dumps(head).encode() + b"\n" + payload)
     with pytest.raises(InputError, match=message):
         trained(out, resume=True)
+
+
+def test_other_data_than_before_are_told(tmp_path, capsys):
+    out = unfinished(tmp_path / "run")
+    for data, times in ((DATA, 0), (DATA.at[7, 1].add(1.0), 1)):
+        with pytest.raises(ZeroDivisionError):
+            trained(out, resume=True, data=data, validate=lambda model: 1 / 0)
+        assert capsys.readouterr().out.count("warning: the data are others than before") == times
+
+
+def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
+    def first(make):
+        made = make()
+        return "another digest" if isinstance(made, str) else made
+
+    monkeypatch.setattr(parallel, "first", first)
+    with pytest.raises(InputError, match="different data: give each of them the same files"):
+        trained(tmp_path / "run")
 
 
 def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):

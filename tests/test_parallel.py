@@ -232,6 +232,9 @@ def test_processes_are_numbered(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(InputError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
         parallel.join()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
+    with pytest.raises(InputError, match="must be HOST:PORT; got 'localhost'"):
+        parallel.join()
 
 
 def test_signals_end_what_has_joined(tmp_path):

@@ -97,7 +97,8 @@ def _files(path: Path) -> dict[str, bytes]:
         try:
             found = _unpacked(path)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-            raise InputError(f"{path}: cannot be read as .tar.gz ({error}); {_ORIGINS}") from None
+            reason = " ".join(str(error).split())  # of several lines, one for each compression
+            raise InputError(f"{path}: cannot be read as .tar.gz ({reason}); {_ORIGINS}") from None
     if not found:
         raise InputError(f"{path}: holds no file of pictures that is known; {_ORIGINS}")
     return found
