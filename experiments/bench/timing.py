@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+TURN = 0.1  # seconds of a program in a round, if a run takes less
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -24,28 +25,40 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each program, their quartiles, and ratios to the first.
 
-    Every program is run once before. A program that has spent `seconds` in timed runs sits out the
-    rounds that remain; the ratio of two is the median over the rounds that both were in.
+    Every program is run before. Its turn in a round is as many runs as take `TURN` seconds, after
+    one that is not timed, for the program before it has left the caches to its own data. A program
+    that has spent `seconds` sits out the rounds that remain; the ratio of two is the median over
+    the rounds that both were in.
     """
-    results = {}
+    results, repeats = {}, {}
     for name, program in programs.items():
         program.run()
         results[name] = dict(program.figures) | peak_memory(program.run)
+        repeats[name] = max(1, round(TURN / time_of(program.run, 1)))
     times: dict[str, list[float]] = {name: [] for name in programs}
     gc.collect()
     for _ in range(rounds):
         for name, program in programs.items():
             if sum(times[name]) > seconds:
                 continue
-            tic = time.perf_counter()
-            program.run()
-            times[name].append(time.perf_counter() - tic)
-    per_unit = {name: np.array(times[name]) / programs[name].work for name in programs}
+            if repeats[name] > 1:
+                program.run()
+            times[name].append(time_of(program.run, repeats[name]))
+    work = {name: program.work * repeats[name] for name, program in programs.items()}
+    per_unit = {name: np.array(times[name]) / work[name] for name in programs}
     for name, series in per_unit.items():
         results[name] |= quartiles("ms", 1e3 * series)
         results[name] |= quartiles("ratio", ratios(series, next(iter(per_unit.values()))))
         results[name]["rounds"] = len(series)
     return results
+
+
+def time_of(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of so many runs."""
+    tic = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return time.perf_counter() - tic
 
 
 def ratios(times: np.ndarray, reference: np.ndarray) -> np.ndarray:

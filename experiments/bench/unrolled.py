@@ -32,19 +32,21 @@ def objective(case: Case) -> train.Objective:
 
     def likelihood(flow, x, key):
         def rate(t, y):
-            return jax.vmap(flow.field.velocity_and_divergence, (None, 0))(jnp.float32(t), y[0])
+            return jax.vmap(flow.field.velocity_and_divergence, (None, 0))(
+                jnp.asarray(t, x.dtype), y[0]
+            )
 
         y = (x, jnp.zeros(len(x), x.dtype))
         first = rate(times[0], y)
         for start, end in itertools.pairwise(times):
             h, slopes, at = end - start, [first], y
             for row, node in zip(ABOVE, NODES, strict=True):
-                at = _plus(y, [np.float32(h * a) for a in row], slopes)
+                at = _plus(y, [np.asarray(h * a, x.dtype) for a in row], slopes)
                 slopes.append(rate(start + node * h, at))
             y, first = at, slopes[-1]
         z, logdet = y
         loss = -jnp.mean(flow.base.log_prob(z) + logdet)
-        return loss, {"nfe": jnp.float32(6 * (len(times) - 1))}
+        return loss, {"nfe": jnp.asarray(6 * (len(times) - 1))}
 
     return likelihood
 

@@ -114,7 +114,7 @@ class Counted(nn.Module):
 
 def base_log_prob(flow: CNF, z: torch.Tensor) -> torch.Tensor:
     """Of a normal base, without a location, (batch,)."""
-    scale = torch.ones(z.shape[1])
+    scale = z.new_ones(z.shape[1])
     if isinstance(flow.base, distributions.ScaledNormal):
         scale = tensor(flow.base.scale)
     logs = -0.5 * (z / scale) ** 2 - torch.log(scale) - 0.5 * math.log(2 * math.pi)

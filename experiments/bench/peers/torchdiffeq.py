@@ -53,8 +53,8 @@ def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance: fl
     """(batch,), by `solve`, one of torchdiffeq's two ways to differentiate."""
     z, logdet = solve(
         rates,
-        (x, torch.zeros(len(x))),
-        torch.tensor([case.flow.t1, 0.0]),
+        (x, x.new_zeros(len(x))),
+        x.new_tensor([case.flow.t1, 0.0]),
         rtol=tolerance,
         atol=tolerance,
         method="dopri5",
@@ -90,11 +90,12 @@ def log_probs(case: Case, tolerance: float):
 def samples(case: Case, tolerance: float):
     """z (n, dim) -> (n, dim), by a solve of x alone."""
     field = fields.Counted(case.flow.field)
-    span = torch.tensor([0.0, case.flow.t1])
     settings = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
-    return lambda z: fields.in_chunks(
-        lambda rows: odeint(field, rows, span, **settings)[-1], z, case.chunk
-    )
+
+    def carry(rows):
+        return odeint(field, rows, rows.new_tensor([0.0, case.flow.t1]), **settings)[-1]
+
+    return lambda z: fields.in_chunks(carry, z, case.chunk)
 
 
 def learner(case: Case, weight_decay: float, seed: int) -> Learner:

@@ -28,7 +28,8 @@ class FromData(nn.Module):
 
 def training_steps(case: Case) -> dict[str, Program]:
     """By the adjoint and by backpropagation."""
-    x, span, programs = fields.tensor(case.x), torch.tensor([0.0, case.flow.t1]), {}
+    x, programs = fields.tensor(case.x), {}
+    span = x.new_tensor([0.0, case.flow.t1])
     tolerances = dict.fromkeys(["atol", "rtol", "atol_adjoint", "rtol_adjoint"], case.solve.rtol)
     for sensitivity in ("adjoint", "autograd"):
         field = fields.Counted(case.flow.field)
@@ -42,7 +43,7 @@ def training_steps(case: Case) -> dict[str, Program]:
             )
 
         def nll(model=model):
-            start = torch.cat([torch.zeros(len(x), 1), x], 1)
+            start = torch.cat([x.new_zeros(len(x), 1), x], 1)
             end = model(start, span)[-1]
             return -(fields.base_log_prob(case.flow, end[:, 1:]) - end[:, 0]).mean()
 
