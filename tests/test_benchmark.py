@@ -16,6 +16,7 @@ from experiments.bench import (
     evaluate,
     matching,
     ours,
+    peers,
     quality,
     roofline,
     scaling,
@@ -182,8 +183,6 @@ def test_bad_settings_say_what_to_do(settings, words):
 
 
 def test_peers_that_are_missing_are_named(monkeypatch):
-    from experiments.bench import peers
-
     monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
     with pytest.raises(InputError, match=r"no_such_peer: pip install .* '\.\[peers\]'"):
         Benchmark(peers=True).check()
@@ -202,20 +201,26 @@ def test_a_run_writes_its_numbers_and_no_torch_is_imported(tmp_path):
     assert "summary.json" in [path.name for path in (tmp_path / "run").iterdir()]
 
 
-@pytest.mark.parametrize("name", ["torchdiffeq", "torchdyn", "zuko"])
-@pytest.mark.parametrize("kind", ["toy", "circles", "table"])
-def test_a_peer_has_our_loss_and_gradient(name, kind):
-    pytest.importorskip(name)
-    from experiments.bench import peers
+@pytest.fixture(scope="module", params=["toy", "circles", "table"])
+def case_and_gradient(request):
+    """A case, and the norm of our gradient."""
+    pytest.importorskip("torch")
+    with jax.numpy_dtype_promotion("standard"):
+        kind = request.param
+        case = cases.table(dim=3, width=8, batch=8) if kind == "table" else cases.CASES[kind](0)
+        case = dataclasses.replace(case, batch=16)
+        return case, ours.training_step(case).figures["grad_norm"]
 
-    case = cases.CASES[kind](0) if kind != "table" else cases.table(dim=3, width=8, batch=8)
-    case = dataclasses.replace(case, batch=16)
+
+@pytest.mark.parametrize("name", ["torchdiffeq", "torchdyn", "zuko"])
+def test_a_peer_has_our_loss_and_gradient(name, case_and_gradient):
+    pytest.importorskip(name)
+    case, grad_norm = case_and_gradient
     (peer,) = peers.load(name)
-    here = ours.training_step(case)
     programs = step.agreeing(case, peer.training_steps, {})
     assert programs
     for program in programs.values():
-        assert program.figures["grad_norm"] == pytest.approx(here.figures["grad_norm"], rel=1e-2)
+        assert program.figures["grad_norm"] == pytest.approx(grad_norm, rel=1e-2)
 
 
 def test_torchcfm_has_our_loss(monkeypatch):
