@@ -33,8 +33,9 @@ def measure(
     results, repeats = {}, {}
     for name, program in programs.items():
         program.run()
+        tic = time.perf_counter()
         results[name] = dict(program.figures) | peak_memory(program.run)
-        repeats[name] = max(1, round(TURN / time_of(program.run, 1)))
+        repeats[name] = max(1, round(TURN / (time.perf_counter() - tic)))
     times: dict[str, list[float]] = {name: [] for name in programs}
     gc.collect()
     for _ in range(rounds):
