@@ -1,0 +1,70 @@
+"""The flows that are timed, with weights, batches and solves that every program shares."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.random as jr
+from jaxtyping import Array, Key
+
+from experiments.quick import train_quickly
+from jcnf import CNF, Solve, distributions, fields
+from jcnf.data.toys import toy
+
+TOLERANCE = 1e-5
+SOLVE = Solve(rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A flow, where its data are from, and how many of them are taken."""
+
+    title: str
+    flow: CNF
+    draw: Callable[[Key[Array, ""], int], Array]  # (key, n) -> (n, dim)
+    batch: int
+    chunk: int = 10_000  # points at a time, of many
+    estimated: bool = False  # whether a stochastic divergence is timed too
+    solve: Solve = SOLVE
+
+    @functools.cached_property
+    def x(self) -> Array:
+        """The training batch."""
+        return self.draw(jr.key(2), self.batch)
+
+
+def _toy(steps):
+    field = fields.MLP(2, (64, 64, 64), time="concatsquash", activation="tanh", key=jr.key(0))
+    flow = CNF(field, distributions.StandardNormal(2), t1=0.5)
+    data, weights = toy("8gaussians"), "initial"
+    if steps:
+        flow, weights = train_quickly(flow, data.sample, steps), f"after {steps} steps"
+    return Case(f"2-D, concatsquash 64-64-64 tanh, {weights}", flow, data.sample, 100)
+
+
+def _circles(steps):
+    flow = CNF(
+        fields.Planar(2, 64, 32, key=jr.key(1)), distributions.ScaledNormal(2, 0.1**0.5), t1=10.0
+    )
+    return Case("two circles, planar 64, hypernet 32, initial", flow, toy("2circles").sample, 512)
+
+
+def table(dim: int = 43, width: int = 256, batch: int = 512) -> Case:
+    """A table of so many columns, by two hidden layers, at initial weights."""
+    field = fields.MLP(dim, (width, width), time="concat", activation="softplus", key=jr.key(3))
+    return Case(
+        f"{dim}-D, {width}-{width} softplus, initial",
+        CNF(field, distributions.StandardNormal(dim)),
+        lambda key, n: jr.normal(key, (n, dim)),
+        batch,
+        chunk=1000,
+        estimated=True,
+    )
+
+
+CASES: dict[str, Callable[[int], Case]] = {  # of the optimiser steps before the trained one
+    "toy": lambda steps: _toy(0),
+    "toy_trained": _toy,
+    "circles": _circles,
+    "table": lambda steps: table(),
+}

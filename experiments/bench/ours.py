@@ -1,0 +1,61 @@
+"""The programs of jcnf that are timed, and JAX programs of other kinds in the same surroundings."""
+
+import dataclasses
+import time
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import optax
+
+from experiments.bench.cases import Case
+from experiments.bench.timing import Program
+from jcnf import objectives, train
+
+NAME = "jcnf"
+LEARNING_RATE = 1e-3
+
+
+def training_step(case: Case, objective: train.Objective | None = None, **settings) -> Program:
+    """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
+
+    Without one it is likelihood under the case's solve and `settings`. The weights stay where they
+    are, for every step is the same work: the factor of the updates is 0.
+    """
+    if objective is None:
+        solve = settings.pop("solve", case.solve)
+
+        def likelihood(flow, x, key):
+            return objectives.likelihood(flow, x, key, solve=solve, **settings)
+
+        objective = likelihood
+    optimizer = optax.adam(LEARNING_RATE)
+    state = train.init(case.flow, optimizer)
+    state = dataclasses.replace(state, rate=0 * state.rate)
+    run = train.make_run(case.flow, objective, lambda key, x: x, optimizer)
+    x, key, taken = case.x, jr.key(0), 0
+    tic = time.perf_counter()
+    compiled = run.lower(state, x, key, 0).compile()
+    seconds = time.perf_counter() - tic
+
+    def step():
+        nonlocal state, taken
+        taken += 1
+        state, totals = jax.block_until_ready(compiled(state, x, key, taken))
+        return totals
+
+    totals = train.means(step())
+    figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
+    return Program(step, figures | {"compile_s": seconds} | temporary_memory(compiled))
+
+
+def loss(case: Case, **settings) -> float:
+    """Mean negative log-likelihood of the batch under the case's solve."""
+    objective = eqx.filter_jit(objectives.likelihood)
+    return float(objective(case.flow, case.x, jr.key(0), solve=case.solve, **settings)[0])
+
+
+def temporary_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """MiB that XLA sets aside for a program beside its arguments; {} where it does not say."""
+    analysis = compiled.memory_analysis()
+    return {} if analysis is None else {"xla_mb": analysis.temp_size_in_bytes / 2**20}

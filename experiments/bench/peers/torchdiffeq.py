@@ -1,0 +1,122 @@
+# pyright: reportMissingImports=false, reportCallIssue=false
+"""torchdiffeq, as its example of continuous normalizing flows and FFJORD use it."""
+
+from collections.abc import Sequence
+
+import jax.random as jr
+import numpy as np
+import torch
+from torch import nn
+from torchdiffeq import odeint, odeint_adjoint
+
+from experiments.bench.cases import Case
+from experiments.bench.peers import fields
+from experiments.bench.quality import Learner
+from experiments.bench.timing import Program
+
+WAYS = {"adjoint": odeint_adjoint, "direct": odeint}
+
+
+class Augmented(nn.Module):
+    """dx/dt = v(t, x) and d logdet/dt = tr(dv/dx), by autograd."""
+
+    def __init__(self, field: nn.Module, noise: torch.Tensor | None = None):
+        super().__init__()
+        self.field, self.noise = field, noise
+
+    def forward(self, t, states):
+        """Both rates; a graph through the trace is made where it is differentiated."""
+        x, differentiated = states[0], torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x.requires_grad_(True)
+            v = self.field(t, x)
+            if self.noise is None:
+                trace = brute_force(v, x, differentiated)
+            else:
+                (product,) = torch.autograd.grad(v, x, self.noise, create_graph=differentiated)
+                trace = (product * self.noise).sum(1)
+        return v, trace
+
+
+def brute_force(v: torch.Tensor, x: torch.Tensor, differentiated: bool) -> torch.Tensor:
+    """The trace by a backward pass for each dimension."""
+    trace = 0.0
+    for i in range(x.shape[1]):
+        (row,) = torch.autograd.grad(
+            v[:, i].sum(), x, create_graph=differentiated, retain_graph=True
+        )
+        trace = trace + row[:, i]
+    return trace
+
+
+def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance: float):
+    """(batch,), by `solve`, one of torchdiffeq's two ways to differentiate."""
+    z, logdet = solve(
+        rates,
+        (x, x.new_zeros(len(x))),
+        x.new_tensor([case.flow.t1, 0.0]),
+        rtol=tolerance,
+        atol=tolerance,
+        method="dopri5",
+    )
+    return fields.base_log_prob(case.flow, z[-1]) + logdet[-1]
+
+
+def training_steps(
+    case: Case, noise: np.ndarray | None = None, ways: Sequence[str] = tuple(WAYS)
+) -> dict[str, Program]:
+    """By the adjoint and by backpropagation; with noise (batch, dim), by Hutchinson's trace."""
+    x, programs = fields.tensor(case.x), {}
+    for way in ways:
+        field = fields.Counted(case.flow.field)
+        rates = Augmented(field, None if noise is None else fields.tensor(noise))
+
+        def nll(rates=rates, way=way):
+            return -log_prob(case, rates, x, WAYS[way], case.solve.rtol).mean()
+
+        estimate = "" if noise is None else ", Hutchinson"
+        programs[f"torchdiffeq {way}{estimate}"] = fields.training_step(nll, field)
+    return programs
+
+
+def log_probs(case: Case, tolerance: float):
+    """x (n, dim) -> (n,)."""
+    rates = Augmented(fields.Counted(case.flow.field))
+    return lambda x: fields.in_chunks(
+        lambda rows: log_prob(case, rates, rows, odeint, tolerance), x, case.chunk
+    )
+
+
+def samples(case: Case, tolerance: float):
+    """z (n, dim) -> (n, dim), by a solve of x alone."""
+    field = fields.Counted(case.flow.field)
+    settings = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+
+    def carry(rows):
+        return odeint(field, rows, rows.new_tensor([0.0, case.flow.t1]), **settings)[-1]
+
+    return lambda z: fields.in_chunks(carry, z, case.chunk)
+
+
+def learner(case: Case, weight_decay: float, seed: int) -> Learner:
+    """FFJORD's training by the adjoint: a fresh batch each step, Adam at 1e-3."""
+    field = fields.Counted(case.flow.field)
+    rates, steps = Augmented(field), 0
+    optimizer = torch.optim.Adam(field.parameters(), lr=1e-3, weight_decay=weight_decay)
+
+    def train(number):
+        nonlocal steps
+        rows = case.draw(jr.fold_in(jr.key(seed), steps), number * case.batch)
+        steps += number
+        for x in fields.tensor(rows).split(case.batch):
+            optimizer.zero_grad()
+            loss = -log_prob(case, rates, x, odeint_adjoint, case.solve.rtol).mean()
+            loss.backward()
+            optimizer.step()
+
+    def evaluate(x):
+        return fields.in_chunks(
+            lambda rows: log_prob(case, rates, rows, odeint, 1e-4), x, case.chunk
+        )
+
+    return Learner(train, evaluate)

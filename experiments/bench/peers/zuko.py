@@ -1,0 +1,51 @@
+# pyright: reportMissingImports=false
+"""zuko's CNF: its free-form Jacobian transformation, dopri5 by its checkpointed adjoint."""
+
+import torch
+from zuko.transforms import FreeFormJacobianTransform
+
+from experiments.bench.cases import Case
+from experiments.bench.peers import fields
+from experiments.bench.timing import Program
+
+
+def _transform(case, field, tolerance):
+    return FreeFormJacobianTransform(
+        field,
+        t0=torch.tensor(case.flow.t1),
+        t1=torch.tensor(0.0),
+        phi=field.parameters(),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+
+
+def _log_prob(case, field, x, tolerance):
+    z, logdet = _transform(case, field, tolerance).call_and_ladj(x)
+    return fields.base_log_prob(case.flow, z) + logdet
+
+
+def training_steps(case: Case) -> dict[str, Program]:
+    """The one way that it has; its error control takes a hundredth of the log-det."""
+    x, field = fields.tensor(case.x), fields.Counted(case.flow.field)
+    return {
+        "zuko": fields.training_step(
+            lambda: -_log_prob(case, field, x, case.solve.rtol).mean(), field
+        )
+    }
+
+
+def log_probs(case: Case, tolerance: float):
+    """x (n, dim) -> (n,)."""
+    field = fields.Counted(case.flow.field)
+    return lambda x: fields.in_chunks(
+        lambda rows: _log_prob(case, field, rows, tolerance), x, case.chunk
+    )
+
+
+def samples(case: Case, tolerance: float):
+    """z (n, dim) -> (n, dim), by a solve of x alone."""
+    field = fields.Counted(case.flow.field)
+    return lambda z: fields.in_chunks(
+        lambda rows: _transform(case, field, tolerance).inv(rows), z, case.chunk
+    )

@@ -1,0 +1,133 @@
+"""Seconds of training until the gap on 8gaussians is 0.20, 0.10 and 0.05 nats.
+
+The gap is that of the test NLL to the true density's on the same points. Compilation and
+measurements are not counted; measurements come each time that the steps have grown by a tenth.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+
+from experiments.bench import peers
+from experiments.bench.cases import CASES, SOLVE
+from experiments.spline_flow import train_spline_flow
+from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, train
+from jcnf.curves import Panel
+from jcnf.data.toys import toy
+
+DATA, TARGETS, TEST_POINTS = "8gaussians", (0.20, 0.10, 0.05), 5000
+SPLINE_BUDGETS = (2.0, 4.0, 8.0, 16.0)  # each a run of its own, with a schedule that ends there
+FFJORD_BATCH, FFJORD_DECAY = 100, 1e-5
+Curve = tuple[list[float], list[float]]  # seconds, gaps
+
+
+class Learner(NamedTuple):
+    """A training that goes on in parts."""
+
+    train: Callable[[int], None]  # so many steps more
+    log_prob: Callable[[jax.Array], np.ndarray]  # as trained so far
+
+
+def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
+    """Each way's curve, and its seconds to each target, None where it did not get there."""
+    data = toy(DATA)
+    x = data.sample(jr.fold_in(jr.key(seed), 2), TEST_POINTS)
+    true = np.asarray(data.log_prob(x))
+    learners = {"jcnf, flow matching": matching(seed), "jcnf, likelihood": ffjord(seed)}
+    if with_peers:
+        (torchdiffeq,) = peers.load("torchdiffeq")
+        learners["torchdiffeq, likelihood"] = torchdiffeq.learner(
+            CASES["toy"](0), FFJORD_DECAY, seed
+        )
+    found = {}
+    for name, learner in learners.items():
+        found[name] = _summary(name, follow(learner, x, true, limit))
+    if with_peers:
+        seconds, gaps = [], []
+        for budget in SPLINE_BUDGETS:
+            spline = train_spline_flow(
+                lambda key, _: data.sample(key, 512), None, seconds=budget, seed=seed
+            )
+            seconds.append(spline.seconds)
+            gaps.append(float(np.mean(true - spline.log_prob(x))))
+        found["spline flow"] = _summary("spline flow", (seconds, gaps))
+    return found
+
+
+def follow(learner: Learner, x, true: np.ndarray, limit: float, parts: int = 10_000) -> Curve:
+    """Train and measure in turn, until the last target is reached or the time is over."""
+    seconds, gaps, spent, steps = [], [], 0.0, 0
+    for _ in range(parts):
+        more = max(10, steps // 10)
+        tic = time.perf_counter()
+        learner.train(more)
+        spent, steps = spent + time.perf_counter() - tic, steps + more
+        seconds.append(spent)
+        gaps.append(float(np.mean(true - learner.log_prob(x))))
+        if gaps[-1] <= TARGETS[-1] or spent > limit:
+            break
+    return seconds, gaps
+
+
+def seconds_to(target: float, curve: Curve) -> float | None:
+    """The first time at which the gap was at most `target`."""
+    return next((s for s, gap in zip(*curve, strict=True) if gap <= target), None)
+
+
+def panel(found: dict[str, dict]) -> Panel:
+    """The gaps against the seconds."""
+    series = {name: (r["seconds"], r["gaps"]) for name, r in found.items()}
+    return Panel(DATA, "training seconds", "gap (nats)", series)
+
+
+def matching(seed: int) -> Learner:
+    """Flow matching as the experiments have it, at a constant rate."""
+    field = fields.ResNet(2, 96, 2, frequencies=4, key=jr.key(seed))
+    flow = CNF(field, distributions.StandardNormal(2))
+    optimizer = train.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
+    return _learner(flow, objectives.flow_matching, 1024, optimizer, 0.999, seed)
+
+
+def ffjord(seed: int) -> Learner:
+    """Likelihood at FFJORD's settings, but for its end time, which stays."""
+
+    def likelihood(flow, x, key):
+        return objectives.likelihood(flow, x, key, solve=SOLVE)
+
+    optimizer = optax.chain(optax.add_decayed_weights(FFJORD_DECAY), optax.adam(1e-3))
+    return _learner(CASES["toy"](0).flow, likelihood, FFJORD_BATCH, optimizer, 0.0, seed)
+
+
+def _learner(flow, objective, batch, optimizer, average, seed):
+    data, key = toy(DATA), jr.key(seed)
+    run = train.make_run(
+        flow, objective, lambda key, _: data.sample(key, batch), optimizer, average=average
+    )
+    state = train.init(flow, optimizer)
+    run = run.lower(state, None, key, 0).compile()
+    until = 0
+
+    def go_on(steps):
+        nonlocal state, until
+        until += steps
+        state, _ = jax.block_until_ready(run(state, None, key, until))
+
+    def log_prob(x):
+        solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
+        return evaluate.score(train.with_params(flow, state.average), x, solve=solve).log_prob
+
+    return Learner(go_on, log_prob)
+
+
+def _summary(name, curve):
+    times = {f"to {target:g}": seconds_to(target, curve) for target in TARGETS}
+    shown = ", ".join(
+        f"{what} {'never' if s is None else f'{s:.1f} s'}" for what, s in times.items()
+    )
+    print(f"quality: {name}: {shown}; at the end {curve[1][-1]:.3f} after {curve[0][-1]:.0f} s")
+    return {"seconds": curve[0], "gaps": curve[1]} | times

@@ -1,0 +1,62 @@
+"""How near a training step is to what the machine's matrix products allow."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from experiments.bench import ours, unrolled
+from experiments.bench.cases import Case
+from experiments.bench.report import Results
+from experiments.bench.timing import Program, measure
+from jcnf import train
+
+SIZES = (256, 512, 1024)
+UNROLLED = "unrolled"
+
+
+def flops(function: Callable, *arguments) -> float:
+    """Floating-point operations of a program without loops, by XLA's cost analysis."""
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float((analysis or {}).get("flops", jnp.nan))
+
+
+def gemm(rounds: int, sizes: tuple[int, ...] = SIZES) -> Results:
+    """Milliseconds and GFLOP/s of products of square float32 matrices."""
+    programs = {}
+    for size in sizes:
+        a, b = jr.normal(jr.key(0), (2, size, size))
+        product = jax.jit(jnp.matmul).lower(a, b).compile()
+        number = max(1, 1024**3 // size**3)
+
+        def run(product=product, a=a, b=b, number=number):
+            jax.block_until_ready([product(a, b) for _ in range(number)])
+
+        figures = {"gflop": flops(jnp.matmul, a, b) / 1e9}
+        programs[f"{size} x {size}"] = Program(run, figures, number)
+    results = measure(programs, rounds)
+    for r in results.values():
+        r["gflop_per_s"] = 1e3 * r["gflop"] / r["ms"]
+    return results
+
+
+def run(case: Case, rounds: int, seconds: float, rate: float) -> Results:
+    """The step of jcnf against the unrolled program, whose GFLOP count for both; `rate` GFLOP/s."""
+    objective = unrolled.objective(case)
+    params, static = train.partition(case.flow)
+
+    def loss(params, x):
+        return objective(eqx.combine(params, static), x, jr.key(0))[0]
+
+    counted = flops(jax.value_and_grad(loss), params, case.x) / 1e9
+    programs = {
+        UNROLLED: ours.training_step(case, objective),
+        ours.NAME: ours.training_step(case),
+    }
+    results = measure(programs, rounds, seconds=seconds)
+    for r in results.values():
+        r["gflop"] = counted
+        r["share"] = counted / rate / (r["ms"] / 1e3)
+    return results

@@ -1,0 +1,78 @@
+"""How a training step's time grows with batch, width, dimension and tolerance."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from experiments.bench import ours, peers
+from experiments.bench.cases import Case, table
+from experiments.bench.step import agreeing
+from experiments.bench.timing import measure
+from jcnf.curves import Panel, exponent
+
+GRID: dict[str, tuple[float, ...]] = {
+    "batch": (64, 256, 1024, 4096),
+    "width": (32, 64, 128, 256, 512),
+    "dim": (2, 8, 32, 128),
+    "tolerance": (1e-3, 1e-4, 1e-5, 1e-6),
+}
+DIM, WIDTH, BATCH = 8, 64, 256
+Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # axis, program: values, ms
+
+
+def case_at(axis: str, value: float) -> Case:
+    """Two hidden layers of softplus, with one size other than usual."""
+    sizes = {"dim": DIM, "width": WIDTH, "batch": BATCH}
+    if axis in sizes:
+        return table(**sizes | {axis: int(value)})
+    case = table(**sizes)
+    return dataclasses.replace(case, solve=dataclasses.replace(case.solve, rtol=value, atol=value))
+
+
+def run(
+    rounds: int,
+    seconds: float,
+    with_peers: bool,
+    grid: dict[str, tuple[float, ...]] = GRID,
+    say: Callable[[str], None] = print,
+) -> Curves:
+    """Milliseconds along each axis; a peer leaves an axis where a step takes `seconds`."""
+    curves: Curves = {}
+    for axis, values in grid.items():
+        curves[axis] = {}
+        slow = False
+        for value in values:
+            case = case_at(axis, value)
+            programs = {ours.NAME: ours.training_step(case)}
+            if with_peers and not slow:
+                (torchdiffeq,) = peers.load("torchdiffeq")
+                make = functools.partial(torchdiffeq.training_steps, ways=("direct",))
+                programs |= agreeing(case, make, {})
+            for name, r in measure(programs, rounds, seconds=seconds).items():
+                x, y = curves[axis].setdefault(name, ([], []))
+                x.append(value)
+                y.append(r["ms"])
+                slow = slow or r["ms"] > 1e3 * seconds
+        for name, (x, y) in curves[axis].items():
+            power = f", exponent {exponent(x, y):.2f}" if len(x) > 1 else ""
+            shown = "  ".join(f"{a:g}: {b:.1f}" for a, b in zip(x, y, strict=True))
+            say(f"{axis}, {name}: {shown} ms{power}")
+    return curves
+
+
+def panels(curves: Curves) -> list[Panel]:
+    """One for each axis."""
+    return [
+        Panel(f"against {axis}", axis, "training step (ms)", series)
+        for axis, series in curves.items()
+    ]
+
+
+def exponents(curves: Curves) -> dict[str, float]:
+    """Of each program along each axis, by least squares over all of it."""
+    return {
+        f"{name}, exponent of {axis}": exponent(x, y)
+        for axis, series in curves.items()
+        for name, (x, y) in series.items()
+        if len(x) > 1
+    }

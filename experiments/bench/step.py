@@ -1,0 +1,74 @@
+"""A training step by likelihood: ours, and the peers' doing the same."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.random as jr
+import numpy as np
+
+from experiments.bench import ours, peers
+from experiments.bench.cases import Case
+from experiments.bench.peers import per_sample
+from experiments.bench.report import Results
+from experiments.bench.timing import Program, measure
+from jcnf.divergence import Drawn, Hutchinson
+
+AGREEMENT = 1e-4  # of losses, relative above 1
+Make = Callable[[Case], dict[str, Program]]
+
+
+def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
+    """Time a case's step by every program whose loss is ours."""
+    programs = {ours.NAME: ours.training_step(case)}
+    worst = dataclasses.replace(case.solve, norm="worst")
+    programs[f"{ours.NAME}, norm=worst"] = ours.training_step(case, solve=worst)
+    rivals: list[Make] = [per_sample.training_steps]
+    if with_peers:
+        rivals += [peer.training_steps for peer in peers.load(*peers.SOLVING)]
+    for make in rivals:
+        programs |= agreeing(case, make, {})
+    if case.estimated:
+        noise = Hutchinson().draw(jr.key(0), case.batch, case.flow.base.dim, case.x.dtype)
+        divergence = Drawn(Hutchinson(), noise)
+        estimated = ours.training_step(case, divergence=divergence)
+        programs[f"{ours.NAME}, Hutchinson"] = estimated
+        if with_peers:
+            (torchdiffeq,) = peers.load("torchdiffeq")
+            make = functools.partial(torchdiffeq.training_steps, noise=np.asarray(noise[:, 0]))
+            programs |= agreeing(case, make, {"divergence": divergence})
+    return measure(programs, rounds, seconds=seconds)
+
+
+def agreeing(case: Case, make: Make, settings: dict) -> dict[str, Program]:
+    """The programs that `make` gives and whose losses are ours; what the others are is printed.
+
+    Solvers err in ways of their own within one tolerance: where losses differ, they are compared at
+    a tenth of it, and a program is timed if it agrees there.
+    """
+    programs = make(case)
+    losses = {name: program.figures["loss"] for name, program in programs.items()}
+    differing = _differing(losses, ours.loss(case, **settings))
+    if differing:
+        solve = dataclasses.replace(
+            case.solve, rtol=case.solve.rtol / 10, atol=case.solve.atol / 10
+        )
+        tight = dataclasses.replace(case, solve=solve)
+        tight_losses = {name: program.figures["loss"] for name, program in make(tight).items()}
+        reference = ours.loss(tight, **settings)
+        for name in _differing({name: tight_losses[name] for name in differing}, reference):
+            print(
+                f"  {name}: not timed, for its loss at a tolerance of {solve.rtol:.0e} is "
+                f"{tight_losses[name]:.6f} and not {reference:.6f}"
+            )
+            del programs[name]
+    return programs
+
+
+def agrees(loss: float, reference: float) -> bool:
+    """Whether two losses are one, but for the solver's error."""
+    return bool(abs(loss - reference) <= AGREEMENT * max(1.0, abs(reference)))
+
+
+def _differing(losses, reference):
+    return [name for name, loss in losses.items() if not agrees(loss, reference)]

@@ -1,0 +1,91 @@
+"""A likelihood whose steps are known beforehand and written out, for XLA alone to run.
+
+It is what a training step would be without control of errors, loops and checkpoints: the stages of
+dopri5 over the very steps that our solve takes, its forward work kept for the way back.
+"""
+
+import itertools
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.cases import Case
+from jcnf import train
+
+ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+
+
+def objective(case: Case) -> train.Objective:
+    """The loss, and as "nfe" the evaluations of the accepted steps."""
+    times = accepted_times(case)
+
+    def likelihood(flow, x, key):
+        def rate(t, y):
+            return jax.vmap(flow.field.velocity_and_divergence, (None, 0))(
+                jnp.asarray(t, x.dtype), y[0]
+            )
+
+        y = (x, jnp.zeros(len(x), x.dtype))
+        first = rate(times[0], y)
+        for start, end in itertools.pairwise(times):
+            h, slopes, at = end - start, [first], y
+            for row, node in zip(ABOVE, NODES, strict=True):
+                at = _plus(y, [np.asarray(h * a, x.dtype) for a in row], slopes)
+                slopes.append(rate(start + node * h, at))
+            y, first = at, slopes[-1]
+        z, logdet = y
+        loss = -jnp.mean(flow.base.log_prob(z) + logdet)
+        return loss, {"nfe": jnp.asarray(6 * (len(times) - 1))}
+
+    return likelihood
+
+
+def accepted_times(case: Case) -> np.ndarray:
+    """Where the steps of our solve of the batch end."""
+
+    @eqx.filter_jit
+    def solve(flow, x):
+        def rates(t, y, field):
+            return jax.vmap(field.velocity_and_divergence, (None, 0))(jnp.asarray(t, x.dtype), y[0])
+
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(rates),
+            case.solve.diffrax_solver(),
+            flow.t1,
+            0.0,
+            -case.solve.first_step * flow.t1,
+            (x, jnp.zeros(len(x), x.dtype)),
+            flow.field,
+            saveat=diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: None),
+            stepsize_controller=diffrax.PIDController(
+                rtol=case.solve.rtol, atol=case.solve.atol, norm=diffrax_norm
+            ),
+            max_steps=case.solve.max_steps,
+        ).ts
+
+    times = np.asarray(solve(case.flow, case.x), np.float64)
+    return times[np.isfinite(times)]
+
+
+def diffrax_norm(error):
+    """The root mean square over all leaves, as of `Solve(norm="batch")`."""
+    leaves = jax.tree.leaves(error)
+    return jnp.sqrt(sum(jnp.sum(a**2) for a in leaves) / sum(a.size for a in leaves))
+
+
+def _plus(y, weights, slopes):
+    """y + sum_i weights_i slopes_i."""
+    return jax.tree.map(
+        lambda y, *k: y + sum(w * k for w, k in zip(weights, k, strict=True) if w != 0), y, *slopes
+    )
