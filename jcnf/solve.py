@@ -192,7 +192,10 @@ def integrate(
     check_tolerance(solve, jax.tree.leaves(y0)[0].dtype)
     y0 = parallel.split_where_even(y0)
     march = _march_reversibly if solve.adjoint == "reversible" else _march
-    first = (t1 - t0) * solve.first_step if solve.step is None else jnp.sign(t1 - t0) * solve.step
+    if solve.step is None:
+        first = (t1 - t0) * solve.first_step
+    else:
+        first = solve.step * (jnp if isinstance(t1 - t0, Tracer) else np).sign(t1 - t0)
     ys, last, t, steps, rejected = march(vector_field, y0, args, t0, t1, first, solve, times)
     return ys, Stats(
         nfe=solve.evaluations(steps),
@@ -222,6 +225,11 @@ def _march(vector_field, y0, args, t0, t1, first, solve, times):
     """diffrax's solve: the states saved, the last state and its time, steps and rejections."""
     # Flat, for the adjoint state of a continuous adjoint may hold no empty tuple, as a field may.
     leaves, structure = jax.tree.flatten(args)
+    dtype = jax.tree.leaves(y0)[0].dtype
+    if dtype == jnp.result_type(float) and not any(isinstance(t, Tracer) for t in (t0, t1, first)):
+        # diffrax looks at the sign of a first step that is an array by a callback to the host, at
+        # every solve, and XLA keeps no program with one in its cache.
+        t0, t1, first = (float(t) for t in (t0, t1, first))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(_OfLeaves(vector_field, structure)),
         solve.diffrax_solver(),

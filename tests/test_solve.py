@@ -6,11 +6,14 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
-from helpers import Tally, tolerance
+from helpers import Tally, mlp, tolerance
 
-from jcnf import Solve
+from jcnf import CNF, Solve
+from jcnf.distributions import StandardNormal
+from jcnf.objectives import likelihood
 from jcnf.solve import SOLVERS, integrate
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
@@ -181,3 +184,17 @@ def test_a_solve_is_hashable_and_takes_diffrax_objects():
 def test_errors_say_what_is_known(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Solve(**settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver": "euler", "step": 0.1}, {"norm": "worst"}])
+@pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
+def test_a_training_step_calls_nothing_on_the_host(settings, adjoint):
+    """A callback is a wait in every step, and keeps a program out of XLA's cache."""
+    flow, solve = CNF(mlp(2, (4,)), StandardNormal(2)), Solve(adjoint=adjoint, **settings)
+
+    def loss(flow, x):
+        return likelihood(flow, x, jr.key(0), solve=solve)[0]
+
+    text = eqx.filter_jit(eqx.filter_grad(loss)).lower(flow, jnp.ones((3, 2))).as_text()
+    assert "while" in text
+    assert "callback" not in text
