@@ -23,7 +23,7 @@ from experiments.image_fit import ImageLoop, Measure, learn_pictures
 from experiments.likelihood_settings import LikelihoodSettings, named
 from experiments.run_settings import WIDEST, preset
 from experiments.stages import Stage
-from jcnf import Exact, Hutchinson, distributions, fields, multiscale, objectives, train
+from jcnf import Exact, Hutchinson, distributions, fields, multiscale, objectives
 from jcnf.chain import Chain
 from jcnf.cnf import ODE, with_fields
 from jcnf.errors import InputError
@@ -158,7 +158,7 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
                     objectives.with_context(objective),
                     self.steps,
                     self.make_optimizer(self.steps, self.learning_rate),
-                    train.differentiator(self.make_solve()) if solved else train.by_reverse_mode,
+                    self.make_solve() if solved else None,
                     self.average,
                     self.batch,
                 )

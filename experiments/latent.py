@@ -156,7 +156,7 @@ class Latent(LoopSettings, SolveSettings):
             functools.partial(objective, solve=solve),
             self.steps,
             self.make_optimizer(self.steps, self.learning_rate),
-            train.differentiator(solve),
+            solve,
             self.average,
             self.batch,
         )

@@ -21,7 +21,7 @@ from experiments.image_fit import ImageLoop, learn_pictures
 from experiments.plane import PlaneLoop, ToySettings, learn
 from experiments.run_settings import LAYERS, TrainingSettings, preset
 from experiments.stages import Stage
-from jcnf import NICE, distributions, evaluate, objectives, train
+from jcnf import NICE, distributions, evaluate, objectives
 from jcnf.errors import InputError
 
 CALIBRATION = 10_000  # training pictures by which the flow is calibrated
@@ -80,7 +80,7 @@ class NICESettings(TrainingSettings):
                     objectives.likelihood,
                     self.steps,
                     self.make_optimizer(self.steps, self.learning_rate),
-                    train.by_reverse_mode,
+                    None,
                     self.average,
                     self.batch,
                 )

@@ -81,7 +81,7 @@ def run(settings: Reflow) -> None:
         objective,
         settings.reflow_steps,
         optimizer,
-        train.by_reverse_mode,
+        None,
         settings.average,
         settings.batch,
     )

@@ -13,7 +13,7 @@ from experiments.fields import FIELDS
 from experiments.likelihood_settings import LikelihoodSettings, named
 from experiments.run_settings import WIDEST, LoopSettings
 from experiments.stages import Stage
-from jcnf import CNF, couplings, distributions, fields, objectives, paths, times, train
+from jcnf import CNF, couplings, distributions, fields, objectives, paths, times
 from jcnf.errors import InputError
 
 # Settings, and what puts them to use: objectives, fields, divergences, penalties, bases, or a flag.
@@ -151,14 +151,14 @@ class FlowSettings(LikelihoodSettings):
         plan = [(self.objective, self.steps, self.learning_rate)]
         if self.finetune_steps:
             plan.append(("likelihood", self.finetune_steps, self.finetune_learning_rate))
-        solves = train.differentiator(self.make_solve())
+        solve = self.make_solve()
         return self.then_lbfgs(
             [
                 Stage(
                     objectives.with_context(table[name]),
                     steps,
                     self.make_optimizer(steps, rate),
-                    train.by_reverse_mode if name == "flow_matching" else solves,
+                    None if name == "flow_matching" else solve,
                     self.average,
                     self.batch,
                 )

@@ -130,7 +130,7 @@ class Spiral(LoopSettings, SolveSettings):
             functools.partial(objectives.trajectory_fit, solve=solve),
             self.steps,
             self.make_optimizer(self.steps, self.learning_rate),
-            train.differentiator(solve),
+            solve,
             self.average,
             self.batch,
         )

@@ -10,7 +10,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf import CNF, train
+from jcnf import CNF, Solve, train
 
 WARM_UP = 5  # steps before those that are timed
 STUCK = 50  # steps in a row without an update, after which training does not go on as it is
@@ -22,7 +22,7 @@ class Stage(NamedTuple):
     objective: train.Objective  # of a flow, a batch x or (x, context), and a key
     steps: int
     optimizer: optax.GradientTransformation
-    differentiate: Callable
+    solve: Solve | None  # of an objective that solves
     average: float  # decay of the parameters' moving average
     batch: int | None  # samples in a batch; None for all of a table
     fixed: bool = False  # whether every step has the same batch and the same noise
@@ -52,7 +52,7 @@ def compiled(
         draw_of(stage.batch),
         stage.optimizer,
         average=stage.average,
-        differentiate=stage.differentiate,
+        solve=stage.solve,
         fixed=stage.fixed,
         # An optimiser that sees the same again would do the same again.
         stuck=1 if stage.fixed else STUCK,

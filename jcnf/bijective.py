@@ -5,6 +5,7 @@ Equinox module a distrax object would break `eqx.filter`. distrax is imported by
 inside their functions.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -92,8 +93,8 @@ _METHODS = {"to_data": "forward", "to_base": "inverse"}
 
 
 def _stats(*values):
-    finite = jnp.all(jnp.isfinite(jnp.concatenate(values, axis=1)), axis=1)
-    return Stats(nfe=jnp.int32(1), steps=jnp.int32(0), rejected=jnp.int32(0), failed=~finite)
+    stats = Stats.unsolved(jnp.concatenate(values, axis=1))
+    return dataclasses.replace(stats, nfe=jnp.int32(1))
 
 
 def _checked(what, value, shape, dtype):

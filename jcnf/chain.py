@@ -68,7 +68,7 @@ class Composition(Bijection):
         solve: Solve,
     ) -> tuple[Float[Array, "batch dim"], Stats]:
         """Through one part after the other."""
-        total = _nothing(len(x))
+        total = Stats.unsolved(x)
         for _, part in self._in_order(direction):
             x, stats = part.carry(x, direction, _given(part, context), solve)
             total += stats
@@ -88,7 +88,7 @@ class Composition(Bijection):
         keys = self._keys(key)
         logdet = jnp.zeros(len(x), x.dtype)
         penalties = {r.__name__: logdet for r in regularizers}
-        total = _nothing(len(x))
+        total = Stats.unsolved(x)
         for i, part in self._in_order(direction):
             own, given = divergence.of_part(i), _given(part, context)
             end = part.carry_with_logdet(x, direction, keys[i], given, solve, own, regularizers)
@@ -130,8 +130,3 @@ class Chain(Composition, Flow):
 
 def _given(part, context):
     return None if part.context_dim == 0 else context
-
-
-def _nothing(batch):
-    zero = jnp.int32(0)
-    return Stats(nfe=zero, steps=zero, rejected=zero, failed=jnp.zeros(batch, bool))

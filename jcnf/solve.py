@@ -1,4 +1,4 @@
-"""How an ODE over a whole batch is solved: one frozen object; diffrax here and in `reversible`.
+"""How an ODE over a whole batch is solved: one frozen object over `runge_kutta` and diffrax.
 
 The batch is one ODE, never a `vmap` of solves: under `vmap` every sample waits for the slowest, the
 loop carries selects, and the backward pass holds one parameter cotangent per sample. Per-sample
@@ -6,6 +6,7 @@ accuracy is bought by the error norm instead: `norm="worst"`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jcnf import parallel, require, reversible
+from jcnf import parallel, require
+from jcnf.runge_kutta import (
+    March,
+    evaluations,
+    integrate_reversibly,
+    integrate_stepwise,
+    is_explicit,
+)
 
 MOST_STEPS = 1_000_000  # of a solve: memory for its checkpoints grows as their root
 
@@ -57,13 +65,14 @@ class Stats(eqx.Module):
     steps: Int[Array, ""]  # steps tried
     rejected: Int[Array, ""]  # of them, rejected
     failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
+    first_step: Float[Array, ""]  # what the next solve like it may take for `Solve.first_step`
 
     @classmethod
     def unsolved(cls, end: Float[Array, "batch dim"]) -> "Stats":
         """Of a map that solves nothing and ends there: samples that are not finite have failed."""
         zero = jnp.int32(0)
         failed = ~jnp.all(jnp.isfinite(end), axis=1)
-        return cls(nfe=zero, steps=zero, rejected=zero, failed=failed)
+        return cls(zero, zero, zero, failed, first_step=jnp.ones((), end.dtype))
 
     def __add__(self, other: "Stats") -> "Stats":
         """Of two solves, one after the other."""
@@ -72,6 +81,7 @@ class Stats(eqx.Module):
             steps=self.steps + other.steps,
             rejected=self.rejected + other.rejected,
             failed=self.failed | other.failed,
+            first_step=jnp.minimum(self.first_step, other.first_step),
         )
 
 
@@ -85,7 +95,9 @@ class Solve(eqx.Module):
       and penalties alike.
     - `step`: a fixed step in t instead, positive; the tolerances are then unused.
     - `adjoint`: how reverse mode goes through the solve. "checkpoint": discretise, then optimise,
-      with recursive checkpoints (Stumm & Walther 2010), exact; "direct": the same by plain
+      exact, from the states that were kept on the way (`jcnf.runge_kutta.stepwise`; for a
+      trajectory and for methods other than explicit Runge-Kutta ones, diffrax's recursive
+      checkpoints, Stumm & Walther 2010); "direct": the same by plain
       backpropagation through a bounded loop; "backsolve": the continuous adjoint (Chen et al.
       2018), constant memory, accurate to the tolerance, and the one that raises where its
       backward solve fails; "backsolve_seminorm": the same without error control on the
@@ -95,7 +107,8 @@ class Solve(eqx.Module):
     - `norm`: "batch" = RMS over batch and components; "worst" = the largest over the batch of
       each sample's RMS, so that every sample is within tolerance.
     - `max_steps`: the solve gives up after so many steps tried.
-    - `first_step`: the first step as a fraction of the interval.
+    - `first_step`: the first step as a fraction of the interval; as an array, it may change
+      without compiling anew. `Stats.first_step` is one for the next solve.
 
     **Raises:** `ValueError` for unknown names and for numbers out of range.
     """
@@ -107,7 +120,7 @@ class Solve(eqx.Module):
     adjoint: str | diffrax.AbstractAdjoint = "checkpoint"
     norm: str = "batch"
     max_steps: int = 1024
-    first_step: float = 0.1
+    first_step: float | Float[Array, ""] = 0.1
 
     def __check_init__(self):
         adjoints = (*_ADJOINTS, "reversible")
@@ -115,7 +128,8 @@ class Solve(eqx.Module):
         _known("adjoint", self.adjoint, adjoints, diffrax.AbstractAdjoint)
         _known("norm", self.norm, _NORMS, ())
         require.number("(0, inf)", rtol=self.rtol, atol=self.atol)
-        require.number("(0, 1]", first_step=self.first_step)
+        if not isinstance(self.first_step, jax.Array):
+            require.number("(0, 1]", first_step=self.first_step)
         if self.step is not None:
             require.number("(0, inf)", step=self.step)
         require.whole(1, MOST_STEPS, max_steps=self.max_steps)
@@ -153,12 +167,9 @@ class Solve(eqx.Module):
         )
 
     def evaluations(self, steps):
-        """Right-hand sides evaluated in so many steps of an explicit Runge-Kutta solver.
-
-        One more for each rejection of the very first step is not counted.
-        """
+        """Right-hand sides evaluated in so many steps of an explicit Runge-Kutta solver."""
         if self.adjoint == "reversible":
-            return steps * reversible.evaluations(self.diffrax_solver(), adaptive=self.step is None)
+            return steps * evaluations(self.diffrax_solver(), adaptive=self.step is None)
         tableau = getattr(self.diffrax_solver(), "tableau", None)
         if tableau is None:
             return steps
@@ -191,18 +202,30 @@ def integrate(
     """
     check_tolerance(solve, jax.tree.leaves(y0)[0].dtype)
     y0 = parallel.split_where_even(y0)
-    march = _march_reversibly if solve.adjoint == "reversible" else _march
     if solve.step is None:
         first = (t1 - t0) * solve.first_step
     else:
         first = solve.step * (jnp if isinstance(t1 - t0, Tracer) else np).sign(t1 - t0)
-    ys, last, t, steps, rejected = march(vector_field, y0, args, t0, t1, first, solve, times)
+    march = _marcher(solve, times)
+    ys, (last, t, steps, rejected, opening) = march(
+        vector_field, y0, args, t0, t1, first, solve, times
+    )
     return ys, Stats(
         nfe=solve.evaluations(steps),
         steps=steps,
         rejected=rejected,
         failed=_failed(vector_field, last, args, t, t1, first, solve),
+        first_step=jnp.minimum(opening / (t1 - t0), 1).astype(jnp.result_type(t)),
     )
+
+
+def _marcher(solve, times):
+    """What gives the states at `times`, or the last one, and a `March`."""
+    if solve.adjoint == "reversible":
+        return functools.partial(_march_explicitly, integrate_reversibly)
+    if solve.adjoint == "checkpoint" and times is None and is_explicit(solve.diffrax_solver()):
+        return functools.partial(_march_explicitly, integrate_stepwise)
+    return _march
 
 
 def check_tolerance(solve: Solve, dtype: Any) -> None:
@@ -222,7 +245,7 @@ def check_tolerance(solve: Solve, dtype: Any) -> None:
 
 
 def _march(vector_field, y0, args, t0, t1, first, solve, times):
-    """diffrax's solve: the states saved, the last state and its time, steps and rejections."""
+    """diffrax's solve: the states saved, and the `March`."""
     # Flat, for the adjoint state of a continuous adjoint may hold no empty tuple, as a field may.
     leaves, structure = jax.tree.flatten(args)
     dtype = jax.tree.leaves(y0)[0].dtype
@@ -249,15 +272,16 @@ def _march(vector_field, y0, args, t0, t1, first, solve, times):
     ts: Any = solution.ts
     count = jnp.sum(jnp.isfinite(ts)) - 1
     last, t = jax.tree.map(lambda rows: rows[count], (solution.ys, ts))
-    stats = (t, solution.stats["num_steps"], solution.stats["num_rejected_steps"])
+    tried, rejected = (solution.stats[f"num_{of}steps"] for of in ("", "rejected_"))
+    march = March(last, t, tried, rejected, opening=jnp.asarray(first))
     if times is None:
-        return last, last, *stats
+        return last, march
 
     def at_times(rows, last):
         reached = (jnp.arange(len(times)) < count).reshape(-1, *[1] * last.ndim)
         return jnp.where(reached, rows[:-1], last[None])
 
-    return jax.tree.map(at_times, solution.ys, last), last, *stats
+    return jax.tree.map(at_times, solution.ys, last), march
 
 
 class _OfLeaves(eqx.Module):
@@ -270,24 +294,27 @@ class _OfLeaves(eqx.Module):
         return self.vector_field(t, y, jax.tree.unflatten(self.structure, leaves))
 
 
-def _march_reversibly(vector_field, y0, args, t0, t1, first, solve, times):
+def _march_explicitly(
+    integrate_to_the_end, vector_field, y0, args, t0, t1, first, solve, times=None
+):
+    """An explicit Runge-Kutta method's solve by `runge_kutta`, which keeps the last state only."""
     if times is not None:
         raise ValueError(
-            "the 'reversible' adjoint keeps the end of a solve only: "
+            f"the {solve.adjoint!r} adjoint keeps the end of a solve only: "
             "use adjoint='checkpoint' for a trajectory"
         )
-    last, *stats = reversible.integrate_reversibly(
+    march = integrate_to_the_end(
         vector_field,
         y0,
         args,
         t0,
         t1,
-        jnp.asarray(first),
+        first,
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,
     )
-    return last, last, *stats
+    return march.y, march
 
 
 def _failed(vector_field, y, args, t, t1, first, solve):

@@ -4,6 +4,7 @@ Data order and noise derive from (key, step) alone, so that a run killed and res
 checkpoint ends bit for bit where the uninterrupted one does.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ class TrainState(eqx.Module):
     skipped: Int[Array, ""]  # of them, with an update that was not applied
     stuck: Int[Array, ""]  # the last ones in a row that were skipped
     rate: Float[Array, ""]  # a factor of the updates: under AdamW, of the learning rate
+    first_step: Float[Array, ""]  # of the next step's solve, as of `jcnf.Solve`
 
 
 class Totals(eqx.Module):
@@ -104,8 +106,9 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     if not jax.tree.leaves(params):
         raise ValueError(f"nothing to train in a {type(model).__name__}: bases are not trained")
     zero = jnp.zeros((), jnp.int32)
-    counts = {"step": zero, "skipped": zero, "stuck": zero, "rate": jnp.ones(())}
-    state = TrainState(params, params, optimizer.init(params), **counts)
+    counts = {"step": zero, "skipped": zero, "stuck": zero}
+    factors = {"rate": jnp.ones(()), "first_step": jnp.ones(())}
+    state = TrainState(params, params, optimizer.init(params), **counts, **factors)
     # The state is donated, so that no two of its leaves may share a buffer, with `model` or not.
     return jax.tree.map(jnp.copy, state)
 
@@ -116,14 +119,12 @@ def restart(
     """`state` with these parameters, their average too, and a fresh optimiser."""
     fresh = (params, params, optimizer.init(params))
     params, average, opt_state = jax.tree.map(jnp.copy, fresh)  # it is donated
-    return TrainState(
-        params,
-        average,
-        opt_state,
-        step=state.step,
-        skipped=state.skipped,
+    return dataclasses.replace(
+        state,
+        params=params,
+        average=average,
+        opt_state=opt_state,
         stuck=jnp.zeros_like(state.stuck),
-        rate=state.rate,
     )
 
 
@@ -204,7 +205,7 @@ def make_run(
     optimizer: optax.GradientTransformation,
     *,
     average: float = 0.999,
-    differentiate: Callable = by_reverse_mode,
+    solve: Solve | None = None,
     fixed: bool = False,
     stuck: int | None = None,
 ) -> jax.stages.Wrapped:
@@ -215,9 +216,13 @@ def make_run(
     `draw_batch(key, data)` gives a batch inside the compiled program and
     `objective(model, batch, key)` its loss, of a flow or of whatever is trained. `average` is the
     decay of the parameters' moving average, lower at first: min(average, (1 + step) / (10 + step)).
-    `differentiate` is what `differentiator` gives for the objective's solve. With `fixed`, every
-    step has the same batch and the same noise, as an optimiser with a line search (`optax.lbfgs`)
-    needs, and the rate of the state is not heeded.
+    With `fixed`, every step has the same batch and the same noise, as an optimiser with a line
+    search (`optax.lbfgs`) needs, and the rate of the state is not heeded.
+
+    An objective that solves is given `solve` if that is: `objective(model, batch, key,
+    solve=solve)`, by forward mode where its adjoint is "forward". Each step's solve then starts
+    with the step size that the one before found to be right, `Stats.first_step`, which is to be
+    among the metrics; not so with `fixed`.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
     counted. `means(totals)` gives the means over the updates applied of the objective's metrics,
@@ -230,11 +235,19 @@ def make_run(
         "a function of (model, batch, key), as jcnf.objectives has", objective=objective
     )
     require.function("a function of (key, data), as draw_rows(64) is", draw_batch=draw_batch)
-    require.function("what `differentiator(solve)` gives", differentiate=differentiate)
+    if solve is not None:
+        require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
     require.number("[0, 1)", average=average)
     _check_optimizer(optimizer)
     _, static = partition(model)
     optimizer = optax.with_extra_args_support(optimizer)
+    differentiate = by_reverse_mode if solve is None else differentiator(solve)
+
+    def settings(state):
+        if solve is None or fixed:
+            return {} if solve is None else {"solve": solve}
+        first_step = jnp.where(state.step == 0, solve.first_step, state.first_step)
+        return {"solve": dataclasses.replace(solve, first_step=first_step)}
 
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
@@ -243,7 +256,7 @@ def make_run(
         batch = parallel.split(draw_batch(batch_key, data))
 
         def loss_of(params):
-            return objective(eqx.combine(params, static), batch, noise_key)
+            return objective(eqx.combine(params, static), batch, noise_key, **settings(state))
 
         def value_of(params):  # for a line search, which must not go where solves fail
             loss, metrics = loss_of(params)
@@ -251,6 +264,7 @@ def make_run(
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
         metrics, failed, bad_loss = dict(metrics), jnp.asarray(False), ~jnp.isfinite(loss)
+        first_step = jnp.asarray(metrics.pop("first_step", state.first_step))
         if "failed" in metrics:
             failed = metrics.pop("failed")
             # A solve that failed took all its steps: there is no point in going back through them.
@@ -284,6 +298,7 @@ def make_run(
             skipped=state.skipped + jnp.where(good, 0, 1),
             stuck=jnp.where(good, 0, state.stuck + 1),
             rate=state.rate,
+            first_step=jnp.where(good, first_step.astype(state.first_step.dtype), state.first_step),
         )
         return parallel.everywhere(after), Totals(
             {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},

@@ -159,16 +159,14 @@ def _by_intervals(field, x, times, context, solve):
         def go_on():
             x, stats = carry
             x, more = through(x, *interval)
-            return x, jax.tree.map(lambda a, b: a + b.astype(a.dtype), stats, more)
+            return x, jax.tree.map(lambda a, b: b.astype(a.dtype), stats, stats + more)
 
         # No sample starts where one could not arrive.
         carry = jax.lax.cond(jnp.any(carry[1].failed), lambda: carry, go_on)
         return carry, carry[0]
 
-    zero = jnp.zeros((), jnp.int32)
-    nothing = Stats(nfe=zero, steps=zero, rejected=zero, failed=jnp.zeros(len(x), bool))
     intervals = (times[:-1], jnp.diff(times, axis=0))
-    (_, stats), xs = jax.lax.scan(step, (x, nothing), intervals)
+    (_, stats), xs = jax.lax.scan(step, (x, Stats.unsolved(x)), intervals)
     return jnp.concatenate([x[None], xs]), stats
 
 

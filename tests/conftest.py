@@ -26,7 +26,7 @@ CORE = [
     "divergence",
     "regularizers",
     "distributions",
-    "reversible",
+    "runge_kutta",
     "solve",
     "pixels",
     "flow",

@@ -48,7 +48,9 @@ class ClosedForm(Flow):
         else:
             end = (x - shift) @ jnp.linalg.inv(self.propagator).T
         zero = jnp.zeros((), int)
-        return end, Stats(zero, zero, zero, jnp.broadcast_to(self.fails, x.shape[:1]))
+        return end, Stats(
+            zero, zero, zero, jnp.broadcast_to(self.fails, x.shape[:1]), first_step=jnp.ones(())
+        )
 
     def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):
         end, stats = self.carry(x, direction, context, solve)

@@ -45,9 +45,7 @@ class Settings(LoopSettings):
 
     def make_stages(self):
         """Two of different optimisers."""
-        first = Stage(
-            squares, self.steps, optax.adam(0.1), train.by_reverse_mode, average=0.9, batch=8
-        )
+        first = Stage(squares, self.steps, optax.adam(0.1), None, average=0.9, batch=8)
         return [first, first._replace(optimizer=optax.sgd(0.01), steps=self.steps // 2)]
 
 

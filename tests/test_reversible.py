@@ -16,7 +16,7 @@ from helpers import MATRIX, astype
 from jax.flatten_util import ravel_pytree
 from scipy import linalg
 
-from jcnf.reversible import _march, _Scheme, _walk_back, integrate_reversibly
+from jcnf.runge_kutta.reversible import _march, _Scheme, _walk_back, integrate_reversibly
 from jcnf.solve import SOLVERS, _batch_norm
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
@@ -170,8 +170,9 @@ def test_walking_back_finds_the_start_and_every_rejected_step_is_passed_over():
     @jax.jit
     def there_and_back(t0, t1):
         first = (t1 - t0) / 40
-        loop = _march(START, ARGS, scheme, t0, t1, first, Scripted(), 64)
-        back = _walk_back(scheme, loop.times, loop.accepted, loop.y, loop.z, loop.y, None, ARGS)
+        loop = _march((START, ARGS), scheme, t0, t1, first, Scripted(), 64)
+        y, z = loop.state
+        back = _walk_back(scheme, loop.times, loop.accepted, y, z, y, None, ARGS)
         return loop, back
 
     for ends in ((0.2, 3.0), (3.0, 0.2)):
@@ -181,7 +182,7 @@ def test_walking_back_finds_the_start_and_every_rejected_step_is_passed_over():
         assert np.all(np.diff(times) * (ends[1] - ends[0]) > 0)
         assert 0 < int(loop.accepted) < int(loop.steps)
         assert_close((y, z), (START, START), rtol=1e-10)
-        assert np.max(np.abs(loop.y["x"] - START["x"])) > 0.1
+        assert np.max(np.abs(loop.state[0]["x"] - START["x"])) > 0.1
 
 
 def test_gradient_through_rejected_steps_is_the_finite_difference():

@@ -1,6 +1,7 @@
 """The programs of jcnf that are timed, and JAX programs of other kinds in the same surroundings."""
 
 import dataclasses
+import functools
 import time
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from jcnf import objectives, train
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
+SETTLING = 8  # steps until the first step of a solve, carried from one to the next, has settled
 
 
 def training_step(case: Case, objective: train.Objective | None = None, **settings) -> Program:
@@ -22,17 +24,14 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
     Without one it is likelihood under the case's solve and `settings`. The weights stay where they
     are, for every step is the same work: the factor of the updates is 0.
     """
+    solve = None
     if objective is None:
         solve = settings.pop("solve", case.solve)
-
-        def likelihood(flow, x, key):
-            return objectives.likelihood(flow, x, key, solve=solve, **settings)
-
-        objective = likelihood
+        objective = functools.partial(objectives.likelihood, **settings)
     optimizer = optax.adam(LEARNING_RATE)
     state = train.init(case.flow, optimizer)
     state = dataclasses.replace(state, rate=0 * state.rate)
-    run = train.make_run(case.flow, objective, lambda key, x: x, optimizer)
+    run = train.make_run(case.flow, objective, lambda key, x: x, optimizer, solve=solve)
     x, key, taken = case.x, jr.key(0), 0
     tic = time.perf_counter()
     compiled = run.lower(state, x, key, 0).compile()
@@ -44,7 +43,8 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
         state, totals = jax.block_until_ready(compiled(state, x, key, taken))
         return totals
 
-    totals = train.means(step())
+    for _ in range(SETTLING):
+        totals = train.means(step())
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     return Program(step, figures | {"compile_s": seconds} | temporary_memory(compiled))
 

@@ -96,17 +96,20 @@ def matching(seed: int) -> Learner:
 def ffjord(seed: int) -> Learner:
     """Likelihood at FFJORD's settings, but for its end time, which stays."""
 
-    def likelihood(flow, x, key):
-        return objectives.likelihood(flow, x, key, solve=SOLVE)
-
     optimizer = optax.chain(optax.add_decayed_weights(FFJORD_DECAY), optax.adam(1e-3))
-    return _learner(CASES["toy"](0).flow, likelihood, FFJORD_BATCH, optimizer, 0.0, seed)
+    flow = CASES["toy"](0).flow
+    return _learner(flow, objectives.likelihood, FFJORD_BATCH, optimizer, 0.0, seed, SOLVE)
 
 
-def _learner(flow, objective, batch, optimizer, average, seed):
+def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
     data, key = toy(DATA), jr.key(seed)
     run = train.make_run(
-        flow, objective, lambda key, _: data.sample(key, batch), optimizer, average=average
+        flow,
+        objective,
+        lambda key, _: data.sample(key, batch),
+        optimizer,
+        average=average,
+        solve=solve,
     )
     state = train.init(flow, optimizer)
     run = run.lower(state, None, key, 0).compile()

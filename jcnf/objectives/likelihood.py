@@ -13,11 +13,11 @@ from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeChange
 from jcnf.flow import Flow, Transformed, transform
-from jcnf.solve import Solve
+from jcnf.solve import Solve, Stats
 
 # Names of metrics, of objectives and of `jcnf.train`.
 RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
-RESERVED |= {"nfe", "failed", "loss", "grad_norm", "skipped"}
+RESERVED |= {"nfe", "failed", "first_step", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(
@@ -36,8 +36,8 @@ def likelihood(
     `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights. With `steer` = b > 0
     the base is at a time drawn from (-b, b), one for the batch, in place of 0 (STEER, Ghosh et al.
     2020, whose end is the base's). `key` is consumed once, by a stochastic divergence and by
-    `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe" and
-    "failed".
+    `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe",
+    "failed" and "first_step".
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
@@ -86,5 +86,10 @@ def penalised(
     """The loss `value` plus weighted penalties, and the metrics: these, and the solve's."""
     means = {penalty: jnp.mean(values) for penalty, values in result.penalties.items()}
     loss = value + sum(weight * means[r.__name__] for r, weight in penalties.items())
-    stats = {"nfe": result.stats.nfe, "failed": jnp.any(result.stats.failed)}
-    return loss, {name: value, **means, **stats}
+    return loss, {name: value, **means, **costs(result.stats)}
+
+
+def costs(stats: Stats) -> dict[str, Array]:
+    """What `jcnf.train` is told of a solve: "nfe", "failed" and "first_step"."""
+    failed = jnp.any(stats.failed)
+    return {"nfe": stats.nfe, "failed": failed, "first_step": stats.first_step}

@@ -5,11 +5,15 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.flow import Flow
+from jcnf.solve import Solve
+
+_MERGED = {"failed": operator.or_, "first_step": jnp.minimum}
 
 
 def mixed(
@@ -18,12 +22,14 @@ def mixed(
     key: Key[Array, ""],
     *,
     weights: Mapping[Callable, float],
+    solve: Solve | None = None,
     **settings: Any,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The weighted sum of objectives on one batch: flow matching together with likelihood, say.
 
     `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
-    all. `key` is split among them. The metrics are those of all; "failed" where any failed.
+    all. `solve` takes the place of one that is bound. `key` is split among them. The metrics are
+    those of all; "failed" where any failed, and the least "first_step".
 
     **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
     two have a metric of one name.
@@ -38,14 +44,15 @@ def mixed(
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True
     ):
-        value, more = objective(flow, x, key_of, **settings)
-        twice = (metrics.keys() & more.keys()) - {"failed"}
+        solves = solve is not None and "solve" in getattr(objective, "keywords", {})
+        own = {"solve": solve} if solves else {}
+        value, more = objective(flow, x, key_of, **settings, **own)
+        twice = (metrics.keys() & more.keys()) - _MERGED.keys()
         if twice:
             raise ValueError(
                 f"two objectives have a metric of one name: {', '.join(sorted(twice))}"
             )
-        if "failed" in metrics and "failed" in more:
-            more = more | {"failed": metrics["failed"] | more["failed"]}
+        both = {n: _MERGED[n](metrics[n], more[n]) for n in metrics.keys() & more.keys()}
         losses.append(weight * value)
-        metrics = metrics | more
+        metrics = metrics | more | both
     return functools.reduce(operator.add, losses), metrics

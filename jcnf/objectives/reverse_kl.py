@@ -34,7 +34,8 @@ def reverse_kl(
     `energy(x)`, or `energy(x, context)` where there is a context, maps a batch (batch, dim) to U in
     nats, (batch,). `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights.
     `key` is consumed once, by a stochastic divergence only. The metrics are "reverse_kl", the mean
-    without penalties, each penalty's mean by the name of its function, "nfe" and "failed".
+    without penalties, each penalty's mean by the name of its function, "nfe", "failed" and
+    "first_step".
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for energies of another shape.
     """

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jcnf import require
 from jcnf.cnf import CNF
+from jcnf.objectives.likelihood import costs
 from jcnf.solve import Solve
 from jcnf.trajectories import solve_trajectory
 
@@ -35,7 +36,8 @@ def trajectory_fit(
 
     The mean is over the rows `observed` and their components, in the units of the values squared;
     a window of n rows has n - 1, for its start is given. `field` is as in `jcnf.trajectory`; no
-    `key` is consumed. The metrics are "rmse" (the root), "nfe" and "failed".
+    `key` is consumed. The metrics are "rmse" (the root), "nfe", "failed" and
+    "first_step".
 
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """
@@ -52,7 +54,7 @@ def trajectory_fit(
     squares = jnp.mean((xs - values) ** 2, axis=2)
     number = jnp.maximum(jnp.sum(observed), 1).astype(xs.dtype)
     loss = jnp.sum(jnp.where(observed, squares, 0)) / number
-    return loss, {"rmse": jnp.sqrt(loss), "nfe": stats.nfe, "failed": jnp.any(stats.failed)}
+    return loss, {"rmse": jnp.sqrt(loss), **costs(stats)}
 
 
 def draw_windows(

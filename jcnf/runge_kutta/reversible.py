@@ -14,22 +14,17 @@ the gradient of the very numbers that the forward pass computed.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-# Euler's method, whose error is taken to be half its difference to Heun's second stage.
-_EULER = diffrax.ButcherTableau(
-    c=np.array([1.0]),
-    a_lower=(np.array([1.0]),),
-    b_sol=np.array([1.0, 0.0]),
-    b_error=np.array([0.5, -0.5]),
-)
+from jcnf.runge_kutta.march import March, march, outcome
+from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
 
 
 def integrate_reversibly(
@@ -44,7 +39,7 @@ def integrate_reversibly(
     controller: diffrax.AbstractStepSizeController,
     max_steps: int,
     coupling: float = 0.999,
-) -> tuple[Any, Float[Array, ""], Int[Array, ""], Int[Array, ""]]:
+) -> March:
     """The state at `t1`, and how the solve went. Differentiable in `y0` and `args`, once.
 
     With s stages that reach the solution (6 of dopri5's 7), a step tried costs 2 s evaluations of
@@ -67,13 +62,11 @@ def integrate_reversibly(
     - `max_steps`: the solve gives up after so many steps tried.
     - `coupling`: lam.
 
-    **Returns:** y, the time it is at, steps tried, and those rejected. The time is short of `t1`
-    where the controller or `max_steps` ended the solve, at its last accepted state.
-
     **Raises:** `ValueError` for another kind of solver, and for a coupling out of range.
     """
     if not 0 < coupling <= 1:
         raise ValueError(f"coupling must be above 0 and at most 1; got {coupling}")
+    tableau_of(solver)
     scheme = _Scheme(vector_field, solver, coupling)
     y0 = jax.tree.map(jnp.asarray, y0)
     dtype = jnp.result_type(t0, t1)
@@ -83,21 +76,9 @@ def integrate_reversibly(
 
 def evaluations(solver: diffrax.AbstractSolver, *, adaptive: bool) -> int:
     """Evaluations of the field in a step tried."""
-    tableau = _tableau(solver)
-    solution, error = (
-        int(np.max(np.flatnonzero(weights), initial=-1)) + 1
-        for weights in (tableau.b_sol, tableau.b_error)
-    )
+    tableau = tableau_of(solver)
+    solution, error = stages(tableau.b_sol), stages(tableau.b_error)
     return 2 * solution + (max(error - solution, 0) if adaptive else 0)
-
-
-def _tableau(solver):
-    match solver:
-        case diffrax.Euler():
-            return _EULER
-        case diffrax.AbstractERK(tableau=diffrax.ButcherTableau() as tableau):
-            return tableau
-    raise ValueError(f"a reversible solve needs an explicit Runge-Kutta method; got {solver}")
 
 
 class _Scheme(eqx.Module):
@@ -110,24 +91,29 @@ class _Scheme(eqx.Module):
     @property
     def tableau(self):
         """The base method's coefficients."""
-        return _tableau(self.solver)
+        return tableau_of(self.solver)
 
     def sums(self, t, h, y, args, *weights):
         """h sum_i w_i k_i for each of `weights`, over the slopes k_i that any of them needs."""
-        last = np.flatnonzero(np.any(weights, axis=0))[-1]
-        slopes = [self.vector_field(t, y, args)]
-        for row, node in zip(self.tableau.a_lower[:last], self.tableau.c, strict=False):
-            stage = jax.tree.map(jnp.add, y, _sum(h, row, slopes))
-            slopes.append(self.vector_field(t + float(node) * h, stage, args))
-        return [_sum(h, w, slopes) for w in weights]
+        needed = max(stages(w) for w in weights)
+        slopes = slopes_of(self.vector_field, self.tableau, t, h, y, args, needed)
+        return [weighted(h, w, slopes) for w in weights]
 
-    def step(self, t, t_next, y, z, args):
-        """y, z at `t_next`, and the embedded error of Psi_h."""
-        lam, b = self.coupling, self.tableau.b_sol
+    def step(self, t, t_next, state, args):
+        """(y, z) at `t_next`, and the embedded error of Psi_h."""
+        (y, z), lam, b = state, self.coupling, self.tableau.b_sol
         psi, error = self.sums(t, t_next - t, z, args, b, self.tableau.b_error)
         y = jax.tree.map(lambda y, z, p: lam * y + (1 - lam) * z + p, y, z, psi)
         [psi] = self.sums(t_next, t - t_next, y, args, b)
-        return y, jax.tree.map(jnp.subtract, z, psi), error
+        return (y, jax.tree.map(jnp.subtract, z, psi)), error
+
+    def seen(self, state):
+        """y, NaN where it or z is not finite."""
+        return jax.tree.map(lambda y, z: jnp.where(jnp.isfinite(y + z), y, jnp.nan), *state)
+
+    def kept(self, kept, number, state):
+        """Nothing: the steps are walked back."""
+        return None
 
     def pull_back(self, t, t_next, y, z, y_bar, z_bar, moving, still):
         """y, z at `t` from those at `t_next`, their cotangents, and the step's to `moving`.
@@ -152,97 +138,28 @@ class _Scheme(eqx.Module):
         return y, z, y_bar, z_bar, jax.tree.map(jnp.add, moving_bar, moving_more)
 
 
-def _sum(h, weights, slopes):
-    # A weight of zero costs nothing; those past the last slope are zero.
-    used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w != 0]
-    if not used:  # the error of a solver that estimates none
-        return jax.tree.map(jnp.zeros_like, slopes[0])
-    weights, slopes = zip(*used, strict=True)
-
-    def leaf(*ks):
-        return h.astype(ks[0].dtype) * sum(w * k for w, k in zip(weights, ks, strict=True))
-
-    return jax.tree.map(leaf, *slopes)
-
-
-class _Loop(NamedTuple):
-    y: Any
-    z: Any
-    times: Float[Array, " max_steps_and_1"]  # of the accepted steps
-    end: Float[Array, ""]  # of the step to be tried
-    control: Any
-    steps: Int[Array, ""]
-    accepted: Int[Array, ""]
-    going: Bool[Array, ""]
-
-
-def _march(y0, args, scheme, t0, t1, first, controller, max_steps) -> _Loop:
-    """The loop over steps, after its last."""
-    # Controllers know time that increases.
-    direction = jnp.where(t0 <= t1, 1, -1)
-    controller = controller.wrap(direction)
-    term = diffrax.ODETerm(scheme.vector_field)
-    order = scheme.solver.error_order(term)
-    # A step that leaves next to nothing to go goes all the way.
-    ulp = float(jnp.finfo(t1.dtype).eps) * jnp.maximum(jnp.abs(t0), jnp.abs(t1))
-    almost = direction * t1 - 100 * ulp
-
-    def towards(end):
-        return jnp.where(end > almost, t1, direction * end)
-
-    def condition(loop):
-        short = direction * loop.times[loop.accepted] < direction * t1
-        return loop.going & short & (loop.steps < max_steps)
-
-    def body(loop):
-        start, end = loop.times[loop.accepted], loop.end
-        y, z, error = scheme.step(start, end, loop.y, loop.z, args)
-        seen = jax.tree.map(lambda y, z: jnp.where(jnp.isfinite(y + z), y, jnp.nan), y, z)
-        error = jax.tree.map(lambda y, e: jnp.where(jnp.isfinite(y + e), e, jnp.inf), seen, error)
-        keep, _, end_next, _, control, result = controller.adapt_step_size(
-            direction * start, direction * end, loop.y, seen, args, error, order, loop.control
-        )
-        y, z = jax.tree.map(partial(jnp.where, keep), (y, z), (loop.y, loop.z))
-        return _Loop(
-            y=y,
-            z=z,
-            times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
-            end=towards(end_next),
-            control=control,
-            steps=loop.steps + 1,
-            accepted=loop.accepted + jnp.where(keep, 1, 0),
-            going=diffrax.is_successful(result),
-        )
-
-    end, control = controller.init(
-        term, direction * t0, direction * t1, y0, direction * first, args, scheme.solver.func, order
-    )
-    times = jnp.zeros(max_steps + 1, t0.dtype).at[0].set(t0)
-    zero = jnp.zeros((), jnp.int32)
-    start = _Loop(y0, y0, times, towards(end), control, zero, zero, jnp.asarray(True))
-    return jax.lax.while_loop(condition, body, start)
-
-
-def _outcome(loop):
-    return loop.y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted
+def _march(y0_and_args, scheme, *settings):
+    y0, args = y0_and_args
+    return march(scheme, (y0, y0), None, args, *settings)
 
 
 @eqx.filter_custom_vjp
 def _solve(y0_and_args, *settings):
-    return _outcome(_march(*y0_and_args, *settings))
+    loop = _march(y0_and_args, *settings)
+    return outcome(loop.state[0], loop)
 
 
 @_solve.def_fwd
 def _solve_forwards(perturbed, y0_and_args, *settings):
-    loop = _march(*y0_and_args, *settings)
-    return _outcome(loop), (loop.y, loop.z, loop.times, loop.accepted)
+    loop = _march(y0_and_args, *settings)
+    return outcome(loop.state[0], loop), (*loop.state, loop.times, loop.accepted)
 
 
 @_solve.def_bwd
 def _solve_backwards(residuals, cotangents, perturbed, y0_and_args, scheme, *settings):
     y, z, times, accepted = residuals
     moving, still = eqx.partition(y0_and_args[1], perturbed[1])
-    y_bar = jax.tree.map(lambda y, g: jnp.zeros_like(y) if g is None else g, y, cotangents[0])
+    y_bar = jax.tree.map(lambda y, g: jnp.zeros_like(y) if g is None else g, y, cotangents.y)
     _, _, y_bar, moving_bar = _walk_back(scheme, times, accepted, y, z, y_bar, moving, still)
     return y_bar, moving_bar
 

@@ -1,0 +1,126 @@
+"""The loop over steps that a controller accepts or rejects, for any scheme that takes a step."""
+
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Scheme(Protocol):
+    """What takes the steps of a solve. Its state is any pytree."""
+
+    solver: diffrax.AbstractSolver
+    vector_field: Any
+
+    def step(self, t, t_next, state, args) -> tuple[Any, Any]:
+        """The state at `t_next`, and an estimate of y's error."""
+        ...
+
+    def seen(self, state) -> Any:
+        """y, NaN where the state is not finite: what the controller sees."""
+        ...
+
+    def kept(self, kept, number, state) -> Any:
+        """What is kept for the way back, of the states until that after step `number`."""
+        ...
+
+
+class Loop(NamedTuple):
+    """Where a solve is."""
+
+    state: Any
+    kept: Any
+    times: Float[Array, " max_steps_and_1"]  # of the accepted steps
+    end: Float[Array, ""]  # of the step to be tried
+    control: Any
+    opening: Float[Array, ""]  # what the controller made of the first step that was accepted
+    steps: Int[Array, ""]
+    accepted: Int[Array, ""]
+    going: Bool[Array, ""]
+
+
+def march(
+    scheme: Scheme,
+    state: Any,
+    kept: Any,
+    args: Any,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    first: Float[Array, ""],
+    controller: diffrax.AbstractStepSizeController,
+    max_steps: int,
+) -> Loop:
+    """The loop after its last step. It is at `times[accepted]`, short of t1 where it was ended."""
+    # Controllers know time that increases.
+    direction = jnp.where(t0 <= t1, 1, -1)
+    controller = controller.wrap(direction)
+    term = diffrax.ODETerm(scheme.vector_field)
+    order = scheme.solver.error_order(term)
+    # A step that leaves next to nothing to go goes all the way.
+    ulp = float(jnp.finfo(t1.dtype).eps) * jnp.maximum(jnp.abs(t0), jnp.abs(t1))
+    almost = direction * t1 - 100 * ulp
+
+    def towards(end):
+        return jnp.where(end > almost, t1, direction * end)
+
+    def condition(loop):
+        short = direction * loop.times[loop.accepted] < direction * t1
+        return loop.going & short & (loop.steps < max_steps)
+
+    def body(loop):
+        start, end = loop.times[loop.accepted], loop.end
+        kept = scheme.kept(loop.kept, loop.accepted, loop.state)
+        state, error = scheme.step(start, end, loop.state, args)
+        seen = scheme.seen(state)
+        error = jax.tree.map(lambda y, e: jnp.where(jnp.isfinite(y + e), e, jnp.inf), seen, error)
+        keep, _, end_next, _, control, result = controller.adapt_step_size(
+            direction * start,
+            direction * end,
+            scheme.seen(loop.state),
+            seen,
+            args,
+            error,
+            order,
+            loop.control,
+        )
+        opened = keep & (loop.accepted == 0)
+        return Loop(
+            state=jax.tree.map(partial(jnp.where, keep), state, loop.state),
+            kept=kept,
+            times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
+            end=towards(end_next),
+            control=control,
+            opening=jnp.where(opened, direction * end_next - end, loop.opening),
+            steps=loop.steps + 1,
+            accepted=loop.accepted + jnp.where(keep, 1, 0),
+            going=diffrax.is_successful(result),
+        )
+
+    y0 = scheme.seen(state)
+    end, control = controller.init(
+        term, direction * t0, direction * t1, y0, direction * first, args, scheme.solver.func, order
+    )
+    times = jnp.zeros(max_steps + 1, t0.dtype).at[0].set(t0)
+    zero = jnp.zeros((), jnp.int32)
+    start = Loop(
+        state, kept, times, towards(end), control, first, zero, zero, going=jnp.asarray(True)
+    )
+    return jax.lax.while_loop(condition, body, start)
+
+
+class March(NamedTuple):
+    """How a solve went."""
+
+    y: Any  # the last finite state
+    t: Float[Array, ""]  # where it is: t1, or the last accepted step of a solve that was ended
+    steps: Int[Array, ""]  # tried
+    rejected: Int[Array, ""]
+    opening: Float[Array, ""]  # a first step for the next solve like this, with its sign
+
+
+def outcome(y: Any, loop: Loop) -> March:
+    """Of a loop that ended, with y in its state."""
+    return March(y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted, loop.opening)
