@@ -1,31 +1,41 @@
 """The loop over steps that a controller accepts or rejects, for any scheme that takes a step."""
 
+from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jcnf.runge_kutta.tableaus import tableau_of
 
-class Scheme(Protocol):
+
+class Scheme(eqx.Module):
     """What takes the steps of a solve. Its state is any pytree."""
 
+    vector_field: Callable[..., Any]
     solver: diffrax.AbstractSolver
-    vector_field: Any
 
+    @property
+    def tableau(self) -> diffrax.ButcherTableau:
+        """The method's coefficients."""
+        return tableau_of(self.solver)
+
+    @abstractmethod
     def step(self, t, t_next, state, args) -> tuple[Any, Any]:
         """The state at `t_next`, and an estimate of y's error."""
-        ...
 
+    @abstractmethod
     def seen(self, state) -> Any:
         """y, NaN where the state is not finite: what the controller sees."""
-        ...
 
     def kept(self, kept, number, state) -> Any:
-        """What is kept for the way back, of the states until that after step `number`."""
-        ...
+        """What is kept for the way back, with the state that step `number` starts from."""
+        return kept
 
 
 class Loop(NamedTuple):

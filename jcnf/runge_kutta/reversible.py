@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jcnf.runge_kutta.march import March, march, outcome
+from jcnf.runge_kutta.march import March, Scheme, march, outcome
 from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
 
 
@@ -81,17 +81,10 @@ def evaluations(solver: diffrax.AbstractSolver, *, adaptive: bool) -> int:
     return 2 * solution + (max(error - solution, 0) if adaptive else 0)
 
 
-class _Scheme(eqx.Module):
-    """One reversible step over a base method, forwards and backwards."""
+class _Scheme(Scheme):
+    """One reversible step over a base method, forwards and backwards. Its state is (y, z)."""
 
-    vector_field: Callable[..., Any]
-    solver: diffrax.AbstractSolver
     coupling: float = eqx.field(static=True)
-
-    @property
-    def tableau(self):
-        """The base method's coefficients."""
-        return tableau_of(self.solver)
 
     def sums(self, t, h, y, args, *weights):
         """h sum_i w_i k_i for each of `weights`, over the slopes k_i that any of them needs."""
@@ -110,10 +103,6 @@ class _Scheme(eqx.Module):
     def seen(self, state):
         """y, NaN where it or z is not finite."""
         return jax.tree.map(lambda y, z: jnp.where(jnp.isfinite(y + z), y, jnp.nan), *state)
-
-    def kept(self, kept, number, state):
-        """Nothing: the steps are walked back."""
-        return None
 
     def pull_back(self, t, t_next, y, z, y_bar, z_bar, moving, still):
         """y, z at `t` from those at `t_next`, their cotangents, and the step's to `moving`.

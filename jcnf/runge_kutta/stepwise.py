@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jcnf.runge_kutta.march import March, march, outcome
+from jcnf.runge_kutta.march import March, Scheme, march, outcome
 from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
 
 STATES = 32  # kept, an even number; of `max_steps`, the square root costs no more memory
@@ -67,17 +67,10 @@ class _Kept(NamedTuple):
     stride: Int[Array, ""]
 
 
-class _Scheme(eqx.Module):
+class _Scheme(Scheme):
     """Steps of a method from (y, k), with k = None, or f(t, y) where it is a step's last slope."""
 
-    vector_field: Callable[..., Any]
-    solver: diffrax.AbstractSolver
     keeps: bool = eqx.field(static=True)
-
-    @property
-    def tableau(self):
-        """The method's coefficients."""
-        return tableau_of(self.solver)
 
     def start(self, t, y, args):
         """The state that y at `t` is."""
