@@ -309,7 +309,7 @@ def _march_explicitly(
         args,
         t0,
         t1,
-        first,
+        jnp.asarray(first),
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,

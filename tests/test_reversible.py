@@ -93,7 +93,7 @@ def solve(field, y0, args, t0, t1, first, solver="dopri5", controller=FIXED, max
         solver=SOLVERS[solver](),
         controller=controller,
         max_steps=max_steps,
-    )
+    )[:4]
 
 
 def total(state):
