@@ -72,22 +72,27 @@ class _Scheme(Scheme):
 
     keeps: bool = eqx.field(static=True)
 
+    @property
+    def reuses(self):
+        """Whether a step's last slope is the next one's first."""
+        return self.tableau.fsal and stages(self.tableau.b_sol) > 1
+
     def start(self, t, y, args):
         """The state that y at `t` is."""
-        return y, self.vector_field(t, y, args) if self.tableau.fsal else None
+        return y, self.vector_field(t, y, args) if self.reuses else None
 
     def step(self, t, t_next, state, args):
         """The state at `t_next`, and the embedded error."""
         (y, first), h, tableau = state, t_next - t, self.tableau
         needed = stages(tableau.b_sol)
-        if not tableau.fsal:
+        if not self.reuses:
             needed = max(needed, stages(tableau.b_error))
         slopes = slopes_of(self.vector_field, tableau, t, h, y, args, needed, first)
         y = jax.tree.map(jnp.add, y, weighted(h, tableau.b_sol, slopes))
-        if tableau.fsal:
+        if self.reuses:
             slopes.append(self.vector_field(t_next, y, args))
         error = weighted(h, tableau.b_error, slopes)
-        return (y, slopes[-1] if tableau.fsal else None), error
+        return (y, slopes[-1] if self.reuses else None), error
 
     def seen(self, state):
         """y."""
@@ -158,7 +163,7 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_and_args, scheme, t0, 
         return state_bar, jax.tree.map(jnp.add, moving_bar, more)
 
     y_bar = jax.tree.map(lambda y, g: jnp.zeros_like(y) if g is None else g, y0, cotangents.y)
-    slope_bar = jax.tree.map(jnp.zeros_like, y_bar) if scheme.tableau.fsal else None
+    slope_bar = jax.tree.map(jnp.zeros_like, y_bar) if scheme.reuses else None
     bars = (y_bar, slope_bar), jax.tree.map(jnp.zeros_like, moving)
     state_bar, moving_bar = _walk_back(kept, accepted, len(times) - 1, bars, step, pull, moving)
     y_bar, more = jax.vjp(start, y0, moving)[1](state_bar)
