@@ -26,6 +26,13 @@ from jaxtyping import Array, Float
 from jcnf.runge_kutta.march import March, Scheme, march, outcome
 from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
 
+_EULER = diffrax.ButcherTableau(
+    c=np.array([1.0]),
+    a_lower=(np.array([1.0]),),
+    b_sol=np.array([1.0, 0.0]),
+    b_error=np.array([0.5, -0.5]),
+)
+
 
 def integrate_reversibly(
     vector_field: Callable[..., Any],
@@ -74,9 +81,14 @@ def integrate_reversibly(
     return _solve((y0, args), scheme, *interval, controller, max_steps)
 
 
+def _with_error(solver):
+    """The method's coefficients, Euler's too with an error: half the difference to Heun's slope."""
+    return _EULER if isinstance(solver, diffrax.Euler) else tableau_of(solver)
+
+
 def evaluations(solver: diffrax.AbstractSolver, *, adaptive: bool) -> int:
     """Evaluations of the field in a step tried."""
-    tableau = tableau_of(solver)
+    tableau = _with_error(solver)
     solution, error = stages(tableau.b_sol), stages(tableau.b_error)
     return 2 * solution + (max(error - solution, 0) if adaptive else 0)
 
@@ -85,6 +97,11 @@ class _Scheme(Scheme):
     """One reversible step over a base method, forwards and backwards. Its state is (y, z)."""
 
     coupling: float = eqx.field(static=True)
+
+    @property
+    def tableau(self):
+        """The base method's coefficients."""
+        return _with_error(self.solver)
 
     def sums(self, t, h, y, args, *weights):
         """h sum_i w_i k_i for each of `weights`, over the slopes k_i that any of them needs."""
