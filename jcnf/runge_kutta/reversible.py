@@ -12,6 +12,7 @@ instead of storing them: it finds the states up to rounding, which grows as lam^
 the gradient of the very numbers that the forward pass computed.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,13 +26,6 @@ from jaxtyping import Array, Float
 
 from jcnf.runge_kutta.march import March, Scheme, march, outcome
 from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
-
-_EULER = diffrax.ButcherTableau(
-    c=np.array([1.0]),
-    a_lower=(np.array([1.0]),),
-    b_sol=np.array([1.0, 0.0]),
-    b_error=np.array([0.5, -0.5]),
-)
 
 
 def integrate_reversibly(
@@ -83,7 +77,10 @@ def integrate_reversibly(
 
 def _with_error(solver):
     """The method's coefficients, Euler's too with an error: half the difference to Heun's slope."""
-    return _EULER if isinstance(solver, diffrax.Euler) else tableau_of(solver)
+    tableau = tableau_of(solver)
+    if isinstance(solver, diffrax.Euler):
+        return dataclasses.replace(tableau, b_error=np.array([0.5, -0.5]))
+    return tableau
 
 
 def evaluations(solver: diffrax.AbstractSolver, *, adaptive: bool) -> int:

@@ -75,7 +75,7 @@ class _Scheme(Scheme):
     @property
     def reuses(self):
         """Whether a step's last slope is the next one's first."""
-        return self.tableau.fsal
+        return self.tableau.fsal and stages(self.tableau.b_sol) > 1
 
     def start(self, t, y, args):
         """The state that y at `t` is."""

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+# Of two stages, for diffrax knows no tableau of one.
 _EULER = diffrax.ButcherTableau(
-    c=np.array([]), a_lower=(), b_sol=np.array([1.0]), b_error=np.array([0.0])
+    c=np.array([1.0]),
+    a_lower=(np.array([1.0]),),
+    b_sol=np.array([1.0, 0.0]),
+    b_error=np.array([0.0, 0.0]),
 )
 
 
