@@ -105,7 +105,7 @@ def solve_bound(
         steps=jnp.sum(each.steps),
         rejected=jnp.sum(each.rejected),
         failed=jnp.any(each.failed, axis=0),
-        first_step=jnp.min(each.first_step),
+        mesh=jnp.max(each.mesh, axis=0),
     )
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
 

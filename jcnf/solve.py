@@ -25,6 +25,7 @@ from jcnf.runge_kutta import (
     integrate_reversibly,
     integrate_stepwise,
     is_explicit,
+    unknown,
 )
 
 MOST_STEPS = 1_000_000  # of a solve: memory for its checkpoints grows as their root
@@ -65,14 +66,14 @@ class Stats(eqx.Module):
     steps: Int[Array, ""]  # steps tried
     rejected: Int[Array, ""]  # of them, rejected
     failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
-    first_step: Float[Array, ""]  # what the next solve like it may take for `Solve.first_step`
+    mesh: Float[Array, " parts"]  # what the next solve like it may take for `Solve.mesh`
 
     @classmethod
     def unsolved(cls, end: Float[Array, "batch dim"]) -> "Stats":
         """Of a map that solves nothing and ends there: samples that are not finite have failed."""
         zero = jnp.int32(0)
         failed = ~jnp.all(jnp.isfinite(end), axis=1)
-        return cls(zero, zero, zero, failed, first_step=jnp.ones((), end.dtype))
+        return cls(zero, zero, zero, failed, mesh=unknown(end.dtype))
 
     def __add__(self, other: "Stats") -> "Stats":
         """Of two solves, one after the other."""
@@ -81,7 +82,7 @@ class Stats(eqx.Module):
             steps=self.steps + other.steps,
             rejected=self.rejected + other.rejected,
             failed=self.failed | other.failed,
-            first_step=jnp.minimum(self.first_step, other.first_step),
+            mesh=jnp.maximum(self.mesh, other.mesh),
         )
 
 
@@ -107,8 +108,10 @@ class Solve(eqx.Module):
     - `norm`: "batch" = RMS over batch and components; "worst" = the largest over the batch of
       each sample's RMS, so that every sample is within tolerance.
     - `max_steps`: the solve gives up after so many steps tried.
-    - `first_step`: the first step as a fraction of the interval; as an array, it may change
-      without compiling anew. `Stats.first_step` is one for the next solve.
+    - `first_step`: the first step as a fraction of the interval.
+    - `mesh`: `Stats.mesh` of a solve like it, as the last one in training is: where steps are best
+      put, so that none is rejected to find it out. The error of each is controlled as ever. The
+      adjoints "checkpoint" and "reversible" heed it.
 
     **Raises:** `ValueError` for unknown names and for numbers out of range.
     """
@@ -120,7 +123,8 @@ class Solve(eqx.Module):
     adjoint: str | diffrax.AbstractAdjoint = "checkpoint"
     norm: str = "batch"
     max_steps: int = 1024
-    first_step: float | Float[Array, ""] = 0.1
+    first_step: float = 0.1
+    mesh: Float[Array, " parts"] | None = None
 
     def __check_init__(self):
         adjoints = (*_ADJOINTS, "reversible")
@@ -128,8 +132,7 @@ class Solve(eqx.Module):
         _known("adjoint", self.adjoint, adjoints, diffrax.AbstractAdjoint)
         _known("norm", self.norm, _NORMS, ())
         require.number("(0, inf)", rtol=self.rtol, atol=self.atol)
-        if not isinstance(self.first_step, jax.Array):
-            require.number("(0, 1]", first_step=self.first_step)
+        require.number("(0, 1]", first_step=self.first_step)
         if self.step is not None:
             require.number("(0, inf)", step=self.step)
         require.whole(1, MOST_STEPS, max_steps=self.max_steps)
@@ -207,7 +210,7 @@ def integrate(
     else:
         first = solve.step * (jnp if isinstance(t1 - t0, Tracer) else np).sign(t1 - t0)
     march = _marcher(solve, times)
-    ys, (last, t, steps, rejected, opening) = march(
+    ys, (last, t, steps, rejected, mesh) = march(
         vector_field, y0, args, t0, t1, first, solve, times
     )
     return ys, Stats(
@@ -215,7 +218,7 @@ def integrate(
         steps=steps,
         rejected=rejected,
         failed=_failed(vector_field, last, args, t, t1, first, solve),
-        first_step=jnp.minimum(opening / (t1 - t0), 1).astype(jnp.result_type(t)),
+        mesh=mesh,
     )
 
 
@@ -273,7 +276,7 @@ def _march(vector_field, y0, args, t0, t1, first, solve, times):
     count = jnp.sum(jnp.isfinite(ts)) - 1
     last, t = jax.tree.map(lambda rows: rows[count], (solution.ys, ts))
     tried, rejected = (solution.stats[f"num_{of}steps"] for of in ("", "rejected_"))
-    march = March(last, t, tried, rejected, opening=jnp.asarray(first))
+    march = March(last, t, tried, rejected, unknown(dtype))
     if times is None:
         return last, march
 
@@ -303,6 +306,7 @@ def _march_explicitly(
             f"the {solve.adjoint!r} adjoint keeps the end of a solve only: "
             "use adjoint='checkpoint' for a trajectory"
         )
+    dtype = jax.tree.leaves(y0)[0].dtype
     march = integrate_to_the_end(
         vector_field,
         y0,
@@ -310,6 +314,7 @@ def _march_explicitly(
         t0,
         t1,
         jnp.asarray(first),
+        unknown(dtype) if solve.mesh is None or solve.step is not None else solve.mesh,
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,

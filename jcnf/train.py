@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jcnf import parallel, require
 from jcnf.distributions import Base
+from jcnf.runge_kutta import unknown
 from jcnf.solve import Solve
 
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
@@ -34,7 +35,7 @@ class TrainState(eqx.Module):
     skipped: Int[Array, ""]  # of them, with an update that was not applied
     stuck: Int[Array, ""]  # the last ones in a row that were skipped
     rate: Float[Array, ""]  # a factor of the updates: under AdamW, of the learning rate
-    first_step: Float[Array, ""]  # of the next step's solve, as of `jcnf.Solve`
+    mesh: Float[Array, " parts"]  # of the next step's solve, as of `jcnf.Solve`
 
 
 class Totals(eqx.Module):
@@ -107,8 +108,8 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
         raise ValueError(f"nothing to train in a {type(model).__name__}: bases are not trained")
     zero = jnp.zeros((), jnp.int32)
     counts = {"step": zero, "skipped": zero, "stuck": zero}
-    factors = {"rate": jnp.ones(()), "first_step": jnp.ones(())}
-    state = TrainState(params, params, optimizer.init(params), **counts, **factors)
+    pace = {"rate": jnp.ones(()), "mesh": unknown(float)}
+    state = TrainState(params, params, optimizer.init(params), **counts, **pace)
     # The state is donated, so that no two of its leaves may share a buffer, with `model` or not.
     return jax.tree.map(jnp.copy, state)
 
@@ -220,9 +221,9 @@ def make_run(
     search (`optax.lbfgs`) needs, and the rate of the state is not heeded.
 
     An objective that solves is given `solve` if that is: `objective(model, batch, key,
-    solve=solve)`, by forward mode where its adjoint is "forward". Each step's solve then starts
-    with the step size that the one before found to be right, `Stats.first_step`, which is to be
-    among the metrics; not so with `fixed`.
+    solve=solve)`, by forward mode where its adjoint is "forward". Each step's solve then takes the
+    steps that the one before found to be right, by its `Stats.mesh`, which is to be among the
+    metrics; not so with `fixed`.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
     counted. `means(totals)` gives the means over the updates applied of the objective's metrics,
@@ -246,8 +247,7 @@ def make_run(
     def settings(state):
         if solve is None or fixed:
             return {} if solve is None else {"solve": solve}
-        first_step = jnp.where(state.step == 0, solve.first_step, state.first_step)
-        return {"solve": dataclasses.replace(solve, first_step=first_step)}
+        return {"solve": dataclasses.replace(solve, mesh=state.mesh)}
 
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
@@ -264,7 +264,7 @@ def make_run(
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
         metrics, failed, bad_loss = dict(metrics), jnp.asarray(False), ~jnp.isfinite(loss)
-        first_step = jnp.asarray(metrics.pop("first_step", state.first_step))
+        mesh = metrics.pop("mesh", state.mesh).astype(state.mesh.dtype)
         if "failed" in metrics:
             failed = metrics.pop("failed")
             # A solve that failed took all its steps: there is no point in going back through them.
@@ -298,7 +298,7 @@ def make_run(
             skipped=state.skipped + jnp.where(good, 0, 1),
             stuck=jnp.where(good, 0, state.stuck + 1),
             rate=state.rate,
-            first_step=jnp.where(good, first_step.astype(state.first_step.dtype), state.first_step),
+            mesh=jnp.where(good, mesh, state.mesh),
         )
         return parallel.everywhere(after), Totals(
             {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},

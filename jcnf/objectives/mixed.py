@@ -13,7 +13,7 @@ from jcnf import require
 from jcnf.flow import Flow
 from jcnf.solve import Solve
 
-_MERGED = {"failed": operator.or_, "first_step": jnp.minimum}
+_MERGED = {"failed": operator.or_, "mesh": jnp.maximum}
 
 
 def mixed(
@@ -29,7 +29,7 @@ def mixed(
 
     `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
     all. `solve` takes the place of one that is bound. `key` is split among them. The metrics are
-    those of all; "failed" where any failed, and the least "first_step".
+    those of all; "failed" where any failed, and the finest "mesh".
 
     **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
     two have a metric of one name.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jcnf.runge_kutta.mesh import is_known, next_point, with_step
 from jcnf.runge_kutta.tableaus import tableau_of
 
 
@@ -46,7 +47,7 @@ class Loop(NamedTuple):
     times: Float[Array, " max_steps_and_1"]  # of the accepted steps
     end: Float[Array, ""]  # of the step to be tried
     control: Any
-    opening: Float[Array, ""]  # what the controller made of the first step that was accepted
+    mesh: Float[Array, " parts"]  # of the steps that were accepted, as of `March`
     steps: Int[Array, ""]
     accepted: Int[Array, ""]
     going: Bool[Array, ""]
@@ -60,10 +61,15 @@ def march(
     t0: Float[Array, ""],
     t1: Float[Array, ""],
     first: Float[Array, ""],
+    mesh: Float[Array, " parts"],
     controller: diffrax.AbstractStepSizeController,
     max_steps: int,
 ) -> Loop:
-    """The loop after its last step. It is at `times[accepted]`, short of t1 where it was ended."""
+    """The loop after its last step. It is at `times[accepted]`, short of t1 where it was ended.
+
+    Steps go from point to point of the `mesh` of a solve like it, where that is known, and where a
+    step was rejected as far as the controller says.
+    """
     # Controllers know time that increases.
     direction = jnp.where(t0 <= t1, 1, -1)
     controller = controller.wrap(direction)
@@ -75,6 +81,11 @@ def march(
 
     def towards(end):
         return jnp.where(end > almost, t1, direction * end)
+
+    def planned(t, otherwise):
+        """The end of a step from `t`, in time that increases."""
+        part = next_point(mesh, (t - t0) / (t1 - t0))
+        return jnp.where(is_known(mesh), direction * (t0 + part * (t1 - t0)), otherwise)
 
     def condition(loop):
         short = direction * loop.times[loop.accepted] < direction * t1
@@ -96,14 +107,16 @@ def march(
             order,
             loop.control,
         )
-        opened = keep & (loop.accepted == 0)
+        # What the controller would take next is what it finds to be the right size of this step.
+        steps = jnp.abs((t1 - t0) / (direction * end_next - end))
+        end_next = jnp.where(keep, planned(end, end_next), end_next)
         return Loop(
             state=jax.tree.map(partial(jnp.where, keep), state, loop.state),
             kept=kept,
             times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
             end=towards(end_next),
             control=control,
-            opening=jnp.where(opened, direction * end_next - end, loop.opening),
+            mesh=jnp.where(keep, with_step(loop.mesh, (start - t0) / (t1 - t0), steps), loop.mesh),
             steps=loop.steps + 1,
             accepted=loop.accepted + jnp.where(keep, 1, 0),
             going=diffrax.is_successful(result),
@@ -116,7 +129,15 @@ def march(
     times = jnp.zeros(max_steps + 1, t0.dtype).at[0].set(t0)
     zero = jnp.zeros((), jnp.int32)
     start = Loop(
-        state, kept, times, towards(end), control, first, zero, zero, going=jnp.asarray(True)
+        state,
+        kept,
+        times,
+        towards(planned(t0, end)),
+        control,
+        jnp.zeros_like(mesh),
+        zero,
+        zero,
+        going=jnp.asarray(True),
     )
     return jax.lax.while_loop(condition, body, start)
 
@@ -128,9 +149,9 @@ class March(NamedTuple):
     t: Float[Array, ""]  # where it is: t1, or the last accepted step of a solve that was ended
     steps: Int[Array, ""]  # tried
     rejected: Int[Array, ""]
-    opening: Float[Array, ""]  # a first step for the next solve like this, with its sign
+    mesh: Float[Array, " parts"]  # steps for the next solve like it, as of `jcnf.runge_kutta.mesh`
 
 
 def outcome(y: Any, loop: Loop) -> March:
     """Of a loop that ended, with y in its state."""
-    return March(y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted, loop.opening)
+    return March(y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted, loop.mesh)

@@ -30,6 +30,7 @@ def integrate_stepwise(
     t0: Float[Array | np.ndarray, ""],
     t1: Float[Array | np.ndarray, ""],
     first: Float[Array | np.ndarray, ""],
+    mesh: Float[Array, " parts"],
     *,
     solver: diffrax.AbstractSolver,
     controller: diffrax.AbstractStepSizeController,
@@ -45,6 +46,7 @@ def integrate_stepwise(
     - `args`: any pytree; its floating arrays are differentiable.
     - `t0`, `t1`, `first`: the interval, either way, and the first step, with its sign. They have
       no gradient.
+    - `mesh`: that of a solve like it, or `jcnf.runge_kutta.mesh.unknown`.
     - `solver`: an explicit Runge-Kutta method of diffrax.
     - `controller`: fixed or adaptive; it sees y at both ends of a step and the embedded error.
     - `max_steps`: the solve gives up after so many steps tried.
@@ -56,7 +58,8 @@ def integrate_stepwise(
     dtype = jnp.result_type(t0, t1)
     interval = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1, first))
     scheme = _Scheme(vector_field, solver, keeps=False)
-    return _solve((y0, args), scheme, *interval, controller, max_steps)
+    mesh = jax.lax.stop_gradient(mesh)
+    return _solve((y0, args), scheme, *interval, mesh, controller, max_steps)
 
 
 class _Kept(NamedTuple):
@@ -125,11 +128,11 @@ class _Scheme(Scheme):
         return _Kept(states, numbers, stride)
 
 
-def _march(y0_and_args, scheme, t0, t1, first, controller, max_steps):
+def _march(y0_and_args, scheme, t0, t1, first, mesh, controller, max_steps):
     y0, args = y0_and_args
     state = scheme.start(t0, y0, args)
     room = scheme.room(state, max_steps)
-    return march(scheme, state, room, args, t0, t1, first, controller, max_steps)
+    return march(scheme, state, room, args, t0, t1, first, mesh, controller, max_steps)
 
 
 @eqx.filter_custom_vjp
