@@ -246,7 +246,8 @@ def make_run(
     def settings(state):
         if solve is None or fixed:
             return {} if solve is None else {"solve": solve}
-        first_step = jnp.where(state.step == 0, solve.first_step, state.first_step)
+        none = state.step == state.skipped  # was applied yet
+        first_step = jnp.where(none, solve.first_step, state.first_step)
         return {"solve": dataclasses.replace(solve, first_step=first_step)}
 
     @jax.jit  # so that the two uses below are one trace
