@@ -212,7 +212,7 @@ CONTROLS = {
         (integrate_reversibly, coupled, bosh3, 37),
         (integrate_stepwise, plain, euler, 37),
         (integrate_stepwise, plain, heun, 201),
-        *((integrate_stepwise, plain, bosh3, most) for most in (1, 20, 32, 33, 64, 128, 201)),
+        *((integrate_stepwise, plain, bosh3, most) for most in (1, 32, 64, 128, 201)),
     ],
 )
 def test_gradient_is_that_of_plain_reverse_mode_through_the_same_steps(
@@ -396,10 +396,12 @@ def test_stepwise_memory_grows_by_one_segment_and_evaluations_are_as_promised():
 def test_a_solve_that_is_not_differentiated_keeps_no_states():
     def end(x):
         settings = 0.0, 1.0, 0.01, "bosh3"
-        return solve(integrate_stepwise, Linear(), x, MATRIX, *settings, max_steps=128).y
+        march = solve(integrate_stepwise, Linear(), x, MATRIX, *settings, max_steps=128)
+        return total(march.y)
 
-    memory = jax.jit(end).lower(jnp.zeros((64, 3))).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 16 * 64 * 3 * 8
+    states = f"{stepwise.STATES + 1}x64x3x"
+    programs = [jax.jit(f).lower(jnp.zeros((64, 3))).as_text() for f in (end, jax.grad(end))]
+    assert [states in program for program in programs] == [False, True]
 
 
 @pytest.mark.parametrize("max_steps", [1, 5, 32, 33, 64, 300])

@@ -113,15 +113,14 @@ def test_a_first_step_that_is_an_array_may_change_without_compiling_anew():
     traces = Tally()
 
     @eqx.filter_jit
-    def decayed(first_step, t1):
+    def decayed(solve, t1):
         traces.count += 1
-        solve = Solve(first_step=first_step)
         return integrate(Decay(), START, jnp.asarray(3.0), jnp.asarray(0.0), t1, solve)
 
     for end in (END, -END):
         steps = []
         for share in (1.0, 0.1, 1e-3):
-            y, stats = decayed(jnp.asarray(share), jnp.asarray(end))
+            y, stats = decayed(Solve(first_step=jnp.asarray(share)), jnp.asarray(end))
             np.testing.assert_allclose(y, START * np.exp(-3 * end), rtol=1e-3, atol=1e-5)
             steps.append((int(stats.steps), int(stats.rejected)))
         assert steps[0][1] > 0
