@@ -86,11 +86,68 @@ def test_tighter_tolerance_smaller_error_more_evaluations():
         error, stats, evaluations = grow(tolerance(Solve(), value))
         errors.append(error)
         nfes.append(int(stats.nfe))
-        # A first step that is rejected is evaluated anew, and not counted.
-        assert 0 <= evaluations - nfes[-1] <= int(stats.rejected)
+        assert nfes[-1] == evaluations
     assert np.all(np.diff(errors) < 0)
     assert np.all(np.diff(nfes) > 0)
     assert np.all(np.array(errors) < 10 * np.array(values))
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        *((name, "checkpoint") for name in ORDERS if name not in ("euler", "rk4")),
+        ("heun", "reversible"),
+        ("dopri5", "reversible"),
+    ],
+)
+def test_evaluations_of_rejected_steps_are_counted_the_first_ones_too(solver, adjoint):
+    solve = Solve(solver=solver, adjoint=adjoint, first_step=1.0)
+    for value in (1e-3, 1e-4):
+        _, stats, evaluations = grow(tolerance(solve, value))
+        assert 0 < int(stats.rejected) < int(stats.steps)
+        assert int(stats.nfe) == evaluations
+        assert not jnp.any(stats.failed)
+
+
+def test_a_first_step_that_is_an_array_may_change_without_compiling_anew():
+    traces = Tally()
+
+    @eqx.filter_jit
+    def decayed(solve, t1):
+        traces.count += 1
+        return integrate(Decay(), START, jnp.asarray(3.0), jnp.asarray(0.0), t1, solve)
+
+    for end in (END, -END):
+        steps = []
+        for share in (1.0, 0.1, 1e-3):
+            y, stats = decayed(Solve(first_step=jnp.asarray(share)), jnp.asarray(end))
+            np.testing.assert_allclose(y, START * np.exp(-3 * end), rtol=1e-3, atol=1e-5)
+            steps.append((int(stats.steps), int(stats.rejected)))
+        assert steps[0][1] > 0
+        assert steps[2][0] > steps[1][0]
+    assert traces.count == 1
+
+
+@pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
+def test_a_solve_tells_what_the_next_may_take_for_its_first_step(adjoint):
+    def decay(rate, end, first_step):
+        solve = Solve(adjoint=adjoint, first_step=jnp.asarray(first_step))
+        return solve_to(Decay(), START, jnp.asarray(rate), jnp.asarray(end), solve)[1]
+
+    for end in (END, -END):
+        too_long = decay(3.0, end, 1.0)
+        again = decay(3.0, end, too_long.first_step)
+        assert 0 < float(too_long.first_step) < 0.5
+        assert int(again.rejected) < int(too_long.rejected)
+        assert int(again.nfe) < int(too_long.nfe)
+        too_short = decay(3.0, end, 1e-5)
+        assert float(too_short.first_step) == pytest.approx(1e-4)  # ten times at most
+        # All of the interval, and no more, where that is easy.
+        easy = decay(1e-4, end, 0.3)
+        assert (int(easy.steps), float(easy.first_step)) == (2, 1.0)
+        assert int(decay(1e-4, end, easy.first_step).steps) == 1
+        both = too_long + easy
+        assert float(both.first_step) == float(too_long.first_step)
 
 
 def waves(norm, start, frequencies):

@@ -337,3 +337,79 @@ def test_a_fixed_batch_is_the_same_at_every_step():
         states = [run(train.init(jnp.zeros(()), optimizer), DATA, KEY, n)[0] for n in (1, 2, 3)]
         first, second, third = np.diff([0, *[state.params for state in states]])
         assert (first == pytest.approx(second) == pytest.approx(third)) == fixed
+
+
+def probe(model, found, key, *, solve):
+    """It tells the first step that it was given, and another, or fails if that is negative."""
+    metrics = {"given": jnp.asarray(solve.first_step), "first_step": found, "failed": found < 0}
+    return model, metrics
+
+
+def first_steps(found, **settings):
+    """What `probe` was given at each step, None if it was skipped, and what the state had then."""
+    model, optimizer = jnp.zeros(()), optax.sgd(0.1)
+    settings = {"solve": Solve(first_step=0.25)} | settings
+    run = train.make_run(model, probe, lambda key, data: data, optimizer, **settings)
+    state, given, left = train.init(model, optimizer), [], []
+    for step, each in enumerate(found):
+        state, totals = run(state, jnp.asarray(each), KEY, step + 1)
+        given.append(float(totals.sums["given"]) if totals.applied else None)
+        left.append(float(state.first_step))
+    assert run._cache_size() == 1
+    return given, left
+
+
+def test_a_step_starts_its_solve_as_the_last_one_applied_found_right():
+    given, left = first_steps([0.5, 0.125, -1.0, 1.0, 0.75])
+    assert given == [0.25, 0.5, None, 0.125, 1.0]
+    assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
+    # Until one was applied, as the solve itself says.
+    assert first_steps([-1.0, -1.0, 0.5, 0.75])[0] == [None, None, 0.25, 0.5]
+    # A line search compares losses: its solves are all alike.
+    assert first_steps([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
+
+
+def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
+    flow, solve = CNF(mlp(2, (4,)), ScaledNormal(2)), Solve(first_step=1.0)
+    optimizer = optax.sgd(1e-3)
+    run = train.make_run(flow, objectives.likelihood, train.draw_rows(None), optimizer, solve=solve)
+
+    @jax.jit
+    def told(params, first_step):
+        given = eqx.tree_at(lambda s: s.first_step, solve, first_step)
+        here = train.with_params(flow, params)
+        return objectives.likelihood(here, DATA, None, solve=given)[1]
+
+    state, nfe, given = train.init(flow, optimizer), [], jnp.asarray(1.0)
+    for step in range(4):
+        expected = told(state.params, given)
+        state, metrics = after(run, state, step + 1)
+        given = jnp.copy(state.first_step)  # the state is donated
+        nfe.append(int(metrics["nfe"]))
+        assert nfe[-1] == int(expected["nfe"])
+        assert float(given) == pytest.approx(float(expected["first_step"]), rel=1e-6)
+        assert 0 < float(given) < 1
+    assert max(nfe[1:]) < nfe[0]
+
+
+def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_least_first_step_is_told():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    def solving(flow, x, key, *, solve, found):
+        given = jnp.asarray(solve.first_step)
+        return given, {str(found): given, "first_step": jnp.asarray(found)}
+
+    def simple(flow, x, key):
+        return jnp.asarray(1.0), {}
+
+    bound = [
+        partial(solving, solve=Solve(first_step=own), found=found)
+        for own, found in ((0.5, 0.75), (0.25, 0.375), (0.125, 0.875))
+    ]
+    mixed = partial(objectives.mixed, flow, DATA, KEY)
+    loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=Solve(first_step=1.0))
+    assert (float(loss), float(metrics.pop("first_step"))) == (4.0, 0.375)
+    assert metrics == {"0.75": 1.0, "0.375": 1.0, "0.875": 1.0}
+    loss, metrics = mixed(weights=dict.fromkeys([simple, *bound], 1.0))
+    assert (float(loss), float(metrics.pop("first_step"))) == (1.875, 0.375)
+    assert metrics == {"0.75": 0.5, "0.375": 0.25, "0.875": 0.125}

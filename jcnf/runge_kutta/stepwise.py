@@ -113,12 +113,12 @@ class _Scheme(Scheme):
         """With the state that step `number` starts from, if it is due and not there."""
         if kept is None:
             return None
-        new = number > jnp.max(kept.numbers)
+        due = (number > jnp.max(kept.numbers)) & (number % kept.stride == 0)
         full = jnp.min(kept.numbers) >= 0
-        stride = jnp.where(new & full, 2 * kept.stride, kept.stride)
+        stride = jnp.where(due & full, 2 * kept.stride, kept.stride)
         numbers = jnp.where(kept.numbers % stride == 0, kept.numbers, -1)
         free, places = jnp.argmin(numbers), len(numbers)
-        place = jnp.where(new & (number % stride == 0), free, places)
+        place = jnp.where(due, free, places)
         states = jax.tree.map(
             lambda rows, a: jax.lax.dynamic_update_index_in_dim(rows, a, place, 0),
             kept.states,
@@ -176,8 +176,10 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_and_args, scheme, t0, 
 def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
     """Cotangents of the start, from those of the end, through the segments between kept states."""
     places = len(kept.numbers)
-    order = jnp.argsort(kept.numbers)
-    numbers = jnp.append(kept.numbers[order], accepted)
+    # Where the last step tried was rejected, the state that it started from ends no step's way.
+    started = jnp.where(kept.numbers < accepted, kept.numbers, -1)
+    order = jnp.argsort(started)
+    numbers = jnp.append(started[order], accepted)
     longest = _longest_stride(places, max_steps)
 
     def state_in(states, i):
@@ -212,7 +214,7 @@ def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
     within = jax.tree.map(
         lambda rows: jnp.zeros((longest, *rows.shape[1:]), rows.dtype), kept.states
     )
-    return jax.lax.fori_loop(0, jnp.sum(kept.numbers >= 0), segment, (bars, within))[0]
+    return jax.lax.fori_loop(0, jnp.sum(started >= 0), segment, (bars, within))[0]
 
 
 def _longest_stride(places, max_steps):
