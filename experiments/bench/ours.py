@@ -43,8 +43,9 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
         state, totals = jax.block_until_ready(compiled(state, x, key, taken))
         return totals
 
-    for _ in range(SETTLING):
-        totals = train.means(step())
+    for _ in range(SETTLING - 1):
+        step()
+    totals = train.means(step())
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     return Program(step, figures | {"compile_s": seconds} | temporary_memory(compiled))
 

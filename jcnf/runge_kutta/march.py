@@ -74,7 +74,7 @@ def march(
     direction = jnp.where(t0 <= t1, 1, -1)
     controller = controller.wrap(direction)
     term = diffrax.ODETerm(scheme.vector_field)
-    order = scheme.solver.error_order(term)
+    order: Any = scheme.solver.error_order(term)
     # A step that leaves next to nothing to go goes all the way.
     ulp = float(jnp.finfo(t1.dtype).eps) * jnp.maximum(jnp.abs(t0), jnp.abs(t1))
     almost = direction * t1 - 100 * ulp

@@ -46,10 +46,10 @@ def weighted(h: Float[Array, ""], weights: np.ndarray, slopes: Sequence[Any]) ->
     used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w != 0]
     if not used:  # the error of a solver that estimates none
         return jax.tree.map(jnp.zeros_like, slopes[0])
-    weights, slopes = zip(*used, strict=True)
+    factors, slopes = zip(*used, strict=True)
 
     def leaf(*ks):
-        return h.astype(ks[0].dtype) * sum(w * k for w, k in zip(weights, ks, strict=True))
+        return h.astype(ks[0].dtype) * sum(w * k for w, k in zip(factors, ks, strict=True))
 
     return jax.tree.map(leaf, *slopes)
 
