@@ -82,9 +82,13 @@ def march(
     def towards(end):
         return jnp.where(end > almost, t1, direction * end)
 
+    def share(t):
+        """Of the interval, up to `t`."""
+        return (t - t0) / (t1 - t0)
+
     def planned(t, otherwise):
         """The end of a step from `t`, in time that increases."""
-        part = next_point(mesh, (t - t0) / (t1 - t0))
+        part = next_point(mesh, share(t))
         return jnp.where(is_known(mesh), direction * (t0 + part * (t1 - t0)), otherwise)
 
     def condition(loop):
@@ -116,7 +120,7 @@ def march(
             times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
             end=towards(end_next),
             control=control,
-            mesh=jnp.where(keep, with_step(loop.mesh, (start - t0) / (t1 - t0), steps), loop.mesh),
+            mesh=jnp.where(keep, with_step(loop.mesh, share(start), share(end), steps), loop.mesh),
             steps=loop.steps + 1,
             accepted=loop.accepted + jnp.where(keep, 1, 0),
             going=diffrax.is_successful(result),

@@ -25,10 +25,14 @@ def is_known(mesh: Mesh) -> Bool[Array, ""]:
     return jnp.all(mesh > 0) & jnp.all(jnp.isfinite(mesh))
 
 
-def with_step(mesh: Mesh, start: Float[Array, ""], steps: Float[Array, ""]) -> Mesh:
-    """With so many steps to an interval from `start` on, a fraction of it; later ones overwrite."""
-    centres = (jnp.arange(len(mesh), dtype=mesh.dtype) + 0.5) / len(mesh)
-    return jnp.where(centres >= start, steps.astype(mesh.dtype) / len(mesh), mesh)
+def with_step(
+    mesh: Mesh, start: Float[Array, ""], end: Float[Array, ""], steps: Float[Array, ""]
+) -> Mesh:
+    """With the step from `start` to `end`, fractions of the interval, where `steps` to all of the
+    interval are of the right size."""
+    edges = jnp.arange(len(mesh) + 1, dtype=mesh.dtype) / len(mesh)
+    within = jnp.clip(edges, start.astype(mesh.dtype), end.astype(mesh.dtype))
+    return mesh + jnp.diff(within) * steps.astype(mesh.dtype)
 
 
 def next_point(mesh: Mesh, start: Float[Array, ""]) -> Float[Array, ""]:
