@@ -68,7 +68,7 @@ def march(
     """The loop after its last step. It is at `times[accepted]`, short of t1 where it was ended.
 
     Steps go from point to point of the `mesh` of a solve like it, where that is known, and where a
-    step was rejected as far as the controller says.
+    step was rejected as far as the controller says; all of them where many were.
     """
     # Controllers know time that increases.
     direction = jnp.where(t0 <= t1, 1, -1)
@@ -86,10 +86,15 @@ def march(
         """Of the interval, up to `t`."""
         return (t - t0) / (t1 - t0)
 
-    def planned(t, otherwise):
+    # One of more steps than there may be would make the solve fail.
+    of_use = is_known(mesh) & (jnp.sum(mesh) <= max_steps)
+
+    def planned(t, otherwise, accepted, rejected):
         """The end of a step from `t`, in time that increases."""
         part = next_point(mesh, share(t))
-        return jnp.where(is_known(mesh), direction * (t0 + part * (t1 - t0)), otherwise)
+        # Many rejections tell that the mesh is of a solve unlike this.
+        heeded = of_use & (4 * rejected <= accepted + 8)
+        return jnp.where(heeded, direction * (t0 + part * (t1 - t0)), otherwise)
 
     def condition(loop):
         short = direction * loop.times[loop.accepted] < direction * t1
@@ -113,12 +118,12 @@ def march(
         )
         # What the controller would take next is what it finds to be the right size of this step.
         steps = jnp.abs((t1 - t0) / (direction * end_next - end))
-        end_next = jnp.where(keep, planned(end, end_next), end_next)
+        onwards = planned(end, end_next, loop.accepted + 1, loop.steps - loop.accepted)
         return Loop(
             state=jax.tree.map(partial(jnp.where, keep), state, loop.state),
             kept=kept,
             times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
-            end=towards(end_next),
+            end=towards(jnp.where(keep, onwards, end_next)),
             control=control,
             mesh=jnp.where(keep, with_step(loop.mesh, share(start), share(end), steps), loop.mesh),
             steps=loop.steps + 1,
@@ -136,7 +141,7 @@ def march(
         state,
         kept,
         times,
-        towards(planned(t0, end)),
+        towards(planned(t0, end, zero, zero)),
         control,
         jnp.zeros_like(mesh),
         zero,
