@@ -101,6 +101,16 @@ def finite(**given: Any) -> None:
             )
 
 
+def floats(length: int, **given: Any) -> None:
+    """Vectors of so many floating-point numbers, traced ones too; their values may be any."""
+    for name, values in given.items():
+        is_array = isinstance(values, jax.Array | np.ndarray)
+        if is_array and jnp.issubdtype(values.dtype, jnp.floating) and values.shape == (length,):
+            continue
+        got = f"{values.dtype} of shape {values.shape}" if is_array else _shown(values)
+        raise ValueError(f"{name} must be an array of {length} floats; got {got}")
+
+
 def shape(what: str, given: Any) -> None:
     """Height, width and channels of a picture."""
     if not isinstance(given, Sequence) or len(given) != 3:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jcnf import parallel, require
 from jcnf.runge_kutta import (
+    PARTS,
     March,
     evaluations,
     integrate_reversibly,
@@ -124,7 +125,7 @@ class Solve(eqx.Module):
     norm: str = "batch"
     max_steps: int = 1024
     first_step: float = 0.1
-    mesh: Float[Array, " parts"] | None = None
+    mesh: Float[Array | np.ndarray, " parts"] | None = None
 
     def __check_init__(self):
         adjoints = (*_ADJOINTS, "reversible")
@@ -136,6 +137,8 @@ class Solve(eqx.Module):
         if self.step is not None:
             require.number("(0, inf)", step=self.step)
         require.whole(1, MOST_STEPS, max_steps=self.max_steps)
+        if self.mesh is not None:
+            require.floats(PARTS, mesh=self.mesh)
         if self.step is None and not self._estimates_errors():
             raise ValueError(
                 f"solver {self.solver!r} has no error estimate: give it a fixed step, "
@@ -307,6 +310,7 @@ def _march_explicitly(
             "use adjoint='checkpoint' for a trajectory"
         )
     dtype = jax.tree.leaves(y0)[0].dtype
+    known = solve.mesh is not None and solve.step is None
     march = integrate_to_the_end(
         vector_field,
         y0,
@@ -314,7 +318,7 @@ def _march_explicitly(
         t0,
         t1,
         jnp.asarray(first),
-        unknown(dtype) if solve.mesh is None or solve.step is not None else solve.mesh,
+        jnp.asarray(solve.mesh, dtype) if known else unknown(dtype),
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,

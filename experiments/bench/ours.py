@@ -15,7 +15,7 @@ from jcnf import objectives, train
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
-SETTLING = 8  # steps until the first step of a solve, carried from one to the next, has settled
+SETTLING = 8  # steps until the mesh of a solve, carried from one to the next, has settled
 
 
 def training_step(case: Case, objective: train.Objective | None = None, **settings) -> Program:
