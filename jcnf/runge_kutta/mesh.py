@@ -43,4 +43,6 @@ def next_point(mesh: Mesh, start: Float[Array, ""]) -> Float[Array, ""]:
     done = jnp.interp(start.astype(mesh.dtype), edges, steps) / steps[-1] * number
     # A step that was cut short leaves a rest that is not worth one of its own.
     following = jnp.floor(done + SHORT) + 1
-    return jnp.interp(following / number * steps[-1], steps, edges).astype(start.dtype)
+    point = jnp.interp(following / number * steps[-1], steps, edges)
+    # Not by interpolation: the last parts may have less than a rounding of all steps.
+    return jnp.where(following < number, point, 1).astype(start.dtype)
