@@ -17,7 +17,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from scipy import linalg
 
-from jcnf.runge_kutta import integrate_reversibly, integrate_stepwise, reversible, stepwise
+from jcnf.runge_kutta import (
+    PARTS,
+    integrate_reversibly,
+    integrate_stepwise,
+    reversible,
+    stepwise,
+    unknown,
+)
 from jcnf.solve import SOLVERS, _batch_norm
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
@@ -113,6 +120,7 @@ def solve(
         t0,
         t1,
         first,
+        unknown(t0.dtype),
         solver=SOLVERS[solver](),
         controller=controller,
         max_steps=max_steps,
@@ -249,7 +257,8 @@ def test_walking_back_reversibly_finds_the_start_and_every_rejected_step_is_pass
     @jax.jit
     def there_and_back(t0, t1):
         first = (t1 - t0) / 40
-        loop = reversible._march((START, ARGS), scheme, t0, t1, first, Scripted(), 64)
+        settings = first, unknown(float), Scripted(), 64
+        loop = reversible._march((START, ARGS), scheme, t0, t1, *settings)
         y, z = loop.state
         return loop, reversible._walk_back(scheme, loop.times, loop.accepted, y, z, y, None, ARGS)
 
@@ -428,43 +437,56 @@ def test_states_are_kept_at_the_least_stride_that_has_room(max_steps):
 
 
 @BOTH
-def test_the_opening_is_what_the_first_step_accepted_made_of_itself(integrate):
+def test_the_mesh_tells_how_many_steps_of_the_right_size_each_part_has(integrate):
     @jax.jit
     def compiled(t0, t1, first, controller):
         return solve(integrate, Mixing(), START, ARGS, t0, t1, first, "heun", controller)
 
-    for interval in ((0.2, 1.9), (1.9, 0.2)):
-        first = (interval[1] - interval[0]) / 10
-        for third, opening in ((1, 1.5 * first), (0, 0.6 * 1.5 * first)):
-            march = compiled(*interval, first, Scripted(third=jnp.asarray(third)))
-            assert float(march.opening) == pytest.approx(opening, rel=1e-12)
-            assert (float(march.t), int(march.steps) > 3) == (interval[1], True)
-
-
-def test_the_opening_is_the_second_step_of_diffrax_and_is_accepted_as_a_first_one():
-    controller = adaptive(1e-7)
-
-    @partial(jax.jit, static_argnums=3)
-    def compiled(t0, t1, first, max_steps):
-        settings = {"controller": controller, "max_steps": max_steps}
-        return solve(integrate_stepwise, Mixing(), START, ARGS, t0, t1, first, **settings)
-
-    @jax.jit
-    def ends(t0, t1, first):
-        """Of all steps that diffrax accepts."""
-        steps = {"saveat": diffrax.SaveAt(steps=True), "max_steps": 64}
-        problem = diffrax.ODETerm(Mixing()), diffrax.Dopri5(), t0, t1, first, START, ARGS
-        return diffrax.diffeqsolve(*problem, stepsize_controller=controller, **steps).ts
-
+    edges = np.linspace(0, 1, PARTS + 1)
     for t0, t1 in ((0.2, 1.9), (1.9, 0.2)):
-        for share in (1.0, 1e-4):
-            march = compiled(t0, t1, (t1 - t0) * share, 64)
-            assert (float(march.t), int(march.rejected) > 0) == (t1, True)
-            first, second = ends(t0, t1, (t1 - t0) * share)[:2]
-            assert float(march.opening) == pytest.approx(float(second - first), rel=1e-9)
-            again = compiled(t0, t1, march.opening, 1)
-            assert float(again.t - t0) == pytest.approx(float(march.opening), rel=1e-9)
-            assert (int(again.steps), int(again.rejected)) == (1, 0)
+        first = (t1 - t0) / 40
+        for third, grow in ((1, 1.5), (0, 1.5), (3, 1.0), (3, 0.99)):
+            script = Scripted(jnp.asarray(grow), jnp.asarray(0.6), jnp.asarray(third))
+            march = compiled(t0, t1, first, script)
+            times = script.times(t0, t1, first, 64)
+            assert (float(march.t), int(march.steps - march.rejected)) == (t1, len(times) - 1)
+            assert (int(march.rejected) > 0) == (third < 3)
+            # A step of length h says that grow h is right: it is 1 / grow of one that is.
+            counts = np.arange(len(times)) / grow
+            expected = np.diff(np.interp(edges, (times - t0) / (t1 - t0), counts))
+            np.testing.assert_allclose(march.mesh, expected, rtol=1e-9)
+
+
+def test_the_mesh_is_of_the_sizes_that_diffrax_chooses_next():
+    @eqx.filter_jit
+    def both(t0, t1, first, controller):
+        """Our solve, and diffrax's with all steps that it accepts."""
+        problem = t0, t1, first, START, ARGS
+        own = solve(integrate_stepwise, Mixing(), START, ARGS, *problem[:3], controller=controller)
+        return own, diffrax.diffeqsolve(
+            diffrax.ODETerm(Mixing()),
+            diffrax.Dopri5(),
+            *problem,
+            stepsize_controller=controller,
+            saveat=diffrax.SaveAt(t0=True, steps=True),
+            max_steps=64,
+        )
+
+    edges = np.linspace(0, 1, PARTS + 1)
+    for t0, t1, tolerance in ((1.0, 1.9, 1e-8), (1.0, 0.2, 1e-5)):
+        ends = jnp.asarray(t0), jnp.asarray(t1), jnp.asarray((t1 - t0) / 50)
+        march, solution = both(*ends, adaptive(jnp.asarray(tolerance)))
+        taken = int(solution.stats["num_accepted_steps"])
+        assert int(march.steps) == taken > 4
+        assert int(march.rejected) == int(solution.stats["num_rejected_steps"]) == 0
+        # The right size of a step is that of the next, but where that goes no farther than t1.
+        shares = (np.asarray(solution.ts)[: taken - 1] - t0) / (t1 - t0)
+        sizes = np.diff(solution.ts[:taken])
+        counts = np.append(0, np.cumsum(sizes[:-1] / sizes[1:]))
+        within = edges[edges <= shares[-1]]
+        expected = np.diff(np.interp(within, shares, counts))
+        assert len(expected) > PARTS // 4
+        np.testing.assert_allclose(march.mesh[: len(expected)], expected, rtol=1e-9)
 
 
 @eqx.filter_jit
@@ -517,4 +539,4 @@ def test_errors_say_what_is_wrong(integrate, settings, message):
     settings = {"solver": diffrax.Heun(), "controller": FIXED, "max_steps": 16} | settings
     interval = (jnp.asarray(t) for t in (0.0, 1.0, 0.1))
     with pytest.raises(ValueError, match=re.escape(message)):
-        integrate(Bernoulli(), jnp.ones(2), None, *interval, **settings)
+        integrate(Bernoulli(), jnp.ones(2), None, *interval, unknown(float), **settings)

@@ -14,7 +14,9 @@ from helpers import Tally, mlp, tolerance
 from jcnf import CNF, Solve
 from jcnf.distributions import StandardNormal
 from jcnf.objectives import likelihood
-from jcnf.solve import SOLVERS, integrate
+from jcnf.runge_kutta import PARTS
+from jcnf.runge_kutta.mesh import is_known
+from jcnf.solve import SOLVERS, Stats, integrate
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 START = jnp.array([[1.0, -0.5], [0.3, 0.7]])
@@ -109,7 +111,7 @@ def test_evaluations_of_rejected_steps_are_counted_the_first_ones_too(solver, ad
         assert not jnp.any(stats.failed)
 
 
-def test_a_first_step_that_is_an_array_may_change_without_compiling_anew():
+def test_a_mesh_may_change_without_compiling_anew():
     traces = Tally()
 
     @eqx.filter_jit
@@ -118,36 +120,61 @@ def test_a_first_step_that_is_an_array_may_change_without_compiling_anew():
         return integrate(Decay(), START, jnp.asarray(3.0), jnp.asarray(0.0), t1, solve)
 
     for end in (END, -END):
-        steps = []
-        for share in (1.0, 0.1, 1e-3):
-            y, stats = decayed(Solve(first_step=jnp.asarray(share)), jnp.asarray(end))
+        steps, none = [], jnp.zeros(PARTS)
+        _, alone = decayed(Solve(first_step=1.0, mesh=none), jnp.asarray(end))
+        for mesh in (none, alone.mesh, 3 * alone.mesh, np.asarray(alone.mesh) / 100):
+            y, stats = decayed(Solve(first_step=1.0, mesh=mesh), jnp.asarray(end))
             np.testing.assert_allclose(y, START * np.exp(-3 * end), rtol=1e-3, atol=1e-5)
             steps.append((int(stats.steps), int(stats.rejected)))
-        assert steps[0][1] > 0
-        assert steps[2][0] > steps[1][0]
+        assert steps[0] == (int(alone.steps), int(alone.rejected))
+        assert steps[1][0] < steps[0][0] < steps[2][0] == np.ceil(3 * np.sum(alone.mesh))
+        assert steps[2][1] == 0 < steps[0][1]
+        assert steps[3][1] > steps[1][1]
     assert traces.count == 1
 
 
 @pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
-def test_a_solve_tells_what_the_next_may_take_for_its_first_step(adjoint):
-    def decay(rate, end, first_step):
-        solve = Solve(adjoint=adjoint, first_step=jnp.asarray(first_step))
-        return solve_to(Decay(), START, jnp.asarray(rate), jnp.asarray(end), solve)[1]
+def test_a_solve_tells_what_the_next_may_take_for_its_mesh(adjoint):
+    def decay(rate, end, **settings):
+        solve = Solve(adjoint=adjoint, **settings)
+        return solve_to(Decay(), START, jnp.asarray(rate), jnp.asarray(end), solve)
 
     for end in (END, -END):
-        too_long = decay(3.0, end, 1.0)
-        again = decay(3.0, end, too_long.first_step)
-        assert 0 < float(too_long.first_step) < 0.5
-        assert int(again.rejected) < int(too_long.rejected)
-        assert int(again.nfe) < int(too_long.nfe)
-        too_short = decay(3.0, end, 1e-5)
-        assert float(too_short.first_step) == pytest.approx(1e-4)  # ten times at most
-        # All of the interval, and no more, where that is easy.
-        easy = decay(1e-4, end, 0.3)
-        assert (int(easy.steps), float(easy.first_step)) == (2, 1.0)
-        assert int(decay(1e-4, end, easy.first_step).steps) == 1
-        both = too_long + easy
-        assert float(both.first_step) == float(too_long.first_step)
+        y, alone = decay(3.0, end, first_step=1.0)
+        assert (alone.mesh.shape, alone.mesh.dtype) == ((PARTS,), START.dtype)
+        assert is_known(alone.mesh)
+        assert float(jnp.sum(alone.mesh)) < int(alone.steps)
+        again = decay(3.0, end, first_step=1.0, mesh=alone.mesh)[1]
+        assert int(again.rejected) < int(alone.rejected)
+        assert int(again.nfe) < 0.8 * int(alone.nfe)
+        # Zeros change nothing, and where the mesh is known the first step does not count.
+        y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, mesh=jnp.zeros(PARTS))
+        assert eqx.tree_equal((y_of_zeros, of_zeros), (y, alone))
+        other = decay(3.0, end, first_step=1e-3, mesh=alone.mesh)[1]
+        np.testing.assert_array_equal(other.mesh, again.mesh)
+        assert int(decay(3.0, end, first_step=1e-3)[1].rejected) < int(alone.rejected)
+        # One step where that is enough.
+        easy = decay(1e-4, end, first_step=0.3)[1]
+        assert (int(easy.steps), float(jnp.sum(easy.mesh)) < 1) == (2, True)
+        assert int(decay(1e-4, end, first_step=0.3, mesh=easy.mesh)[1].steps) == 1
+        for both in (alone + easy, easy + alone):
+            np.testing.assert_array_equal(both.mesh, np.maximum(alone.mesh, easy.mesh))
+
+
+def test_a_mesh_is_of_no_use_to_fixed_steps_and_unknown_where_a_solve_ended_or_is_diffrax_s():
+    mesh, rate, end = jnp.full(PARTS, 0.1), jnp.asarray(3.0), jnp.asarray(END)
+    for settings in ({"step": 0.25}, {"adjoint": "direct"}, {"adjoint": "backsolve"}):
+        y, stats = solve_to(Decay(), START, rate, end, Solve(**settings))
+        given = solve_to(Decay(), START, rate, end, Solve(mesh=mesh, **settings))
+        assert eqx.tree_equal(given, (y, stats))
+        assert bool(is_known(stats.mesh)) == ("step" in settings)
+    for adjoint in ("checkpoint", "reversible"):
+        solve = Solve(adjoint=adjoint, max_steps=3)
+        _, stats = solve_to(Decay(), START, rate, end, solve)
+        assert np.all(stats.failed)
+        assert not is_known(stats.mesh)
+        assert float(stats.mesh[0]) > 0
+    np.testing.assert_array_equal(Stats.unsolved(START).mesh, np.zeros(PARTS))
 
 
 def waves(norm, start, frequencies):

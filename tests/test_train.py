@@ -1,5 +1,6 @@
 """Training: one program, bit for bit repeatable, that trains on nothing that failed."""
 
+import dataclasses
 from functools import partial
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from helpers import Tally, mlp
 from jcnf import CNF, Solve, checkpoint, objectives, train
 from jcnf.distributions import ScaledNormal
 from jcnf.regularizers import kinetic
+from jcnf.runge_kutta import PARTS
 
 TRACES = Tally()
 KEY = jr.key(7)
@@ -339,34 +341,61 @@ def test_a_fixed_batch_is_the_same_at_every_step():
         assert (first == pytest.approx(second) == pytest.approx(third)) == fixed
 
 
+def of_steps(number):
+    """A mesh of so many steps to each part."""
+    return jnp.broadcast_to(jnp.asarray(number, float), (PARTS,))
+
+
 def probe(model, found, key, *, solve):
-    """It tells the first step that it was given, and another, or fails if that is negative."""
-    metrics = {"given": jnp.asarray(solve.first_step), "first_step": found, "failed": found < 0}
-    return model, metrics
+    """It tells the mesh that it was given, and another, or fails if that is negative."""
+    given = jnp.where(jnp.ptp(solve.mesh) == 0, solve.mesh[0], jnp.nan)
+    return model, {"given": given, "mesh": of_steps(found), "failed": found < 0}
 
 
-def first_steps(found, **settings):
+def meshes(found, **settings):
     """What `probe` was given at each step, None if it was skipped, and what the state had then."""
     model, optimizer = jnp.zeros(()), optax.sgd(0.1)
-    settings = {"solve": Solve(first_step=0.25)} | settings
+    settings = {"solve": Solve(mesh=of_steps(0.25))} | settings
     run = train.make_run(model, probe, lambda key, data: data, optimizer, **settings)
     state, given, left = train.init(model, optimizer), [], []
+    np.testing.assert_array_equal(state.mesh, of_steps(0))
     for step, each in enumerate(found):
         state, totals = run(state, jnp.asarray(each), KEY, step + 1)
         given.append(float(totals.sums["given"]) if totals.applied else None)
-        left.append(float(state.first_step))
+        left.append(all_of(state.mesh))
     assert run._cache_size() == 1
     return given, left
 
 
-def test_a_step_starts_its_solve_as_the_last_one_applied_found_right():
-    given, left = first_steps([0.5, 0.125, -1.0, 1.0, 0.75])
-    assert given == [0.25, 0.5, None, 0.125, 1.0]
+def all_of(mesh):
+    """The number that every part has."""
+    assert mesh.shape == (PARTS,)
+    [number] = set(np.asarray(mesh).tolist())
+    return number
+
+
+def test_a_step_takes_the_mesh_that_the_last_one_applied_found():
+    given, left = meshes([0.5, 0.125, -1.0, 1.0, 0.75])
+    assert given == [0.0, 0.5, None, 0.125, 1.0]
     assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
-    # Until one was applied, as the solve itself says.
-    assert first_steps([-1.0, -1.0, 0.5, 0.75])[0] == [None, None, 0.25, 0.5]
+    # Until one was applied, none is known.
+    assert meshes([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
     # A line search compares losses: its solves are all alike.
-    assert first_steps([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
+    assert meshes([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
+
+
+def test_a_mesh_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
+    def bad(model, power, key, *, solve):
+        return (model - 1) ** power, {"mesh": of_steps(power)}
+
+    run = train.make_run(jnp.ones(()), bad, lambda key, data: data, optax.sgd(0.1), solve=Solve())
+    state = train.init(jnp.ones(()), optax.sgd(0.1))
+    cases = (jnp.nan, "loss", 0.0), (0.5, "gradient", 0.0), (2.0, None, 2.0), (0.5, "gradient", 2.0)
+    for step, (power, reason, left) in enumerate(cases):
+        state, totals = run(state, jnp.asarray(power), KEY, step + 1)
+        skipped = {name for name in SKIPPED[1:] if totals.skipped[name]}
+        assert skipped == (set() if reason is None else {f"skipped_{reason}"})
+        assert all_of(state.mesh) == left
 
 
 def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
@@ -375,41 +404,47 @@ def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
     run = train.make_run(flow, objectives.likelihood, train.draw_rows(None), optimizer, solve=solve)
 
     @jax.jit
-    def told(params, first_step):
-        given = eqx.tree_at(lambda s: s.first_step, solve, first_step)
-        here = train.with_params(flow, params)
+    def told(params, mesh):
+        here, given = train.with_params(flow, params), dataclasses.replace(solve, mesh=mesh)
         return objectives.likelihood(here, DATA, None, solve=given)[1]
 
-    state, nfe, given = train.init(flow, optimizer), [], jnp.asarray(1.0)
+    state, nfe, given = train.init(flow, optimizer), [], jnp.zeros(PARTS)
     for step in range(4):
         expected = told(state.params, given)
         state, metrics = after(run, state, step + 1)
-        given = jnp.copy(state.first_step)  # the state is donated
+        given = jnp.copy(state.mesh)  # the state is donated
         nfe.append(int(metrics["nfe"]))
         assert nfe[-1] == int(expected["nfe"])
-        assert float(given) == pytest.approx(float(expected["first_step"]), rel=1e-6)
-        assert 0 < float(given) < 1
+        np.testing.assert_allclose(given, expected["mesh"], rtol=1e-6)
+        assert np.all(given > 0)
     assert max(nfe[1:]) < nfe[0]
 
 
-def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_least_first_step_is_told():
+def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_mesh_is_told():
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
-    def solving(flow, x, key, *, solve, found):
-        given = jnp.asarray(solve.first_step)
-        return given, {str(found): given, "first_step": jnp.asarray(found)}
+    # None of them is the finest everywhere.
+    found = {"rising": jnp.arange(float(PARTS)), "falling": PARTS - jnp.arange(float(PARTS))}
+    found |= {"level": of_steps(PARTS * 0.75)}
+
+    def solving(flow, x, key, *, solve, name):
+        given = jnp.asarray(all_of(solve.mesh))
+        return given, {name: given, "mesh": found[name]}
 
     def simple(flow, x, key):
         return jnp.asarray(1.0), {}
 
     bound = [
-        partial(solving, solve=Solve(first_step=own), found=found)
-        for own, found in ((0.5, 0.75), (0.25, 0.375), (0.125, 0.875))
+        partial(solving, solve=Solve(mesh=of_steps(own)), name=name)
+        for own, name in zip((0.5, 0.25, 0.125), found, strict=True)
     ]
     mixed = partial(objectives.mixed, flow, DATA, KEY)
-    loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=Solve(first_step=1.0))
-    assert (float(loss), float(metrics.pop("first_step"))) == (4.0, 0.375)
-    assert metrics == {"0.75": 1.0, "0.375": 1.0, "0.875": 1.0}
+    finest, given = np.max([*found.values()], axis=0), Solve(mesh=of_steps(1.0))
+    loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=given)
+    np.testing.assert_array_equal(metrics.pop("mesh"), finest)
+    assert float(loss) == 4.0
+    assert metrics == {"rising": 1.0, "falling": 1.0, "level": 1.0}
     loss, metrics = mixed(weights=dict.fromkeys([simple, *bound], 1.0))
-    assert (float(loss), float(metrics.pop("first_step"))) == (1.875, 0.375)
-    assert metrics == {"0.75": 0.5, "0.375": 0.25, "0.875": 0.125}
+    np.testing.assert_array_equal(metrics.pop("mesh"), finest)
+    assert float(loss) == 1.875
+    assert metrics == {"rising": 0.5, "falling": 0.25, "level": 0.125}
