@@ -314,7 +314,7 @@ def _march_explicitly(
         t0,
         t1,
         jnp.asarray(first),
-        unknown(dtype) if solve.mesh is None or solve.step is not None else solve.mesh,
+        unknown(dtype) if solve.mesh is None else solve.mesh.astype(dtype),
         solver=solve.diffrax_solver(),
         controller=solve.controller(_NORMS[solve.norm]),
         max_steps=solve.max_steps,
