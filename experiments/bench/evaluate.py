@@ -1,7 +1,7 @@
 """Log-densities and samples of many points, every program at the accuracy of all others.
 
-Each takes the loosest tolerance at which its root mean square error, on the case's first points and
-against a solve in float64 at 1e-9, is at most `ERROR`, and the size of chunks that is faster for it.
+Each takes the loosest tolerance at which its root mean square error, on the case's first points
+and against a solve in float64 at 1e-9, is at most `ERROR`, and chunks of the size that is faster.
 """
 
 import dataclasses
