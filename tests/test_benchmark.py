@@ -42,7 +42,7 @@ def promotion():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return dataclasses.replace(cases.table(dim=3, width=8, batch=8), solve=LOOSE, chunk=20)
+    return dataclasses.replace(cases.table(dim=3, width=8, batch=8), solve=LOOSE, chunk=20, head=20)
 
 
 def test_ratios_are_of_the_rounds_that_both_were_in():

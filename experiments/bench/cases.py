@@ -23,7 +23,8 @@ class Case:
     flow: CNF
     draw: Callable[[Key[Array, ""], int], Array]  # (key, n) -> (n, dim)
     batch: int
-    chunk: int = 10_000  # points at a time, of many
+    chunk: int = 1000  # points at a time, of many
+    head: int = 10_000  # points that errors are measured on
     estimated: bool = False  # whether a stochastic divergence is timed too
     solve: Solve = SOLVE
 
@@ -57,7 +58,7 @@ def table(dim: int = 43, width: int = 256, batch: int = 512) -> Case:
         CNF(field, distributions.StandardNormal(dim)),
         lambda key, n: jr.normal(key, (n, dim)),
         batch,
-        chunk=1000,
+        head=1000,
         estimated=True,
     )
 

@@ -15,12 +15,14 @@ from jcnf import objectives, train
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
-SETTLING = 8  # steps until the mesh of a solve, carried from one to the next, has settled
+SETTLING = 8  # steps until the mesh that is carried from solve to solve has settled
+DISPATCH = 0.05
 
 
 def training_step(case: Case, objective: train.Objective | None = None, **settings) -> Program:
     """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
 
+    As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
     Without one it is likelihood under the case's solve and `settings`. The weights stay where they
     are, for every step is the same work: the factor of the updates is 0.
     """
@@ -37,17 +39,19 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
     compiled = run.lower(state, x, key, 0).compile()
     seconds = time.perf_counter() - tic
 
-    def step():
+    def take(steps):
         nonlocal state, taken
-        taken += 1
+        taken += steps
         state, totals = jax.block_until_ready(compiled(state, x, key, taken))
         return totals
 
-    for _ in range(SETTLING - 1):
-        step()
-    totals = train.means(step())
+    take(SETTLING)
+    tic = time.perf_counter()
+    totals = train.means(take(1))
+    steps = max(1, round(DISPATCH / (time.perf_counter() - tic)))
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
-    return Program(step, figures | {"compile_s": seconds} | temporary_memory(compiled))
+    figures |= {"compile_s": seconds} | temporary_memory(compiled)
+    return Program(functools.partial(take, steps), figures, steps)
 
 
 def loss(case: Case, **settings) -> float:

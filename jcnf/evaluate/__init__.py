@@ -22,7 +22,6 @@ from jcnf.evaluate.gradients import loss_gradient as loss_gradient
 from jcnf.evaluate.gradients import relative_error as relative_error
 from jcnf.evaluate.marginal import score_marginal as score_marginal
 from jcnf.evaluate.scores import ACCURATE as ACCURATE
-from jcnf.evaluate.scores import CHUNK as CHUNK
 from jcnf.evaluate.scores import Scores as Scores
 from jcnf.evaluate.scores import Transport as Transport
 from jcnf.evaluate.scores import carry as carry

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Drawn, Estimator, Exact
-from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.density import Grid, check_extent, grid
 from jcnf.evaluate.doubled import in_float64
 from jcnf.evaluate.scores import (
@@ -24,6 +23,7 @@ from jcnf.flow import Flow
 from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
+ROUND_TRIP = 5000  # points at most
 
 
 class Certificate(NamedTuple):
@@ -95,14 +95,14 @@ def certify(
     reference_points: int = 1000,
     extent: tuple[float, ...] | None = None,
     cells: int = 200,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Certificate:
     """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
 
     The numerical error is the difference to the same log-densities in float64 by dopri8 at a
     hundredth of the tolerance (1e-8 for fixed steps, and never below 1e-10), for
     `reference_points` of the points; it has rounding in it as well, and of a flow that solves
-    nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `chunk` points. An
+    nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `ROUND_TRIP` points. An
     estimated `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are
     the means. In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x`
     and half as much again at each side.
@@ -110,7 +110,7 @@ def certify(
     **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
     """
     check_data(flow, x, context, solve, divergence)
-    require.whole(draws=draws, cells=cells, chunk=chunk)
+    require.whole(draws=draws, cells=cells)
     require.whole(0, reference_points=reference_points)
     if extent is not None:
         check_extent(extent, x.shape[1])
@@ -136,7 +136,7 @@ def certify(
         x_few, context_few, noise_few = _rows((x, context, noise), few)
         reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
     plain = x.shape[1] <= 2 and context is None
-    some = _evenly(len(x), chunk)
+    some = _evenly(len(x), ROUND_TRIP)
     x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.augmented import solve_bound
-from jcnf.evaluate.chunks import CHUNK, in_chunks
+from jcnf.evaluate.chunks import in_chunks
 from jcnf.evaluate.scores import ACCURATE, Scores, full_precision
 from jcnf.flow import Flow
 from jcnf.solve import Solve
@@ -20,7 +20,7 @@ def score_marginal(
     *,
     samples: int = 32,
     solve: Solve = ACCURATE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Scores:
     """`jcnf.augmented.log_prob_bound` of each point, in chunks of one compiled program.
 
@@ -37,10 +37,10 @@ def score_marginal(
     require.whole(samples=samples)
     x = jnp.asarray(x)
 
-    def program(x, keys):
+    def program(solve, x, keys):
         return _score(flow, x, keys, samples, solve)
 
-    return Scores(*in_chunks(program, (x, jr.split(key, len(x))), len(x), chunk))
+    return Scores(*in_chunks(program, solve, (x, jr.split(key, len(x))), len(x), chunk))
 
 
 @eqx.filter_jit

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from jcnf import require
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Drawn, Exact
-from jcnf.evaluate.chunks import CHUNK, in_chunks
+from jcnf.evaluate.chunks import in_chunks
 from jcnf.flow import (
     Direction,
     Flow,
@@ -64,7 +64,7 @@ def score(
     context: Float[Array, "n context"] | None = None,
     solve: Solve = ACCURATE,
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Scores:
     """Log-density of each point, in chunks of one compiled program.
 
@@ -77,10 +77,10 @@ def score(
     x = jnp.asarray(x)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
 
-    def program(x, context, noise):
+    def program(solve, x, context, noise):
         return _score(flow, x, context, solve, Drawn(divergence, noise))
 
-    return Scores(*in_chunks(program, (x, context, noise), len(x), chunk))
+    return Scores(*in_chunks(program, solve, (x, context, noise), len(x), chunk))
 
 
 class Transport(NamedTuple):
@@ -103,7 +103,7 @@ def transport(
     *,
     context: Float[Array, "n context"] | None = None,
     solve: Solve = ACCURATE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Transport:
     """Points at each of `times`, from where they are at `times[0]`; as `jcnf.trajectory`.
 
@@ -116,10 +116,10 @@ def transport(
     solve = _without_gradient(solve)
     times = jnp.asarray(times, jnp.result_type(x))
 
-    def program(x, context):
+    def program(solve, x, context):
         return _transport(flow, x, times, context, solve)
 
-    paths, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    paths, nfe, failed = in_chunks(program, solve, (x, context), len(x), chunk)
     return Transport(np.moveaxis(paths, 0, 1), nfe, failed)
 
 
@@ -130,7 +130,7 @@ def carry(
     *,
     context: Float[Array, "n context"] | None = None,
     solve: Solve = ACCURATE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Transport:
     """Points and where the flow carries them, at `x[0]` and `x[-1]`: no log-det is computed.
 
@@ -140,10 +140,10 @@ def carry(
     check_direction(direction)
     solve = _without_gradient(solve)
 
-    def program(x, context):
+    def program(solve, x, context):
         return _carry(flow, x, direction, context, solve)
 
-    end, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    end, nfe, failed = in_chunks(program, solve, (x, context), len(x), chunk)
     return Transport(np.stack([np.asarray(x), end]), nfe, failed)
 
 
@@ -167,7 +167,7 @@ def roundtrip_error(
     *,
     context: Float[Array, "n context"] | None = None,
     solve: Solve = ACCURATE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> float:
     """max |x - to_data(to_base(x))| over the points that arrive, in the units of `x`."""
     return roundtrip(flow, x, context=context, solve=solve, chunk=chunk)[0]

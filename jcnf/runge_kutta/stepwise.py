@@ -80,10 +80,6 @@ class _Scheme(Scheme):
         """Whether a step's last slope is the next one's first."""
         return self.tableau.fsal and stages(self.tableau.b_sol) > 1
 
-    def start(self, t, y, args):
-        """The state that y at `t` is."""
-        return y, self.vector_field(t, y, args) if self.reuses else None
-
     def step(self, t, t_next, state, args):
         """The state at `t_next`, and the embedded error."""
         (y, first), h, tableau = state, t_next - t, self.tableau
@@ -91,22 +87,32 @@ class _Scheme(Scheme):
         if not self.reuses:
             needed = max(needed, stages(tableau.b_error))
         slopes = slopes_of(self.vector_field, tableau, t, h, y, args, needed, first)
-        y = jax.tree.map(jnp.add, y, weighted(h, tableau.b_sol, slopes))
+        y = self.end(y, h, slopes)
         if self.reuses:
             slopes.append(self.vector_field(t_next, y, args))
         error = weighted(h, tableau.b_error, slopes)
         return (y, slopes[-1] if self.reuses else None), error
 
+    def step_alone(self, t, t_next, y, args):
+        """y at `t_next`, with all slopes that it needs and no other: for the way back."""
+        needed = stages(self.tableau.b_sol)
+        h = t_next - t
+        return self.end(y, h, slopes_of(self.vector_field, self.tableau, t, h, y, args, needed))
+
+    def end(self, y, h, slopes):
+        """y at the end of a step."""
+        return jax.tree.map(jnp.add, y, weighted(h, self.tableau.b_sol, slopes))
+
     def seen(self, state):
         """y."""
         return state[0]
 
-    def room(self, state, max_steps) -> _Kept | None:
+    def room(self, y, max_steps) -> _Kept | None:
         """For states like this; None where they are not wanted."""
         if not self.keeps:
             return None
         places = min(STATES, max_steps)
-        states = jax.tree.map(lambda a: jnp.zeros((places + 1, *a.shape), a.dtype), state)
+        states = jax.tree.map(lambda a: jnp.zeros((places + 1, *a.shape), a.dtype), y)
         return _Kept(states, jnp.full(places, -1, jnp.int32), jnp.ones((), jnp.int32))
 
     def kept(self, kept, number, state):
@@ -122,7 +128,7 @@ class _Scheme(Scheme):
         states = jax.tree.map(
             lambda rows, a: jax.lax.dynamic_update_index_in_dim(rows, a, place, 0),
             kept.states,
-            state,
+            state[0],
         )
         numbers = jnp.where(jnp.arange(places) == place, number, numbers)
         return _Kept(states, numbers, stride)
@@ -130,8 +136,8 @@ class _Scheme(Scheme):
 
 def _march(y0_and_args, scheme, t0, t1, first, mesh, controller, max_steps):
     y0, args = y0_and_args
-    state = scheme.start(t0, y0, args)
-    room = scheme.room(state, max_steps)
+    state = y0, scheme.vector_field(t0, y0, args) if scheme.reuses else None
+    room = scheme.room(y0, max_steps)
     return march(scheme, state, room, args, t0, t1, first, mesh, controller, max_steps)
 
 
@@ -149,28 +155,22 @@ def _solve_forwards(perturbed, y0_and_args, scheme, *settings):
 
 
 @_solve.def_bwd
-def _solve_backwards(residuals, cotangents, perturbed, y0_and_args, scheme, t0, *settings):
+def _solve_backwards(residuals, cotangents, perturbed, y0_and_args, scheme, *settings):
     kept, times, accepted = residuals
     y0, args = y0_and_args
     moving, still = eqx.partition(args, perturbed[1])
 
-    def start(y, moving):
-        return scheme.start(t0, y, eqx.combine(moving, still))
-
-    def step(number, state, moving):
+    def step(number, y, moving):
         args = eqx.combine(moving, still)
-        return scheme.step(times[number], times[number + 1], state, args)[0]
+        return scheme.step_alone(times[number], times[number + 1], y, args)
 
-    def pull(number, state, state_bar, moving_bar):
-        state_bar, more = jax.vjp(lambda *at: step(number, *at), state, moving)[1](state_bar)
-        return state_bar, jax.tree.map(jnp.add, moving_bar, more)
+    def pull(number, y, y_bar, moving_bar):
+        y_bar, more = jax.vjp(lambda *at: step(number, *at), y, moving)[1](y_bar)
+        return y_bar, jax.tree.map(jnp.add, moving_bar, more)
 
     y_bar = jax.tree.map(lambda y, g: jnp.zeros_like(y) if g is None else g, y0, cotangents.y)
-    slope_bar = jax.tree.map(jnp.zeros_like, y_bar) if scheme.reuses else None
-    bars = (y_bar, slope_bar), jax.tree.map(jnp.zeros_like, moving)
-    state_bar, moving_bar = _walk_back(kept, accepted, len(times) - 1, bars, step, pull, moving)
-    y_bar, more = jax.vjp(start, y0, moving)[1](state_bar)
-    return y_bar, jax.tree.map(jnp.add, moving_bar, more)
+    bars = y_bar, jax.tree.map(jnp.zeros_like, moving)
+    return _walk_back(kept, accepted, len(times) - 1, bars, step, pull, moving)
 
 
 def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
