@@ -47,8 +47,8 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
 
     take(SETTLING)
     tic = time.perf_counter()
-    totals = train.means(take(1))
-    steps = max(1, round(DISPATCH / (time.perf_counter() - tic)))
+    totals = train.means(take(SETTLING))
+    steps = max(1, round(DISPATCH * SETTLING / (time.perf_counter() - tic)))
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     figures |= {"compile_s": seconds} | temporary_memory(compiled)
     return Program(functools.partial(take, steps), figures, steps)

@@ -4,16 +4,18 @@ It is what a training step would be without control of errors, loops and checkpo
 dopri5 over the very steps that our solve takes, its forward work kept for the way back.
 """
 
+import dataclasses
 import itertools
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import ours
 from experiments.bench.cases import Case
-from jcnf import train
+from jcnf import train, transform
+from jcnf.runge_kutta import next_point, unknown
 
 ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
     (1 / 5,),
@@ -52,36 +54,19 @@ def objective(case: Case) -> train.Objective:
 
 
 def accepted_times(case: Case) -> np.ndarray:
-    """Where the steps of our solve of the batch end."""
+    """Where the steps of our solve of the batch end, by the mesh that training on it settles on."""
 
     @eqx.filter_jit
-    def solve(flow, x):
-        def rates(t, y, field):
-            return jax.vmap(field.velocity_and_divergence, (None, 0))(jnp.asarray(t, x.dtype), y[0])
+    def mesh_after(flow, x, mesh):
+        return transform(flow, x, solve=dataclasses.replace(case.solve, mesh=mesh)).stats.mesh
 
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(rates),
-            case.solve.diffrax_solver(),
-            flow.t1,
-            0.0,
-            -case.solve.first_step * flow.t1,
-            (x, jnp.zeros(len(x), x.dtype)),
-            flow.field,
-            saveat=diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: None),
-            stepsize_controller=diffrax.PIDController(
-                rtol=case.solve.rtol, atol=case.solve.atol, norm=diffrax_norm
-            ),
-            max_steps=case.solve.max_steps,
-        ).ts
-
-    times = np.asarray(solve(case.flow, case.x), np.float64)
-    return times[np.isfinite(times)]
-
-
-def diffrax_norm(error):
-    """The root mean square over all leaves, as of `Solve(norm="batch")`."""
-    leaves = jax.tree.leaves(error)
-    return jnp.sqrt(sum(jnp.sum(a**2) for a in leaves) / sum(a.size for a in leaves))
+    mesh = unknown(float)
+    for _ in range(ours.SETTLING):
+        mesh = mesh_after(case.flow, case.x, mesh)
+    shares = [0.0]
+    while shares[-1] < 1:
+        shares.append(float(next_point(mesh, jnp.asarray(shares[-1]))))
+    return case.flow.t1 * (1 - np.array(shares))
 
 
 def _plus(y, weights, slopes):
