@@ -207,7 +207,7 @@ def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
 
     def program(solve, x):
         shapes.append(x.shape)
-        return x - x.max(), Stats.unsolved(x[:, None])
+        return x - x.max(), Stats.unsolved(jnp.asarray(x[:, None]))
 
     rows, found = np.arange(37.0), []
     for number in (1, 4):
