@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from experiments.toy2d import Toy2D
-from jcnf import Solve, parallel
+from jcnf import parallel
 from jcnf.errors import InputError
 from jcnf.evaluate import chunks
-from jcnf.solve import Stats
 
 HERE = Path(__file__).parent
 # Tasks that a worker does together.
@@ -205,16 +204,16 @@ def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
     """What one row gives depends on those solved with it, by the steps they all take."""
     shapes = []
 
-    def program(solve, x):
+    def program(x):
         shapes.append(x.shape)
-        return x - x.max(), Stats.unsolved(jnp.asarray(x[:, None]))
+        return x - x.max(), SimpleNamespace(nfe=1, failed=np.zeros(len(x), bool))
 
     rows, found = np.arange(37.0), []
     for number in (1, 4):
         same = {"split": lambda batch: batch, "on_host": lambda tree: tree}
         patched = SimpleNamespace(devices=lambda number=number: number, **same)
         monkeypatch.setattr(chunks, "parallel", patched)
-        found.append(chunks.in_chunks(program, Solve(), (rows,), 37, 15))
+        found.append(chunks.in_chunks(program, (rows,), 37, 15))
     assert shapes == 3 * [(15,)] + 3 * [(16,)]
     for one, four in zip(*found, strict=True):
         np.testing.assert_array_equal(one, four)

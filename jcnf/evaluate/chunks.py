@@ -1,20 +1,15 @@
-"""Many rows through one compiled program, a chunk at a time, each by the mesh of the one before.
+"""Many rows through one compiled program, a chunk at a time.
 
 A few rows that fail fail alone: the chunk is solved again without them, up to `ATTEMPTS` times.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jcnf import parallel, require
-from jcnf.runge_kutta import unknown
-from jcnf.solve import Solve
 
 CHUNKS = {"cpu": 1000}  # rows by platform, such that a core's cache holds the work on them
 CHUNK = 10_000  # rows elsewhere
@@ -23,20 +18,17 @@ FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the
 
 
 def in_chunks(
-    program: Callable, solve: Solve, rows: Any, n: int, size: int | None = None
+    program: Callable, rows: Any, n: int, size: int | None = None
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """`program(solve, *chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
+    """`program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
 
-    By default a chunk has `CHUNKS` rows. Each is solved by the steps that were right for the one
-    before, which cost the first one some that are rejected.
+    By default a chunk has `CHUNKS` rows.
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
     if size is None:
         size = CHUNKS.get(jax.default_backend(), CHUNK)
     require.whole(chunk=size)
-    dtype = jnp.result_type(float)
-    solve = dataclasses.replace(solve, mesh=unknown(dtype)) if solve.mesh is None else solve
     size, devices = min(size, n), parallel.devices()
     filled = -(-size // devices) * devices
     values, nfes, flags = [], [], []
@@ -44,17 +36,15 @@ def in_chunks(
         # A chunk is filled up with its last row: its own rows depend on no number of devices.
         stop = min(start + size, n)
         index = np.minimum(np.arange(start, start + filled), stop - 1)
-        value, stats, failed = _solve_chunk(functools.partial(program, solve), rows, index)
-        if not np.any(failed):
-            solve = dataclasses.replace(solve, mesh=jnp.asarray(stats.mesh, dtype))
+        value, nfe, failed = _solve_chunk(program, rows, index)
         values.append(value[: stop - start])
-        nfes.append(int(stats.nfe))
+        nfes.append(nfe)
         flags.append(failed[: stop - start])
     return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
 
 
 def _solve_chunk(program, rows, index):
-    """Values, statistics, flags: rows at fault give their places to a good one; all is redone."""
+    """Values, NFE and flags: rows at fault give their places to a good one, and all is redone."""
     failed, attempts = np.zeros(len(index), bool), 0
     while True:
         good = np.argmin(failed)
@@ -71,4 +61,4 @@ def _solve_chunk(program, rows, index):
             break
     values = np.array(values)
     values[failed] = np.nan
-    return values, stats, failed
+    return values, int(stats.nfe), failed

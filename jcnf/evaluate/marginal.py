@@ -37,10 +37,10 @@ def score_marginal(
     require.whole(samples=samples)
     x = jnp.asarray(x)
 
-    def program(solve, x, keys):
+    def program(x, keys):
         return _score(flow, x, keys, samples, solve)
 
-    return Scores(*in_chunks(program, solve, (x, jr.split(key, len(x))), len(x), chunk))
+    return Scores(*in_chunks(program, (x, jr.split(key, len(x))), len(x), chunk))
 
 
 @eqx.filter_jit

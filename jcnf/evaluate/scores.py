@@ -77,10 +77,10 @@ def score(
     x = jnp.asarray(x)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
 
-    def program(solve, x, context, noise):
+    def program(x, context, noise):
         return _score(flow, x, context, solve, Drawn(divergence, noise))
 
-    return Scores(*in_chunks(program, solve, (x, context, noise), len(x), chunk))
+    return Scores(*in_chunks(program, (x, context, noise), len(x), chunk))
 
 
 class Transport(NamedTuple):
@@ -116,10 +116,10 @@ def transport(
     solve = _without_gradient(solve)
     times = jnp.asarray(times, jnp.result_type(x))
 
-    def program(solve, x, context):
+    def program(x, context):
         return _transport(flow, x, times, context, solve)
 
-    paths, nfe, failed = in_chunks(program, solve, (x, context), len(x), chunk)
+    paths, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
     return Transport(np.moveaxis(paths, 0, 1), nfe, failed)
 
 
@@ -140,10 +140,10 @@ def carry(
     check_direction(direction)
     solve = _without_gradient(solve)
 
-    def program(solve, x, context):
+    def program(x, context):
         return _carry(flow, x, direction, context, solve)
 
-    end, nfe, failed = in_chunks(program, solve, (x, context), len(x), chunk)
+    end, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
     return Transport(np.stack([np.asarray(x), end]), nfe, failed)
 
 
