@@ -12,6 +12,7 @@ from helpers import astype, mlp
 
 from jcnf.fields import ACTIVATIONS, LAYERS, MLP
 from jcnf.fields.activations import resolve
+from jcnf.fields.mlp import NARROW
 
 WIDTHS = (4, 5, 4, 5)  # unequal neighbours: no product fits when transposed
 REFERENCE = {
@@ -244,3 +245,18 @@ def test_float32_in_float32_out():
 def test_errors_say_what_is_known(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MLP(**{"dim": 2, "widths": (), "key": jr.key(0)} | settings)
+
+
+@pytest.mark.parametrize("output", [None, "tanh"])
+@pytest.mark.parametrize("widths", [(NARROW, 9, NARROW + 1), (2, NARROW + 1, 5, NARROW)])
+def test_divergence_through_layers_of_either_form_is_the_trace(widths, output):
+    field = mlp(3, widths, output=output, scale=3.0)
+    x, t = jnp.array([0.3, -0.8, 1.1]), jnp.asarray(0.4)
+    found, expected = quick_jit(
+        lambda x: (
+            field.velocity_and_divergence(t, x)[1],
+            jnp.trace(jax.jacfwd(lambda x: field(t, x))(x)),
+        )
+    )(x)
+    assert abs(expected) > 1e-2
+    np.testing.assert_allclose(found, expected, rtol=1e-10)

@@ -12,6 +12,8 @@ from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
 
+NARROW = 128  # a width that batches are seldom below
+
 
 class MLP(eqx.Module):
     """v(t, x) = W_{L+1}(t) s(... s(W_1(t) [x, c] + b_1(t)) ...) + b_{L+1}(t).
@@ -122,8 +124,9 @@ class MLP(eqx.Module):
         - one: d_1' diag(W_1 W_2): a dot product a sample.
         - two: d_2' (W_2 o (W_1 W_3)') d_1: the matrix depends on t alone, so that a sample costs
           one h x h product whatever the dimension.
-        - more: columns are pushed through the inner layers, min(dim, first width) products with
-          each: those of the Jacobian, or of tr(W_1 W_{L+1} ...) from the first hidden layer on.
+        - more: r = min(dim, first width) vectors are pushed through the inner layers from both
+          ends, the columns of W_1 upwards and the rows of W_{L+1} downwards, to meet below the
+          last inner layer (where the first width is less, those of 1 and of W_1 W_{L+1}).
 
         An `output` activation scales the rows of W_{L+1} by its slopes, each sample's own.
         """
@@ -142,8 +145,20 @@ class MLP(eqx.Module):
         entry, readout = first.T, last
         if self.dim > len(first):
             entry, readout = jnp.eye(len(first), dtype=first.dtype), first @ last
-        # Columns as rows: under vmap the batch then folds into one matrix product.
-        columns = slopes[0][None] * entry
-        for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
-            columns = slope[None] * (columns @ weight.T)
-        return v, jnp.sum(readout * columns)
+        up = _pushed(entry, slopes[0], weights[1], of_time=True)
+        for slope, weight in zip(slopes[1:-2], weights[2:-2], strict=True):
+            up = _pushed(up, slope, weight, of_time=False)
+        down = _pushed(readout, slopes[-1], weights[-2].T, of_time=scale is None)
+        return v, jnp.sum(up * down, axis=0) @ slopes[-2]
+
+
+def _pushed(vectors, slope, weight, of_time):
+    """W diag(d) u of each of the `vectors` u, which are rows: those of a batch are one product.
+
+    Where u depends on time alone it is (W diag(u)) d as well: matrices that the batch shares, which
+    are written, and kept for gradients, in place of d o u for each sample.
+    """
+    if of_time and len(slope) <= NARROW:
+        matrices = vectors[:, None] * weight[None]
+        return (matrices.reshape(-1, len(slope)) @ slope).reshape(len(vectors), -1)
+    return (slope[None] * vectors) @ weight.T
