@@ -1,5 +1,7 @@
 """Held-out numbers: densities that integrate to 1, chunks, failures, baselines."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from scipy import stats
 
 from jcnf import CNF, Solve, evaluate
 from jcnf.distributions import Logistic, StandardNormal
+from jcnf.runge_kutta import PARTS
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(12, 3)))
@@ -67,6 +70,41 @@ def test_scores_are_log_densities_in_chunks_of_one_program():
     np.testing.assert_array_equal(again.log_prob[:6], again.log_prob[12:])
     assert not np.allclose(again.log_prob[:12], expected)
     assert tally.count == traced > 0
+
+
+class Burst(eqx.Module):
+    """-g(t) x with the integral 1.2 of g over the unit interval, nearly all of it around 0.4."""
+
+    dim: int = 2
+
+    def __call__(self, t, x, context=None):
+        return -1.2 * jnp.exp(-0.5 * ((t - 0.4) / 0.06) ** 2) / (0.06 * (2 * np.pi) ** 0.5) * x
+
+
+@pytest.mark.parametrize("name", ["score", "to_data", "to_base"])
+def test_many_chunks_take_the_steps_that_are_right_for_all(name):
+    flow, rows = CNF(Burst(), StandardNormal(2)), jnp.asarray(RNG.normal(size=(9, 2)))
+    x = jnp.concatenate([rows] * 4)
+
+    def run(n, solve=evaluate.ACCURATE):
+        if name == "score":
+            found = evaluate.score(flow, x[:n], chunk=9, solve=solve)
+            return found.log_prob, found.nfe
+        found = evaluate.carry(flow, x[:n], name, chunk=9, solve=solve)
+        return found.x[-1], found.nfe
+
+    (few, nfe_of_few), (many, nfe_of_many) = run(27), run(36)
+    assert nfe_of_many < 0.8 * nfe_of_few
+    np.testing.assert_array_equal(many, np.concatenate([many[:9]] * 4))
+    z = np.asarray(rows) * np.exp(-1.2 if name == "to_data" else 1.2)
+    exact = z if name != "score" else stats.norm.logpdf(z).sum(1) + 2 * 1.2
+    for found in (few[:9], many[:9]):
+        np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
+    # A mesh that is given is taken, and what heeds none has as many evaluations as ever.
+    given = dataclasses.replace(evaluate.ACCURATE, mesh=np.full(PARTS, 0.5))
+    assert run(36, given)[1] == 6 * 32 + 1
+    fixed = Solve(solver="midpoint", step=1 / 8)
+    assert run(36, fixed)[1] == run(27, fixed)[1] == 16
 
 
 def test_one_of_a_few_rows_fails_alone():

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
-from jcnf.evaluate.chunks import in_chunks
+from jcnf.evaluate.chunks import solved_in_chunks
 from jcnf.evaluate.scores import ACCURATE, full_precision
 from jcnf.solve import Solve
 from jcnf.vae import VAE, weigh
@@ -76,11 +76,11 @@ def bounds(
     require.finite(x=x)
     x = jnp.asarray(x)
 
-    def program(x, keys):
+    def program(solve, x, keys):
         return _weigh_all(model, x, keys, samples, solve)
 
     rows = x, jr.split(key, len(x))
-    values, nfe, failed = in_chunks(program, rows, len(x), chunk)
+    values, nfe, failed = solved_in_chunks(program, solve, rows, len(x), chunk)
     log_likelihood, log_ratio, mean = np.split(values, [samples, 2 * samples], axis=1)
     return Bounds(log_likelihood, log_ratio, mean, nfe, failed)
 
@@ -100,8 +100,8 @@ def _weigh_all(model, x, keys, samples, solve):
     weighed, stats = jax.lax.map(one, jnp.arange(samples))
     values = [weighed.log_likelihood.T, weighed.log_ratio.T, jnp.mean(weighed.carried, axis=0)]
     stats = eqx.tree_at(
-        lambda stats: (stats.nfe, stats.failed),
+        lambda stats: (stats.nfe, stats.failed, stats.mesh),
         jax.tree.map(lambda each: each[0], stats),
-        (jnp.sum(stats.nfe) // samples, jnp.any(stats.failed, axis=0)),
+        (jnp.sum(stats.nfe) // samples, jnp.any(stats.failed, axis=0), jnp.max(stats.mesh, axis=0)),
     )
     return jnp.concatenate(values, axis=1), stats

@@ -3,18 +3,43 @@
 A few rows that fail fail alone: the chunk is solved again without them, up to `ATTEMPTS` times.
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jcnf import parallel, require
+from jcnf.runge_kutta import unknown
+from jcnf.solve import Solve
 
-CHUNKS = {"cpu": 1000}  # rows by platform, such that a core's cache holds the work on them
+CHUNKS = {"cpu": 2000}  # rows by platform, such that a core's cache holds the work on them
 CHUNK = 10_000  # rows elsewhere
+MANY = 4  # chunks, among which a solve for the sake of its mesh pays
 ATTEMPTS = 3
 FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
+
+
+def solved_in_chunks(
+    program: Callable, solve: Solve, rows: Any, n: int, size: int | None = None
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """`in_chunks` of `program(solve, *chunk)`, whose solves are all alike.
+
+    Many chunks all follow one mesh, of a solve of as many rows from among all: the steps that a row
+    takes depend on no chunk before its own.
+    """
+    size, dtype = _size(n, size), jnp.result_type(float)
+    if solve.mesh is None and solve.step is None:
+        # With a mesh that tells nothing, for one program with and without.
+        solve = dataclasses.replace(solve, mesh=unknown(dtype))
+        if n > (MANY - 1) * size:
+            some = _filled(np.linspace(0, n - 1, size).astype(int))
+            _, stats, _ = _solve_chunk(partial(program, solve), rows, some)
+            solve = dataclasses.replace(solve, mesh=jnp.asarray(stats.mesh, dtype))
+    return in_chunks(partial(program, solve), rows, n, size)
 
 
 def in_chunks(
@@ -26,25 +51,33 @@ def in_chunks(
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
-    if size is None:
-        size = CHUNKS.get(jax.default_backend(), CHUNK)
-    require.whole(chunk=size)
-    size, devices = min(size, n), parallel.devices()
-    filled = -(-size // devices) * devices
+    size = _size(n, size)
     values, nfes, flags = [], [], []
     for start in range(0, n, size):
-        # A chunk is filled up with its last row: its own rows depend on no number of devices.
         stop = min(start + size, n)
-        index = np.minimum(np.arange(start, start + filled), stop - 1)
-        value, nfe, failed = _solve_chunk(program, rows, index)
+        index = _filled(np.minimum(np.arange(start, start + size), stop - 1))
+        value, stats, failed = _solve_chunk(program, rows, index)
         values.append(value[: stop - start])
-        nfes.append(nfe)
+        nfes.append(int(stats.nfe))
         flags.append(failed[: stop - start])
     return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
 
 
+def _size(n, size):
+    """Of a chunk of `n` rows."""
+    if size is None:
+        size = CHUNKS.get(jax.default_backend(), CHUNK)
+    require.whole(chunk=size)
+    return min(size, n)
+
+
+def _filled(index):
+    """With its last row, for the devices to share: its own rows depend on no number of these."""
+    return np.pad(index, (0, -len(index) % parallel.devices()), mode="edge")
+
+
 def _solve_chunk(program, rows, index):
-    """Values, NFE and flags: rows at fault give their places to a good one, and all is redone."""
+    """Values, statistics, flags: rows at fault give their places to a good one; all is redone."""
     failed, attempts = np.zeros(len(index), bool), 0
     while True:
         good = np.argmin(failed)
@@ -61,4 +94,4 @@ def _solve_chunk(program, rows, index):
             break
     values = np.array(values)
     values[failed] = np.nan
-    return values, int(stats.nfe), failed
+    return values, stats, failed

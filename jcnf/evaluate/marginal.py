@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.augmented import solve_bound
-from jcnf.evaluate.chunks import in_chunks
+from jcnf.evaluate.chunks import solved_in_chunks
 from jcnf.evaluate.scores import ACCURATE, Scores, full_precision
 from jcnf.flow import Flow
 from jcnf.solve import Solve
@@ -37,10 +37,11 @@ def score_marginal(
     require.whole(samples=samples)
     x = jnp.asarray(x)
 
-    def program(x, keys):
+    def program(solve, x, keys):
         return _score(flow, x, keys, samples, solve)
 
-    return Scores(*in_chunks(program, (x, jr.split(key, len(x))), len(x), chunk))
+    rows = x, jr.split(key, len(x))
+    return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk))
 
 
 @eqx.filter_jit

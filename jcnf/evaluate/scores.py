@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from jcnf import require
 from jcnf.cnf import CNF
 from jcnf.divergence import Divergence, Drawn, Exact
-from jcnf.evaluate.chunks import in_chunks
+from jcnf.evaluate.chunks import in_chunks, solved_in_chunks
 from jcnf.flow import (
     Direction,
     Flow,
@@ -77,10 +77,11 @@ def score(
     x = jnp.asarray(x)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
 
-    def program(x, context, noise):
+    def program(solve, x, context, noise):
         return _score(flow, x, context, solve, Drawn(divergence, noise))
 
-    return Scores(*in_chunks(program, (x, context, noise), len(x), chunk))
+    rows = x, context, noise
+    return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk))
 
 
 class Transport(NamedTuple):
@@ -140,10 +141,10 @@ def carry(
     check_direction(direction)
     solve = _without_gradient(solve)
 
-    def program(x, context):
+    def program(solve, x, context):
         return _carry(flow, x, direction, context, solve)
 
-    end, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    end, nfe, failed = solved_in_chunks(program, solve, (x, context), len(x), chunk)
     return Transport(np.stack([np.asarray(x), end]), nfe, failed)
 
 
