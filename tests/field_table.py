@@ -60,7 +60,7 @@ FIELDS = {
     "mlp one hidden layer": partial(drawn, MLP, 3, (4,), activation="softplus"),
     "mlp three hidden layers": partial(drawn, MLP, 3, (4, 5, 4), activation="silu", scale=2.5),
     "mlp bounded": partial(drawn, MLP, 3, (4, 5), output="tanh", seed=1),
-    "mlp four hidden layers bounded": partial(drawn, MLP, 3, (2, 5, 4, 3), output="tanh", seed=2),
+    "mlp four hidden layers bounded": partial(drawn, MLP, 3, (2, 5, 4, 3), output="tanh", seed=3),
     "mlp context": concat,
     "mlp modulated": partial(concat, conditioning="modulate"),
     "planar": planar,
