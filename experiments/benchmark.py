@@ -140,11 +140,11 @@ def _points(time_points, what):
     def section(settings, run_dir, ratios):
         found = {}
         for case in _chosen(settings, *EVALUATED):
-            title = f"{settings.points} {what}: {case.title}"
-            results = time_points(
-                case, settings.points, settings.rounds, settings.seconds, settings.peers
-            )
-            found[title] = _table(title, results, ratios)
+            limits = (settings.rounds, settings.seconds)
+            by_error = time_points(case, settings.points, *limits, settings.peers)
+            for error, results in by_error.items():
+                title = f"{settings.points} {what}, error {error:g}: {case.title}"
+                found[title] = _table(title, results, ratios)
         return found
 
     return section

@@ -118,8 +118,10 @@ def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
 
 
 def test_the_unrolled_program_computes_our_loss(tiny):
-    program = ours.training_step(tiny, unrolled.objective(tiny))
     here = ours.training_step(tiny)
+    again = ours.training_step(tiny, unrolled.objective(tiny, again=True))
+    program = ours.training_step(tiny, unrolled.objective(tiny))
+    assert again.figures["grad_norm"] == pytest.approx(here.figures["grad_norm"], rel=1e-9)
     assert program.figures["loss"] == pytest.approx(here.figures["loss"], rel=1e-9)
     assert program.figures["grad_norm"] == pytest.approx(here.figures["grad_norm"], rel=1e-9)
     # The last evaluation of ours is that of the error alone; rejected steps are not unrolled.
@@ -128,10 +130,24 @@ def test_the_unrolled_program_computes_our_loss(tiny):
 
 def test_many_points_at_one_accuracy(tiny):
     for time_points in (evaluate.log_probs, evaluate.samples):
-        (result,) = time_points(tiny, 30, 1, 1.0, with_peers=False).values()
-        assert result["error"] <= evaluate.ERROR
-        assert result["tolerance"] in evaluate.LADDER
-        assert result["points"] == 30
+        found = time_points(tiny, 30, 1, 1.0, with_peers=False)
+        assert list(found) == list(evaluate.ERRORS)
+        for error, results in found.items():
+            assert len(results) == 2  # as it is, and on a mesh
+            for result in results.values():
+                assert result["error"] <= error
+                assert result["tolerance"] in evaluate.LADDER
+                assert result["points"] == 30
+
+
+def test_the_fastest_of_those_that_are_accurate():
+    loose, tight, slow = (
+        evaluate.Found("tsit5", *of)
+        for of in ((1e-2, 1e-3, 1.0), (1e-3, 1e-5, 2.0), (0.1, 0.0, 3.0))
+    )
+    assert evaluate.fastest([slow, loose, tight], 1e-3) == loose
+    assert evaluate.fastest([slow, loose, tight], 1e-4) == tight
+    assert evaluate.fastest([loose], 1e-4) is None
 
 
 def test_flow_matching_against_bare_passes(monkeypatch):

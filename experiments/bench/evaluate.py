@@ -1,12 +1,14 @@
 """Log-densities and samples of many points, every program at the accuracy of all others.
 
-Each takes the loosest tolerance at which its root mean square error, on the case's first points
-and against a solve in float64 at 1e-9, is at most `ERROR`. Ours takes chunks of its default size;
-the others take the points at once, as a call of theirs does, and by chunks too.
+Errors are root mean squares, on the case's first points and against a solve in float64 at 1e-9.
+For each of `ERRORS`, a program takes that of its methods and tolerances which is the fastest of
+those that err no more. Ours takes chunks of its default size; the others take the points at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,78 +17,119 @@ import numpy as np
 from experiments.bench import ours, peers
 from experiments.bench.cases import Case
 from experiments.bench.report import Results
-from experiments.bench.timing import Program, measure
-from jcnf import Solve, evaluate
+from experiments.bench.timing import Program, measure, time_of
+from jcnf import evaluate
 from jcnf.evaluate.doubled import in_float64
-from jcnf.flow import log_prob
+from jcnf.flow import log_prob, transform
+from jcnf.solve import Solve
 
-ERROR = 1e-3  # nats of log-densities, units of x of samples
+ERRORS = (1e-3, 1e-4)  # nats of log-densities, units of x of samples
 LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 REFERENCE = Solve(solver="dopri8", rtol=1e-9, atol=1e-9, norm="worst", max_steps=10_000)
-# At this error the cheapest for us; with dopri5 it is 1.3 times as much, and as much for samples.
-FOR_LOG_PROBS, FOR_SAMPLES = {"solver": "bosh3"}, {"solver": "tsit5", "norm": "worst"}
-Way = Callable[[Case, float], Callable[[np.ndarray], np.ndarray]]  # of a case and a tolerance
+SOLVERS = ("tsit5", "dopri8")  # of ours
+PATIENCE = 10.0  # seconds of a run, after which tighter tolerances are not tried
+# Of a case, a solver and a tolerance.
+Way = Callable[[Case, str, float], Callable[[np.ndarray], np.ndarray]]
 
 
-def log_probs(case: Case, points: int, rounds: int, seconds: float, with_peers: bool) -> Results:
-    """Time log-densities of `points` points of the data."""
-    ways: dict[str, Way] = {ours.NAME: _our_log_probs}
-    if with_peers:
-        torchdiffeq, zuko = peers.load("torchdiffeq", "zuko")
-        ways |= {"torchdiffeq": torchdiffeq.log_probs, "zuko": zuko.log_probs}
+class Found(NamedTuple):
+    """What a method does to the first points."""
+
+    solver: str
+    tolerance: float
+    error: float
+    seconds: float
+
+
+def log_probs(case: Case, points: int, rounds: int, seconds: float, with_peers: bool):
+    """Time log-densities of `points` points of the data: {error: results}."""
+    ways = _ours(_our_log_probs) | _theirs("log_probs", with_peers)
     x = case.draw(jr.key(8), points)
     return _compare(case, ways, x, _exact_log_prob, rounds, seconds)
 
 
-def samples(case: Case, points: int, rounds: int, seconds: float, with_peers: bool) -> Results:
+def samples(case: Case, points: int, rounds: int, seconds: float, with_peers: bool):
     """Time samples from `points` draws of the base, the same for all, by solves of x alone."""
-    ways: dict[str, Way] = {ours.NAME: _our_samples}
-    if with_peers:
-        torchdiffeq, zuko = peers.load("torchdiffeq", "zuko")
-        ways |= {"torchdiffeq": torchdiffeq.samples, "zuko": zuko.samples}
+    ways = _ours(_our_samples) | _theirs("samples", with_peers)
     z = case.flow.base.sample(jr.key(9), points)
     return _compare(case, ways, z, _exact_samples, rounds, seconds)
 
 
-def _compare(case, ways, x, exact, rounds, seconds):
+def _ours(make) -> dict[str, tuple[Way, tuple[str, ...]]]:
+    """By a call as it is, and by one that is given the mesh of an earlier one."""
+    again = functools.partial(make, again=True)
+    return {ours.NAME: (make, SOLVERS), f"{ours.NAME}, mesh known": (again, SOLVERS)}
+
+
+def _theirs(what, with_peers) -> dict[str, tuple[Way, tuple[str, ...]]]:
+    """Each peer's way, and its solvers."""
+    modules = peers.load("torchdiffeq", "zuko") if with_peers else ()
+    return {
+        module.__name__.rpartition(".")[2]: (getattr(module, what), module.SOLVERS)
+        for module in modules
+    }
+
+
+def _compare(case, ways, x, exact, rounds, seconds) -> dict[float, Results]:
     head = x[: case.head]
     reference = np.asarray(in_float64(exact, case.flow, head))
-    programs = {}
-    for name, way in ways.items():
-        found = loosest(lambda tolerance, way=way: way(case, tolerance), head, reference)
-        if found is None:
-            print(f"  {name}: not timed, for its error is above {ERROR:g} at every tolerance")
-            continue
-        tolerance, error = found
-        figures = {"tolerance": tolerance, "error": error, "points": len(x)}
-        for chunk in (case.chunk,) if name == ours.NAME else (len(x), case.chunk):
-            solve = way(dataclasses.replace(case, chunk=chunk), tolerance)
-            size = "at once" if chunk == len(x) else f"by {chunk}"
-            programs[f"{name}, {size}"] = Program(lambda solve=solve: solve(x), figures)
-    return measure(programs, rounds, seconds=seconds)
+    found = {name: list(_tried(case, *way, head, reference)) for name, way in ways.items()}
+    results = {}
+    for error in ERRORS:
+        programs = {}
+        for name, (way, _) in ways.items():
+            chosen = fastest(found[name], error)
+            if chosen is None:
+                print(f"  {name}: not timed, for at every tolerance its error is above {error:g}")
+                continue
+            run = way(case, chosen.solver, chosen.tolerance)
+            figures = {"error": chosen.error, "tolerance": chosen.tolerance, "points": len(x)}
+            title = f"{name}, {chosen.solver}"
+            programs[title] = Program(lambda run=run: run(x), figures)
+        results[error] = measure(programs, rounds, seconds=seconds)
+    return results
 
 
-def loosest(solve_at: Callable, head: np.ndarray, reference: np.ndarray):
-    """The loosest tolerance with an error of at most `ERROR`, and that error; or None."""
-    for tolerance in LADDER:
-        solve = solve_at(tolerance)
-        try:
-            difference = np.asarray(solve(head), np.float64) - reference
-        except AssertionError:  # torchdiffeq, where a step has become too short
-            continue
-        error = float(np.sqrt(np.mean(difference**2)))
-        if error <= ERROR:
-            return tolerance, error
-    return None
+def _tried(case, way, solvers, head, reference):
+    """Each solver at ever smaller tolerances, until its error is the least that is wanted."""
+    for solver in solvers:
+        for tolerance in LADDER:
+            run = way(case, solver, tolerance)
+            try:
+                difference = np.asarray(run(head), np.float64) - reference
+            except AssertionError:  # torchdiffeq, where a step has become too short
+                continue
+            error = float(np.sqrt(np.mean(difference**2)))
+            taken = time_of(lambda run=run: run(head), 1)
+            yield Found(solver, tolerance, error, taken)
+            if error <= min(ERRORS) or taken > PATIENCE:
+                break
 
 
-def _our_log_probs(case, tolerance):
-    solve = dataclasses.replace(case.solve, rtol=tolerance, atol=tolerance, **FOR_LOG_PROBS)
+def fastest(found: list[Found], error: float) -> Found | None:
+    """Of those that err no more."""
+    return min((f for f in found if f.error <= error), key=lambda f: f.seconds, default=None)
+
+
+def _solve(case, solver, tolerance):
+    return dataclasses.replace(
+        case.solve, solver=solver, rtol=tolerance, atol=tolerance, norm="worst"
+    )
+
+
+def _our_log_probs(case, solver, tolerance, *, again=False):
+    solve = _solve(case, solver, tolerance)
+    if again:
+        stats = transform(case.flow, case.draw(jr.key(7), case.chunk), solve=solve).stats
+        solve = dataclasses.replace(solve, mesh=stats.mesh)
     return lambda x: evaluate.score(case.flow, x, solve=solve, chunk=case.chunk).log_prob
 
 
-def _our_samples(case, tolerance):
-    solve = dataclasses.replace(case.solve, rtol=tolerance, atol=tolerance, **FOR_SAMPLES)
+def _our_samples(case, solver, tolerance, *, again=False):
+    solve = _solve(case, solver, tolerance)
+    if again:
+        z = case.flow.base.sample(jr.key(7), case.chunk)
+        solve = dataclasses.replace(solve, mesh=case.flow.carry(z, "to_data", None, solve)[1].mesh)
     return lambda z: evaluate.carry(case.flow, z, "to_data", solve=solve, chunk=case.chunk).x[-1]
 
 

@@ -1,7 +1,8 @@
 """A likelihood whose steps are known beforehand and written out, for XLA alone to run.
 
-It is what a training step would be without control of errors, loops and checkpoints: the stages of
-dopri5 over the very steps that our solve takes, its forward work kept for the way back.
+It is what a training step would be without control of errors and loops: the stages of dopri5 over
+the very steps that our solve takes. Their work is kept for the way back, or done again there, which
+is what ours does.
 """
 
 import dataclasses
@@ -28,9 +29,13 @@ ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 
 
-def objective(case: Case) -> train.Objective:
-    """The loss, and as "nfe" the evaluations of the accepted steps."""
+def objective(case: Case, *, again: bool = False) -> train.Objective:
+    """The loss, and as "nfe" the evaluations of the accepted steps, forward.
+
+    With `again`, each step is taken once more on the way back.
+    """
     times = accepted_times(case)
+    over = jax.checkpoint if again else lambda step: step
 
     def likelihood(flow, x, key):
         def rate(t, y):
@@ -39,13 +44,17 @@ def objective(case: Case) -> train.Objective:
             )
 
         y = (x, jnp.zeros(len(x), x.dtype))
-        first = rate(times[0], y)
+        slope = rate(times[0], y)
         for start, end in itertools.pairwise(times):
-            h, slopes, at = end - start, [first], y
-            for row, node in zip(ABOVE, NODES, strict=True):
-                at = _plus(y, [np.asarray(h * a, x.dtype) for a in row], slopes)
-                slopes.append(rate(start + node * h, at))
-            y, first = at, slopes[-1]
+
+            def step(y, slope, start=start, h=end - start):
+                slopes, at = [slope], y
+                for row, node in zip(ABOVE, NODES, strict=True):
+                    at = _plus(y, [np.asarray(h * a, x.dtype) for a in row], slopes)
+                    slopes.append(rate(start + node * h, at))
+                return at, slopes[-1]
+
+            y, slope = over(step)(y, slope)
         z, logdet = y
         loss = -jnp.mean(flow.base.log_prob(z) + logdet)
         return loss, {"nfe": jnp.asarray(6 * (len(times) - 1))}

@@ -15,6 +15,7 @@ from experiments.bench.quality import Learner
 from experiments.bench.timing import Program
 
 WAYS = {"adjoint": odeint_adjoint, "direct": odeint}
+SOLVERS = ("bosh3", "dopri5", "dopri8")  # of its adaptive ones
 
 
 class Augmented(nn.Module):
@@ -49,7 +50,7 @@ def brute_force(v: torch.Tensor, x: torch.Tensor, differentiated: bool) -> torch
     return trace
 
 
-def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance: float):
+def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance, solver="dopri5"):
     """(batch,), by `solve`, one of torchdiffeq's two ways to differentiate."""
     z, logdet = solve(
         rates,
@@ -57,7 +58,7 @@ def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance: fl
         x.new_tensor([case.flow.t1, 0.0]),
         rtol=tolerance,
         atol=tolerance,
-        method="dopri5",
+        method=solver,
     )
     return fields.base_log_prob(case.flow, z[-1]) + logdet[-1]
 
@@ -79,23 +80,23 @@ def training_steps(
     return programs
 
 
-def log_probs(case: Case, tolerance: float):
-    """x (n, dim) -> (n,)."""
+def log_probs(case: Case, solver: str, tolerance: float):
+    """x (n, dim) -> (n,), of all at once."""
     rates = Augmented(fields.Counted(case.flow.field))
     return lambda x: fields.in_chunks(
-        lambda rows: log_prob(case, rates, rows, odeint, tolerance), x, case.chunk
+        lambda rows: log_prob(case, rates, rows, odeint, tolerance, solver), x, len(x)
     )
 
 
-def samples(case: Case, tolerance: float):
+def samples(case: Case, solver: str, tolerance: float):
     """z (n, dim) -> (n, dim), by a solve of x alone."""
     field = fields.Counted(case.flow.field)
-    settings = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+    settings = {"rtol": tolerance, "atol": tolerance, "method": solver}
 
     def carry(rows):
         return odeint(field, rows, rows.new_tensor([0.0, case.flow.t1]), **settings)[-1]
 
-    return lambda z: fields.in_chunks(carry, z, case.chunk)
+    return lambda z: fields.in_chunks(carry, z, len(z))
 
 
 def learner(case: Case, weight_decay: float, seed: int) -> Learner:

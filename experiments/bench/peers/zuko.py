@@ -8,6 +8,8 @@ from experiments.bench.cases import Case
 from experiments.bench.peers import fields
 from experiments.bench.timing import Program
 
+SOLVERS = ("dopri5",)  # the one that it has
+
 
 def _transform(case, field, tolerance):
     return FreeFormJacobianTransform(
@@ -35,17 +37,17 @@ def training_steps(case: Case) -> dict[str, Program]:
     }
 
 
-def log_probs(case: Case, tolerance: float):
-    """x (n, dim) -> (n,)."""
+def log_probs(case: Case, solver: str, tolerance: float):
+    """x (n, dim) -> (n,), of all at once."""
     field = fields.Counted(case.flow.field)
     return lambda x: fields.in_chunks(
-        lambda rows: _log_prob(case, field, rows, tolerance), x, case.chunk
+        lambda rows: _log_prob(case, field, rows, tolerance), x, len(x)
     )
 
 
-def samples(case: Case, tolerance: float):
+def samples(case: Case, solver: str, tolerance: float):
     """z (n, dim) -> (n, dim), by a solve of x alone."""
     field = fields.Counted(case.flow.field)
     return lambda z: fields.in_chunks(
-        lambda rows: _transform(case, field, tolerance).inv(rows), z, case.chunk
+        lambda rows: _transform(case, field, tolerance).inv(rows), z, len(z)
     )
