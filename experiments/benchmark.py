@@ -47,7 +47,7 @@ class Benchmark(RunSettings):
     cases: tuple[str, ...] = tuple(CASES)
     # time the other packages too
     peers: bool = False
-    # optimiser steps before the "trained" case
+    # optimiser steps before the "trained" case, and before scaling with the tolerance
     steps: int = 1000
     # timed rounds of each program, in turn
     rounds: int = 15
@@ -151,7 +151,7 @@ def _points(time_points, what):
 
 
 def _scaling(settings, run_dir, ratios):
-    found = scaling.run(settings.rounds, settings.seconds, settings.peers)
+    found = scaling.run(settings.rounds, settings.seconds, settings.peers, settings.steps)
     run_dir.save_figures(scaling=curves.scaling(scaling.panels(found)))
     exponents = scaling.exponents(found)
     ratios |= exponents

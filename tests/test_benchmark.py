@@ -160,8 +160,10 @@ def test_flow_matching_against_bare_passes(monkeypatch):
 def test_scaling_fits_an_exponent():
     curves = {"batch": {"jcnf": ([1.0, 2.0, 4.0], [3.0, 12.0, 48.0])}}
     assert scaling.exponents(curves) == {"jcnf, exponent of batch": pytest.approx(2.0)}
-    found = scaling.run(1, 1.0, False, {"dim": (2,)}, say=lambda line: None)
+    grid = {"dim": (2,), "tolerance": (1e-2,)}
+    found = scaling.run(1, 1.0, False, 1, grid, say=lambda line: None)
     assert found["dim"]["jcnf"][0] == [2]
+    assert found["tolerance"]["jcnf"][0] == [1e-2]
 
 
 def test_quality_follows_a_training_to_its_target():
