@@ -26,7 +26,7 @@ from jcnf.solve import Solve
 ERRORS = (1e-3, 1e-4)  # nats of log-densities, units of x of samples
 LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 REFERENCE = Solve(solver="dopri8", rtol=1e-9, atol=1e-9, norm="worst", max_steps=10_000)
-SOLVERS = ("tsit5", "dopri8")  # of ours
+SOLVERS = ("bosh3", "tsit5", "dopri8")  # of ours
 PATIENCE = 10.0  # seconds of a run, after which tighter tolerances are not tried
 # Of a case, a solver and a tolerance.
 Way = Callable[[Case, str, float], Callable[[np.ndarray], np.ndarray]]

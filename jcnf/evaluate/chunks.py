@@ -16,8 +16,7 @@ from jcnf import parallel, require
 from jcnf.runge_kutta import unknown
 from jcnf.solve import Solve
 
-CHUNKS = {"cpu": 2000}  # rows by platform, such that a core's cache holds the work on them
-CHUNK = 10_000  # rows elsewhere
+CHUNK = 10_000  # rows, enough for every core to be busy
 MANY = 4  # chunks, among which a solve for the sake of its mesh pays
 ATTEMPTS = 3
 FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
@@ -47,7 +46,7 @@ def in_chunks(
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """`program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
 
-    By default a chunk has `CHUNKS` rows.
+    By default a chunk has `CHUNK` rows.
 
     Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
     """
@@ -65,8 +64,7 @@ def in_chunks(
 
 def _size(n, size):
     """Of a chunk of `n` rows."""
-    if size is None:
-        size = CHUNKS.get(jax.default_backend(), CHUNK)
+    size = CHUNK if size is None else size
     require.whole(chunk=size)
     return min(size, n)
 
