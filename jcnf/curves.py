@@ -53,7 +53,7 @@ def scaling(panels: Sequence[Panel]) -> Figure:
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
         low, high = ax.get_xlim()
         if high < 100 * low:  # of so few powers of ten not all have a label of their own
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3, lw=0.5)
