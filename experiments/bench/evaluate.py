@@ -73,7 +73,10 @@ def _theirs(what, with_peers) -> dict[str, tuple[Way, tuple[str, ...]]]:
 def _compare(case, ways, x, exact, rounds, seconds) -> dict[float, Results]:
     head = x[: case.head]
     reference = np.asarray(in_float64(exact, case.flow, head))
-    found = {name: list(_tried(case, *way, head, reference)) for name, way in ways.items()}
+    found = {
+        name: list(_tried(case, way, solvers, head, reference))
+        for name, (way, solvers) in ways.items()
+    }
     results = {}
     for error in ERRORS:
         programs = {}
