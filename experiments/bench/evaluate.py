@@ -41,14 +41,18 @@ class Found(NamedTuple):
     seconds: float
 
 
-def log_probs(case: Case, points: int, rounds: int, seconds: float, with_peers: bool):
+def log_probs(
+    case: Case, points: int, rounds: int, seconds: float, with_peers: bool
+) -> dict[float, Results]:
     """Time log-densities of `points` points of the data: {error: results}."""
     ways = _ours(_our_log_probs) | _theirs("log_probs", with_peers)
     x = case.draw(jr.key(8), points)
     return _compare(case, ways, x, _exact_log_prob, rounds, seconds)
 
 
-def samples(case: Case, points: int, rounds: int, seconds: float, with_peers: bool):
+def samples(
+    case: Case, points: int, rounds: int, seconds: float, with_peers: bool
+) -> dict[float, Results]:
     """Time samples from `points` draws of the base, the same for all, by solves of x alone."""
     ways = _ours(_our_samples) | _theirs("samples", with_peers)
     z = case.flow.base.sample(jr.key(9), points)
