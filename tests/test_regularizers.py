@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import drawn, quick_jit
+from field_table import FIELDS, drawn, quick_jit
 from helpers import MATRIX, Linear, T, Tally, Traced, astype, mlp, slope
 from jax.flatten_util import ravel_pytree
 from scipy import linalg
@@ -207,6 +207,26 @@ def test_taylor_is_nested_jvps(activation):
     assert np.all(np.asarray(rates) > 1e-4)
     halves = jax.eval_shape(by_taylor, *astype((field, t, x), jnp.float32))
     assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "planar" else pytest.mark.slow) for n in FIELDS]
+)
+def test_taylor_is_nested_jvps_in_every_field(name):
+    field = FIELDS[name]()
+    context = jnp.array([0.3, -0.4]) if field.context_dim else None
+
+    def given(t, x):
+        return field(t, x, context)
+
+    @quick_jit
+    def both(t, x):
+        nested = jnp.sum(by_nested_jvps(given, 3)(t, x) ** 2)
+        return taylor(3)(field, t, x, context, Local(given(t, x), t)), nested
+
+    rate, nested = both(TIME, jnp.array([0.4, -0.9, 0.2]))
+    np.testing.assert_allclose(rate, nested, rtol=1e-11)
+    assert nested > 1e-6
 
 
 @cache

@@ -7,9 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.experimental import jet
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
+
+jet.deflinear(jax.lax.optimization_barrier_p)  # for which jax has no rule
 
 
 class Planar(eqx.Module):
