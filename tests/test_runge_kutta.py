@@ -400,6 +400,9 @@ def test_stepwise_memory_grows_by_one_segment_and_evaluations_are_as_promised():
     # value not being used, and 2 for each vjp; and where states are missing, 3 more.
     products = [program.as_text().count(" dot(") for program in (few, some, many)]
     assert products == [4 + 2 + 2 * 3, 4 + 2 + 2 * 3 + 3, 4 + 2 + 2 * 3 + 3]
+    # Of very many steps the root: states of every thousandth, and a thousand between two of them.
+    most = gradient_program(integrate_stepwise, 10**6)
+    assert growth(some, most) <= (1000 + 1024) * state + 3 * 8 * 10**6
 
 
 def test_a_solve_that_is_not_differentiated_keeps_no_states():
@@ -413,7 +416,7 @@ def test_a_solve_that_is_not_differentiated_keeps_no_states():
     assert [states in program for program in programs] == [False, True]
 
 
-@pytest.mark.parametrize("max_steps", [1, 5, 32, 33, 64, 300])
+@pytest.mark.parametrize("max_steps", [1, 5, 32, 33, 64, 300, 1100])
 def test_states_are_kept_at_the_least_stride_that_has_room(max_steps):
     scheme = stepwise._Scheme(Bernoulli(), diffrax.Heun(), keeps=True)
 
@@ -422,7 +425,7 @@ def test_states_are_kept_at_the_least_stride_that_has_room(max_steps):
         kept = scheme.kept(scheme.kept(kept, number, state), number, state)
         return kept, kept
 
-    places, numbers = min(max_steps, stepwise.STATES), jnp.arange(max_steps, dtype=jnp.int32)
+    places, numbers = stepwise._places(max_steps), jnp.arange(max_steps, dtype=jnp.int32)
     _, kept = jax.lax.scan(tried_twice, scheme.room(jnp.zeros(2), max_steps), numbers)
     strides = [next(2**i for i in range(9) if places * 2**i > n) for n in range(max_steps)]
     np.testing.assert_array_equal(kept.stride, strides)

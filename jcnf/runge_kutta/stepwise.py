@@ -1,12 +1,14 @@
 """A Runge-Kutta solve whose backward pass takes each step again: exact, at 4 evaluations for one.
 
 Forwards, the loop keeps the states that accepted steps start from; backwards, each step is taken
-again, once, and pulled back. `STATES` of them are kept. Where there are more steps, every other
-state gives up its place to a later one, again and again, and those between two that are kept are
-computed anew on the way back: a solve of any number of steps costs a forward pass more at the most.
+again, once, and pulled back. `STATES` of them are kept, or as many as the root of `max_steps`, if
+that is more. Where there are more steps, every other state gives up its place to a later one, again
+and again, and those between two that are kept are computed anew on the way back: a solve of any
+number of steps costs a forward pass more at the most, and memory as the root of `max_steps`.
 How steps were chosen is not differentiated, and rejected ones leave nothing behind.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jcnf.runge_kutta.march import March, Scheme, march, outcome
 from jcnf.runge_kutta.tableaus import slopes_of, stages, tableau_of, weighted
 
-STATES = 32  # kept, an even number; of `max_steps`, the square root costs no more memory
+STATES = 32  # kept at least
 
 
 def integrate_stepwise(
@@ -111,7 +113,7 @@ class _Scheme(Scheme):
         """For states like this; None where they are not wanted."""
         if not self.keeps:
             return None
-        places = min(STATES, max_steps)
+        places = _places(max_steps)
         states = jax.tree.map(lambda a: jnp.zeros((places + 1, *a.shape), a.dtype), y)
         return _Kept(states, jnp.full(places, -1, jnp.int32), jnp.ones((), jnp.int32))
 
@@ -215,6 +217,11 @@ def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
         lambda rows: jnp.zeros((longest, *rows.shape[1:]), rows.dtype), kept.states
     )
     return jax.lax.fori_loop(0, jnp.sum(started >= 0), segment, (bars, within))[0]
+
+
+def _places(max_steps):
+    """For kept states: an even number, or one for each step."""
+    return min(max_steps, max(STATES, 2 * math.ceil(math.sqrt(max_steps) / 2)))
 
 
 def _longest_stride(places, max_steps):
