@@ -448,3 +448,9 @@ def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_mesh_is
     np.testing.assert_array_equal(metrics.pop("mesh"), finest)
     assert float(loss) == 1.875
     assert metrics == {"rising": 0.5, "falling": 0.25, "level": 0.125}
+    # One that takes a solve is given it, bound or not, and inside a wrapper.
+    unbound = objectives.with_context(
+        lambda flow, x, key, *, context, solve: solving(flow, x, key, solve=solve, name="level")
+    )
+    loss, metrics = mixed(weights={unbound: 1.0, simple: 1.0}, solve=given)
+    assert float(loss) == 2.0

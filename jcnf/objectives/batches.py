@@ -1,5 +1,6 @@
 """Batches that hold a context beside x."""
 
+import functools
 from collections.abc import Callable
 
 
@@ -9,6 +10,7 @@ def with_context(objective: Callable) -> Callable:
     That is what `jcnf.train.make_run` trains by: `objective(flow, batch, key)`. Settings go on.
     """
 
+    @functools.wraps(objective)  # what it can be given is to be seen
     def of_batch(flow, batch, key, **settings):
         x, context = batch if isinstance(batch, tuple) else (batch, None)
         return objective(flow, x, key, context=context, **settings)

@@ -1,5 +1,6 @@
 """Objectives of an ODE inside a flow, and of fields in less precision."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def of_inner(objective: Callable) -> Callable:
     **Raises:** `ValueError` for a flow of another make.
     """
 
+    @functools.wraps(objective)  # what it can be given is to be seen
     def of_chain(flow, x, key, *, context=None, **settings):
         if not isinstance(flow, Chain) or not isinstance(flow.parts[0], ODE):
             raise ValueError("expected a jcnf.Chain whose first part is a jcnf.cnf.ODE")
@@ -39,6 +41,7 @@ def in_precision(objective: Callable, dtype: Any) -> Callable:
     Parameters, gradients, states and losses keep the precision they have (`jcnf.fields.Cast`).
     """
 
+    @functools.wraps(objective)
     def lowered(flow, *args, **settings):
         return objective(with_fields(flow, lambda field: Cast(field, dtype)), *args, **settings)
 

@@ -1,6 +1,7 @@
 """Several objectives at once."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,8 +29,8 @@ def mixed(
     """The weighted sum of objectives on one batch: flow matching together with likelihood, say.
 
     `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
-    all. `solve` takes the place of one that is bound. `key` is split among them. The metrics are
-    those of all; "failed" where any failed, and the finest "mesh".
+    all, and `solve` to those that take one, in place of one that is bound. `key` is split among
+    them. The metrics are those of all; "failed" where any failed, and the finest "mesh".
 
     **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
     two have a metric of one name.
@@ -44,7 +45,7 @@ def mixed(
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True
     ):
-        solves = solve is not None and "solve" in getattr(objective, "keywords", {})
+        solves = solve is not None and "solve" in inspect.signature(objective).parameters
         own = {"solve": solve} if solves else {}
         value, more = objective(flow, x, key_of, **settings, **own)
         twice = (metrics.keys() & more.keys()) - _MERGED.keys()
