@@ -142,10 +142,10 @@ class MLP(eqx.Module):
                 return v, jnp.sum(first * last.T, axis=1) @ d1
             case [d1, d2]:
                 return v, d2 @ ((weights[1] * (first @ last).T) @ d1)
-        entry, readout = first.T, last
         if self.dim > len(first):
-            entry, readout = jnp.eye(len(first), dtype=first.dtype), first @ last
-        up = _pushed(entry, slopes[0], weights[1], of_time=True)
+            up, readout = slopes[0][:, None] * weights[1].T, first @ last
+        else:
+            up, readout = _pushed(first.T, slopes[0], weights[1], of_time=True), last
         for slope, weight in zip(slopes[1:-2], weights[2:-2], strict=True):
             up = _pushed(up, slope, weight, of_time=False)
         down = _pushed(readout, slopes[-1], weights[-2].T, of_time=scale is None)
@@ -156,9 +156,10 @@ def _pushed(vectors, slope, weight, of_time):
     """W diag(d) u of each of the `vectors` u, which are rows: those of a batch are one product.
 
     Where u depends on time alone it is (W diag(u)) d as well: matrices that the batch shares, which
-    are written, and kept for gradients, in place of d o u for each sample.
+    are written, and kept for gradients, in place of d o u for each sample. They have as many rows
+    as W where the vectors d o u have the batch.
     """
-    if of_time and len(slope) <= NARROW:
+    if of_time and len(weight) <= NARROW:
         matrices = vectors[:, None] * weight[None]
         return (matrices.reshape(-1, len(slope)) @ slope).reshape(len(vectors), -1)
     return (slope[None] * vectors) @ weight.T
