@@ -88,7 +88,10 @@ class Stats(eqx.Module):
 
 
 class Solve(eqx.Module):
-    """Solver, accuracy and adjoint of one batched ODE solve. Frozen and hashable.
+    """Solver, accuracy and adjoint of one batched ODE solve. Frozen, and hashable without a mesh.
+
+    One whose mesh changes is an argument of the compiled function: what a function closes over is a
+    constant, for which it is compiled anew.
 
     **Arguments:**
 
@@ -162,6 +165,14 @@ class Solve(eqx.Module):
             return self.adjoint
         return _ADJOINTS[self.adjoint](self, batch)
 
+    @property
+    def heeds_meshes(self) -> bool:
+        """Whether its solves take a mesh, and find one out."""
+        if self.step is not None:
+            return False
+        explicit = self.adjoint == "checkpoint" and is_explicit(self.diffrax_solver())
+        return explicit or self.adjoint == "reversible"
+
     def controller(self, norm) -> diffrax.AbstractStepSizeController:
         """Step size control under an error norm over the state's pytree."""
         if self.step is not None:
@@ -212,8 +223,8 @@ def integrate(
         first = (t1 - t0) * solve.first_step
     else:
         first = solve.step * (jnp if isinstance(t1 - t0, Tracer) else np).sign(t1 - t0)
-    march = _marcher(solve, times)
-    ys, (last, t, steps, rejected, mesh) = march(
+    by_its_way = _way(solve, times)
+    ys, (last, t, steps, rejected, mesh) = by_its_way(
         vector_field, y0, args, t0, t1, first, solve, times
     )
     return ys, Stats(
@@ -225,13 +236,13 @@ def integrate(
     )
 
 
-def _marcher(solve, times):
+def _way(solve, times):
     """What gives the states at `times`, or the last one, and a `March`."""
     if solve.adjoint == "reversible":
-        return functools.partial(_march_explicitly, integrate_reversibly)
+        return functools.partial(_by_runge_kutta, integrate_reversibly)
     if solve.adjoint == "checkpoint" and times is None and is_explicit(solve.diffrax_solver()):
-        return functools.partial(_march_explicitly, integrate_stepwise)
-    return _march
+        return functools.partial(_by_runge_kutta, integrate_stepwise)
+    return _by_diffrax
 
 
 def check_tolerance(solve: Solve, dtype: Any) -> None:
@@ -250,7 +261,7 @@ def check_tolerance(solve: Solve, dtype: Any) -> None:
         )
 
 
-def _march(vector_field, y0, args, t0, t1, first, solve, times):
+def _by_diffrax(vector_field, y0, args, t0, t1, first, solve, times):
     """diffrax's solve: the states saved, and the `March`."""
     # Flat, for the adjoint state of a continuous adjoint may hold no empty tuple, as a field may.
     leaves, structure = jax.tree.flatten(args)
@@ -300,9 +311,7 @@ class _OfLeaves(eqx.Module):
         return self.vector_field(t, y, jax.tree.unflatten(self.structure, leaves))
 
 
-def _march_explicitly(
-    integrate_to_the_end, vector_field, y0, args, t0, t1, first, solve, times=None
-):
+def _by_runge_kutta(integrate_to_the_end, vector_field, y0, args, t0, t1, first, solve, times=None):
     """An explicit Runge-Kutta method's solve by `runge_kutta`, which keeps the last state only."""
     if times is not None:
         raise ValueError(

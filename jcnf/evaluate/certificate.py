@@ -23,7 +23,7 @@ from jcnf.flow import Flow
 from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
-ROUND_TRIP = 5000  # points at most
+ROUND_TRIP = 1000  # points at most
 
 
 class Certificate(NamedTuple):

@@ -28,10 +28,11 @@ def solved_in_chunks(
     """`in_chunks` of `program(solve, *chunk)`, whose solves are all alike.
 
     Many chunks all follow one mesh, of a solve of as many rows from among all: the steps that a row
-    takes depend on no chunk before its own.
+    takes depend on no chunk before its own. NFE are of the steps that the chunks took: there are
+    fewer on a mesh.
     """
     size, dtype = _size(n, size), jnp.result_type(float)
-    if solve.mesh is None and solve.step is None:
+    if solve.mesh is None and solve.heeds_meshes:
         # With a mesh that tells nothing, for one program with and without.
         solve = dataclasses.replace(solve, mesh=unknown(dtype))
         if n > (MANY - 1) * size:

@@ -32,7 +32,7 @@ class Scores(NamedTuple):
     """Log-densities of a set of points, and what they cost."""
 
     log_prob: np.ndarray  # (n,) nats; NaN where the solve failed
-    nfe: float  # mean over chunks
+    nfe: float  # mean over chunks; many of them share a mesh, which takes fewer
     failed: np.ndarray  # (n,) points whose solve failed
 
     @property
@@ -88,7 +88,7 @@ class Transport(NamedTuple):
     """Points carried along the flow."""
 
     x: np.ndarray  # (times, n, dim); NaN where the solve failed
-    nfe: float  # mean over chunks
+    nfe: float  # as of `Scores`
     failed: np.ndarray  # (n,) points whose solve failed
 
     @property
