@@ -6,7 +6,8 @@ unrolled, and against the machine's matrix products), evaluate and sample (many 
 accuracy), scaling (exponents of batch, width, dimension, tolerance), startup (imports, first step),
 quality (seconds of training to a gap on 8gaussians; minutes). --peers adds torchdiffeq, torchdyn,
 zuko, torchcfm and flowjax's spline flow (`pip install -c constraints.txt -e '.[peers]'`), given our
-weights, batches, solver and tolerances; each must have our loss before it is timed.
+weights and batches. A step is by one solver and tolerance for all, and each must have our loss
+before it is timed; many points are taken by whatever solver and tolerance suits each best.
 """
 
 import dataclasses

@@ -23,7 +23,6 @@ class Case:
     flow: CNF
     draw: Callable[[Key[Array, ""], int], Array]  # (key, n) -> (n, dim)
     batch: int
-    chunk: int = 10_000  # points at a time, of many
     head: int = 10_000  # points that errors are measured on
     estimated: bool = False  # whether a stochastic divergence is timed too
     solve: Solve = SOLVE

@@ -23,13 +23,14 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
     """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
 
     As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
-    Without one it is likelihood under the case's solve and `settings`. The weights stay where they
-    are, for every step is the same work: the factor of the updates is 0.
+    Without one it is likelihood under the case's solve; `settings` are the objective's. The weights
+    stay where they are, for every step is the same work: the factor of the updates is 0.
     """
     solve = None
     if objective is None:
         solve = settings.pop("solve", case.solve)
-        objective = functools.partial(objectives.likelihood, **settings)
+        objective = objectives.likelihood
+    objective = functools.partial(objective, **settings)
     optimizer = optax.adam(LEARNING_RATE)
     state = train.init(case.flow, optimizer)
     state = dataclasses.replace(state, rate=0 * state.rate)

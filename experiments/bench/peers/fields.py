@@ -2,7 +2,7 @@
 """Our fields in torch, with our weights, and what all of torch's programs share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,12 +141,10 @@ def training_step(nll: Callable[[], torch.Tensor], field: Counted) -> Program:
     return Program(step, figures | {"nfe_backward": field.nfe - nfe})
 
 
-def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], x: Any, chunk: int) -> np.ndarray:
-    """`function` of so many rows at a time, without a graph."""
-    parts: Sequence[torch.Tensor]
+def without_graph(function: Callable[[torch.Tensor], torch.Tensor], x: Any) -> np.ndarray:
+    """`function` of all rows at once."""
     with torch.no_grad():
-        parts = [function(rows) for rows in tensor(x).split(chunk)]
-    return torch.cat(parts).numpy()
+        return function(tensor(x)).numpy()
 
 
 def _linear(weight, bias):

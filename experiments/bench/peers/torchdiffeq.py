@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.random as jr
 import numpy as np
 import torch
@@ -83,8 +84,8 @@ def training_steps(
 def log_probs(case: Case, solver: str, tolerance: float):
     """x (n, dim) -> (n,), of all at once."""
     rates = Augmented(fields.Counted(case.flow.field))
-    return lambda x: fields.in_chunks(
-        lambda rows: log_prob(case, rates, rows, odeint, tolerance, solver), x, len(x)
+    return lambda x: fields.without_graph(
+        lambda x: log_prob(case, rates, x, odeint, tolerance, solver), x
     )
 
 
@@ -96,28 +97,27 @@ def samples(case: Case, solver: str, tolerance: float):
     def carry(rows):
         return odeint(field, rows, rows.new_tensor([0.0, case.flow.t1]), **settings)[-1]
 
-    return lambda z: fields.in_chunks(carry, z, len(z))
+    return lambda z: fields.without_graph(carry, z)
 
 
 def learner(case: Case, weight_decay: float, seed: int) -> Learner:
     """FFJORD's training by the adjoint: a fresh batch each step, Adam at 1e-3."""
     field = fields.Counted(case.flow.field)
     rates, steps = Augmented(field), 0
+    draw = jax.jit(lambda step: case.draw(jr.fold_in(jr.key(seed), step), case.batch))
+    draw(0)  # compiled before the clock starts
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-3, weight_decay=weight_decay)
 
     def train(number):
         nonlocal steps
-        rows = case.draw(jr.fold_in(jr.key(seed), steps), number * case.batch)
-        steps += number
-        for x in fields.tensor(rows).split(case.batch):
+        for _ in range(number):
+            x, steps = fields.tensor(draw(steps)), steps + 1
             optimizer.zero_grad()
             loss = -log_prob(case, rates, x, odeint_adjoint, case.solve.rtol).mean()
             loss.backward()
             optimizer.step()
 
     def evaluate(x):
-        return fields.in_chunks(
-            lambda rows: log_prob(case, rates, rows, odeint, 1e-4), x, case.chunk
-        )
+        return fields.without_graph(lambda x: log_prob(case, rates, x, odeint, 1e-4), x)
 
     return Learner(train, evaluate)

@@ -40,14 +40,10 @@ def training_steps(case: Case) -> dict[str, Program]:
 def log_probs(case: Case, solver: str, tolerance: float):
     """x (n, dim) -> (n,), of all at once."""
     field = fields.Counted(case.flow.field)
-    return lambda x: fields.in_chunks(
-        lambda rows: _log_prob(case, field, rows, tolerance), x, len(x)
-    )
+    return lambda x: fields.without_graph(lambda x: _log_prob(case, field, x, tolerance), x)
 
 
 def samples(case: Case, solver: str, tolerance: float):
     """z (n, dim) -> (n, dim), by a solve of x alone."""
     field = fields.Counted(case.flow.field)
-    return lambda z: fields.in_chunks(
-        lambda rows: _transform(case, field, tolerance).inv(rows), z, len(z)
-    )
+    return lambda z: fields.without_graph(_transform(case, field, tolerance).inv, z)
