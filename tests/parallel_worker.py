@@ -34,10 +34,10 @@ def rows(key, num, dim=2):
     return 0.5 * jr.normal(key, (num, dim)) + jnp.where(jr.bernoulli(key), 1.5, -1.5)
 
 
-def trained(objective, steps):
+def trained(objective, steps, solve=None):
     """Losses of every tenth part of the training, and the parameters: twice the same bits."""
     flow, optimizer = flow_of(), train.make_optimizer(1e-2, steps)
-    run = train.make_run(flow, objective, lambda key, _: rows(key, BATCH), optimizer)
+    run = train.make_run(flow, objective, lambda key, _: rows(key, BATCH), optimizer, solve=solve)
 
     def once():
         state, losses = train.init(flow, optimizer), []
@@ -64,7 +64,7 @@ def matching():
 
 
 def likelihood():
-    return trained(functools.partial(objectives.likelihood, solve=COARSE), 100)
+    return trained(objectives.likelihood, 100, COARSE)
 
 
 def evaluation():
@@ -104,12 +104,12 @@ def adjoints():
     found = {}
     for adjoint in ("direct", "backsolve", "backsolve_seminorm", "reversible"):
         solve = Solve(rtol=1e-3, atol=1e-3, adjoint=adjoint, max_steps=64)
-        found[adjoint] = trained(functools.partial(objectives.likelihood, solve=solve), 10)
+        found[adjoint] = trained(objectives.likelihood, 10, solve)
     worst = Solve(rtol=1e-3, atol=1e-3, norm="worst")
-    noisy = {"solve": worst, "divergence": divergence.Hutchinson(2)}
-    found["noisy"] = trained(functools.partial(objectives.likelihood, **noisy), 10)
-    steered = functools.partial(objectives.likelihood, solve=COARSE, steer=0.1)
-    found["steered"] = trained(steered, 10)
+    noisy = functools.partial(objectives.likelihood, divergence=divergence.Hutchinson(2))
+    found["noisy"] = trained(noisy, 10, worst)
+    steered = functools.partial(objectives.likelihood, steer=0.1)
+    found["steered"] = trained(steered, 10, COARSE)
     for coupling in (couplings.Exact(48), couplings.Sinkhorn(64)):
         objective = functools.partial(objectives.flow_matching, coupling=coupling)
         found[type(coupling).__name__] = trained(objective, 10)

@@ -22,18 +22,22 @@ from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from experiments.signals import Stopped
 from experiments.stages import STUCK, Stage, train_stages
-from jcnf import checkpoint, parallel, train
+from jcnf import Solve, checkpoint, parallel, train
 from jcnf.errors import InputError
+from jcnf.runge_kutta import PARTS
 
 TARGET = jnp.array([1.0, -2.0])
 START = {"w": jnp.zeros(2)}
 DATA = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2)))
 
 
-def squares(model, x, key):
-    """(w - target)^2, with noise; it fails where w has gone off."""
-    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0)) ** 2)
-    return loss, {"nll": loss, "failed": jnp.max(jnp.abs(model["w"])) > 1e3}
+def squares(model, x, key, *, solve=None):
+    """(w - target)^2, with noise, and with a mesh that step hands to step; it fails where w has
+    gone off."""
+    mesh = jnp.zeros(PARTS) if solve is None or solve.mesh is None else solve.mesh
+    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0) + 0.01 * mesh[0]) ** 2)
+    failed = jnp.max(jnp.abs(model["w"])) > 1e3
+    return loss, {"nll": loss, "failed": failed, "mesh": 0.5 * mesh + loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Settings(LoopSettings):
 
     def make_stages(self):
         """Two of different optimisers."""
-        first = Stage(squares, self.steps, optax.adam(0.1), None, average=0.9, batch=8)
+        first = Stage(squares, self.steps, optax.adam(0.1), Solve(), average=0.9, batch=8)
         return [first, first._replace(optimizer=optax.sgd(0.01), steps=self.steps // 2)]
 
 
@@ -356,7 +360,7 @@ def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path, capsys)
 def climbing(limit, **others):
     """w rises by 0.1 a step at the full rate, and fails above `limit`."""
 
-    def objective(model, x, key):
+    def objective(model, x, key, *, solve):
         return -model["w"][0], {"failed": model["w"][0] > limit}
 
     stage = Settings().make_stages()[0]
@@ -430,7 +434,7 @@ def test_the_best_parameters_outlive_a_return_to_before_them(tmp_path):
 def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_path, reason):
     out = tmp_path / "run"
 
-    def bad(model, x, key):
+    def bad(model, x, key, *, solve):
         loss, metrics = squares(model, x, key)
         late = model["w"][0] > 0.5
         if reason == "loss":
