@@ -109,12 +109,15 @@ def test_a_program_of_another_loss_is_not_timed(tiny, capsys):
 def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
     results = step.run(tiny, 1, 1.0, with_peers=False)
     assert list(results) == [
-        "jcnf", "jcnf, norm=worst", "per-sample diffrax", "per-sample diffrax, tuned",
-        "jcnf, Hutchinson",
+        "jcnf", "jcnf, norm=worst", "jcnf, fresh batches", "jcnf, fresh batches, no mesh",
+        "per-sample diffrax", "per-sample diffrax, tuned", "jcnf, Hutchinson",
     ]  # fmt: skip
-    exact = [r for name, r in results.items() if "Hutchinson" not in name]
+    exact = [r for name, r in results.items() if not ("Hutchinson" in name or "fresh" in name)]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([r[name] for r in exact], exact[0][name], rtol=1e-3)
+    fresh, unaided = (results[f"jcnf, fresh batches{how}"] for how in ("", ", no mesh"))
+    assert fresh["loss"] == pytest.approx(unaided["loss"], rel=1e-3) != results["jcnf"]["loss"]
+    assert fresh["nfe"] < unaided["nfe"]
 
 
 def test_the_unrolled_program_computes_our_loss(tiny):

@@ -16,15 +16,19 @@ from jcnf import objectives, train
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
 SETTLING = 8  # steps until the mesh that is carried from solve to solve has settled
+AVERAGED = 40  # steps after these, for their mean NFE
 DISPATCH = 0.05
 
 
-def training_step(case: Case, objective: train.Objective | None = None, **settings) -> Program:
+def training_step(
+    case: Case, objective: train.Objective | None = None, *, fresh: bool = False, **settings
+) -> Program:
     """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
 
     As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
     Without one it is likelihood under the case's solve; `settings` are the objective's. The weights
-    stay where they are, for every step is the same work: the factor of the updates is 0.
+    stay where they are: the factor of the updates is 0. So does the batch, that every step is the
+    same work, if it is not to be a `fresh` one each time.
     """
     solve = None
     if objective is None:
@@ -34,7 +38,11 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
     optimizer = optax.adam(LEARNING_RATE)
     state = train.init(case.flow, optimizer)
     state = dataclasses.replace(state, rate=0 * state.rate)
-    run = train.make_run(case.flow, objective, lambda key, x: x, optimizer, solve=solve)
+
+    def draw(key, x):
+        return case.draw(key, case.batch) if fresh else x
+
+    run = train.make_run(case.flow, objective, draw, optimizer, solve=solve)
     x, key, taken = case.x, jr.key(0), 0
     tic = time.perf_counter()
     compiled = run.lower(state, x, key, 0).compile()
@@ -48,8 +56,8 @@ def training_step(case: Case, objective: train.Objective | None = None, **settin
 
     take(SETTLING)
     tic = time.perf_counter()
-    totals = train.means(take(SETTLING))
-    steps = max(1, round(DISPATCH * SETTLING / (time.perf_counter() - tic)))
+    totals = train.means(take(AVERAGED))
+    steps = max(1, round(DISPATCH * AVERAGED / (time.perf_counter() - tic)))
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     figures |= {"compile_s": seconds} | temporary_memory(compiled)
     return Program(functools.partial(take, steps), figures, steps)

@@ -12,6 +12,7 @@ from experiments.bench.cases import Case
 from experiments.bench.peers import per_sample
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure
+from jcnf import objectives
 from jcnf.divergence import Drawn, Hutchinson
 
 AGREEMENT = 1e-4  # of losses, relative above 1
@@ -23,6 +24,10 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
     programs = {ours.NAME: ours.training_step(case)}
     worst = dataclasses.replace(case.solve, norm="worst")
     programs[f"{ours.NAME}, norm=worst"] = ours.training_step(case, solve=worst)
+    programs[f"{ours.NAME}, fresh batches"] = ours.training_step(case, fresh=True)
+    unaided = functools.partial(objectives.likelihood, solve=case.solve)
+    title = f"{ours.NAME}, fresh batches, no mesh"
+    programs[title] = ours.training_step(case, unaided, fresh=True)
     rivals: list[Make] = [per_sample.training_steps]
     if with_peers:
         rivals += [peer.training_steps for peer in peers.load(*peers.SOLVING)]
