@@ -13,7 +13,8 @@ from jcnf import require
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence
 from jcnf.flow import Bijection, Direction, Flow, Transformed
-from jcnf.solve import Solve, Stats, integrate
+from jcnf.integrate import integrate
+from jcnf.solve import Solve, Stats
 
 
 class ODE(Bijection):

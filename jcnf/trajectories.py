@@ -14,7 +14,8 @@ from jcnf import require
 from jcnf.cnf import CNF, Velocity
 from jcnf.distributions import StandardNormal
 from jcnf.flow import arrived, check_batch, check_strategy
-from jcnf.solve import Solve, Stats, integrate
+from jcnf.integrate import integrate
+from jcnf.solve import Solve, Stats
 
 
 def trajectory(

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "require", "parallel", "fields", "divergence", "regularizers", "distributions"),
-    *("runge_kutta", "solve"),
+    *("runge_kutta", "norms", "solve", "integrate"),
     *(
         "pixels",
         "flow",
@@ -96,7 +96,7 @@ def test_imports_go_downwards(path):
 
 
 def test_diffrax_and_distrax_have_their_place():
-    assert users("diffrax") == {"solve", "runge_kutta"}
+    assert users("diffrax") == {"solve", "integrate", "runge_kutta"}
     assert users("distrax") == {"distributions", "nice", "as_distrax"}
     assert users("tensorflow_probability") == set()
 

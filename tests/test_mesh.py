@@ -12,9 +12,10 @@ from helpers import tolerance
 from scipy.special import erf
 
 from jcnf import Solve
+from jcnf.integrate import integrate
 from jcnf.runge_kutta import PARTS, integrate_reversibly, integrate_stepwise, unknown
 from jcnf.runge_kutta.mesh import SHORT, is_known, next_point, with_step
-from jcnf.solve import SOLVERS, integrate
+from jcnf.solve import SOLVERS
 
 EDGES = np.linspace(0, 1, PARTS + 1)
 LEVEL = np.ones(PARTS)

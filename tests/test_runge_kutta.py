@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from scipy import linalg
 
+from jcnf.norms import batch_norm
 from jcnf.runge_kutta import (
     PARTS,
     integrate_reversibly,
@@ -25,7 +26,7 @@ from jcnf.runge_kutta import (
     stepwise,
     unknown,
 )
-from jcnf.solve import SOLVERS, _batch_norm
+from jcnf.solve import SOLVERS
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 FIXED = diffrax.ConstantStepSize()
@@ -105,7 +106,7 @@ class Scripted(diffrax.AbstractStepSizeController):
         return t0 + sign * np.array(times)
 
 
-def adaptive(tolerance, norm=_batch_norm):
+def adaptive(tolerance, norm=batch_norm):
     return diffrax.PIDController(tolerance, tolerance, norm, dtmin=1e-14, force_dtmin=False)
 
 
@@ -331,7 +332,7 @@ def test_adaptive_solve_and_gradient_of_a_linear_field_are_exact(integrate):
 
 
 @BOTH
-@pytest.mark.parametrize("norm", [_batch_norm, optimistix.rms_norm])
+@pytest.mark.parametrize("norm", [batch_norm, optimistix.rms_norm])
 def test_failure_ends_the_loop_with_the_last_good_state(integrate, norm):
     controller = adaptive(1e-6, norm)
 

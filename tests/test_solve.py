@@ -13,10 +13,11 @@ from helpers import Tally, mlp, tolerance
 
 from jcnf import CNF, Solve
 from jcnf.distributions import StandardNormal
+from jcnf.integrate import integrate
 from jcnf.objectives import likelihood
 from jcnf.runge_kutta import PARTS
 from jcnf.runge_kutta.mesh import is_known
-from jcnf.solve import SOLVERS, Stats, integrate
+from jcnf.solve import SOLVERS, Stats
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 START = jnp.array([[1.0, -0.5], [0.3, 0.7]])
@@ -188,7 +189,7 @@ STILL = jnp.zeros((2001, 1))
 ONE_MOVES = STILL.at[-1].set(20.0)
 
 
-def test_worst_norm_bounds_every_sample_where_batch_does_not():
+def testworst_norm_bounds_every_sample_where_batch_does_not():
     error, stats = waves("worst", STILL, ONE_MOVES)
     assert error < 1e-4
     assert 0 < int(stats.rejected) < int(stats.steps)
@@ -205,14 +206,14 @@ def test_nan_in_the_field_or_in_one_sample_fails_in_few_evaluations(norm):
     assert not jnp.any(waves(norm, STILL, STILL)[1].failed)
 
 
-def test_worst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
-    from jcnf.solve import _batch_norm, _worst_norm
+def testworst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
+    from jcnf.norms import batch_norm, worst_norm
 
     error = {"x": jnp.array([[3.0, 0.0], [1.0, 1.0]]), "logdet": jnp.array([0.0, 1.0])}
-    assert _worst_norm(error) == pytest.approx(np.sqrt(9 / 3))
-    assert _batch_norm(error) == pytest.approx(np.sqrt(12 / 6))
+    assert worst_norm(error) == pytest.approx(np.sqrt(9 / 3))
+    assert batch_norm(error) == pytest.approx(np.sqrt(12 / 6))
     error["logdet"] = jnp.array([jnp.nan, 1.0])
-    assert _worst_norm(error) == _batch_norm(error) == jnp.inf
+    assert worst_norm(error) == batch_norm(error) == jnp.inf
 
 
 def test_fixed_steps_stop_at_the_last_finite_state():
@@ -223,7 +224,7 @@ def test_fixed_steps_stop_at_the_last_finite_state():
     assert np.all(stats.failed)
 
 
-def test_under_the_worst_norm_the_samples_at_fault_are_flagged():
+def test_under_theworst_norm_the_samples_at_fault_are_flagged():
     for frequency, settings in ((1e6, {"max_steps": 50}), (np.nan, {}), (np.nan, {"step": 0.1})):
         solve = Solve(norm="worst", **settings)
         y, stats = solve_to(Wave(), STILL, STILL.at[7].set(frequency), jnp.asarray(1.0), solve)
