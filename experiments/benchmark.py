@@ -27,7 +27,7 @@ from experiments.bench import (
 )
 from experiments.bench.cases import CASES, table
 from experiments.harness import main
-from experiments.run_settings import RunSettings
+from experiments.run_settings import MANY, RunSettings
 from experiments.rundir import RunDir
 from jcnf import curves
 from jcnf.errors import InputError
@@ -44,7 +44,8 @@ class Benchmark(RunSettings):
 
     # step, roofline, evaluate, sample, scaling, startup, quality (not by default: minutes)
     suites: tuple[str, ...] = QUICK
-    # flows of step, roofline, evaluate and sample: toy, toy_trained, circles, table
+    # flows of step and roofline: toy, toy_trained, circles, table; evaluate and sample have the
+    # second and the last
     cases: tuple[str, ...] = tuple(CASES)
     # time the other packages too
     peers: bool = False
@@ -62,10 +63,14 @@ class Benchmark(RunSettings):
     def check(self) -> None:
         """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(1, "steps", "rounds", "points")
+        self.at_least(1, "steps", "rounds")
+        self.at_least(1, "points", most=MANY)
         self.positive("seconds", "limit")
         self.some_of("suites", SUITES)
         self.some_of("cases", tuple(CASES))
+        for suite in {"evaluate", "sample"} & set(self.suites):
+            if not set(EVALUATED) & set(self.cases):
+                raise InputError(f"--suites {suite} needs one of --cases {', '.join(EVALUATED)}")
         if self.peers:
             peers.require_peers()
 
@@ -122,7 +127,7 @@ def _step(settings, run_dir, ratios):
 
 
 def _roofline(settings, run_dir, ratios):
-    products = roofline.gemm(settings.rounds)
+    products = roofline.gemm(settings.rounds, settings.seconds)
     report.show("roofline: products of square matrices", products)
     rate = max(r["gflop_per_s"] for r in products.values())
     print(f"  the highest rate is {rate:.0f} GFLOP/s")

@@ -5,6 +5,7 @@ checkpoint ends bit for bit where the uninterrupted one does.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -230,7 +231,8 @@ def make_run(
     of "loss" and "grad_norm", and the numbers of those that were not. Totals that are given are
     added to, so that how steps are grouped into dispatches does not change a bit of them.
 
-    **Raises:** `ValueError` for what is no objective, no optimizer, or nothing to draw batches by.
+    **Raises:** `ValueError` for what is no objective, no optimizer, or nothing to draw batches by,
+    and for a `solve` that the objective does not take.
     """
     require.function(
         "a function of (model, batch, key), as jcnf.objectives has", objective=objective
@@ -238,6 +240,9 @@ def make_run(
     require.function("a function of (key, data), as draw_rows(64) is", draw_batch=draw_batch)
     if solve is not None:
         require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
+        taken = inspect.signature(objective).parameters.values()
+        if not any(p.name == "solve" or p.kind is p.VAR_KEYWORD for p in taken):
+            raise ValueError("the objective solves nothing, or takes no solve: leave out solve=")
     require.number("[0, 1)", average=average)
     _check_optimizer(optimizer)
     _, static = partition(model)

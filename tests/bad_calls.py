@@ -21,6 +21,7 @@ from jcnf import (
     augmented,
     cnf,
     couplings,
+    evaluate,
     fields,
     multiscale,
     objectives,
@@ -532,6 +533,10 @@ TRAINING = {
         ["weight", "kinetic", "nan"],
     ),
     "mixed: nothing": (of(objectives.mixed, FLOW, X, KEY, weights={}), ["needs objectives"]),
+    "mixed: a list": (
+        of(objectives.mixed, FLOW, X, KEY, weights=[objectives.likelihood]),
+        ["needs objectives"],
+    ),
     "mixed: negative": (
         of(objectives.mixed, FLOW, X, KEY, weights={objectives.likelihood: -1.0}),
         ["weights", "-1"],
@@ -583,6 +588,14 @@ TRAINING = {
     "make_run: a number for a key": (
         lambda: make_run()()(train.init(FLOW, OPTIMIZER), ROWS, 1, 3),
         ["expected a typed key", "jax.random.key(seed)"],
+    ),
+    "make_run: a solve for what solves nothing": (
+        make_run(objective=objectives.with_context(objectives.flow_matching), solve=Solve()),
+        ["solves nothing", "solve="],
+    ),
+    "score_marginal: a name for a solve": (
+        of(evaluate.score_marginal, FLOW, X, KEY, solve="dopri5"),
+        ["solve", "jcnf.Solve", "dopri5"],
     ),
     "make_run: average 1": (make_run(average=1.0), ["average", "[0, 1)"]),
     "make_run: average NaN": (make_run(average=np.nan), ["average", "nan"]),

@@ -203,6 +203,8 @@ def test_startup_times_processes_of_their_own(monkeypatch):
         ({"suites": ()}, ["--suites"]),
         ({"cases": ("toy", "toy")}, ["--cases", "once"]),
         ({"rounds": 0}, ["--rounds"]),
+        ({"points": 2**31 - 1}, ["--points"]),
+        ({"suites": ("sample",), "cases": ("toy",)}, ["--suites sample", "toy_trained, table"]),
         ({"seconds": 0.0}, ["--seconds"]),
         ({"limit": float("nan")}, ["--limit"]),
     ],

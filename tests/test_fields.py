@@ -1,6 +1,7 @@
 """MLP fields: closed-form divergences, what time does in a layer, activations and derivatives."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from helpers import astype, mlp
 
 from jcnf.fields import ACTIVATIONS, LAYERS, MLP
 from jcnf.fields.activations import resolve
-from jcnf.fields.mlp import NARROW
 
 WIDTHS = (4, 5, 4, 5)  # unequal neighbours: no product fits when transposed
 REFERENCE = {
@@ -248,15 +248,49 @@ def test_errors_say_what_is_known(settings, message):
 
 
 @pytest.mark.parametrize("output", [None, "tanh"])
-@pytest.mark.parametrize("widths", [(NARROW, 9, NARROW + 1), (2, NARROW + 1, 5, NARROW)])
-def test_divergence_through_layers_of_either_form_is_the_trace(widths, output):
-    field = mlp(3, widths, output=output, scale=3.0)
-    x, t = jnp.array([0.3, -0.8, 1.1]), jnp.asarray(0.4)
-    found, expected = quick_jit(
-        lambda x: (
-            field.velocity_and_divergence(t, x)[1],
-            jnp.trace(jax.jacfwd(lambda x: field(t, x))(x)),
-        )
-    )(x)
-    assert abs(expected) > 1e-2
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+@pytest.mark.parametrize("widths", [(4, 9, 5), (2, 5, 9, 4), (9, 3, 5)])
+@pytest.mark.parametrize("samples", [3, 7])  # fewer than a layer has units, and more
+def test_divergence_of_a_batch_and_its_gradient_are_the_traces(widths, output, samples):
+    field = mlp(3, widths, output=output, scale=2.0)
+    rng = np.random.default_rng(0)
+    x, t = jnp.asarray(rng.normal(size=(samples, 3))), jnp.asarray(rng.uniform(size=samples))
+
+    def closed(field, t, x):
+        return field.velocity_and_divergence(t, x)[1]
+
+    def trace(field, t, x):
+        return jnp.trace(jax.jacfwd(lambda x: field(t, x))(x))
+
+    def total(divergence, field, t, x):
+        shared = jax.vmap(divergence, (None, None, 0))(field, t[0], x)
+        own = jax.vmap(divergence, (None, 0, 0))(field, t, x)
+        alone = divergence(field, t[1], x[1])
+        return jnp.sum(shared**2) + jnp.sum(own**2) + alone**2, (shared, own, alone)
+
+    @quick_jit
+    def both(field, t, x):
+        return [
+            jax.value_and_grad(partial(total, of), argnums=(0, 2), has_aux=True)(field, t, x)
+            for of in (closed, trace)
+        ]
+
+    found, expected = map(jax.tree.leaves, both(field, t, x))
+    assert expected[0] > 1e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_matrices_of_time_are_written_for_a_batch_at_one_time_alone():
+    field, t, x = mlp(3, (8, 8, 8)), jnp.zeros(20), jnp.zeros((20, 3))
+
+    def shapes(function, *args):
+        equations = jax.make_jaxpr(function)(*args).jaxpr.eqns
+        return {out.aval.shape for e in equations for out in e.outvars}
+
+    of_all = shapes(jax.vmap(field.velocity_and_divergence, (None, 0)), t[0], x)
+    of_few = shapes(jax.vmap(field.velocity_and_divergence, (None, 0)), t[0], x[:7])
+    of_own = shapes(jax.vmap(field.velocity_and_divergence), t, x)
+    assert (3, 8, 8) in of_all
+    assert not {(3, 8, 8), (20, 3, 8, 8)} & (of_few | of_own)
+    # W(t) of each sample is the largest.
+    assert max(map(np.prod, of_own)) == 20 * 8 * 8

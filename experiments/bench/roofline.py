@@ -23,7 +23,7 @@ def flops(function: Callable, *arguments) -> float:
     return float((analysis or {}).get("flops", jnp.nan))
 
 
-def gemm(rounds: int, sizes: tuple[int, ...] = SIZES) -> Results:
+def gemm(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> Results:
     """Milliseconds and GFLOP/s of products of square float32 matrices."""
     programs = {}
     for size in sizes:
@@ -36,7 +36,7 @@ def gemm(rounds: int, sizes: tuple[int, ...] = SIZES) -> Results:
 
         figures = {"gflop": flops(jnp.matmul, a, b) / 1e9}
         programs[f"{size} x {size}"] = Program(run, figures, number)
-    results = measure(programs, rounds)
+    results = measure(programs, rounds, seconds=seconds)
     for r in results.values():
         r["gflop_per_s"] = 1e3 * r["gflop"] / r["ms"]
     return results

@@ -39,9 +39,10 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in programs}
     gc.collect()
     for _ in range(rounds):
-        for name, program in programs.items():
-            if sum(times[name]) > seconds:
-                continue
+        going = {n: p for n, p in programs.items() if sum(times[n]) <= seconds}
+        if not going:
+            break
+        for name, program in going.items():
             if repeats[name] > 1:
                 program.run()
             times[name].append(time_of(program.run, repeats[name]))

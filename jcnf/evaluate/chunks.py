@@ -31,6 +31,7 @@ def solved_in_chunks(
     takes depend on no chunk before its own. NFE are of the steps that the chunks took: there are
     fewer on a mesh.
     """
+    require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
     size, dtype = _size(n, size), jnp.result_type(float)
     if solve.mesh is None and solve.heeds_meshes:
         # With a mesh that tells nothing, for one program with and without.

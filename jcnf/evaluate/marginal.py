@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
@@ -30,7 +31,7 @@ def score_marginal(
 
     **Raises:** `ValueError` for x that is no finite floating array (n, dim), and for no samples.
     """
-    if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(np.asarray(x).dtype, jnp.floating):
         raise ValueError(f"expected floating x of shape (n, dim); got {jnp.shape(x)}")
     require.finite(x=x)
     require.one_key(key)

@@ -113,6 +113,7 @@ def transport(
     **Raises:** `ValueError` as `score` does, and for times as `jcnf.trajectory` does.
     """
     check_data(flow, x, context, solve)
+    x = jnp.asarray(x)
     check_times(times, len(x), jnp.result_type(x))
     solve = _without_gradient(solve)
     times = jnp.asarray(times, jnp.result_type(x))
@@ -139,7 +140,7 @@ def carry(
     """
     check_data(flow, x, context, solve)
     check_direction(direction)
-    solve = _without_gradient(solve)
+    x, solve = jnp.asarray(x), _without_gradient(solve)
 
     def program(solve, x, context):
         return _carry(flow, x, direction, context, solve)

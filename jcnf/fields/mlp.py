@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Key
 from jcnf import require
 from jcnf.fields.activations import Activation, resolve
 from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
-
-NARROW = 128  # a width that batches are seldom below
+from jcnf.fields.pushed import push
 
 
 class MLP(eqx.Module):
@@ -145,21 +144,8 @@ class MLP(eqx.Module):
         if self.dim > len(first):
             up, readout = slopes[0][:, None] * weights[1].T, first @ last
         else:
-            up, readout = _pushed(first.T, slopes[0], weights[1], of_time=True), last
+            up, readout = push(first.T, slopes[0], weights[1]), last
         for slope, weight in zip(slopes[1:-2], weights[2:-2], strict=True):
-            up = _pushed(up, slope, weight, of_time=False)
-        down = _pushed(readout, slopes[-1], weights[-2].T, of_time=scale is None)
+            up = push(up, slope, weight)
+        down = push(readout, slopes[-1], weights[-2].T)
         return v, jnp.sum(up * down, axis=0) @ slopes[-2]
-
-
-def _pushed(vectors, slope, weight, of_time):
-    """W diag(d) u of each of the `vectors` u, which are rows: those of a batch are one product.
-
-    Where u depends on time alone it is (W diag(u)) d as well: matrices that the batch shares, which
-    are written, and kept for gradients, in place of d o u for each sample. They have as many rows
-    as W where the vectors d o u have the batch.
-    """
-    if of_time and len(weight) <= NARROW:
-        matrices = vectors[:, None] * weight[None]
-        return (matrices.reshape(-1, len(slope)) @ slope).reshape(len(vectors), -1)
-    return (slope[None] * vectors) @ weight.T

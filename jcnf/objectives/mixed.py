@@ -35,8 +35,10 @@ def mixed(
     **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
     two have a metric of one name.
     """
-    if not weights:
-        raise ValueError("mixed needs objectives: give weights={objective: weight}")
+    if not weights or not isinstance(weights, Mapping):
+        raise ValueError(
+            f"mixed needs objectives: give weights={{objective: weight}}; got {weights!r}"
+        )
     for objective, weight in weights.items():
         require.function("a function, as those of jcnf.objectives are", objective=objective)
         require.number("[0, inf)", weights=weight)
