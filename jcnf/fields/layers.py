@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from jcnf.fields.turned import turned
+
 Affine = tuple[Float[Array, "out in"], Float[Array, " out"]]
 
 
@@ -32,7 +34,9 @@ class TimeLinear(eqx.Module):
         samples have times of their own, as in flow matching.
         """
         weight, bias = self.affine(t)
-        return weight @ x + bias
+        # A widening layer's gradient is not of the shape that is fast.
+        product = x @ turned(weight) if len(weight) > len(x) else weight @ x
+        return product + bias
 
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Array:

@@ -7,12 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.experimental import jet
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
-
-jet.deflinear(jax.lax.optimization_barrier_p)  # for which jax has no rule
+from jcnf.fields.turned import turned
 
 
 class Planar(eqx.Module):
@@ -84,8 +82,5 @@ class Planar(eqx.Module):
         w, u, b = self.units(t)
         if self.average:
             u = u / len(u)
-        # As (dim, width), and XLA kept from turning them back: on CPU it makes the gradient of a
-        # (width, dim) matrix, a product over the batch with few columns, 20 times as slowly.
-        rows = jax.lax.optimization_barrier((w.T, u.T))
-        h = jnp.tanh(x @ rows[0] + b)
-        return rows[1] @ h, (1 - h * h) @ jnp.sum(u * w, axis=1)
+        h = jnp.tanh(x @ turned(w) + b)
+        return turned(u) @ h, (1 - h * h) @ jnp.sum(u * w, axis=1)
