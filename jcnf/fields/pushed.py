@@ -31,8 +31,9 @@ def _by_vectors(vectors, slope, weight, precision):
 
 
 def _by_matrices(vectors, slope, weight, precision):
-    matrices = (vectors[:, None] * weight[None]).reshape(-1, len(slope))
-    return jnp.matmul(matrices, slope, precision=precision).reshape(len(vectors), len(weight))
+    # Of the shape whose gradient is fast, as `jcnf.fields.turned` has it.
+    matrices = (vectors.T[:, :, None] * weight.T[:, None]).reshape(len(slope), -1)
+    return jnp.matmul(slope, matrices, precision=precision).reshape(len(vectors), len(weight))
 
 
 def _batched(args, axes, **params):
