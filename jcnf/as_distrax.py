@@ -20,14 +20,15 @@ from jcnf.divergence import Divergence, Exact
 from jcnf.flow import (
     Direction,
     Flow,
-    arrived,
     check_batch,
     check_flow,
     check_strategy,
+    error_if_failed,
     log_prob,
     sample,
     sample_and_log_prob,
     transform,
+    transform_without_logdet,
 )
 from jcnf.solve import Solve
 
@@ -94,7 +95,7 @@ class FlowBijector(distrax.Bijector):
     def _carry(self, x, direction: Direction):
         def run(x, context):
             check_batch(self.flow, x, context)
-            return arrived(*self.flow.carry(x, direction, context, self.solve))
+            return transform_without_logdet(self.flow, x, direction, context, self.solve)
 
         return _in_one_batch(run, self.flow, x, self.context)
 
@@ -108,7 +109,7 @@ class FlowBijector(distrax.Bijector):
                 solve=self.solve,
                 divergence=self.divergence,
             )
-            return arrived((result.x, result.logdet), result.stats)
+            return error_if_failed((result.x, result.logdet), result.stats.failed)
 
         return _in_one_batch(run, self.flow, x, self.context)
 

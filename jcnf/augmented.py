@@ -7,6 +7,7 @@ trained by `jcnf.objectives.likelihood` on batches of `augment`: a bound, less t
 which is constant. Samples are `jcnf.sample(...)[:, :dim]`.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -14,8 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, arrived, check_flow, transform
-from jcnf.solve import Solve, Stats
+from jcnf.flow import Flow, check_flow, check_strategy, error_if_failed, transform
+from jcnf.solve import Solve, Stats, with_array_tolerances
 
 
 def augment(
@@ -49,20 +50,22 @@ def log_prob_bound(
     **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
     """
     require.one_key(key)
+    require.whole(samples=samples)
+    check_strategy(solve, divergence)
     _check_rank(x)
+    x = jnp.asarray(x)
     e_key, noise_key = jr.split(key)
-    return arrived(
-        *solve_bound(
-            flow,
-            x,
-            jr.split(e_key, x.shape[0]),
-            noise_key,
-            samples=samples,
-            context=context,
-            solve=solve,
-            divergence=divergence,
-        )
+    bound, stats = _compiled_bound(
+        flow,
+        x,
+        jr.split(e_key, x.shape[0]),
+        noise_key,
+        samples=int(samples),
+        context=context,
+        solve=with_array_tolerances(solve, x.dtype),
+        divergence=divergence,
     )
+    return error_if_failed(bound, stats.failed)
 
 
 def solve_bound(
@@ -108,6 +111,9 @@ def solve_bound(
         mesh=jnp.max(each.mesh, axis=0),
     )
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
+
+
+_compiled_bound = eqx.filter_jit(solve_bound)
 
 
 def _check_rank(x):

@@ -14,12 +14,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Key
 
 from jcnf import require
 from jcnf.distributions import Base
 from jcnf.divergence import Divergence, Exact
-from jcnf.solve import Solve, Stats
+from jcnf.solve import Solve, Stats, with_array_tolerances
 
 Direction = Literal["to_base", "to_data"]
 
@@ -124,9 +125,14 @@ def transform(
     if len({r.__name__ for r in regularizers}) < len(regularizers):
         names = [r.__name__ for r in regularizers]
         raise ValueError(f"regularizers must have names of their own; got {names}")
-    return flow.carry_with_logdet(
-        jnp.asarray(x), direction, key, context, solve, divergence, tuple(regularizers)
-    )
+    x = jnp.asarray(x)
+    solve = with_array_tolerances(solve, x.dtype)
+    return _transform(flow, x, direction, key, context, solve, divergence, tuple(regularizers))
+
+
+@eqx.filter_jit
+def _transform(flow, x, direction, key, context, solve, divergence, regularizers):
+    return flow.carry_with_logdet(x, direction, key, context, solve, divergence, regularizers)
 
 
 def log_prob(
@@ -145,8 +151,17 @@ def log_prob(
 
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
-    result = transform(flow, x, key=key, context=context, solve=solve, divergence=divergence)
-    return arrived(flow.base.log_prob(result.x) + result.logdet, result.stats)
+    check_batch(flow, x, context)
+    check_strategy(solve, divergence)
+    x = jnp.asarray(x)
+    solve = with_array_tolerances(solve, x.dtype)
+    return error_if_failed(*_log_prob(flow, x, key, context, solve, divergence))
+
+
+@eqx.filter_jit
+def _log_prob(flow, x, key, context, solve, divergence):
+    result = flow.carry_with_logdet(x, "to_base", key, context, solve, divergence, ())
+    return flow.base.log_prob(result.x) + result.logdet, result.stats.failed
 
 
 def sample(
@@ -165,9 +180,36 @@ def sample(
     check_strategy(solve)
     require.whole(num_samples=num_samples)
     check_context(flow, num_samples, context)
-    z = flow.base.sample(key, num_samples)
+    z = _sample_base(flow.base, key, int(num_samples))
     check_batch(flow, z, context)
-    return arrived(*flow.carry(z, "to_data", context, solve))
+    return transform_without_logdet(flow, z, "to_data", context, solve)
+
+
+@eqx.filter_jit
+def _sample_base(base, key, num_samples):
+    return base.sample(key, num_samples)
+
+
+def transform_without_logdet(
+    flow: Flow,
+    x: Float[Array, "batch dim"],
+    direction: Direction,
+    context: Float[Array, "batch context"] | None,
+    solve: Solve,
+) -> Float[Array, "batch dim"]:
+    """Return where the flow carries a batch that was checked, (batch, dim).
+
+    **Raises:** `ValueError` for tolerances that the dtype of `x` cannot meet;
+    `equinox.EquinoxRuntimeError` when the solve of a row fails.
+    """
+    solve = with_array_tolerances(solve, x.dtype)
+    return error_if_failed(*_transform_without_logdet(flow, x, direction, context, solve))
+
+
+@eqx.filter_jit
+def _transform_without_logdet(flow, x, direction, context, solve):
+    end, stats = flow.carry(x, direction, context, solve)
+    return end, stats.failed
 
 
 def sample_and_log_prob(
@@ -186,22 +228,21 @@ def sample_and_log_prob(
     **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
     """
     check_flow(flow)
+    check_strategy(solve, divergence)
     require.one_key(key)
     require.whole(num_samples=num_samples)
     check_context(flow, num_samples, context)
     base_key, noise_key = jax.random.split(key)
-    z = flow.base.sample(base_key, num_samples)
-    result = transform(
-        flow,
-        z,
-        direction="to_data",
-        key=noise_key,
-        context=context,
-        solve=solve,
-        divergence=divergence,
-    )
-    log_probs = flow.base.log_prob(z) - result.logdet
-    return arrived((result.x, log_probs), result.stats)
+    z = _sample_base(flow.base, base_key, int(num_samples))
+    check_batch(flow, z, context)
+    solve = with_array_tolerances(solve, z.dtype)
+    return error_if_failed(*_sample_and_log_prob(flow, z, noise_key, context, solve, divergence))
+
+
+@eqx.filter_jit
+def _sample_and_log_prob(flow, z, key, context, solve, divergence):
+    result = flow.carry_with_logdet(z, "to_data", key, context, solve, divergence, ())
+    return (result.x, flow.base.log_prob(z) - result.logdet), result.stats.failed
 
 
 def check_direction(direction: str) -> None:
@@ -274,12 +315,26 @@ def check_context(flow: Flow, batch: int, context) -> None:
         )
 
 
-def arrived(value: Any, stats: Stats) -> Any:
-    """`value`, or an error at run time that says what to do where its solve failed."""
-    return eqx.error_if(
-        value,
-        stats.failed,
-        "a sample did not reach its end: a state was not finite, or an ODE solve hit max_steps. "
-        "Of a solve, loosen rtol/atol or raise max_steps in jcnf.Solve; "
-        "jcnf.transform returns the last state and stats.failed instead of raising.",
-    )
+def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
+    """Return `value`, or raise `equinox.EquinoxRuntimeError` where the solve of a row failed.
+
+    The error names the rows, unless it is raised by a compiled program (`equinox.error_if`): inside
+    jit, vmap or grad, and for arrays that are spread over several processes.
+    """
+    if isinstance(failed, Tracer) or not failed.is_fully_addressable:
+        return eqx.error_if(value, failed, f"the solve failed for some rows: {_ADVICE}")
+    flags = np.asarray(failed)
+    if np.any(flags):
+        rows = require.counted(np.flatnonzero(flags), flags.size)
+        all_of_them = _NORM_ADVICE if flags.size > 1 and np.all(flags) else ""
+        raise eqx.EquinoxRuntimeError(f"the solve failed for {rows}: {_ADVICE}{all_of_them}")
+    return value
+
+
+_ADVICE = (
+    "max_steps was reached, or a state was not finite. Loosen rtol/atol or raise max_steps in "
+    "jcnf.Solve; jcnf.transform returns the last finite state and stats.failed instead of raising."
+)
+_NORM_ADVICE = (
+    " With norm='batch' one row can fail them all: jcnf.Solve(norm='worst') tells which ones do."
+)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+SHOWN_ROWS = 3  # of those that an error counts, how many it names
+
 _IN_WORDS = {
     "(0, inf)": "positive and finite",
     "[0, inf)": "at least 0 and finite",
@@ -88,17 +90,25 @@ def field(field: Any) -> None:
 
 
 def finite(**given: Any) -> None:
-    """Arrays without NaN and infinities, where they are concrete; names the first bad row."""
+    """Arrays without NaN and infinities, where they are concrete; names the first bad rows."""
     for name, values in given.items():
         if values is None or isinstance(values, Tracer):
             continue
-        values = np.asarray(values)
-        good: Any = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        values = np.atleast_1d(np.asarray(values))
+        good: Any = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         if not good.all():
-            raise ValueError(
-                f"{name}[{np.argmin(good)}] is not finite, as are {np.sum(~good)} of {len(good)} "
-                f"rows of {name}: leave them out, or say what became of them"
-            )
+            unit, advice = ("rows", "remove those rows")
+            if values.ndim == 1:
+                unit, advice = ("entries", "all must be finite")
+            bad = counted(np.flatnonzero(~good), len(good), unit)
+            raise ValueError(f"{name} has NaN or inf in {bad}: {advice}")
+
+
+def counted(some: np.ndarray, number: int, unit: str = "rows") -> str:
+    """Describe some of `number` indices, as "3 of 500 rows (first: 12, 77, 140)"."""
+    first = ", ".join(str(index) for index in some[:SHOWN_ROWS])
+    more = ", ..." if len(some) > SHOWN_ROWS else ""
+    return f"{len(some)} of {number} {unit} (first: {first}{more})"
 
 
 def floats(length: int, **given: Any) -> None:

@@ -73,11 +73,17 @@ class Stats(eqx.Module):
         )
 
 
-class Solve(eqx.Module):
-    """Solver, accuracy and adjoint of one batched ODE solve. Frozen, and hashable without a mesh.
+def _plain_integer(value):
+    # A NumPy integer would be an argument of compiled programs, which need it as a constant.
+    return int(value) if isinstance(value, np.integer) else value
 
-    One whose mesh changes is an argument of the compiled function: what a function closes over is a
-    constant, for which it is compiled anew.
+
+class Solve(eqx.Module):
+    """Solver, accuracy and adjoint of one batched ODE solve.
+
+    Frozen, and hashable unless it holds arrays: a mesh, or tolerances. One whose mesh changes is an
+    argument of the compiled function: what a function closes over is a constant, for which it is
+    compiled anew.
 
     **Arguments:**
 
@@ -107,12 +113,12 @@ class Solve(eqx.Module):
     """
 
     solver: str | diffrax.AbstractSolver = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    rtol: float | Float[Array, ""] = 1e-5
+    atol: float | Float[Array, ""] = 1e-5
     step: float | None = None
     adjoint: str | diffrax.AbstractAdjoint = "checkpoint"
     norm: str = "batch"
-    max_steps: int = 1024
+    max_steps: int = eqx.field(default=1024, converter=_plain_integer)
     first_step: float = 0.1
     mesh: Float[Array | np.ndarray, " parts"] | None = None
 
@@ -194,6 +200,19 @@ def check_tolerance(solve: Solve, dtype: Any) -> None:
             f"tolerance {loosest:g} is below what {dtype} can give (about {eps:.0e}): "
             "use x64 (JAX_ENABLE_X64=1, --x64) or a larger tolerance"
         )
+
+
+def with_array_tolerances(solve: Solve, dtype: Any) -> Solve:
+    """Return `solve` with its tolerances as scalar arrays of `dtype`, the state's.
+
+    Python floats are compile-time constants, so that each new value would recompile; arrays are
+    arguments.
+
+    **Raises:** `ValueError` as `check_tolerance` does.
+    """
+    check_tolerance(solve, dtype)
+    tolerances = tuple(jnp.asarray(value, dtype) for value in (solve.rtol, solve.atol))
+    return eqx.tree_at(lambda solve: (solve.rtol, solve.atol), solve, tolerances)
 
 
 class _FixedSteps(diffrax.ConstantStepSize):

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from jcnf import require
 from jcnf.cnf import CNF, Velocity
 from jcnf.distributions import StandardNormal
-from jcnf.flow import arrived, check_batch, check_strategy
+from jcnf.flow import check_batch, check_strategy, error_if_failed
 from jcnf.integrate import integrate
-from jcnf.solve import Solve, Stats
+from jcnf.solve import Solve, Stats, with_array_tolerances
 
 
 def trajectory(
@@ -55,7 +55,7 @@ def trajectory(
     they are concrete); `equinox.EquinoxRuntimeError` when the solve fails.
     """
     xs, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
-    return arrived(xs, stats)
+    return error_if_failed(xs, stats.failed)
 
 
 def solve_trajectory(
@@ -79,7 +79,12 @@ def solve_trajectory(
     check_batch(flow, x, context)
     x = jnp.asarray(x)
     check_times(times, len(x), x.dtype)
-    times = jnp.asarray(times, x.dtype)
+    times, solve = jnp.asarray(times, x.dtype), with_array_tolerances(solve, x.dtype)
+    return _solve_trajectory(flow, x, times, context, solve)
+
+
+@eqx.filter_jit
+def _solve_trajectory(flow, x, times, context, solve):
     if times.ndim == 1 and solve.adjoint != "reversible":
         return _in_one_solve(flow.field, x, times, context, solve)
     own = jnp.broadcast_to(times.reshape(len(times), -1), (len(times), len(x)))

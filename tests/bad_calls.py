@@ -242,7 +242,7 @@ FLOWS = {
     "trajectory: NaN": (of(jcnf.trajectory, FLOW, X, jnp.array([0.0, jnp.nan])), ["times"]),
     "trajectory: infinity": (
         of(jcnf.trajectory, FLOW, X, jnp.array([0.0, jnp.inf])),
-        ["times", "finite"],
+        ["times has NaN or inf"],
     ),
     "trajectory: strings": (of(jcnf.trajectory, FLOW, X, ["0", "1"]), ["times"]),
     "trajectory: times of others": (
@@ -306,7 +306,10 @@ FLOWS = {
     "NICE: unknown split": (of(NICE, 2, split="thirds", key=KEY), ["'thirds'", "halves"]),
     "NICE: another base": (of(NICE, 2, base=StandardNormal(3), key=KEY), ["3 and 2"]),
     "NICE: a legacy key": (of(NICE, 2, key=LEGACY), ["key", "jax.random.key"]),
-    "NICE: calibrated by NaN": (lambda: NICE(2, (4,), key=KEY).calibrated(NAN), ["x[1]"]),
+    "NICE: calibrated by NaN": (
+        lambda: NICE(2, (4,), key=KEY).calibrated(NAN),
+        ["x has NaN or inf", "first: 1"],
+    ),
     "NICE: calibrated by one row": (
         lambda: NICE(2, (4,), key=KEY).calibrated(X[0]),
         ["(batch, 2)"],
@@ -383,9 +386,9 @@ SETTINGS = {
     "Logistic: dim -1": (of(Logistic, -1), ["dim", "-1"]),
     "Logistic: dim a string": (of(Logistic, "2"), ["dim", "'2'"]),
     "ScaledNormal: scale 0": (of(ScaledNormal, 2, 0.0), ["scale", "positive"]),
-    "ScaledNormal: scale NaN": (of(ScaledNormal, 2, np.nan), ["scale", "finite"]),
-    "ScaledNormal: scale infinite": (of(ScaledNormal, 2, np.inf), ["scale", "finite"]),
-    "ScaledNormal: loc NaN": (of(ScaledNormal, 2, 1.0, np.nan), ["loc", "finite"]),
+    "ScaledNormal: scale NaN": (of(ScaledNormal, 2, np.nan), ["scale", "has NaN or inf"]),
+    "ScaledNormal: scale infinite": (of(ScaledNormal, 2, np.inf), ["scale", "has NaN or inf"]),
+    "ScaledNormal: loc NaN": (of(ScaledNormal, 2, 1.0, np.nan), ["loc", "has NaN or inf"]),
     "ScaledNormal: scales of others": (of(ScaledNormal, 2, np.ones(3)), ["scale", "(2,)", "(3,)"]),
     "MLP: dim 0": (mlp(0), ["dim", "0"]),
     "MLP: dim 2.0": (mlp(2.0), ["dim", "2.0"]),
@@ -610,7 +613,7 @@ TRAINING = {
         ["parameters", "(4, 3)"],
     ),
     "langevin: no batch": (langevin(x=X[0]), ["(batch, dim)"]),
-    "langevin: NaN": (langevin(x=NAN), ["x[1]", "finite"]),
+    "langevin: NaN": (langevin(x=NAN), ["x has NaN or inf", "first: 1"]),
     "langevin: known of others": (langevin(known=np.ones(3, bool)), ["known"]),
     "langevin: known of numbers": (langevin(known=np.ones(2)), ["bool"]),
     "langevin: no steps": (langevin(steps=0), ["steps"]),

@@ -1,5 +1,6 @@
 """Fields of known solution, and what several test files share."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import equinox as eqx
@@ -114,3 +115,19 @@ def tolerance(solve, value):
 def slope(function, h=1e-3):
     """f'(0) by central differences of order 4."""
     return (8 * (function(h) - function(-h)) - function(2 * h) + function(-2 * h)) / (12 * h)
+
+
+@contextmanager
+def compilations():
+    """Collect the names of the programs that are compiled inside."""
+    names = []
+
+    def note(event, duration, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)

@@ -16,6 +16,8 @@ PACKAGE = Path(jcnf.__file__).parent
 CALLS = FLOWS | SETTINGS | TRAINING | MEASURES | DATA
 # Programs of the package; whatever else is compiled is an operation by itself, as jnp.ones is.
 PROGRAMS = {"_score", "_carry", "_transport", "_weigh_all", "_loss", "_flat_gradient", "_langevin"}
+PROGRAMS |= {"_transform", "_transform_without_logdet", "_log_prob", "_sample_and_log_prob"}
+PROGRAMS |= {"_solve_trajectory", "solve_bound"}
 PROGRAMS |= {"run", "one_step", "log_prob", "_mmd_squared", "while", "scan"}
 COMPILED = []
 
