@@ -219,7 +219,7 @@ class Course:
         if found is None:
             self.place = Place()
             self.state = train.init(self.model, self.stages[0].optimizer)
-            self.best = jax.tree.map(jnp.copy, self.state.average)
+            self.best = self.state.average
         else:
             self.place = Place(**found.notes["place"])
             self.state, self.best = found.tree

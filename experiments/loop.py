@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 from tqdm import tqdm
 
@@ -141,7 +140,7 @@ def _record(course, settings, none, validate, score):
         record[score] = validate(train.with_params(course.model, course.state.average))
         better = place.improved_by(record[score], step)
         if better:
-            course.best = jax.tree.map(jnp.copy, course.state.average)
+            course.best = course.state.average
     over, sound = course.over(), course.stuck == 0
     course.record(record)
     if over or (sound and (better or step % settings.checkpoint_every == 0)):

@@ -46,7 +46,7 @@ def compiled(
     model: Any, stage: Stage, draw_of: DrawOf, state: train.TrainState, data: Any
 ) -> tuple[jax.stages.Compiled, train.Totals]:
     """The program of a stage, `program(state, data, key, until, totals)`, and totals of no step."""
-    program = train.make_run(
+    run = train.make_run(
         model,
         stage.objective,
         draw_of(stage.batch),
@@ -59,9 +59,9 @@ def compiled(
     )
     arguments = (state, data, jr.key(0), 0)
     none = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(program, *arguments)[1]
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run.program, *arguments)[1]
     )
-    return program.lower(*arguments, none).compile(), none
+    return run.program.lower(*arguments, none).compile(), none
 
 
 class Trained(NamedTuple):

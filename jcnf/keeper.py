@@ -66,8 +66,7 @@ class Keeper:
     def save(
         self, step: int, tree: PyTree, notes: dict[str, Any], *, also: Collection[int] = ()
     ) -> None:
-        """Save `tree` as it is now: it may be donated at once. `also` are the steps to keep beside
-        the last ones."""
+        """Save `tree` as it is now. `also` are the steps to keep beside the last ones."""
         self.wait()
         tic = time.perf_counter()
         copy = jax.tree.map(lambda x: np.array(x) if eqx.is_array(x) else x, tree)

@@ -1,4 +1,4 @@
-"""Training: one compiled, donated program that runs any number of steps.
+"""Training: one compiled program that runs any number of steps.
 
 Data order and noise derive from (key, step) alone, so that a run killed and resumed from a
 checkpoint ends bit for bit where the uninterrupted one does.
@@ -6,6 +6,8 @@ checkpoint ends bit for bit where the uninterrupted one does.
 
 import dataclasses
 import inspect
+import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -21,6 +24,13 @@ from jcnf import parallel, require
 from jcnf.distributions import Base
 from jcnf.runge_kutta import unknown
 from jcnf.solve import Solve
+
+MAX_SKIPPED_IN_A_ROW = 10
+_REASONS = {
+    "skipped_solve": "because the ODE solve failed",
+    "skipped_loss": "because the loss was not finite",
+    "skipped_gradient": "because the gradient was not finite",
+}
 
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
 DrawBatch = Callable[[Key[Array, ""], Any], Any]
@@ -110,22 +120,18 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     counts = {"step": zero, "skipped": zero, "stuck": zero}
     pace = {"rate": jnp.ones(()), "mesh": unknown(float)}
-    state = TrainState(params, params, optimizer.init(params), **counts, **pace)
-    # The state is donated, so that no two of its leaves may share a buffer, with `model` or not.
-    return jax.tree.map(jnp.copy, state)
+    return TrainState(params, params, optimizer.init(params), **counts, **pace)
 
 
 def restart(
     state: TrainState, params: PyTree, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """`state` with these parameters, their average too, and a fresh optimiser."""
-    fresh = (params, params, optimizer.init(params))
-    params, average, opt_state = jax.tree.map(jnp.copy, fresh)  # it is donated
     return dataclasses.replace(
         state,
         params=params,
-        average=average,
-        opt_state=opt_state,
+        average=params,
+        opt_state=optimizer.init(params),
         stuck=jnp.zeros_like(state.stuck),
     )
 
@@ -200,6 +206,78 @@ def differentiator(solve: Solve) -> Callable:
     return by_forward_mode if solve.adjoint == "forward" else by_reverse_mode
 
 
+class Run:
+    """A compiled training program that checks its data and reports skipped updates.
+
+    **Arguments:**
+
+    - `program`: `program(state, data, key, until, totals=None) -> (state, totals)`, compiled, as
+      `make_run` builds it. Call it directly where you count skipped updates yourself.
+    """
+
+    def __init__(self, program: jax.stages.Wrapped):
+        self.program = program
+        self._checked: list[Any] = []  # the leaves of the last data that were found finite
+
+    def __call__(
+        self,
+        state: TrainState,
+        data: Any,
+        key: Key[Array, ""],
+        until: int,
+        totals: Totals | None = None,
+    ) -> tuple[TrainState, Totals]:
+        """Train until `state.step == until`; return the new state, and sums over the steps.
+
+        It waits until the steps are done. The sums are added to `totals`, if these are given. `key`
+        is not consumed: each step folds its number into it. Inside jit, vmap or grad it is
+        `program`, without checks and reports.
+
+        **Raises:** `ValueError` for data with NaN or inf, naming the first rows; `RuntimeError`
+        where no update of the call was applied: the first of a training, or with
+        `MAX_SKIPPED_IN_A_ROW` behind it. Warns where some were skipped.
+        """
+        arguments = (state, data, key, until)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            return self.program(*arguments, totals)
+        self._check(data)
+        after, sums = self.program(*arguments, totals)
+        self._report_skipped(state, after, int(until), totals, sums)
+        return after, sums
+
+    def _check(self, data):
+        paths = jax.tree_util.tree_leaves_with_path(data)
+        leaves = [leaf for _, leaf in paths]
+        if len(leaves) == len(self._checked) and all(map(operator.is_, leaves, self._checked)):
+            return
+        for path, leaf in paths:
+            if eqx.is_inexact_array(leaf) and not jnp.all(jnp.isfinite(leaf)):
+                name = f"data{jax.tree_util.keystr(path)}"
+                require.finite(**{name: parallel.on_host(leaf)})
+        self._checked = leaves
+
+    def _report_skipped(self, before, after, until, totals, sums):
+        start, end = int(before.step), int(after.step)
+        skipped = int(after.skipped) - int(before.skipped)
+        if not skipped and end >= until:
+            return
+        earlier = {} if totals is None else totals.skipped
+        counts = {name: int(sums.skipped[name]) - int(earlier.get(name, 0)) for name in _REASONS}
+        why = ", ".join(f"{count} {_REASONS[name]}" for name, count in counts.items() if count)
+        told = f"{skipped} of {end - start} updates after step {start} were skipped: {why}. "
+        if end < until:
+            told += f"Training ended before step {until}, after {after.stuck} skipped in a row. "
+        told += (
+            "Look for NaN, inf or huge values in the batches; lower the learning rate or clip "
+            "gradients; loosen the tolerances or raise max_steps of the solve."
+        )
+        untrained = int(after.skipped) == end > start + 1
+        hopeless = int(after.stuck) >= MAX_SKIPPED_IN_A_ROW or end < until
+        if skipped == end - start and (untrained or hopeless):
+            raise RuntimeError(f"nothing was learned: {told}")
+        warnings.warn(told, stacklevel=3)
+
+
 def make_run(
     model: PyTree,
     objective: Objective,
@@ -210,11 +288,13 @@ def make_run(
     solve: Solve | None = None,
     fixed: bool = False,
     stuck: int | None = None,
-) -> jax.stages.Wrapped:
-    """Compile-once training: `run(state, data, key, until, totals=None) -> (state, totals)`.
+) -> Run:
+    """Build a compiled training loop, `run(state, data, key, until, totals=None)`.
 
-    `run` takes steps until `state.step == until` in one dispatch, whatever their number, and
-    donates `state`; or until `stuck` steps in a row were skipped, if that is given.
+    `run`, a `Run`, takes steps until `state.step == until` in one dispatch, whatever their number;
+    or until `stuck` steps in a row were skipped, if that is given. It returns a new state and sums
+    over the steps. The old state is not donated, so that you can keep it, and the parameters in it,
+    at the price of memory for a second one.
     `draw_batch(key, data)` gives a batch inside the compiled program and
     `objective(model, batch, key)` its loss, of a flow or of whatever is trained. `average` is the
     decay of the parameters' moving average, lower at first: min(average, (1 + step) / (10 + step)).
@@ -333,4 +413,4 @@ def make_run(
 
         return jax.lax.while_loop(more, body, (state, totals))
 
-    return jax.jit(run, donate_argnums=0)
+    return Run(jax.jit(run))

@@ -51,7 +51,7 @@ def trained(objective, steps, solve=None):
 
     found = once()
     assert once() == found
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     return found
 
 

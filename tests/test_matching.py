@@ -365,7 +365,7 @@ def test_training_by_flow_matching_is_one_program_and_lowers_the_loss(training):
     state, _ = run(state, DATA, KEY, 280)
     state, end = run(state, DATA, KEY, 300)
     assert TRACES.count == traces > 0
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     start, end = train.means(start), train.means(end)
     reasons = {"skipped_solve", "skipped_loss", "skipped_gradient"}
     assert end.keys() == {"loss", "matching", "grad_norm", "skipped"} | reasons
@@ -378,7 +378,7 @@ def test_steps_on_bad_data_are_skipped_and_counted(training, bad):
     flow, optimizer, run = training
     state, _ = run(train.init(flow, optimizer), DATA, KEY, 2)
     before = jax.tree.map(np.array, (state.params, state.average, state.opt_state))
-    state, totals = run(state, DATA.at[:].set(bad), KEY, 5)
+    state, totals = run.program(state, DATA.at[:].set(bad), KEY, 5)
     assert int(state.skipped) == totals.skipped["skipped"] == 3
     after = (state.params, state.average, state.opt_state)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):

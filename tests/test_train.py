@@ -41,8 +41,8 @@ def promotion():
 
 
 def after(run, state, until, data=DATA):
-    """The state at a step, and the means of the metrics until then."""
-    state, totals = run(state, data, KEY, until)
+    """The state at a step, and the means of the metrics until then; bad data are let in."""
+    state, totals = run.program(state, data, KEY, until)
     return state, train.means(totals)
 
 
@@ -142,24 +142,25 @@ def test_data_order_depends_on_the_key_and_the_step_alone(training, ten):
 
 
 def test_one_program_for_all_intervals(training, ten):
-    before, programs = TRACES.count, training.run._cache_size()
+    before, programs = TRACES.count, training.run.program._cache_size()
     state = training.start()
     for until in (1, 3, 10):
         state, _ = training.run(state, DATA, KEY, until)
     assert TRACES.count == before > 0
-    assert training.run._cache_size() == programs
+    assert training.run.program._cache_size() == programs
 
 
-def test_the_state_is_donated_and_the_flow_is_not(training):
-    state = training.start()
-    after, _ = training.run(state, DATA, KEY, 2)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(training.flow))
-    trained = train.with_params(training.flow, after.params)
-    start = train.with_params(training.flow, training.start().params)
-    assert_identical(start, training.flow)
-    assert jax.tree.structure(trained) == jax.tree.structure(training.flow)
-    assert np.all(np.isfinite(trained.field(jnp.asarray(0.1), DATA[0])))
+def test_states_and_parameters_that_are_kept_stay_as_they_were(training):
+    start = training.start()
+    kept, _ = training.run(start, DATA, KEY, 2)
+    before = jax.tree.map(np.array, kept)
+    state, _ = training.run(kept, DATA, KEY, 4)
+    assert_identical(kept, before)
+    assert not np.array_equal(*(jax.tree.leaves(s.average)[0] for s in (kept, state)))
+    best = train.with_params(training.flow, kept.average)
+    assert jax.tree.structure(best) == jax.tree.structure(training.flow)
+    assert np.all(np.isfinite(best.field(jnp.asarray(0.1), DATA[0])))
+    assert_identical(train.with_params(training.flow, start.params), training.flow)
 
 
 def test_average_is_that_of_a_hand_computation(training):
@@ -202,6 +203,75 @@ def test_steps_on_bad_data_are_skipped_and_counted(training, ten, bad):
     )
 
 
+def test_data_that_are_not_finite_are_refused_before_the_first_step(training):
+    bad = DATA.at[jnp.array([5, 9, 20, 63]), 1].set(jnp.nan)
+    expected = r"data has NaN or inf in 4 of 64 rows \(first: 5, 9, 20, ...\)"
+    with pytest.raises(ValueError, match=expected):
+        training.run(training.start(), bad, KEY, 3)
+    with pytest.raises(ValueError, match=r"data\['x'\]\[1\] has NaN or inf in 1 of 64 rows"):
+        training.run(training.start(), {"x": (DATA, DATA.at[3].set(np.inf))}, KEY, 3)
+
+
+def sampled(share, **settings):
+    """A training on samples of which this share is NaN, a batch at a time."""
+    flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.01)
+
+    def draw_batch(key, data):
+        return jnp.where(jr.bernoulli(key, share), jnp.nan, data)
+
+    run = train.make_run(flow, objective, draw_batch, optimizer, **settings)
+    return run, train.init(flow, optimizer)
+
+
+def test_skipped_updates_are_warned_of_with_their_reason():
+    run, state = sampled(0.2)
+    with pytest.warns(UserWarning, match="were skipped") as told:
+        state, totals = run(state, DATA, KEY, 50)
+    skipped = int(state.skipped)
+    assert 0 < skipped < 50
+    [message] = [str(each.message) for each in told if "skipped" in str(each.message)]
+    assert message.startswith(f"{skipped} of 50 updates after step 0 were skipped: {skipped} ")
+    assert "because the ODE solve failed" in message
+    # Of a call that goes on, its own steps alone.
+    with pytest.warns(UserWarning, match="of 50 updates after step 50 were skipped") as told:
+        after, totals = run(state, DATA, KEY, 100, totals)
+    own = int(after.skipped) - skipped
+    assert any(f"skipped: {own} because the ODE solve failed" in str(each.message) for each in told)
+    assert int(totals.skipped["skipped"]) == int(after.skipped)
+
+
+def test_training_that_learns_nothing_is_an_error_and_one_bad_step_is_not():
+    run, state = sampled(1.0)
+    with pytest.raises(RuntimeError, match="nothing was learned: 200 of 200 updates"):
+        run(state, DATA, KEY, 200)
+    assert int(state.step) == 0
+    with pytest.warns(UserWarning, match="1 of 1 updates after step 0 were skipped"):
+        state, _ = run(state, DATA, KEY, 1)
+    assert int(state.step) == int(state.skipped) == 1
+    # After others that were applied, a few in a row are no breakdown, and many are.
+    state = dataclasses.replace(state, skipped=jnp.zeros((), jnp.int32))
+    with pytest.warns(UserWarning, match="3 of 3 updates"):
+        run(state, DATA, KEY, 4)
+    with pytest.raises(RuntimeError, match="nothing was learned: 12 of 12"):
+        run(state, DATA, KEY, 13)
+
+
+def test_a_training_that_is_stuck_does_not_end_in_silence():
+    run, state = sampled(1.0, stuck=4)
+    with pytest.raises(RuntimeError, match=r"4 of 4 updates .* ended before step 100, after 4"):
+        run(state, DATA, KEY, 100)
+
+
+def test_runs_go_through_vmap():
+    run, state = sampled(0.0)
+    states = jax.tree.map(lambda a: jnp.stack([a, a]), state)
+    keys = jr.split(KEY, 2)
+    found, _ = jax.vmap(run, in_axes=(0, None, 0, None))(states, DATA, keys, 3)
+    alone, _ = run(state, DATA, keys[1], 3)
+    for both, one in zip(*map(jax.tree.leaves, (found.params, alone.params)), strict=True):
+        np.testing.assert_allclose(both[1], one, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("reason", "counted"),
     [
@@ -238,7 +308,7 @@ def test_a_run_stops_after_so_many_skipped_in_a_row():
         return model + jnp.where(model < -0.65, jnp.nan, 1.0), {}
 
     run = train.make_run(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
-    state, totals = run(train.init(model, optimizer), DATA, KEY, 100)
+    state, totals = run.program(train.init(model, optimizer), DATA, KEY, 100)
     assert (int(state.step), int(state.stuck), int(totals.applied)) == (11, 4, 7)
 
 
@@ -360,10 +430,10 @@ def meshes(found, **settings):
     state, given, left = train.init(model, optimizer), [], []
     np.testing.assert_array_equal(state.mesh, of_steps(0))
     for step, each in enumerate(found):
-        state, totals = run(state, jnp.asarray(each), KEY, step + 1)
+        state, totals = run.program(state, jnp.asarray(each), KEY, step + 1)
         given.append(float(totals.sums["given"]) if totals.applied else None)
         left.append(all_of(state.mesh))
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     return given, left
 
 
@@ -392,7 +462,7 @@ def test_a_mesh_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
     state = train.init(jnp.ones(()), optax.sgd(0.1))
     cases = (jnp.nan, "loss", 0.0), (0.5, "gradient", 0.0), (2.0, None, 2.0), (0.5, "gradient", 2.0)
     for step, (power, reason, left) in enumerate(cases):
-        state, totals = run(state, jnp.asarray(power), KEY, step + 1)
+        state, totals = run.program(state, jnp.asarray(power), KEY, step + 1)
         skipped = {name for name in SKIPPED[1:] if totals.skipped[name]}
         assert skipped == (set() if reason is None else {f"skipped_{reason}"})
         assert all_of(state.mesh) == left
@@ -412,7 +482,7 @@ def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
     for step in range(4):
         expected = told(state.params, given)
         state, metrics = after(run, state, step + 1)
-        given = jnp.copy(state.mesh)  # the state is donated
+        given = state.mesh
         nfe.append(int(metrics["nfe"]))
         assert nfe[-1] == int(expected["nfe"])
         np.testing.assert_allclose(given, expected["mesh"], rtol=1e-6)

@@ -63,15 +63,15 @@ def _table(case):
 
 def _step(case):
     optimizer = train.make_optimizer(1e-3, 10**6)
-    steps = train.make_run(case.flow, objectives.flow_matching, train.draw_rows(BATCH), optimizer)
+    run = train.make_run(case.flow, objectives.flow_matching, train.draw_rows(BATCH), optimizer)
     state, data, until = train.init(case.flow, optimizer), _table(case), 0
 
-    def run():
+    def take():
         nonlocal state, until
         until += PER_DISPATCH
-        state, _ = jax.block_until_ready(steps(state, data, jr.key(7), until))
+        state, _ = jax.block_until_ready(run.program(state, data, jr.key(7), until))
 
-    return Program(run, {}, PER_DISPATCH)
+    return Program(take, {}, PER_DISPATCH)
 
 
 def _passes(case):

@@ -45,7 +45,7 @@ def training_step(
     run = train.make_run(case.flow, objective, draw, optimizer, solve=solve)
     x, key, taken = case.x, jr.key(0), 0
     tic = time.perf_counter()
-    compiled = run.lower(state, x, key, 0).compile()
+    compiled = run.program.lower(state, x, key, 0).compile()
     seconds = time.perf_counter() - tic
 
     def take(steps):

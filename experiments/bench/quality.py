@@ -112,13 +112,13 @@ def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
         solve=solve,
     )
     state = train.init(flow, optimizer)
-    run = run.lower(state, None, key, 0).compile()
+    program = run.program.lower(state, None, key, 0).compile()
     until = 0
 
     def go_on(steps):
         nonlocal state, until
         until += steps
-        state, _ = jax.block_until_ready(run(state, None, key, until))
+        state, _ = jax.block_until_ready(program(state, None, key, until))
 
     def log_prob(x):
         solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
