@@ -1,15 +1,7 @@
-"""x64, strict dtype promotion, no rank promotion, and the annotations of the core checked."""
+"""x64, strict dtype promotion, no rank promotion, and the annotations of the core checked.
 
-import os
-
-# Compiling is most of what the tests do, and takes a third of the time without XLA's optimisations.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    ]
-)
+Programs are compiled as users compile them: no XLA flag is set here.
+"""
 
 import jax
 import jaxtyping

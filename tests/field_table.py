@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from helpers import MATRIX, Linear
+from jaxtyping import Array, Float
 
 from jcnf.fields import (
     LAYERS,
@@ -28,7 +29,9 @@ from jcnf.fields import (
     UNet,
 )
 
-# For programs that run once: quick to compile, slow to run.
+# For programs that run once or twice, of which these tables have hundreds: they compile in a third
+# of the time without XLA's optimizations. Whatever is called without it is compiled as users do,
+# every field, divergence and gradient in test_row_independence.py for one.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
@@ -49,6 +52,17 @@ def mixture(*experts):
     w, b = jnp.array([1.3, -0.4]), jnp.array([-0.2, 0.5])
     shell = eqx.filter_eval_shape(Mixture, experts, key=jr.key(0))
     return eqx.tree_at(lambda m: (m.fields, m.share_weight, m.share_bias), shell, (experts, w, b))
+
+
+class Normalizing(eqx.Module):
+    """v = A x / sqrt(1 + |x|^2): the kind of field that jaxlib 0.10.2 gets wrong on CPUs."""
+
+    matrix: Float[Array, "dim dim"]
+    dim: int = eqx.field(static=True, default=3)
+    context_dim: int = eqx.field(static=True, default=0)
+
+    def __call__(self, t, x, context=None):
+        return self.matrix @ x / jnp.sqrt(1 + jnp.sum(x**2))
 
 
 concat = partial(drawn, MLP, 3, (4, 5), context_dim=2)
@@ -79,5 +93,6 @@ FIELDS = {
     "residual without closed form": lambda: Residual(no_closed_form()),
     "time change": lambda: TimeChange(concat(), 1.4, start=0.2),
     "mixture": lambda: mixture(concat(), concat(seed=1)),
+    "normalizing": lambda: Normalizing(jnp.asarray(MATRIX)),
     "mixture without closed form": lambda: mixture(no_closed_form(), drawn(MLP, 3, (4,), seed=1)),
 }

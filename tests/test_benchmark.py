@@ -106,6 +106,7 @@ def test_a_program_of_another_loss_is_not_timed(tiny, capsys):
     assert "wrong: not timed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
     results = step.run(tiny, 1, 1.0, with_peers=False)
     assert list(results) == [
@@ -141,6 +142,7 @@ def test_an_unrolled_program_of_other_steps_is_not_timed(tiny, monkeypatch, caps
     assert capsys.readouterr().out.count("not timed") == 2
 
 
+@pytest.mark.slow
 def test_many_points_at_one_accuracy(tiny):
     for time_points in (evaluate.log_probs, evaluate.samples):
         found = time_points(tiny, 30, 1, 1.0, with_peers=False)
@@ -173,6 +175,10 @@ def test_flow_matching_against_bare_passes(monkeypatch):
 def test_scaling_fits_an_exponent():
     curves = {"batch": {"jcnf": ([1.0, 2.0, 4.0], [3.0, 12.0, 48.0])}}
     assert scaling.exponents(curves) == {"jcnf, exponent of batch": pytest.approx(2.0)}
+
+
+@pytest.mark.slow
+def test_scaling_takes_every_point_of_its_grid():
     grid = {"dim": (2,), "tolerance": (1e-2,)}
     found = scaling.run(1, 1.0, False, 1, grid, say=lambda line: None)
     assert found["dim"]["jcnf"][0] == [2]

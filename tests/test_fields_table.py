@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from field_table import FIELDS, quick_jit
+from field_table import FIELDS
 from helpers import Linear, astype
 from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
@@ -34,7 +34,7 @@ def test_divergence_is_the_trace_and_so_is_its_gradient(name):
         field = eqx.combine(params, static)
         return jnp.trace(jax.jacfwd(field, argnums=1)(t, X, context)), field(t, X, context)
 
-    @quick_jit
+    @jax.jit
     def both(params, t):
         return [
             jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, t)

@@ -34,6 +34,7 @@ ORDER = [
         "evaluate",
         "gaussian",
         "impute",
+        "selfcheck",
     ),
 ]
 # What nobody in the chain imports, and what imports errors and require only.

@@ -14,8 +14,9 @@ def blocks(language):
 
 
 def test_the_example_runs_as_printed_and_learns():
-    example, devices, field = blocks("python")
-    script = example + devices + "import equinox as eqx, jax, jax.numpy as jnp\n" + field
+    example, keep_best, devices, field = blocks("python")
+    script = example + keep_best + devices
+    script += "import equinox as eqx, jax, jax.numpy as jnp\n" + field
     script += "rotation = jcnf.CNF(Rotation(jnp.ones(())), distributions.StandardNormal(2))\n"
     script += "assert abs(jcnf.transform(rotation, x).logdet).max() == 0\n"
     done = subprocess.run(

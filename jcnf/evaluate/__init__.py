@@ -21,6 +21,8 @@ from jcnf.evaluate.gradients import audit_gradients as audit_gradients
 from jcnf.evaluate.gradients import loss_gradient as loss_gradient
 from jcnf.evaluate.gradients import relative_error as relative_error
 from jcnf.evaluate.marginal import score_marginal as score_marginal
+from jcnf.evaluate.row_independence import RowIndependence as RowIndependence
+from jcnf.evaluate.row_independence import row_independence as row_independence
 from jcnf.evaluate.scores import ACCURATE as ACCURATE
 from jcnf.evaluate.scores import Scores as Scores
 from jcnf.evaluate.scores import Transport as Transport

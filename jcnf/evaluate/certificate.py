@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Drawn, Estimator, Exact
+from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.density import Grid, check_extent, grid
 from jcnf.evaluate.doubled import in_float64
+from jcnf.evaluate.row_independence import COPIED_ROWS, RowIndependence, row_independence
 from jcnf.evaluate.scores import (
     ACCURATE,
     Scores,
@@ -36,6 +38,7 @@ class Certificate(NamedTuple):
     nfe_backward: float  # base to data, without the log-det
     failures: int  # points that did not arrive, forward or back again
     grid: Grid | None  # the density in 1 or 2 dimensions
+    row_independence: RowIndependence | None  # None where no row arrived
 
     @property
     def nll_error(self) -> float:
@@ -57,6 +60,8 @@ class Certificate(NamedTuple):
         }
         if self.estimator_stderr:
             figures["estimator_stderr"] = self.estimator_stderr
+        if self.row_independence is not None:
+            figures["row_difference"] = self.row_independence.difference
         if self.grid is not None:
             figures |= {"mass": self.grid.mass, "grid_failures": self.grid.failures}
         return figures
@@ -64,6 +69,8 @@ class Certificate(NamedTuple):
     def warnings(self) -> list[str]:
         """What is wrong with the numbers, one sentence each; empty when they can be trusted."""
         found = []
+        if self.row_independence is not None and (wrong := self.row_independence.warning()):
+            found.append(wrong)
         if self.failures:
             found.append(f"the solve failed for {self.failures} points: their numbers are missing")
         error, statistical = self.nll_error + self.estimator_stderr, self.scores.stderr
@@ -104,8 +111,11 @@ def certify(
     `reference_points` of the points; it has rounding in it as well, and of a flow that solves
     nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `ROUND_TRIP` points. An
     estimated `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are
-    the means. In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x`
-    and half as much again at each side.
+    the means. Identical rows must have identical log-densities wherever they stand in a
+    batch; this is checked in one as large as the largest one here, at most `CHUNK` rows
+    (`jcnf.evaluate.row_independence`).
+    In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half as
+    much again at each side.
 
     **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
     """
@@ -141,6 +151,10 @@ def certify(
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()
     failed[some] |= back.failed
+    density = _grid(flow, x[~failed], extent, cells, solve) if plain else None
+    batch = min(CHUNK if chunk is None else chunk, len(x))
+    if density is not None:
+        batch = max(batch, min(CHUNK, density.log_prob.size))
     return Certificate(
         scores=scores,
         log_prob_error=np.abs(log_probs[0, few] - reference),
@@ -148,8 +162,20 @@ def certify(
         roundtrip_error=roundtrip_error,
         nfe_backward=back.nfe,
         failures=int(failed.sum()),
-        grid=_grid(flow, x[~failed], extent, cells, solve) if plain else None,
+        grid=density,
+        row_independence=_row_independence(
+            flow, x, keys[0], context, solve, divergence, ~scores.failed, batch
+        ),
     )
+
+
+def _row_independence(flow, x, key, context, solve, divergence, sound, batch):
+    """Copies of `sound` rows in one batch; None where there are none."""
+    if not np.any(sound):
+        return None
+    x, context = _rows((x, context), np.flatnonzero(sound)[:COPIED_ROWS])
+    settings = {"key": key, "context": context, "solve": solve, "divergence": divergence}
+    return row_independence(flow, x, batch=batch, **settings)
 
 
 def _evenly(n, count):

@@ -22,7 +22,7 @@ from jcnf.flow import (
     check_strategy,
     transform,
 )
-from jcnf.solve import Solve
+from jcnf.solve import Solve, with_array_tolerances
 from jcnf.trajectories import check_times, solve_trajectory
 
 ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
@@ -75,10 +75,12 @@ def score(
     """
     check_data(flow, x, context, solve, divergence)
     x = jnp.asarray(x)
+    solve = with_array_tolerances(solve, x.dtype)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
+    strategy = divergence.strategy if isinstance(divergence, Drawn) else divergence
 
     def program(solve, x, context, noise):
-        return _score(flow, x, context, solve, Drawn(divergence, noise))
+        return _score(flow, x, context, solve, Drawn(strategy, noise))
 
     rows = x, context, noise
     return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk))
@@ -115,7 +117,7 @@ def transport(
     check_data(flow, x, context, solve)
     x = jnp.asarray(x)
     check_times(times, len(x), jnp.result_type(x))
-    solve = _without_gradient(solve)
+    solve = with_array_tolerances(_without_gradient(solve), x.dtype)
     times = jnp.asarray(times, jnp.result_type(x))
 
     def program(x, context):
@@ -140,7 +142,8 @@ def carry(
     """
     check_data(flow, x, context, solve)
     check_direction(direction)
-    x, solve = jnp.asarray(x), _without_gradient(solve)
+    x = jnp.asarray(x)
+    solve = with_array_tolerances(_without_gradient(solve), x.dtype)
 
     def program(solve, x, context):
         return _carry(flow, x, direction, context, solve)
