@@ -1,6 +1,7 @@
 # Everything runs in .venv, made with PYTHON (3.11 to 3.13) and the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: install demo test test-all lint types bench clean
@@ -10,11 +11,14 @@ install: .venv/experiments
 demo: .venv/experiments
 	$(BIN)/python -m experiments.toy2d
 
+# Most tests compile without XLA's optimizations, those of numbers as users do.
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST)
+	XLA_FLAGS= $(PYTEST) -m "optimized and not slow"
 
 test-all: .venv/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m ""
+	$(PYTEST) -m "not optimized"
+	XLA_FLAGS= $(PYTEST) -m optimized
 
 lint: .venv/dev
 	$(BIN)/ruff check .

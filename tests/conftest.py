@@ -1,7 +1,14 @@
 """x64, strict dtype promotion, no rank promotion, and the annotations of the core checked.
 
-Programs are compiled as users compile them: no XLA flag is set here.
+Tests of numbers are marked `optimized` and compiled as users compile. The others compile without
+XLA's optimizations, in a third of the time, which is most of what they take.
 """
+
+import os
+
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import jaxtyping
@@ -54,3 +61,10 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def as_users_compile(request):
+    """Tests marked `optimized` need a process without flags: `XLA_FLAGS= pytest -m optimized`."""
+    if request.node.get_closest_marker("optimized") and os.environ["XLA_FLAGS"]:
+        pytest.fail("run this test by `make test`, or by `XLA_FLAGS= pytest -m optimized`")

@@ -29,12 +29,6 @@ from jcnf.fields import (
     UNet,
 )
 
-# For programs that run once or twice, of which these tables have hundreds: they compile in a third
-# of the time without XLA's optimizations. Whatever is called without it is compiled as users do,
-# every field, divergence and gradient in test_row_independence.py for one.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick_jit = partial(jax.jit, compiler_options=QUICK)
-
 
 def drawn(make, *args, scale=1.5, seed=0, **settings):
     """A field whose arrays numpy draws, by fan-in: compiling initialisers takes long."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import drawn, quick_jit
+from field_table import drawn
 from helpers import astype
 from jax.experimental.jet import jet
 
@@ -86,13 +86,13 @@ def test_its_derivatives_are_those_of_lax(axes):
     else:
         h, weight = (a if axis == 0 else a[0] for a, axis in zip((h, weight), axes, strict=True))
         over = partial(jax.vmap, in_axes=axes)
-    expected = quick_jit(over(derivatives(by_lax)))(h, weight)
-    found = quick_jit(over(derivatives(convolve)))(h, weight)
+    expected = jax.jit(over(derivatives(by_lax)))(h, weight)
+    found = jax.jit(over(derivatives(convolve)))(h, weight)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.max(np.abs(b)) > 0.1
         np.testing.assert_allclose(a, b, atol=1e-11)
-    low = quick_jit(over(derivatives(convolve)))(*astype((h, weight), jnp.float32))
+    low = jax.jit(over(derivatives(convolve)))(*astype((h, weight), jnp.float32))
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.max(np.abs(b)))
@@ -144,8 +144,8 @@ def test_the_divergence_is_the_trace_by_few_products(case, monkeypatch):
     x = normal(field.dim)
     counted, along = [], conv.along
     monkeypatch.setattr(conv, "along", lambda *a: counted.append(len(a[-1])) or along(*a))
-    v, divergence = quick_jit(lambda *a: field.velocity_and_divergence(*a))(T, x)
-    local = quick_jit(lambda t, x: ForwardMode()(field, t, x, None, None))(T, x)
+    v, divergence = jax.jit(lambda *a: field.velocity_and_divergence(*a))(T, x)
+    local = jax.jit(lambda t, x: ForwardMode()(field, t, x, None, None))(T, x)
     assert abs(local.divergence) > 0.05
     assert divergence == pytest.approx(float(local.divergence), abs=1e-10)
     np.testing.assert_allclose(v, local.velocity, atol=1e-12)
@@ -177,10 +177,10 @@ def test_groups_of_channels_have_mean_0_and_variance_1():
 def test_a_unet_is_0_at_first_and_hears_all_there_is():
     make = partial(UNet, (4, 4, 1), (8, 16), context_dim=2, frequencies=1)
     x, context = normal(16), normal(2)
-    first = quick_jit(lambda key: make(key=key)(T, x, context))(jr.key(0))
+    first = jax.jit(lambda key: make(key=key)(T, x, context))(jr.key(0))
     np.testing.assert_array_equal(first, np.zeros(16))
     field = drawn(make)
-    jacobian = quick_jit(jax.jacrev(lambda *a: field(*a), (0, 1, 2)))(T, x, context)
+    jacobian = jax.jit(jax.jacrev(lambda *a: field(*a), (0, 1, 2)))(T, x, context)
     assert [j.shape for j in jacobian] == [(16,), (16, 16), (16, 2)]
     for j in jacobian:
         assert np.all(np.abs(j) > 1e-9)  # every output sees every pixel, the time and the context
@@ -210,22 +210,22 @@ def test_a_cast_field_rounds_and_keeps_the_dtypes_around_it():
     field = astype(drawn(Conv, (3, 4, 1), (3,), scale=2.0), jnp.float32)
     t, x = astype((T, normal(12)), jnp.float32)
     low = Cast(field, jnp.bfloat16)
-    v, divergence = quick_jit(lambda *a: field.velocity_and_divergence(*a))(t, x)
-    found, found_divergence = quick_jit(lambda *a: low.velocity_and_divergence(*a))(t, x)
+    v, divergence = jax.jit(lambda *a: field.velocity_and_divergence(*a))(t, x)
+    found, found_divergence = jax.jit(lambda *a: low.velocity_and_divergence(*a))(t, x)
     assert {found.dtype, found_divergence.dtype, low(t, x).dtype} == {jnp.dtype("float32")}
     unit = 2**-8  # half the distance of numbers of 8 digits
     assert 0 < np.max(np.abs(found - v)) < 10 * unit * np.max(np.abs(v))
     assert 0 < abs(found_divergence - divergence) < 20 * unit * np.max(np.abs(v))
     noise = Hutchinson().draw(jr.key(0), 1, 12, jnp.float32)[0]
     estimates = [
-        quick_jit(lambda t, x, f=f: Hutchinson()(f, t, x, None, noise).divergence)(t, x)
+        jax.jit(lambda t, x, f=f: Hutchinson()(f, t, x, None, noise).divergence)(t, x)
         for f in (field, low)
     ]
     assert estimates[1].dtype == jnp.float32
     assert 0 < abs(estimates[0] - estimates[1]) < 0.1 * (1 + abs(estimates[0]))
 
     loss = lambda field, x: jnp.sum(field(t, x) ** 2)  # noqa: E731
-    whole, rounded = (quick_jit(jax.grad(loss))(f, x) for f in (field, low))
+    whole, rounded = (jax.jit(jax.grad(loss))(f, x) for f in (field, low))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(rounded), strict=True):
         assert b.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=0.05 * np.max(np.abs(a)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import FIELDS, QUICK, drawn, quick_jit
+from field_table import FIELDS, drawn
 from helpers import MATRIX, Linear, slope
 from jaxtyping import Array, Float
 
@@ -54,7 +54,7 @@ def draws(strategy, field, x, noise, context=None):
 def noises():
     """Of each strategy, `NUM` times."""
 
-    @quick_jit
+    @jax.jit
     def draw(key):
         return {name: s.draw(key, NUM, 3, X.dtype) for name, s in STRATEGIES.items()}
 
@@ -67,7 +67,7 @@ def everything(name):
     field = FIELDS[name]()
     context = CONTEXT if field.context_dim else None
 
-    @quick_jit
+    @jax.jit
     def evaluate(x, noise):
         found = {k: draws(s, field, x, noise[k], context) for k, s in STRATEGIES.items()}
         return found, field(TIME, x, context), jax.jacrev(field, argnums=1)(TIME, x, context)
@@ -120,14 +120,14 @@ def test_hutchinsons_variance_is_known_and_falls_as_one_over_probes(noise, probe
 
 
 def test_rademacher_is_exact_for_a_diagonal_jacobian():
-    found = quick_jit(lambda x, e: [draws(s, Diagonal(), x, e) for s in (Hutchinson(), Exact())])
+    found = jax.jit(lambda x, e: [draws(s, Diagonal(), x, e) for s in (Hutchinson(), Exact())])
     estimates, exact = found(X, noises()["rademacher 1"][:50])
     np.testing.assert_allclose(estimates.divergence, exact.divergence, atol=1e-14)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_noise_is_white_and_differs_between_samples_and_probes(noise):
-    draw = quick_jit(lambda key: Hutchinson(2, noise).draw(key, 500, 3, jnp.float32))
+    draw = jax.jit(lambda key: Hutchinson(2, noise).draw(key, 500, 3, jnp.float32))
     probes = draw(jr.key(0))
     assert probes.shape == (500, 2, 3)
     assert probes.dtype == jnp.float32
@@ -146,7 +146,7 @@ def test_noise_is_white_and_differs_between_samples_and_probes(noise):
 def of_linear(strategy):
     """200 draws of the estimate for a matrix, and their gradients in it."""
 
-    @quick_jit
+    @jax.jit
     def values_and_gradients(matrix):
         def estimate(matrix, noise):
             return strategy(Linear(matrix), TIME, X, None, noise).divergence
@@ -203,7 +203,7 @@ def with_spectrum(singular):
 def in_dimension_20(strategy):
     """The strategy's noise, and its estimates for the matrix of each of `SPECTRA`."""
 
-    @quick_jit
+    @jax.jit
     def evaluate(key, matrices):
         noise, x = strategy.draw(key, 1000, 20, X.dtype), jnp.ones(20)
         return noise, {
@@ -261,7 +261,7 @@ def test_pieces_take_less_memory_and_have_the_same_gradient():
 
             return jax.value_and_grad(total)(field)
 
-        return value_and_grad.lower(field, x).compile(QUICK)
+        return value_and_grad.lower(field, x).compile()
 
     pieces, whole = program(8), program(200)
     memory = [p.memory_analysis().temp_size_in_bytes for p in (pieces, whole)]
@@ -311,7 +311,7 @@ def test_a_strategy_of_ones_own_is_one_class():
 
     flow = jcnf.CNF(Linear(jnp.asarray(MATRIX)), jcnf.distributions.StandardNormal(3))
     solve, divergence = jcnf.Solve(solver="euler", step=0.25), Constant(jnp.asarray(3.0))
-    result = quick_jit(partial(jcnf.transform, solve=solve, divergence=divergence))(flow, X[None])
+    result = jax.jit(partial(jcnf.transform, solve=solve, divergence=divergence))(flow, X[None])
     np.testing.assert_allclose(result.logdet, [-3.0], rtol=1e-14)
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import (
     CONTEXT_MATRIX,
     MATRIX,
@@ -127,7 +126,7 @@ SIGMA = jnp.asarray(np.sqrt(3) * np.concatenate([np.eye(3), -np.eye(3)]))
 
 
 def test_reverse_kl_of_a_gaussian_and_its_gradient():
-    @quick_jit
+    @jax.jit
     def both(flow):
         def loss(flow):
             return reverse_kl(flow, SIGMA, energy=gaussian(), solve=TIGHT)
@@ -155,7 +154,7 @@ def test_reverse_kl_with_context_penalties_and_an_estimated_divergence():
     def shifted(x, context):
         return target(x - context @ jnp.asarray(CONTEXT_MATRIX).T)
 
-    @quick_jit
+    @jax.jit
     def both(flow, key):
         settings = {"context": contexts, "solve": TIGHT, "energy": shifted}
         plain = reverse_kl(flow, SIGMA, **settings)
@@ -189,7 +188,7 @@ def test_a_failed_solve_and_bad_arguments(unchecked):
     x = jnp.array([[0.1, 0.1], [0.9, 0.2]])
     u = gaussian(np.zeros(2), np.eye(2))
     solve = Solve(max_steps=20)
-    assert quick_jit(lambda x: reverse_kl(wild, x, energy=u, solve=solve)[1]["failed"])(x)
+    assert jax.jit(lambda x: reverse_kl(wild, x, energy=u, solve=solve)[1]["failed"])(x)
     column = partial(reverse_kl, linear(), energy=lambda x: gaussian()(x)[:, None])
     with pytest.raises(ValueError, match=r"values of shape \(6,\); got \(6, 1\).*jax.vmap"):
         jax.eval_shape(column, SIGMA)
@@ -324,7 +323,7 @@ def test_bad_energies_say_what_to_do(name, own_module):
 def test_float32_energies_and_losses():
     flow = astype(linear(), jnp.float32)
     solve = Solve(rtol=1e-5, atol=1e-5)
-    loss, _ = quick_jit(lambda flow, z: reverse_kl(flow, z, energy=gaussian(), solve=solve))(
+    loss, _ = jax.jit(lambda flow, z: reverse_kl(flow, z, energy=gaussian(), solve=solve))(
         flow, SIGMA.astype(jnp.float32)
     )
     assert loss.dtype == jnp.float32

@@ -15,6 +15,8 @@ from jcnf import CNF, Solve, evaluate
 from jcnf.distributions import Logistic, StandardNormal
 from jcnf.runge_kutta import PARTS
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(12, 3)))
 CONTEXT = jnp.asarray(RNG.normal(size=(12, 2)))

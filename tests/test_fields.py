@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import astype, mlp
 
 from jcnf.fields import ACTIVATIONS, LAYERS, MLP
@@ -151,7 +150,7 @@ TIMES, POINTS = (
 @pytest.mark.parametrize("time", LAYERS)
 def test_samples_may_have_times_of_their_own(time):
     field = mlp(3, (7, 6), time=time)
-    together = quick_jit(jax.vmap(field))(TIMES, POINTS)
+    together = jax.jit(jax.vmap(field))(TIMES, POINTS)
     for t, x, v in zip(TIMES, POINTS, together, strict=True):
         np.testing.assert_allclose(v, field(t, x), rtol=0, atol=1e-13)
 
@@ -175,7 +174,7 @@ def test_initial_weights_have_variance_one_over_three_fan_in():
 
 @pytest.mark.parametrize("time", ["hyper", "blend"])
 def test_layers_of_many_weights_start_on_the_scale_of_one(time):
-    @quick_jit
+    @jax.jit
     def ends(key):
         layer = LAYERS[time](64, 100, key=key)
         return [layer.affine(jnp.asarray(t)) for t in (0.0, 1.0)]
@@ -267,7 +266,7 @@ def test_divergence_of_a_batch_and_its_gradient_are_the_traces(widths, output, s
         alone = divergence(field, t[1], x[1])
         return jnp.sum(shared**2) + jnp.sum(own**2) + alone**2, (shared, own, alone)
 
-    @quick_jit
+    @jax.jit
     def both(field, t, x):
         return [
             jax.value_and_grad(partial(total, of), argnums=(0, 2), has_aux=True)(field, t, x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import FIELDS, drawn, mixture, quick_jit
+from field_table import FIELDS, drawn, mixture
 from helpers import MATRIX, Linear, astype
 
 from jcnf.fields import (
@@ -61,7 +61,7 @@ def test_planar_is_its_formula():
 
 def test_planar_starts_away_from_zero():
     """With biases of zero in its hypernetwork it would stand still at t=0."""
-    field = quick_jit(lambda key: Planar(2, width=4, hidden=3, key=key))(jr.key(0))
+    field = jax.jit(lambda key: Planar(2, width=4, hidden=3, key=key))(jr.key(0))
     assert [layer.weight.shape for layer in field.hypernet] == [(3, 1), (3, 3), (28, 3)]
     assert np.max(np.abs(field(jnp.asarray(0.0), jnp.ones(2)))) > 1e-3
 
@@ -77,7 +77,7 @@ def test_potential_is_its_formula():
     np.testing.assert_allclose(field.potential(TIME, X), expected, rtol=1e-12)
 
 
-@quick_jit
+@jax.jit
 def derivatives(field, t, x):
     """Closed forms, and the same by differentiating the potential."""
     by_x, by_t = jax.grad(field.potential, argnums=(1, 0))(t, x)
@@ -108,7 +108,7 @@ def test_potential_does_not_overflow_in_float32():
 def test_potential_has_no_more_rows_than_rank_and_starts_moderate():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
 
-    @quick_jit
+    @jax.jit
     def initial(key):
         field = Potential(4, key=key)
         return field, jax.vmap(field, in_axes=(None, 0))(TIME, x)
@@ -142,7 +142,7 @@ def test_resnet_is_its_formula(name):
 
 
 def test_resnet_starts_at_rest_with_all_blocks_alive():
-    make = quick_jit(lambda key: ResNet(3, 16, 2, frequencies=1, context_dim=2, key=key))
+    make = jax.jit(lambda key: ResNet(3, 16, 2, frequencies=1, context_dim=2, key=key))
     field = make(jr.key(0))
     np.testing.assert_array_equal(field(TIME, X, CONTEXT), np.zeros(3))
     weights = [field.entry.weight]
@@ -185,7 +185,7 @@ def test_the_divergence_of_a_guided_field_is_the_trace(name):
     inside = FIELDS[name]()
     field = inside if name == "guided" else Guided(inside, 2.5)
 
-    @quick_jit
+    @jax.jit
     def both(t, x, c):
         return field.velocity_and_divergence(t, x, c), (
             field(t, x, c),
@@ -230,7 +230,7 @@ def test_time_change_trains_its_rate_and_never_its_start():
     assert not rate.weak_type  # or the first update would compile anew
     np.testing.assert_allclose(rate**2, 3)
 
-    @quick_jit
+    @jax.jit
     def gradients(rate, start):
         return jax.grad(lambda *a: TimeChange(Clock(jnp.ones(3)), *a)(TIME, X)[0], argnums=(0, 1))(
             rate, start

@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 
 from jcnf.fields import velocity_and_divergence
 
+pytestmark = pytest.mark.optimized
+
 TIME, X = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])
 CONTEXT = jnp.array([0.9, -0.2])
 BATCH = 11  # a size that no field has

@@ -30,6 +30,8 @@ from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve
 from jcnf.distributions import ScaledNormal, StandardNormal
 from jcnf.regularizers import kinetic
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(5, 3)))
 CONTEXT = jnp.asarray(RNG.normal(size=(5, 2)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import FIELDS, quick_jit
+from field_table import FIELDS
 from helpers import T, mlp, slope
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
@@ -133,7 +133,7 @@ class Problem:
             (value, metrics), gradient = differentiator(solve)(loss)(at)
             return value, metrics, gradient()
 
-        self.value_and_grad = quick_jit(value_and_grad)
+        self.value_and_grad = jax.jit(value_and_grad)
 
     def assert_slope(self, divergence, gradient, direction):
         """`gradient` is the finite difference of the loss along a direction."""
@@ -212,7 +212,7 @@ class Ramp(eqx.Module):
 STEER = 0.3
 
 
-@quick_jit
+@jax.jit
 @jax.value_and_grad
 def steered(rates, key):
     """The loss of a flow whose base is at a time within `STEER` of 0, and its gradient."""

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import TIGHT, T, Tally, astype, mlp
 from jaxtyping import Array, Float
 from scipy import stats
@@ -118,7 +117,7 @@ def test_the_truth_is_the_minimum(path, time, t1):
     steps = np.array([[0, 0, 0], [0.3, 0, 0], [-0.3, 0, 0], [0, 0.3, 0], [0, -0.3, 0]])
     steps = np.append(steps, [[0, 0, 0.3], [0, 0, -0.3]], axis=0)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def losses(key):
         data_key, key = jr.split(key)
@@ -146,13 +145,13 @@ def test_the_flow_of_the_truth_has_the_density_of_the_data(path, t1):
     x = draw(KEY, 20)
     blur = path.sigma if isinstance(path, SigmaMin) else 0
     expected = stats.norm(MEAN, np.sqrt(SCALE**2 + blur**2)).logpdf(np.asarray(x)).sum(axis=1)
-    found = quick_jit(lambda x: log_prob(truth(path, t1), x, solve=TIGHT))(x)
+    found = jax.jit(lambda x: log_prob(truth(path, t1), x, solve=TIGHT))(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_loss_follows_from_the_key():
     flow, x = truth(), draw(KEY, 8)
-    loss = quick_jit(lambda key: flow_matching(flow, x, key)[0])
+    loss = jax.jit(lambda key: flow_matching(flow, x, key)[0])
     assert loss(jr.key(1)) == loss(jr.key(1))
     assert loss(jr.key(1)) != loss(jr.key(2))
 
@@ -167,7 +166,7 @@ def test_what_is_drawn_is_independent():
         return flow_matching(constant([0.0, 0.0], t1=1.0), x, key, path=product)[0]
 
     x = jnp.zeros((64, 2))
-    losses = np.asarray(quick_jit(jax.vmap(loss))(jr.split(KEY, 500)))
+    losses = np.asarray(jax.jit(jax.vmap(loss))(jr.split(KEY, 500)))
     assert abs(np.mean(losses) - 2) < 4 * np.std(losses) / np.sqrt(500) < 0.3
 
 

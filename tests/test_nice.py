@@ -20,6 +20,8 @@ from jcnf.data.toys import PARABOLA, TOYS
 from jcnf.distributions import Base, Logistic, StandardNormal
 from jcnf.regularizers import kinetic
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(6, 5)))
 

@@ -35,11 +35,10 @@ def environment(processes, devices, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     found = {
         **os.environ,
         "PYTHONPATH": str(HERE.parent),
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "FOUND": str(folder / "found.json"),
     }
     if processes > 1:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import FIELDS, drawn, quick_jit
+from field_table import FIELDS, drawn
 from helpers import MATRIX, Linear, T, Tally, Traced, astype, mlp, slope
 from jax.flatten_util import ravel_pytree
 from scipy import linalg
@@ -75,7 +75,7 @@ def quadratic(symmetric, rate):
 def integrals(field, path, direction, *regularizers, divergence=Exact()):  # noqa: B008 (frozen)
     """The penalties on the paths that are at `path(t)` at the time t."""
     settings = dict(solve=TIGHT, divergence=divergence, regularizers=regularizers)
-    run = quick_jit(partial(transform, direction=direction, **settings))
+    run = jax.jit(partial(transform, direction=direction, **settings))
     start = path(T if direction == "to_base" else 0.0)
     return run(CNF(field, StandardNormal(3), t1=T), jnp.asarray(start)).penalties
 
@@ -196,7 +196,7 @@ def test_taylor_is_nested_jvps(activation):
         rates = [taylor(order)(field, t, x, None, local) for order in ORDERS]
         return rates, total_derivative(field, t, x, None, local)
 
-    @quick_jit
+    @jax.jit
     def both(field, t, x):
         nested = [jnp.sum(by_nested_jvps(field, order)(t, x) ** 2) for order in ORDERS]
         return *by_taylor(field, t, x), nested
@@ -219,7 +219,7 @@ def test_taylor_is_nested_jvps_in_every_field(name):
     def given(t, x):
         return field(t, x, context)
 
-    @quick_jit
+    @jax.jit
     def both(t, x):
         nested = jnp.sum(by_nested_jvps(given, 3)(t, x) ** 2)
         return taylor(3)(field, t, x, context, Local(given(t, x), t)), nested
@@ -235,7 +235,7 @@ def slopes():
     at, unravel = ravel_pytree((drawn(Potential, 3, width=4, rank=2), Z[0]))
     direction = np.random.default_rng(1).normal(0, at.size**-0.5, at.shape)
 
-    @quick_jit
+    @jax.jit
     def rates_and_gradients(at):
         def rates(at):
             field, x = unravel(at)
@@ -288,7 +288,7 @@ def test_a_closed_form_has_no_products_to_share(penalty):
 
 
 def test_lambda2_has_a_gradient_where_the_jacobian_is_zero():
-    @quick_jit
+    @jax.jit
     @jax.grad
     def gradient(matrix):
         field = Linear(matrix)
@@ -321,7 +321,7 @@ def test_likelihood_weighs_and_reports_penalties_by_name():
     penalties = {kinetic: 0.5, jacobian_exact: 0.25, taylor(2): 2.0}
     run = partial(likelihood, key=None, solve=Solve(step=T / 3), penalties=penalties)
     flow = CNF(SWING, StandardNormal(3), t1=T)
-    loss, metrics = quick_jit(run)(flow, Z)
+    loss, metrics = jax.jit(run)(flow, Z)
     weighted = 0.5 * metrics["kinetic"] + 0.25 * metrics["jacobian_exact"] + 2 * metrics["taylor2"]
     np.testing.assert_allclose(loss, metrics["nll"] + weighted, rtol=1e-14)
     assert min(metrics[r.__name__] for r in penalties) > 0.01

@@ -32,6 +32,8 @@ from jcnf import (
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import Drawn
 
+pytestmark = pytest.mark.optimized
+
 ROWS, FEW = 20_000, 500
 DIVERGENCES = {
     "exact": Exact(),
@@ -132,7 +134,7 @@ class WrongLate(CNF):
 def test_certificate_names_rows_that_depend_on_their_place():
     flow = WrongLate(FIELDS["normalizing"](), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(100, 3)))
-    found = evaluate.certify(flow, x, reference_points=10)
+    found = evaluate.certify(flow, x, reference_points=0)
     expected = "40 of 100 rows (first: 60, 61, 62, ...) differ from their first copy, by up to 0.3 "
     assert expected in found.warnings()[0]
     assert found.numerics()["row_difference"] == pytest.approx(0.3, rel=1e-6)
@@ -144,8 +146,8 @@ def test_certificate_names_rows_that_depend_on_their_place():
 def test_certificate_of_a_large_batch_of_a_normalizing_field_has_no_warning():
     flow = astype(CNF(FIELDS["normalizing"](), StandardNormal(3)), jnp.float32)
     x = jr.normal(jr.key(0), (10_000, 3), jnp.float32)
-    found = evaluate.certify(flow, x, reference_points=10)
-    assert found.warnings() == []
+    found = evaluate.certify(flow, x, reference_points=0)
+    assert found.row_independence.warning() is None
     assert found.numerics()["row_difference"] < 1e-4
 
 

@@ -17,6 +17,8 @@ from jcnf.distributions import ScaledNormal
 from jcnf.regularizers import kinetic
 from jcnf.runge_kutta import PARTS
 
+pytestmark = pytest.mark.optimized
+
 TRACES = Tally()
 KEY = jr.key(7)
 DATA = jnp.asarray(np.random.default_rng(0).normal([1.0, -0.5], [0.5, 1.5], (64, 2)))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import (
     MATRIX,
     TIGHT,
@@ -69,7 +68,7 @@ class Problem:
             (value, stats), gradient = differentiator(solve)(loss)(at)
             return value, stats, gradient()
 
-        self.value_and_grad = quick_jit(value_and_grad)
+        self.value_and_grad = jax.jit(value_and_grad)
 
     def assert_slopes(self, times, rtol=1e-6):
         """The gradient's components, at `times`, are the finite differences: along the parameters

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import TIGHT, astype, mlp
 from jaxtyping import Array, Float
 from scipy import linalg, stats
@@ -98,7 +97,7 @@ def test_a_flow_makes_the_gaussian_the_exact_posterior():
     """Then every sample weighs the evidence, and q is the density of the posterior."""
     model, eps = linear(exact_flow()), jr.normal(KEY, (5, 2))
 
-    @quick_jit
+    @jax.jit
     def both(x, eps):
         weighed = weigh(model, x, eps, solve=TIGHT)
         z = weighed.carried.x
@@ -121,7 +120,7 @@ def test_a_flow_makes_the_gaussian_the_exact_posterior():
 def test_samples_of_the_posterior_are_those_that_are_weighed():
     posterior = linear(exact_flow()).posterior
     x = jnp.repeat(X[:1], 2000, axis=0)
-    z = np.asarray(quick_jit(lambda: jcnf.sample(posterior, KEY, 2000, context=x, solve=STEPS))())
+    z = np.asarray(jax.jit(lambda: jcnf.sample(posterior, KEY, 2000, context=x, solve=STEPS))())
     mean = TO_MEAN @ np.asarray(X[0])
     np.testing.assert_allclose(z.mean(axis=0), mean, atol=4 * z.std() / np.sqrt(2000))
     np.testing.assert_allclose(np.cov(z.T), COVARIANCE, atol=0.05)
@@ -171,7 +170,7 @@ def test_the_noise_depends_on_neither_the_chunk_nor_the_model():
 def test_without_a_flow_the_kl_is_that_of_gaussians():
     model, x = trained(), jnp.repeat(X, 4000, axis=0)
     eps = jr.normal(KEY, (len(x), 2))
-    ratio = np.asarray(quick_jit(lambda: weigh(model, x, eps).log_ratio)()).reshape(5, 4000)
+    ratio = np.asarray(jax.jit(lambda: weigh(model, x, eps).log_ratio)()).reshape(5, 4000)
     loc, log_scale, _ = jax.vmap(model.posterior.encoder)(X)
     kl = 0.5 * np.sum(np.asarray(loc**2 + jnp.exp(2 * log_scale) - 1 - 2 * log_scale), axis=1)
     error = 4 * ratio.std(axis=1) / np.sqrt(4000)
@@ -187,7 +186,7 @@ def test_the_objective_is_the_mean_of_what_is_weighed():
     def losses():
         return [elbo(model, X, KEY, solve=STEPS, penalties={kinetic: 0.5}) for model in models]
 
-    (plain, metrics), (rest, at_rest), (moving, moved) = quick_jit(losses)()
+    (plain, metrics), (rest, at_rest), (moving, moved) = jax.jit(losses)()
     np.testing.assert_allclose(plain, rest, rtol=1e-12)
     np.testing.assert_allclose(metrics["kl"], at_rest["kl"], rtol=1e-12)
     assert metrics["nfe"] == 0 < at_rest["nfe"]
@@ -206,7 +205,7 @@ def test_every_part_has_a_gradient():
     def loss(params):
         return elbo(eqx.combine(params, static), X, KEY, solve=STEPS)[0]
 
-    gradient = quick_jit(jax.grad(loss))(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     assert len(leaves) == len(jax.tree.leaves(params)) == 6 + 1 + 2 * 5 + 2
     for path, leaf in leaves:
@@ -223,7 +222,7 @@ def test_the_binomial_is_scipys(trials):
 
 def test_in_float32():
     model = astype(trained(still(2, 4)), jnp.float32)
-    loss, metrics = quick_jit(lambda x: elbo(model, x, KEY, solve=STEPS))(X.astype(jnp.float32))
+    loss, metrics = jax.jit(lambda x: elbo(model, x, KEY, solve=STEPS))(X.astype(jnp.float32))
     assert loss.dtype == metrics["kl"].dtype == jnp.float32
     assert jnp.isfinite(loss)
 

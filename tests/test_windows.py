@@ -3,11 +3,11 @@
 import re
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from field_table import quick_jit
 from helpers import MATRIX, TIGHT, Linear, carried
 from scipy import linalg
 
@@ -28,7 +28,7 @@ BOUNDS = {"shortest": 0.5, "longest": 1.5}
 
 @pytest.fixture(scope="module")
 def windows():
-    return quick_jit(draw_windows(500, **BOUNDS, rows=9))(jr.key(0), SERIES)
+    return jax.jit(draw_windows(500, **BOUNDS, rows=9))(jr.key(0), SERIES)
 
 
 def test_windows_are_stretches_of_the_series(windows):
@@ -73,7 +73,7 @@ def test_all_windows_are_the_longest_from_each_row():
 
 def test_the_fit_is_the_mean_squared_error_of_what_is_observed():
     windows = draw_windows(4, **BOUNDS)(jr.key(1), SERIES)
-    fit = quick_jit(partial(trajectory_fit, solve=TIGHT))
+    fit = jax.jit(partial(trajectory_fit, solve=TIGHT))
     loss, metrics = fit(FIELD, windows)
     assert loss < 1e-16
     assert metrics["nfe"] > 0
