@@ -110,13 +110,14 @@ def test_a_program_of_another_loss_is_not_timed(tiny, capsys):
 def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
     results = step.run(tiny, 1, 1.0, with_peers=False)
     assert list(results) == [
-        "jcnf", "jcnf, norm=worst", "jcnf, fresh batches", "jcnf, fresh batches, no mesh",
+        "jcnf", "jcnf, norm=worst", "jcnf, fresh batches", "jcnf, fresh batches, no step plan",
+        "batched diffrax", "batched diffrax, tuned",
         "per-sample diffrax", "per-sample diffrax, tuned", "jcnf, Hutchinson",
     ]  # fmt: skip
     exact = [r for name, r in results.items() if not ("Hutchinson" in name or "fresh" in name)]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([r[name] for r in exact], exact[0][name], rtol=1e-3)
-    fresh, unaided = (results[f"jcnf, fresh batches{how}"] for how in ("", ", no mesh"))
+    fresh, unaided = (results[f"jcnf, fresh batches{how}"] for how in ("", ", no step plan"))
     assert fresh["loss"] == pytest.approx(unaided["loss"], rel=1e-3) != results["jcnf"]["loss"]
     assert fresh["nfe"] < unaided["nfe"]
 
@@ -148,7 +149,7 @@ def test_many_points_at_one_accuracy(tiny):
         found = time_points(tiny, 30, 1, 1.0, with_peers=False)
         assert list(found) == list(evaluate.ERRORS)
         for error, results in found.items():
-            assert len(results) == 2  # as it is, and on a mesh
+            assert len(results) == 3  # as it is, on a step plan, and diffrax
             for result in results.values():
                 assert result["error"] <= error
                 assert result["tolerance"] in evaluate.LADDER
@@ -227,6 +228,18 @@ def test_peers_that_are_missing_are_named(monkeypatch):
         Benchmark(peers=True).check()
 
 
+def test_a_peer_that_cannot_be_imported_is_named_and_left_out(monkeypatch, capsys):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    peers._program_of.cache_clear()
+    assert peers.load("torchdyn") == peers.load("torchdyn") == {}
+    peers._program_of.cache_clear()
+    said = "  torchdyn: left out, for it cannot be imported (operator torchvision::nms does not "
+    assert capsys.readouterr().out == said + "exist)\n"
+
+
 def test_a_run_writes_its_numbers_and_no_torch_is_imported(tmp_path):
     script = "import sys; from experiments import benchmark; from experiments.harness import main\n"
     script += "benchmark.startup.FIRST_STEP = 'pass'\n"
@@ -255,7 +268,7 @@ def case_and_gradient(request):
 def test_a_peer_has_our_loss_and_gradient(name, case_and_gradient):
     pytest.importorskip(name)
     case, grad_norm = case_and_gradient
-    (peer,) = peers.load(name)
+    peer = peers.load(name)[name]
     programs = step.agreeing(case, peer.training_steps, {})
     assert programs
     for program in programs.values():

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.bench import ours, peers
 from experiments.bench.cases import Case
+from experiments.bench.peers import diffrax_solves
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure, time_of
 from jcnf import evaluate
@@ -63,18 +64,17 @@ def samples(
 
 
 def _ours(make) -> dict[str, tuple[Way, tuple[str, ...]]]:
-    """By a call as it is, and by one that is given the mesh of an earlier one."""
+    """By a call as it is, and by one that is given the step plan of an earlier one."""
     again = functools.partial(make, again=True)
-    return {ours.NAME: (make, SOLVERS), f"{ours.NAME}, mesh known": (again, SOLVERS)}
+    return {ours.NAME: (make, SOLVERS), f"{ours.NAME}, step plan known": (again, SOLVERS)}
 
 
 def _theirs(what, with_peers) -> dict[str, tuple[Way, tuple[str, ...]]]:
-    """Each peer's way, and its solvers."""
-    modules = peers.load("torchdiffeq", "zuko") if with_peers else ()
-    return {
-        module.__name__.rpartition(".")[2]: (getattr(module, what), module.SOLVERS)
-        for module in modules
-    }
+    """Each peer's way, and its solvers; diffrax's is always there."""
+    modules = {"batched diffrax": diffrax_solves}
+    if with_peers:
+        modules |= peers.load("torchdiffeq", "zuko")
+    return {name: (getattr(module, what), module.SOLVERS) for name, module in modules.items()}
 
 
 def _compare(case, ways, x, exact, rounds, seconds) -> dict[float, Results]:
@@ -136,7 +136,7 @@ def _our_log_probs(case, solver, tolerance, *, again=False):
     solve = _solve(case, solver, tolerance)
     if again:
         stats = transform(case.flow, case.draw(jr.key(7), CHUNK), solve=solve).stats
-        solve = dataclasses.replace(solve, mesh=stats.mesh)
+        solve = dataclasses.replace(solve, step_plan=stats.step_plan)
     return lambda x: evaluate.score(case.flow, x, solve=solve).log_prob
 
 
@@ -144,7 +144,9 @@ def _our_samples(case, solver, tolerance, *, again=False):
     solve = _solve(case, solver, tolerance)
     if again:
         z = case.flow.base.sample(jr.key(7), CHUNK)
-        solve = dataclasses.replace(solve, mesh=case.flow.carry(z, "to_data", None, solve)[1].mesh)
+        solve = dataclasses.replace(
+            solve, step_plan=case.flow.carry(z, "to_data", None, solve)[1].step_plan
+        )
     return lambda z: evaluate.carry(case.flow, z, "to_data", solve=solve).x[-1]
 
 

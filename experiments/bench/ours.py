@@ -15,7 +15,7 @@ from jcnf import objectives, train
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
-SETTLING = 8  # steps until the mesh that is carried from solve to solve has settled
+SETTLING = 8  # steps until the step plan that is carried from solve to solve has settled
 AVERAGED = 40  # steps after these, for their mean NFE
 DISPATCH = 0.05
 

@@ -39,11 +39,8 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
     x = data.sample(jr.fold_in(jr.key(seed), 2), TEST_POINTS)
     true = np.asarray(data.log_prob(x))
     learners = {"jcnf, flow matching": matching(seed), "jcnf, likelihood": ffjord(seed)}
-    if with_peers:
-        (torchdiffeq,) = peers.load("torchdiffeq")
-        learners["torchdiffeq, likelihood"] = torchdiffeq.learner(
-            CASES["toy"](0), FFJORD_DECAY, seed
-        )
+    for name, peer in peers.load("torchdiffeq").items() if with_peers else ():
+        learners[f"{name}, likelihood"] = peer.learner(CASES["toy"](0), FFJORD_DECAY, seed)
     found = {}
     for name, learner in learners.items():
         found[name] = _summary(name, follow(learner, x, true, limit))

@@ -48,9 +48,8 @@ def run(
         for value in values:
             case = case_at(axis, value, steps)
             programs = {ours.NAME: ours.training_step(case)}
-            if with_peers and not slow:
-                (torchdiffeq,) = peers.load("torchdiffeq")
-                make = functools.partial(torchdiffeq.training_steps, ways=("direct",))
+            for peer in peers.load("torchdiffeq").values() if with_peers and not slow else ():
+                make = functools.partial(peer.training_steps, ways=("direct",))
                 programs |= agreeing(case, make, {})
             for name, r in measure(programs, rounds, seconds=seconds).items():
                 x, y = curves[axis].setdefault(name, ([], []))

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.bench import ours, peers
 from experiments.bench.cases import Case
-from experiments.bench.peers import per_sample
+from experiments.bench.peers import diffrax_solves
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure
 from jcnf import objectives
@@ -26,11 +26,11 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
     programs[f"{ours.NAME}, norm=worst"] = ours.training_step(case, solve=worst)
     programs[f"{ours.NAME}, fresh batches"] = ours.training_step(case, fresh=True)
     unaided = functools.partial(objectives.likelihood, solve=case.solve)
-    title = f"{ours.NAME}, fresh batches, no mesh"
+    title = f"{ours.NAME}, fresh batches, no step plan"
     programs[title] = ours.training_step(case, unaided, fresh=True)
-    rivals: list[Make] = [per_sample.training_steps]
+    rivals: list[Make] = [diffrax_solves.training_steps]
     if with_peers:
-        rivals += [peer.training_steps for peer in peers.load(*peers.SOLVING)]
+        rivals += [peer.training_steps for peer in peers.load(*peers.SOLVING).values()]
     for make in rivals:
         programs |= agreeing(case, make, {})
     if case.estimated:
@@ -38,9 +38,8 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
         divergence = Drawn(Hutchinson(), noise)
         estimated = ours.training_step(case, divergence=divergence)
         programs[f"{ours.NAME}, Hutchinson"] = estimated
-        if with_peers:
-            (torchdiffeq,) = peers.load("torchdiffeq")
-            make = functools.partial(torchdiffeq.training_steps, noise=np.asarray(noise[:, 0]))
+        for peer in peers.load("torchdiffeq").values() if with_peers else ():
+            make = functools.partial(peer.training_steps, noise=np.asarray(noise[:, 0]))
             programs |= agreeing(case, make, {"divergence": divergence})
     return measure(programs, rounds, seconds=seconds)
 

@@ -63,18 +63,20 @@ def objective(case: Case, *, again: bool = False) -> train.Objective:
 
 
 def accepted_times(case: Case) -> np.ndarray:
-    """Where the steps of our solve of the batch end, by the mesh that training on it settles on."""
+    """Where the steps of our solve of the batch end, by the step plan that training settles on."""
 
     @eqx.filter_jit
-    def mesh_after(flow, x, mesh):
-        return transform(flow, x, solve=dataclasses.replace(case.solve, mesh=mesh)).stats.mesh
+    def step_plan_after(flow, x, step_plan):
+        return transform(
+            flow, x, solve=dataclasses.replace(case.solve, step_plan=step_plan)
+        ).stats.step_plan
 
-    mesh = unknown(float)
+    step_plan = unknown(float)
     for _ in range(ours.SETTLING):
-        mesh = mesh_after(case.flow, case.x, mesh)
+        step_plan = step_plan_after(case.flow, case.x, step_plan)
     shares = [0.0]
     while shares[-1] < 1:
-        shares.append(float(next_point(mesh, jnp.asarray(shares[-1]))))
+        shares.append(float(next_point(step_plan, jnp.asarray(shares[-1]))))
     return case.flow.t1 * (1 - np.array(shares))
 
 

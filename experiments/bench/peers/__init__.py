@@ -3,6 +3,7 @@
 All get our weights, batch, solver, tolerances and optimiser. torch is imported by `load` alone.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,11 +17,12 @@ SOLVING = ("torchdiffeq", "torchdyn", "zuko")  # peers with a training step by l
 
 
 def require_peers() -> None:
-    """Raise `InputError` where a peer is not installed."""
+    """Raise `InputError` where no peer is installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if len(missing) == len(NEEDED):
         raise InputError(
-            f"--peers needs {', '.join(missing)}: pip install -c constraints.txt -e '.[peers]'"
+            f"--peers needs some of {', '.join(missing)}: pip install -c constraints.txt -e "
+            "'.[peers]'"
         )
 
 
@@ -31,11 +33,24 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-def load(*names: str) -> list[ModuleType]:
-    """The programs of these peers, with torch on as many threads as XLA."""
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(threads())
-    return [importlib.import_module(f"{__name__}.{name}") for name in names]
+def load(*names: str) -> dict[str, ModuleType]:
+    """The programs of these peers by name, with torch on as many threads as XLA.
+
+    A peer that cannot be imported is named, once, and left out.
+    """
+    found = {name: _program_of(name) for name in names}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+@functools.cache
+def _program_of(name):
+    try:
+        importlib.import_module("torch").set_num_threads(threads())
+        return importlib.import_module(f"{__name__}.{name}")
+    except Exception as error:  # torch's own kinds among them, where its parts do not match
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"  {name}: left out, for it cannot be imported ({reason})")
+        return None
 
 
 def versions() -> dict[str, str]:
