@@ -8,6 +8,7 @@ import numpy as np
 from experiments.harness import main
 from experiments.loop import fit
 from experiments.plane import VALIDATION_POINTS
+from experiments.progress import progress
 from experiments.run_settings import MANY, preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
@@ -78,7 +79,8 @@ def run(settings: Conditional) -> None:
 
     labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.test_points)
     test, context = classes.sample(test_key, labels), classes.one_hot(labels)
-    certificate = evaluate.certify(flow, test, context=context, solve=solve)
+    with progress(f"measuring on {len(test)} fresh points"):
+        certificate = evaluate.certify(flow, test, context=context, solve=solve)
     log_prob = certificate.scores.log_prob
     gaps = np.asarray(classes.log_prob(test, labels)) - log_prob
     metrics = {

@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 from experiments.figures import plane
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.progress import progress
 from experiments.rows import IMPUTED, SAMPLES, SCORES, Columns, impute_rows, sample_rows, score_rows
 from experiments.run_settings import preset
 from experiments.rundir import RunDir, load_flow
@@ -216,8 +217,10 @@ def train_and_measure(
     if context is not None and context_rows is None:
         context_rows = np.asarray(context)
     key, count = jr.fold_in(jr.key(settings.seed), 3), settings.samples or 10_000
-    samples = sample_rows(settings, flow, columns, key, count, context_rows, run_dir.path)
-    certificate = evaluate.certify(flow, test, context=context, solve=solve)
+    with progress(f"drawing {count} samples"):
+        samples = sample_rows(settings, flow, columns, key, count, context_rows, run_dir.path)
+    with progress(f"measuring on {len(test)} test rows"):
+        certificate = evaluate.certify(flow, test, context=context, solve=solve)
     scores = certificate.scores
     metrics = {
         "test_nll": scores.nll,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from experiments import figures
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.progress import progress
 from experiments.run_settings import MANY, preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
@@ -165,26 +166,27 @@ def run(settings: MatchEnergy) -> None:
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    print(f"measuring on {settings.test_points} fresh samples, drawing the figures")
-    matched = measure(flow, energy, integral, keys[1], settings.test_points, solve)
-    view = evaluate.grid(flow, energy.extent, solve=solve)
+    with progress(f"measuring on {settings.test_points} fresh samples"):
+        matched = measure(flow, energy, integral, keys[1], settings.test_points, solve)
+        view = evaluate.grid(flow, energy.extent, solve=solve)
     metrics = matched.metrics
-    figures.plane(
-        run_dir,
-        flow,
-        target_samples(energy, len(matched.samples), settings.seed),
-        matched.samples,
-        view,
-        key=keys[2],
-        solve=solve,
-        title=f"{energy.name}: reverse KL {metrics['reverse_kl']:.4f} nats, "
-        f"ESS {100 * metrics['ess']:.1f} %; the data are of the target's grid",
-        true_log_density=-np.asarray(energy.function(view.points)).reshape(view.log_prob.shape)
-        - integral.log,
-    )
-    run_dir.save_figures(
-        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
-    )
+    with progress("drawing figures"):
+        figures.plane(
+            run_dir,
+            flow,
+            target_samples(energy, len(matched.samples), settings.seed),
+            matched.samples,
+            view,
+            key=keys[2],
+            solve=solve,
+            title=f"{energy.name}: reverse KL {metrics['reverse_kl']:.4f} nats, "
+            f"ESS {100 * metrics['ess']:.1f} %; the data are of the target's grid",
+            true_log_density=-np.asarray(energy.function(view.points)).reshape(view.log_prob.shape)
+            - integral.log,
+        )
+        run_dir.save_figures(
+            training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+        )
     numerics = matched.certificate.numerics() | {
         "samples_failed": matched.failures,
         **fitted.numerics(),

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.harness import main
 from experiments.loop import fit
+from experiments.progress import progress
 from experiments.run_settings import MANY, preset
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings
@@ -92,7 +93,8 @@ def run(settings: Gaussian1D) -> None:
     run_dir.save_flow(flow, {})
 
     test = truth.sample(test_key, settings.test_points)
-    certificate = evaluate.certify(flow, test, solve=solve, extent=EXTENT)
+    with progress(f"measuring on {len(test)} fresh points"):
+        certificate = evaluate.certify(flow, test, solve=solve, extent=EXTENT)
     scores, view = certificate.scores, certificate.grid
     assert view is not None
     gaps = np.asarray(truth.log_prob(test)) - scores.log_prob

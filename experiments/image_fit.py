@@ -12,6 +12,7 @@ from jaxtyping import Array, Key
 
 from experiments.image_data import ImageSettings, draw_pictures, held_out, some
 from experiments.loop import fit
+from experiments.progress import progress
 from experiments.run_settings import LoopSettings
 from experiments.rundir import RunDir
 from jcnf import Exact, Solve, evaluate, galleries, plot
@@ -107,19 +108,20 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
     )
 
     x, c = part("test", settings.test_images, test_key)
-    print(f"measuring on {len(x)} test pictures, drawing the figures")
-    draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
-    certificate = evaluate.certify(
-        flow,
-        x,
-        key=score_key,
-        context=c,
-        solve=measure.solve,
-        divergence=measure.divergence,
-        draws=measure.draws,
-        reference_points=measure.reference_points,
-        chunk=measure.chunk,
-    )
+    with progress("drawing figures"):
+        draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
+    with progress(f"measuring on {len(x)} test pictures"):
+        certificate = evaluate.certify(
+            flow,
+            x,
+            key=score_key,
+            context=c,
+            solve=measure.solve,
+            divergence=measure.divergence,
+            draws=measure.draws,
+            reference_points=measure.reference_points,
+            chunk=measure.chunk,
+        )
     scores = certificate.scores
     unit = dim * np.log(2)
     metrics = {

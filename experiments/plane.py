@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from experiments import figures
 from experiments.loop import fit
+from experiments.progress import progress
 from experiments.run_settings import MANY, WIDEST, LoopSettings, RunSettings
 from experiments.rundir import RunDir
 from experiments.settings import FitSettings, FlowSettings
@@ -30,9 +31,8 @@ class PlaneSettings(RunSettings):
     # fresh points for the held-out NLL
     test_points: int = 20_000
     # cells a side of the figures' densities
-    cells: int = 200
-    # how many times as wide as the figures' is the window in which the mass is sought, by cells
-    # that are a third wider
+    cells: int = 150
+    # how many times as wide as the figures' is the window in which the mass is sought
     margin: ClassVar[float] = 2.0
 
     def check(self) -> None:
@@ -157,25 +157,30 @@ def learn(
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    print(f"measuring on {settings.test_points} fresh points, drawing the figures")
     test = sample(test_key, settings.test_points)
     joint = augmented.augment(test, joint_key, extra) if extra else test
     # The window of the figures may cut off what a model puts outside it.
-    certificate = evaluate.certify(
-        flow,
-        joint,
-        solve=solve,
-        extent=square(settings.margin * density.extent),
-        cells=round(0.75 * settings.margin * settings.cells),
-    )
-    scores = score(flow, test, solve, TEST_SAMPLES) if extra else certificate.scores
+    cells = settings.cells + 2 * round((settings.margin - 1) * settings.cells / 2)
+    with progress(f"measuring on {settings.test_points} fresh points"):
+        certificate = evaluate.certify(
+            flow,
+            joint,
+            solve=solve,
+            extent=square(density.extent * cells / settings.cells),
+            cells=cells,
+        )
+        if extra:
+            scores = score(flow, test, solve, TEST_SAMPLES)
+            view = evaluate.grid_of(
+                lambda points: score(flow, points, solve, VIEW_SAMPLES),
+                square(density.extent),
+                settings.cells,
+            )
+        else:
+            scores, view = certificate.scores, certificate.grid.cropped(settings.cells)
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
-    samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
-    view = evaluate.grid_of(
-        lambda points: score(flow, points, solve, VIEW_SAMPLES),
-        square(density.extent),
-        settings.cells,
-    )
+    with progress(f"drawing {settings.test_points} samples"):
+        samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
@@ -184,22 +189,25 @@ def learn(
         "entropy": density.entropy,
         **also(flow),
     }
-    figures.plane(
-        run_dir,
-        flow,
-        np.asarray(test),
-        samples.x[-1],
-        view,
-        key=plot_key,
-        solve=solve,
-        title=f"{density.name}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}",
-        true_log_density=np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape),
-        particles=ways[0],
-        frames=ways[1],
-    )
-    run_dir.save_figures(
-        training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
-    )
+    title = f"{density.name}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}"
+    true = np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape)
+    with progress("drawing figures"):
+        figures.plane(
+            run_dir,
+            flow,
+            np.asarray(test),
+            samples.x[-1],
+            view,
+            key=plot_key,
+            solve=solve,
+            title=title,
+            true_log_density=true,
+            particles=ways[0],
+            frames=ways[1],
+        )
+        run_dir.save_figures(
+            training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+        )
     numerics = certificate.numerics() | fitted.numerics()
     warnings = certificate.warnings()
     if extra:

@@ -102,8 +102,8 @@ def test_many_chunks_take_the_steps_that_are_right_for_all(name):
     exact = z if name != "score" else stats.norm.logpdf(z).sum(1) + 2 * 1.2
     for found in (few[:9], many[:9]):
         np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
-    # A mesh that is given is taken, and what heeds none has as many evaluations as ever.
-    given = dataclasses.replace(evaluate.ACCURATE, mesh=np.full(PARTS, 0.5))
+    # A step plan that is given is taken, and what heeds none has as many evaluations as ever.
+    given = dataclasses.replace(evaluate.ACCURATE, step_plan=np.full(PARTS, 0.5))
     assert run(36, given)[1] == 6 * 32 + 1
     fixed = Solve(solver="midpoint", step=1 / 8)
     assert run(36, fixed)[1] == run(27, fixed)[1] == 16
@@ -213,3 +213,25 @@ def test_mmd_is_never_nan(y):
 def test_mmd_refuses_what_is_no_pair_of_samples(shape, unchecked):
     with pytest.raises(ValueError, match="expected two samples"):
         evaluate.mmd(jnp.zeros(shape), jnp.zeros((5, 2)))
+
+
+def test_a_grid_is_cropped_to_the_cells_in_its_middle():
+    flow = CNF(mlp(2, (4,)), StandardNormal(2))
+    whole = evaluate.grid(flow, (-2.0, 2.0, -4.0, 4.0), 8)
+    inner = evaluate.grid(flow, (-1.0, 1.0, -2.0, 2.0), 4)
+    found = whole.cropped(4)
+    assert found.extent == inner.extent
+    np.testing.assert_array_equal(found.points, inner.points)
+    np.testing.assert_allclose(found.log_prob, inner.log_prob, atol=1e-4)
+    assert found.mass == pytest.approx(inner.mass, rel=1e-4)
+    assert 0 < found.mass < whole.mass
+    with pytest.raises(ValueError, match="8 less an even number; got cells=5"):
+        whole.cropped(5)
+
+
+def test_every_chunk_is_reported_to_whoever_asks():
+    flow, x, told = CNF(mlp(2, (4,)), StandardNormal(2)), jnp.zeros((7, 2)), []
+    with evaluate.reporting(lambda done, number: told.append((done, number))):
+        evaluate.score(flow, x, chunk=3)
+    evaluate.score(flow, x, chunk=3)
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -8,6 +8,7 @@ from jcnf.evaluate.bounds import Bounds as Bounds
 from jcnf.evaluate.bounds import bounds as bounds
 from jcnf.evaluate.certificate import Certificate as Certificate
 from jcnf.evaluate.certificate import certify as certify
+from jcnf.evaluate.chunks import reporting as reporting
 from jcnf.evaluate.compression import code_length as code_length
 from jcnf.evaluate.density import Grid as Grid
 from jcnf.evaluate.density import cell_centres as cell_centres

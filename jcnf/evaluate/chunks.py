@@ -4,7 +4,9 @@ A few rows that fail fail alone: the chunk is solved again without them, up to `
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -17,9 +19,26 @@ from jcnf.runge_kutta import unknown
 from jcnf.solve import Solve
 
 CHUNK = 10_000  # rows, enough for every core to be busy
-MANY = 4  # chunks, among which a solve for the sake of its mesh pays
+MANY = 4  # chunks, among which a solve for the sake of its step plan pays
 ATTEMPTS = 3
 FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
+
+_REPORT: ContextVar[Callable[[int, int], None]] = ContextVar(
+    "report", default=lambda done, number: None
+)
+
+
+@contextmanager
+def reporting(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `report(done, number)` before the first of `number` chunks is solved, and after each.
+
+    It holds for whatever is evaluated inside the `with` block, by any function of this package.
+    """
+    token = _REPORT.set(report)
+    try:
+        yield
+    finally:
+        _REPORT.reset(token)
 
 
 def solved_in_chunks(
@@ -27,19 +46,19 @@ def solved_in_chunks(
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """`in_chunks` of `program(solve, *chunk)`, whose solves are all alike.
 
-    Many chunks all follow one mesh, of a solve of as many rows from among all: the steps that a row
-    takes depend on no chunk before its own. NFE are of the steps that the chunks took: there are
-    fewer on a mesh.
+    Many chunks all follow one step plan, that of a solve of as many rows from among all, so that
+    the steps that a row takes do not depend on the chunks before its own. NFE count the steps that
+    the chunks took, which are fewer with a step plan.
     """
     require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
     size, dtype = _size(n, size), jnp.result_type(float)
-    if solve.mesh is None and solve.heeds_meshes:
-        # With a mesh that tells nothing, for one program with and without.
-        solve = dataclasses.replace(solve, mesh=unknown(dtype))
+    if solve.step_plan is None and solve.heeds_step_plans:
+        # With a step plan that tells nothing, for one program with and without.
+        solve = dataclasses.replace(solve, step_plan=unknown(dtype))
         if n > (MANY - 1) * size:
             some = _filled(np.linspace(0, n - 1, size).astype(int))
             _, stats, _ = _solve_chunk(partial(program, solve), rows, some)
-            solve = dataclasses.replace(solve, mesh=jnp.asarray(stats.mesh, dtype))
+            solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
     return in_chunks(partial(program, solve), rows, n, size)
 
 
@@ -54,6 +73,8 @@ def in_chunks(
     """
     size = _size(n, size)
     values, nfes, flags = [], [], []
+    number, report = -(-n // size), _REPORT.get()
+    report(0, number)
     for start in range(0, n, size):
         stop = min(start + size, n)
         index = _filled(np.minimum(np.arange(start, start + size), stop - 1))
@@ -61,6 +82,7 @@ def in_chunks(
         values.append(value[: stop - start])
         nfes.append(int(stats.nfe))
         flags.append(failed[: stop - start])
+        report(len(flags), number)
     return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
 
 

@@ -22,6 +22,23 @@ class Grid(NamedTuple):
     mass: float  # integral of the density over it
     failures: int
 
+    def cropped(self, cells: int) -> "Grid":
+        """Return the grid of the `cells` an axis in the middle, with the mass that is in them.
+
+        **Raises:** `ValueError` for more cells than there are, or a number that leaves half a cell.
+        """
+        n, dim = len(self.log_prob), self.log_prob.ndim
+        require.whole(1, n, cells=cells)
+        if (n - cells) % 2:
+            raise ValueError(f"cells must be {n} less an even number; got cells={cells}")
+        inner = slice((n - cells) // 2, (n + cells) // 2)
+        low, high = np.reshape(self.extent, (dim, 2)).T
+        middle, half = (low + high) / 2, (high - low) / 2 * cells / n
+        extent = tuple(np.stack([middle - half, middle + half], 1).ravel().tolist())
+        log_prob = self.log_prob[(inner,) * dim]
+        points = self.points.reshape(*self.log_prob.shape, dim)[(inner,) * dim].reshape(-1, dim)
+        return _grid(log_prob, points, extent)
+
 
 def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = ACCURATE) -> Grid:
     """The log-density of a flow in 1 or 2 dimensions at the centres of equal cells, n an axis.
@@ -42,9 +59,14 @@ def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int
     axes = [cell_centres(tuple(interval), n) for interval in intervals]
     points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
     found = scores(points)
-    volume = np.prod(np.diff(intervals)) / n**dim
-    mass = float(np.nansum(np.exp(found.log_prob, dtype=np.float64)) * volume)
-    return Grid(found.log_prob.reshape([n] * dim), points, extent, mass, found.failures)
+    return _grid(found.log_prob.reshape([n] * dim), points, extent)
+
+
+def _grid(log_prob, points, extent):
+    """The grid with its mass; a cell whose solve failed is NaN."""
+    volume = np.prod(np.diff(np.reshape(extent, (-1, 2)))) / log_prob.size
+    mass = float(np.nansum(np.exp(log_prob, dtype=np.float64)) * volume)
+    return Grid(log_prob, points, extent, mass, int(np.isnan(log_prob).sum()))
 
 
 def check_extent(extent: tuple[float, ...], dim: int | None = None) -> None:
