@@ -108,7 +108,7 @@ def solve_bound(
         steps=jnp.sum(each.steps),
         rejected=jnp.sum(each.rejected),
         failed=jnp.any(each.failed, axis=0),
-        mesh=jnp.max(each.mesh, axis=0),
+        step_plan=jnp.max(each.step_plan, axis=0),
     )
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
 

@@ -59,7 +59,7 @@ def integrate(
     else:
         first = solve.step * (jnp if isinstance(t1 - t0, Tracer) else np).sign(t1 - t0)
     by_its_way = _way(solve, times)
-    ys, (last, t, steps, rejected, mesh) = by_its_way(
+    ys, (last, t, steps, rejected, step_plan) = by_its_way(
         vector_field, y0, args, t0, t1, first, solve, times
     )
     return ys, Stats(
@@ -67,7 +67,7 @@ def integrate(
         steps=steps,
         rejected=rejected,
         failed=_failed(vector_field, last, args, t, t1, first, solve),
-        mesh=mesh,
+        step_plan=step_plan,
     )
 
 
@@ -138,7 +138,7 @@ def _by_runge_kutta(integrate_to_the_end, vector_field, y0, args, t0, t1, first,
             "use adjoint='checkpoint' for a trajectory"
         )
     dtype = jax.tree.leaves(y0)[0].dtype
-    known = solve.mesh is not None and solve.step is None
+    known = solve.step_plan is not None and solve.step is None
     march = integrate_to_the_end(
         vector_field,
         y0,
@@ -146,7 +146,7 @@ def _by_runge_kutta(integrate_to_the_end, vector_field, y0, args, t0, t1, first,
         t0,
         t1,
         jnp.asarray(first),
-        jnp.asarray(solve.mesh, dtype) if known else unknown(dtype),
+        jnp.asarray(solve.step_plan, dtype) if known else unknown(dtype),
         solver=solve.diffrax_solver(),
         controller=solve.controller(NORMS[solve.norm]),
         max_steps=solve.max_steps,

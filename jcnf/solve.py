@@ -53,14 +53,14 @@ class Stats(eqx.Module):
     steps: Int[Array, ""]  # steps tried
     rejected: Int[Array, ""]  # of them, rejected
     failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
-    mesh: Float[Array, " parts"]  # what the next solve like it may take for `Solve.mesh`
+    step_plan: Float[Array, " parts"]  # for the `Solve.step_plan` of the next solve like it
 
     @classmethod
     def unsolved(cls, end: Float[Array, "batch dim"]) -> "Stats":
         """Of a map that solves nothing and ends there: samples that are not finite have failed."""
         zero = jnp.int32(0)
         failed = ~jnp.all(jnp.isfinite(end), axis=1)
-        return cls(zero, zero, zero, failed, mesh=unknown(end.dtype))
+        return cls(zero, zero, zero, failed, step_plan=unknown(end.dtype))
 
     def __add__(self, other: "Stats") -> "Stats":
         """Of two solves, one after the other."""
@@ -69,7 +69,7 @@ class Stats(eqx.Module):
             steps=self.steps + other.steps,
             rejected=self.rejected + other.rejected,
             failed=self.failed | other.failed,
-            mesh=jnp.maximum(self.mesh, other.mesh),
+            step_plan=jnp.maximum(self.step_plan, other.step_plan),
         )
 
 
@@ -81,9 +81,9 @@ def _plain_integer(value):
 class Solve(eqx.Module):
     """Solver, accuracy and adjoint of one batched ODE solve.
 
-    Frozen, and hashable unless it holds arrays: a mesh, or tolerances. One whose mesh changes is an
-    argument of the compiled function: what a function closes over is a constant, for which it is
-    compiled anew.
+    Frozen, and hashable unless it holds arrays: a step plan, or tolerances. One whose step plan
+    changes is an argument of the compiled function: what a function closes over is a constant, for
+    which it is compiled anew.
 
     **Arguments:**
 
@@ -105,9 +105,9 @@ class Solve(eqx.Module):
       each sample's RMS, so that every sample is within tolerance.
     - `max_steps`: the solve gives up after so many steps tried.
     - `first_step`: the first step as a fraction of the interval.
-    - `mesh`: `Stats.mesh` of a solve like it, as the last one in training is: where steps are best
-      put, so that none is rejected to find it out. The error of each is controlled as ever. The
-      adjoints "checkpoint" and "reversible" heed it.
+    - `step_plan`: the `Stats.step_plan` of a solve like it, such as the last one in training. It
+      says where steps are best put, so that none is rejected to find that out; the error of each
+      step is still controlled. Only the adjoints "checkpoint" and "reversible" follow it.
 
     **Raises:** `ValueError` for unknown names and for numbers out of range.
     """
@@ -120,7 +120,7 @@ class Solve(eqx.Module):
     norm: str = "batch"
     max_steps: int = eqx.field(default=1024, converter=_plain_integer)
     first_step: float = 0.1
-    mesh: Float[Array | np.ndarray, " parts"] | None = None
+    step_plan: Float[Array | np.ndarray, " parts"] | None = None
 
     def __check_init__(self):
         adjoints = (*_ADJOINTS, "reversible")
@@ -132,8 +132,8 @@ class Solve(eqx.Module):
         if self.step is not None:
             require.number("(0, inf)", step=self.step)
         require.whole(1, MOST_STEPS, max_steps=self.max_steps)
-        if self.mesh is not None:
-            require.floats(PARTS, mesh=self.mesh)
+        if self.step_plan is not None:
+            require.floats(PARTS, step_plan=self.step_plan)
         if self.step is None and not self._estimates_errors():
             raise ValueError(
                 f"solver {self.solver!r} has no error estimate: give it a fixed step, "
@@ -158,8 +158,8 @@ class Solve(eqx.Module):
         return _ADJOINTS[self.adjoint](self, batch)
 
     @property
-    def heeds_meshes(self) -> bool:
-        """Whether its solves take a mesh, and find one out."""
+    def heeds_step_plans(self) -> bool:
+        """Whether its solves follow a step plan, and return one."""
         if self.step is not None:
             return False
         explicit = self.adjoint == "checkpoint" and is_explicit(self.diffrax_solver())

@@ -46,7 +46,7 @@ class TrainState(eqx.Module):
     skipped: Int[Array, ""]  # of them, with an update that was not applied
     stuck: Int[Array, ""]  # the last ones in a row that were skipped
     rate: Float[Array, ""]  # a factor of the updates: under AdamW, of the learning rate
-    mesh: Float[Array, " parts"]  # of the next step's solve, as of `jcnf.Solve`
+    step_plan: Float[Array, " parts"]  # of the next step's solve, as of `jcnf.Solve`
 
 
 class Totals(eqx.Module):
@@ -119,7 +119,7 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
         raise ValueError(f"nothing to train in a {type(model).__name__}: bases are not trained")
     zero = jnp.zeros((), jnp.int32)
     counts = {"step": zero, "skipped": zero, "stuck": zero}
-    pace = {"rate": jnp.ones(()), "mesh": unknown(float)}
+    pace = {"rate": jnp.ones(()), "step_plan": unknown(float)}
     return TrainState(params, params, optimizer.init(params), **counts, **pace)
 
 
@@ -303,7 +303,7 @@ def make_run(
 
     An objective that solves is given `solve` if that is: `objective(model, batch, key,
     solve=solve)`, by forward mode where its adjoint is "forward". Each step's solve then takes the
-    steps that the one before found to be right, by its `Stats.mesh`, which is to be among the
+    steps that the one before found to be right, by its `Stats.step_plan`, which is to be among the
     metrics; not so with `fixed`.
 
     An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
@@ -332,7 +332,7 @@ def make_run(
     def settings(state):
         if solve is None or fixed:
             return {} if solve is None else {"solve": solve}
-        return {"solve": dataclasses.replace(solve, mesh=state.mesh)}
+        return {"solve": dataclasses.replace(solve, step_plan=state.step_plan)}
 
     @jax.jit  # so that the two uses below are one trace
     def one_step(state, data, key):
@@ -349,7 +349,7 @@ def make_run(
 
         (loss, metrics), gradient = differentiate(loss_of)(state.params)
         metrics, failed, bad_loss = dict(metrics), jnp.asarray(False), ~jnp.isfinite(loss)
-        mesh = metrics.pop("mesh", state.mesh).astype(state.mesh.dtype)
+        step_plan = metrics.pop("step_plan", state.step_plan).astype(state.step_plan.dtype)
         if "failed" in metrics:
             failed = metrics.pop("failed")
             # A solve that failed took all its steps: there is no point in going back through them.
@@ -383,7 +383,7 @@ def make_run(
             skipped=state.skipped + jnp.where(good, 0, 1),
             stuck=jnp.where(good, 0, state.stuck + 1),
             rate=state.rate,
-            mesh=jnp.where(good, mesh, state.mesh),
+            step_plan=jnp.where(good, step_plan, state.step_plan),
         )
         return parallel.everywhere(after), Totals(
             {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},

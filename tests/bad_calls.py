@@ -353,15 +353,30 @@ SETTINGS = {
     "Solve: steps beyond memory": (of(Solve, max_steps=10**9), ["max_steps", "1000000"]),
     "Solve: first step 0": (of(Solve, first_step=0), ["first_step"]),
     "Solve: a first step beyond the end": (of(Solve, first_step=2.0), ["first_step", "1"]),
-    "Solve: a mesh that is a number": (of(Solve, mesh=0.1), ["mesh", "64", "0.1"]),
-    "Solve: a mesh that is a list": (of(Solve, mesh=[1.0] * 64), ["mesh", "64", "list"]),
-    "Solve: a mesh of another length": (of(Solve, mesh=jnp.ones(63)), ["mesh", "64", "(63,)"]),
-    "Solve: meshes of a batch": (of(Solve, mesh=jnp.ones((2, 64))), ["mesh", "64", "(2, 64)"]),
-    "Solve: a mesh of integers": (of(Solve, mesh=np.ones(64, int)), ["mesh", "floats", "int64"]),
-    "Solve: a class for a mesh": (of(Solve, mesh=np.ndarray), ["mesh", "class ndarray"]),
-    "Solve: a traced mesh of another length": (
-        of(jax.eval_shape, lambda m: Solve(mesh=m).rtol, jnp.ones(65)),
-        ["mesh", "64", "(65,)"],
+    "Solve: a step plan that is a number": (of(Solve, step_plan=0.1), ["step_plan", "64", "0.1"]),
+    "Solve: a step plan that is a list": (
+        of(Solve, step_plan=[1.0] * 64),
+        ["step_plan", "64", "list"],
+    ),
+    "Solve: a step plan of another length": (
+        of(Solve, step_plan=jnp.ones(63)),
+        ["step_plan", "64", "(63,)"],
+    ),
+    "Solve: step plans of a batch": (
+        of(Solve, step_plan=jnp.ones((2, 64))),
+        ["step_plan", "64", "(2, 64)"],
+    ),
+    "Solve: a step plan of integers": (
+        of(Solve, step_plan=np.ones(64, int)),
+        ["step_plan", "floats", "int64"],
+    ),
+    "Solve: a class for a step plan": (
+        of(Solve, step_plan=np.ndarray),
+        ["step_plan", "class ndarray"],
+    ),
+    "Solve: a traced step plan of another length": (
+        of(jax.eval_shape, lambda m: Solve(step_plan=m).rtol, jnp.ones(65)),
+        ["step_plan", "64", "(65,)"],
     ),
     "Solve: euler without step": (of(Solve, solver="euler"), ["step=0.05"]),
     "Exact: negative": (of(Exact, -1), ["probes", "-1"]),

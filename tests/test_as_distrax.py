@@ -49,7 +49,7 @@ class ClosedForm(Flow):
             end = (x - shift) @ jnp.linalg.inv(self.propagator).T
         zero = jnp.zeros((), int)
         return end, Stats(
-            zero, zero, zero, jnp.broadcast_to(self.fails, x.shape[:1]), mesh=jnp.zeros(1)
+            zero, zero, zero, jnp.broadcast_to(self.fails, x.shape[:1]), step_plan=jnp.zeros(1)
         )
 
     def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):

@@ -430,11 +430,11 @@ class Pulse(eqx.Module):
 
 
 @pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
-def test_parts_that_share_a_mesh_take_fewer_steps_and_are_as_accurate(adjoint):
+def test_parts_that_share_a_step_plan_take_fewer_steps_and_are_as_accurate(adjoint):
     chain = Chain([ODE(Pulse(0.2, 10.0)), ODE(Pulse(0.2, 0.07))], StandardNormal(3))
     solve = Solve(rtol=1e-5, atol=1e-5, adjoint=adjoint)
     first = transform(chain, X, solve=solve)
-    second = transform(chain, X, solve=dataclasses.replace(solve, mesh=first.stats.mesh))
+    second = transform(chain, X, solve=dataclasses.replace(solve, step_plan=first.stats.step_plan))
     assert int(second.stats.nfe) < 0.9 * int(first.stats.nfe)
     grown = sum(
         np.diff(stats.norm.cdf([0.0, 1.0], part.field.at, part.field.width))[0]

@@ -32,12 +32,14 @@ DATA = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2)))
 
 
 def squares(model, x, key, *, solve=None):
-    """(w - target)^2, with noise, and with a mesh that step hands to step; it fails where w has
+    """(w - target)^2, with noise, and with a plan that step hands to step; it fails where w has
     gone off."""
-    mesh = jnp.zeros(PARTS) if solve is None or solve.mesh is None else solve.mesh
-    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0) + 0.01 * mesh[0]) ** 2)
+    plan = jnp.zeros(PARTS)
+    if solve is not None and solve.step_plan is not None:
+        plan = solve.step_plan
+    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0) + 0.01 * plan[0]) ** 2)
     failed = jnp.max(jnp.abs(model["w"])) > 1e3
-    return loss, {"nll": loss, "failed": failed, "mesh": 0.5 * mesh + loss}
+    return loss, {"nll": loss, "failed": failed, "step_plan": 0.5 * plan + loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

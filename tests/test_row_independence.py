@@ -94,6 +94,14 @@ def everything(flow, x, context, divergence, weights, direction):
     return {"end": end, "logdet": logdet[:, None], "gradient": by_rows}, by_params
 
 
+@pytest.fixture
+def forgotten_programs():
+    """Drop compiled programs after a test: a process that keeps hundreds runs out of mappings."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("forgotten_programs")
 @pytest.mark.parametrize(("name", "divergence", "direction"), TABLE)
 def test_rows_of_a_large_batch_are_those_of_small_ones(name, divergence, direction):
     flow, strategy = CNF(FIELDS[name](), StandardNormal(3), t1=T), DIVERGENCES[divergence]

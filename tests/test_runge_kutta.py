@@ -441,7 +441,7 @@ def test_states_are_kept_at_the_least_stride_that_has_room(max_steps):
 
 
 @BOTH
-def test_the_mesh_tells_how_many_steps_of_the_right_size_each_part_has(integrate):
+def test_the_step_plan_tells_how_many_steps_of_the_right_size_each_part_has(integrate):
     @jax.jit
     def compiled(t0, t1, first, controller):
         return solve(integrate, Mixing(), START, ARGS, t0, t1, first, "heun", controller)
@@ -458,10 +458,10 @@ def test_the_mesh_tells_how_many_steps_of_the_right_size_each_part_has(integrate
             # A step of length h says that grow h is right: it is 1 / grow of one that is.
             counts = np.arange(len(times)) / grow
             expected = np.diff(np.interp(edges, (times - t0) / (t1 - t0), counts))
-            np.testing.assert_allclose(march.mesh, expected, rtol=1e-9)
+            np.testing.assert_allclose(march.step_plan, expected, rtol=1e-9)
 
 
-def test_the_mesh_is_of_the_sizes_that_diffrax_chooses_next():
+def test_the_step_plan_is_of_the_sizes_that_diffrax_chooses_next():
     @eqx.filter_jit
     def both(t0, t1, first, controller):
         """Our solve, and diffrax's with all steps that it accepts."""
@@ -490,7 +490,7 @@ def test_the_mesh_is_of_the_sizes_that_diffrax_chooses_next():
         within = edges[edges <= shares[-1]]
         expected = np.diff(np.interp(within, shares, counts))
         assert len(expected) > PARTS // 4
-        np.testing.assert_allclose(march.mesh[: len(expected)], expected, rtol=1e-9)
+        np.testing.assert_allclose(march.step_plan[: len(expected)], expected, rtol=1e-9)
 
 
 @eqx.filter_jit

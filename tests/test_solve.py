@@ -16,7 +16,7 @@ from jcnf.distributions import StandardNormal
 from jcnf.integrate import integrate
 from jcnf.objectives import likelihood
 from jcnf.runge_kutta import PARTS
-from jcnf.runge_kutta.mesh import is_known
+from jcnf.runge_kutta.step_plan import is_known
 from jcnf.solve import SOLVERS, Stats
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
@@ -112,7 +112,7 @@ def test_evaluations_of_rejected_steps_are_counted_the_first_ones_too(solver, ad
         assert not jnp.any(stats.failed)
 
 
-def test_a_mesh_may_change_without_compiling_anew():
+def test_a_step_plan_may_change_without_compiling_anew():
     traces = Tally()
 
     @eqx.filter_jit
@@ -122,60 +122,67 @@ def test_a_mesh_may_change_without_compiling_anew():
 
     for end in (END, -END):
         steps, none = [], jnp.zeros(PARTS)
-        _, alone = decayed(Solve(first_step=1.0, mesh=none), jnp.asarray(end))
-        for mesh in (none, alone.mesh, 3 * alone.mesh, np.asarray(alone.mesh) / 100):
-            y, stats = decayed(Solve(first_step=1.0, mesh=mesh), jnp.asarray(end))
+        _, alone = decayed(Solve(first_step=1.0, step_plan=none), jnp.asarray(end))
+        for step_plan in (
+            none,
+            alone.step_plan,
+            3 * alone.step_plan,
+            np.asarray(alone.step_plan) / 100,
+        ):
+            y, stats = decayed(Solve(first_step=1.0, step_plan=step_plan), jnp.asarray(end))
             np.testing.assert_allclose(y, START * np.exp(-3 * end), rtol=1e-3, atol=1e-5)
             steps.append((int(stats.steps), int(stats.rejected)))
         assert steps[0] == (int(alone.steps), int(alone.rejected))
-        assert steps[1][0] < steps[0][0] < steps[2][0] == np.ceil(3 * np.sum(alone.mesh))
+        assert steps[1][0] < steps[0][0] < steps[2][0] == np.ceil(3 * np.sum(alone.step_plan))
         assert steps[2][1] == 0 < steps[0][1]
         assert steps[3][1] > steps[1][1]
     assert traces.count == 1
 
 
 @pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
-def test_a_solve_tells_what_the_next_may_take_for_its_mesh(adjoint):
+def test_a_solve_tells_what_the_next_may_take_for_its_step_plan(adjoint):
     def decay(rate, end, **settings):
         solve = Solve(adjoint=adjoint, **settings)
         return solve_to(Decay(), START, jnp.asarray(rate), jnp.asarray(end), solve)
 
     for end in (END, -END):
         y, alone = decay(3.0, end, first_step=1.0)
-        assert (alone.mesh.shape, alone.mesh.dtype) == ((PARTS,), START.dtype)
-        assert is_known(alone.mesh)
-        assert float(jnp.sum(alone.mesh)) < int(alone.steps)
-        again = decay(3.0, end, first_step=1.0, mesh=alone.mesh)[1]
+        assert (alone.step_plan.shape, alone.step_plan.dtype) == ((PARTS,), START.dtype)
+        assert is_known(alone.step_plan)
+        assert float(jnp.sum(alone.step_plan)) < int(alone.steps)
+        again = decay(3.0, end, first_step=1.0, step_plan=alone.step_plan)[1]
         assert int(again.rejected) < int(alone.rejected)
         assert int(again.nfe) < 0.8 * int(alone.nfe)
-        # Zeros change nothing, and where the mesh is known the first step does not count.
-        y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, mesh=jnp.zeros(PARTS))
+        # Zeros change nothing, and where the step plan is known the first step does not count.
+        y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, step_plan=jnp.zeros(PARTS))
         assert eqx.tree_equal((y_of_zeros, of_zeros), (y, alone))
-        other = decay(3.0, end, first_step=1e-3, mesh=alone.mesh)[1]
-        np.testing.assert_array_equal(other.mesh, again.mesh)
+        other = decay(3.0, end, first_step=1e-3, step_plan=alone.step_plan)[1]
+        np.testing.assert_array_equal(other.step_plan, again.step_plan)
         assert int(decay(3.0, end, first_step=1e-3)[1].rejected) < int(alone.rejected)
         # One step where that is enough.
         easy = decay(1e-4, end, first_step=0.3)[1]
-        assert (int(easy.steps), float(jnp.sum(easy.mesh)) < 1) == (2, True)
-        assert int(decay(1e-4, end, first_step=0.3, mesh=easy.mesh)[1].steps) == 1
+        assert (int(easy.steps), float(jnp.sum(easy.step_plan)) < 1) == (2, True)
+        assert int(decay(1e-4, end, first_step=0.3, step_plan=easy.step_plan)[1].steps) == 1
         for both in (alone + easy, easy + alone):
-            np.testing.assert_array_equal(both.mesh, np.maximum(alone.mesh, easy.mesh))
+            np.testing.assert_array_equal(
+                both.step_plan, np.maximum(alone.step_plan, easy.step_plan)
+            )
 
 
-def test_a_mesh_is_of_no_use_to_fixed_steps_and_unknown_where_a_solve_ended_or_is_diffrax_s():
-    mesh, rate, end = jnp.full(PARTS, 0.1), jnp.asarray(3.0), jnp.asarray(END)
+def test_a_step_plan_is_of_no_use_to_fixed_steps_and_unknown_where_a_solve_ended_or_is_diffrax_s():
+    step_plan, rate, end = jnp.full(PARTS, 0.1), jnp.asarray(3.0), jnp.asarray(END)
     for settings in ({"step": 0.25}, {"adjoint": "direct"}, {"adjoint": "backsolve"}):
         y, stats = solve_to(Decay(), START, rate, end, Solve(**settings))
-        given = solve_to(Decay(), START, rate, end, Solve(mesh=mesh, **settings))
+        given = solve_to(Decay(), START, rate, end, Solve(step_plan=step_plan, **settings))
         assert eqx.tree_equal(given, (y, stats))
-        assert bool(is_known(stats.mesh)) == ("step" in settings)
+        assert bool(is_known(stats.step_plan)) == ("step" in settings)
     for adjoint in ("checkpoint", "reversible"):
         solve = Solve(adjoint=adjoint, max_steps=3)
         _, stats = solve_to(Decay(), START, rate, end, solve)
         assert np.all(stats.failed)
-        assert not is_known(stats.mesh)
-        assert float(stats.mesh[0]) > 0
-    np.testing.assert_array_equal(Stats.unsolved(START).mesh, np.zeros(PARTS))
+        assert not is_known(stats.step_plan)
+        assert float(stats.step_plan[0]) > 0
+    np.testing.assert_array_equal(Stats.unsolved(START).step_plan, np.zeros(PARTS))
 
 
 def waves(norm, start, frequencies):

@@ -414,51 +414,51 @@ def test_a_fixed_batch_is_the_same_at_every_step():
 
 
 def of_steps(number):
-    """A mesh of so many steps to each part."""
+    """A step plan of so many steps to each part."""
     return jnp.broadcast_to(jnp.asarray(number, float), (PARTS,))
 
 
 def probe(model, found, key, *, solve):
-    """It tells the mesh that it was given, and another, or fails if that is negative."""
-    given = jnp.where(jnp.ptp(solve.mesh) == 0, solve.mesh[0], jnp.nan)
-    return model, {"given": given, "mesh": of_steps(found), "failed": found < 0}
+    """It tells the step plan that it was given, and another, or fails if that is negative."""
+    given = jnp.where(jnp.ptp(solve.step_plan) == 0, solve.step_plan[0], jnp.nan)
+    return model, {"given": given, "step_plan": of_steps(found), "failed": found < 0}
 
 
-def meshes(found, **settings):
+def step_plans(found, **settings):
     """What `probe` was given at each step, None if it was skipped, and what the state had then."""
     model, optimizer = jnp.zeros(()), optax.sgd(0.1)
-    settings = {"solve": Solve(mesh=of_steps(0.25))} | settings
+    settings = {"solve": Solve(step_plan=of_steps(0.25))} | settings
     run = train.make_run(model, probe, lambda key, data: data, optimizer, **settings)
     state, given, left = train.init(model, optimizer), [], []
-    np.testing.assert_array_equal(state.mesh, of_steps(0))
+    np.testing.assert_array_equal(state.step_plan, of_steps(0))
     for step, each in enumerate(found):
         state, totals = run.program(state, jnp.asarray(each), KEY, step + 1)
         given.append(float(totals.sums["given"]) if totals.applied else None)
-        left.append(all_of(state.mesh))
+        left.append(all_of(state.step_plan))
     assert run.program._cache_size() == 1
     return given, left
 
 
-def all_of(mesh):
+def all_of(step_plan):
     """The number that every part has."""
-    assert mesh.shape == (PARTS,)
-    [number] = set(np.asarray(mesh).tolist())
+    assert step_plan.shape == (PARTS,)
+    [number] = set(np.asarray(step_plan).tolist())
     return number
 
 
-def test_a_step_takes_the_mesh_that_the_last_one_applied_found():
-    given, left = meshes([0.5, 0.125, -1.0, 1.0, 0.75])
+def test_a_step_takes_the_step_plan_that_the_last_one_applied_found():
+    given, left = step_plans([0.5, 0.125, -1.0, 1.0, 0.75])
     assert given == [0.0, 0.5, None, 0.125, 1.0]
     assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
     # Until one was applied, none is known.
-    assert meshes([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
+    assert step_plans([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
     # A line search compares losses: its solves are all alike.
-    assert meshes([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
+    assert step_plans([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
 
 
-def test_a_mesh_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
+def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
     def bad(model, power, key, *, solve):
-        return (model - 1) ** power, {"mesh": of_steps(power)}
+        return (model - 1) ** power, {"step_plan": of_steps(power)}
 
     run = train.make_run(jnp.ones(()), bad, lambda key, data: data, optax.sgd(0.1), solve=Solve())
     state = train.init(jnp.ones(()), optax.sgd(0.1))
@@ -467,7 +467,7 @@ def test_a_mesh_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
         state, totals = run.program(state, jnp.asarray(power), KEY, step + 1)
         skipped = {name for name in SKIPPED[1:] if totals.skipped[name]}
         assert skipped == (set() if reason is None else {f"skipped_{reason}"})
-        assert all_of(state.mesh) == left
+        assert all_of(state.step_plan) == left
 
 
 def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
@@ -476,23 +476,26 @@ def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
     run = train.make_run(flow, objectives.likelihood, train.draw_rows(None), optimizer, solve=solve)
 
     @jax.jit
-    def told(params, mesh):
-        here, given = train.with_params(flow, params), dataclasses.replace(solve, mesh=mesh)
+    def told(params, step_plan):
+        here, given = (
+            train.with_params(flow, params),
+            dataclasses.replace(solve, step_plan=step_plan),
+        )
         return objectives.likelihood(here, DATA, None, solve=given)[1]
 
     state, nfe, given = train.init(flow, optimizer), [], jnp.zeros(PARTS)
     for step in range(4):
         expected = told(state.params, given)
         state, metrics = after(run, state, step + 1)
-        given = state.mesh
+        given = state.step_plan
         nfe.append(int(metrics["nfe"]))
         assert nfe[-1] == int(expected["nfe"])
-        np.testing.assert_allclose(given, expected["mesh"], rtol=1e-6)
+        np.testing.assert_allclose(given, expected["step_plan"], rtol=1e-6)
         assert np.all(given > 0)
     assert max(nfe[1:]) < nfe[0]
 
 
-def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_mesh_is_told():
+def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_step_plan_is_told():
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
     # None of them is the finest everywhere.
@@ -500,24 +503,24 @@ def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_mesh_is
     found |= {"level": of_steps(PARTS * 0.75)}
 
     def solving(flow, x, key, *, solve, name):
-        given = jnp.asarray(all_of(solve.mesh))
-        return given, {name: given, "mesh": found[name]}
+        given = jnp.asarray(all_of(solve.step_plan))
+        return given, {name: given, "step_plan": found[name]}
 
     def simple(flow, x, key):
         return jnp.asarray(1.0), {}
 
     bound = [
-        partial(solving, solve=Solve(mesh=of_steps(own)), name=name)
+        partial(solving, solve=Solve(step_plan=of_steps(own)), name=name)
         for own, name in zip((0.5, 0.25, 0.125), found, strict=True)
     ]
     mixed = partial(objectives.mixed, flow, DATA, KEY)
-    finest, given = np.max([*found.values()], axis=0), Solve(mesh=of_steps(1.0))
+    finest, given = np.max([*found.values()], axis=0), Solve(step_plan=of_steps(1.0))
     loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=given)
-    np.testing.assert_array_equal(metrics.pop("mesh"), finest)
+    np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
     assert float(loss) == 4.0
     assert metrics == {"rising": 1.0, "falling": 1.0, "level": 1.0}
     loss, metrics = mixed(weights=dict.fromkeys([simple, *bound], 1.0))
-    np.testing.assert_array_equal(metrics.pop("mesh"), finest)
+    np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
     assert float(loss) == 1.875
     assert metrics == {"rising": 0.5, "falling": 0.25, "level": 0.125}
     # One that takes a solve is given it, bound or not, and inside a wrapper.

@@ -100,8 +100,12 @@ def _weigh_all(model, x, keys, samples, solve):
     weighed, stats = jax.lax.map(one, jnp.arange(samples))
     values = [weighed.log_likelihood.T, weighed.log_ratio.T, jnp.mean(weighed.carried, axis=0)]
     stats = eqx.tree_at(
-        lambda stats: (stats.nfe, stats.failed, stats.mesh),
+        lambda stats: (stats.nfe, stats.failed, stats.step_plan),
         jax.tree.map(lambda each: each[0], stats),
-        (jnp.sum(stats.nfe) // samples, jnp.any(stats.failed, axis=0), jnp.max(stats.mesh, axis=0)),
+        (
+            jnp.sum(stats.nfe) // samples,
+            jnp.any(stats.failed, axis=0),
+            jnp.max(stats.step_plan, axis=0),
+        ),
     )
     return jnp.concatenate(values, axis=1), stats

@@ -32,7 +32,7 @@ class Scores(NamedTuple):
     """Log-densities of a set of points, and what they cost."""
 
     log_prob: np.ndarray  # (n,) nats; NaN where the solve failed
-    nfe: float  # mean over chunks; many of them share a mesh, which takes fewer
+    nfe: float  # mean over chunks; many of them share a step plan, which takes fewer
     failed: np.ndarray  # (n,) points whose solve failed
 
     @property

@@ -30,7 +30,7 @@ def elbo(
     `jcnf.regularizers`, to their weights. `key` is consumed once,
     split between z and the divergence's noise. The metrics are "negative_elbo", its two parts
     "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
-    function, "nfe", "failed" and "mesh".
+    function, "nfe", "failed" and "step_plan".
 
     **Raises:** `ValueError` as `jcnf.vae.weigh` does.
     """

@@ -17,7 +17,7 @@ from jcnf.solve import Solve, Stats
 
 # Names of metrics, of objectives and of `jcnf.train`.
 RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
-RESERVED |= {"nfe", "failed", "mesh", "loss", "grad_norm", "skipped"}
+RESERVED |= {"nfe", "failed", "step_plan", "loss", "grad_norm", "skipped"}
 
 
 def likelihood(
@@ -37,7 +37,7 @@ def likelihood(
     the base is at a time drawn from (-b, b), one for the batch, in place of 0 (STEER, Ghosh et al.
     2020, whose end is the base's). `key` is consumed once, by a stochastic divergence and by
     `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe",
-    "failed" and "mesh".
+    "failed" and "step_plan".
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
@@ -90,6 +90,6 @@ def penalised(
 
 
 def costs(stats: Stats) -> dict[str, Array]:
-    """What `jcnf.train` is told of a solve: "nfe", "failed" and "mesh"."""
+    """What `jcnf.train` is told of a solve: "nfe", "failed" and "step_plan"."""
     failed = jnp.any(stats.failed)
-    return {"nfe": stats.nfe, "failed": failed, "mesh": stats.mesh}
+    return {"nfe": stats.nfe, "failed": failed, "step_plan": stats.step_plan}

@@ -14,7 +14,7 @@ from jcnf import require
 from jcnf.flow import Flow
 from jcnf.solve import Solve
 
-_MERGED = {"failed": operator.or_, "mesh": jnp.maximum}
+_MERGED = {"failed": operator.or_, "step_plan": jnp.maximum}
 
 
 def mixed(
@@ -30,7 +30,7 @@ def mixed(
 
     `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
     all, and `solve` to those that take one, in place of one that is bound. `key` is split among
-    them. The metrics are those of all; "failed" where any failed, and the finest "mesh".
+    them. The metrics are those of all; "failed" where any failed, and the finest "step_plan".
 
     **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
     two have a metric of one name.

@@ -35,7 +35,7 @@ def reverse_kl(
     nats, (batch,). `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights.
     `key` is consumed once, by a stochastic divergence only. The metrics are "reverse_kl", the mean
     without penalties, each penalty's mean by the name of its function, "nfe", "failed" and
-    "mesh".
+    "step_plan".
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for energies of another shape.
     """

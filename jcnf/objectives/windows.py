@@ -37,7 +37,7 @@ def trajectory_fit(
     The mean is over the rows `observed` and their components, in the units of the values squared;
     a window of n rows has n - 1, for its start is given. `field` is as in `jcnf.trajectory`; no
     `key` is consumed. The metrics are "rmse" (the root), "nfe", "failed" and
-    "mesh".
+    "step_plan".
 
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jcnf.runge_kutta.mesh import is_known, next_point, with_step
+from jcnf.runge_kutta.step_plan import is_known, next_point, with_step
 from jcnf.runge_kutta.tableaus import tableau_of
 
 
@@ -47,7 +47,7 @@ class Loop(NamedTuple):
     times: Float[Array, " max_steps_and_1"]  # of the accepted steps
     end: Float[Array, ""]  # of the step to be tried
     control: Any
-    mesh: Float[Array, " parts"]  # of the steps that were accepted, as of `March`
+    step_plan: Float[Array, " parts"]  # of the steps that were accepted, as of `March`
     steps: Int[Array, ""]
     accepted: Int[Array, ""]
     going: Bool[Array, ""]
@@ -61,14 +61,14 @@ def march(
     t0: Float[Array, ""],
     t1: Float[Array, ""],
     first: Float[Array, ""],
-    mesh: Float[Array, " parts"],
+    step_plan: Float[Array, " parts"],
     controller: diffrax.AbstractStepSizeController,
     max_steps: int,
 ) -> Loop:
     """The loop after its last step. It is at `times[accepted]`, short of t1 where it was ended.
 
-    Steps go from point to point of the `mesh` of a solve like it, where that is known, and where a
-    step was rejected as far as the controller says; all of them where many were.
+    Steps go from point to point of the `step_plan` of a solve like it, where that is known. After a
+    rejected step they go as far as the controller says, and so do all where many were rejected.
     """
     # Controllers know time that increases.
     direction = jnp.where(t0 <= t1, 1, -1)
@@ -87,12 +87,12 @@ def march(
         return (t - t0) / (t1 - t0)
 
     # One of more steps than there may be would make the solve fail.
-    of_use = is_known(mesh) & (jnp.sum(mesh) <= max_steps)
+    of_use = is_known(step_plan) & (jnp.sum(step_plan) <= max_steps)
 
     def planned(t, otherwise, accepted, rejected):
         """The end of a step from `t`, in time that increases."""
-        part = next_point(mesh, share(t))
-        # Many rejections tell that the mesh is of a solve unlike this.
+        part = next_point(step_plan, share(t))
+        # Many rejections tell that the step plan is of a solve unlike this.
         heeded = of_use & (4 * rejected <= accepted + 8)
         return jnp.where(heeded, direction * (t0 + part * (t1 - t0)), otherwise)
 
@@ -125,7 +125,9 @@ def march(
             times=loop.times.at[loop.accepted + 1].set(end),  # a rejected one is overwritten
             end=towards(jnp.where(keep, onwards, end_next)),
             control=control,
-            mesh=jnp.where(keep, with_step(loop.mesh, share(start), share(end), steps), loop.mesh),
+            step_plan=jnp.where(
+                keep, with_step(loop.step_plan, share(start), share(end), steps), loop.step_plan
+            ),
             steps=loop.steps + 1,
             accepted=loop.accepted + jnp.where(keep, 1, 0),
             going=diffrax.is_successful(result),
@@ -143,7 +145,7 @@ def march(
         times,
         towards(planned(t0, end, zero, zero)),
         control,
-        jnp.zeros_like(mesh),
+        jnp.zeros_like(step_plan),
         zero,
         zero,
         going=jnp.asarray(True),
@@ -158,9 +160,11 @@ class March(NamedTuple):
     t: Float[Array, ""]  # where it is: t1, or the last accepted step of a solve that was ended
     steps: Int[Array, ""]  # tried
     rejected: Int[Array, ""]
-    mesh: Float[Array, " parts"]  # steps for the next solve like it, as of `jcnf.runge_kutta.mesh`
+    step_plan: Float[Array, " parts"]  # for the next solve like it
 
 
 def outcome(y: Any, loop: Loop) -> March:
     """Of a loop that ended, with y in its state."""
-    return March(y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted, loop.mesh)
+    return March(
+        y, loop.times[loop.accepted], loop.steps, loop.steps - loop.accepted, loop.step_plan
+    )

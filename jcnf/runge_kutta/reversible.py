@@ -35,7 +35,7 @@ def integrate_reversibly(
     t0: Float[Array | np.ndarray, ""],
     t1: Float[Array | np.ndarray, ""],
     first: Float[Array | np.ndarray, ""],
-    mesh: Float[Array, " parts"],
+    step_plan: Float[Array, " parts"],
     *,
     solver: diffrax.AbstractSolver,
     controller: diffrax.AbstractStepSizeController,
@@ -58,7 +58,7 @@ def integrate_reversibly(
     - `args`: any pytree; its floating arrays are differentiable.
     - `t0`, `t1`, `first`: the interval, either way, and the first step, with its sign. They have
       no gradient.
-    - `mesh`: that of a solve like it, or `jcnf.runge_kutta.mesh.unknown`.
+    - `step_plan`: that of a solve like it, or `jcnf.runge_kutta.step_plan.unknown`.
     - `solver`: an explicit Runge-Kutta method of diffrax.
     - `controller`: fixed or adaptive; it sees y at both ends of a step and Psi_h's embedded error,
       NaN and infinite where y or z is not finite at its end.
@@ -74,8 +74,8 @@ def integrate_reversibly(
     y0 = jax.tree.map(jnp.asarray, y0)
     dtype = jnp.result_type(t0, t1)
     interval = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1, first))
-    mesh = jax.lax.stop_gradient(mesh)
-    return _solve((y0, args), scheme, *interval, mesh, controller, max_steps)
+    step_plan = jax.lax.stop_gradient(step_plan)
+    return _solve((y0, args), scheme, *interval, step_plan, controller, max_steps)
 
 
 def _with_error(solver):

@@ -32,7 +32,7 @@ def integrate_stepwise(
     t0: Float[Array | np.ndarray, ""],
     t1: Float[Array | np.ndarray, ""],
     first: Float[Array | np.ndarray, ""],
-    mesh: Float[Array, " parts"],
+    step_plan: Float[Array, " parts"],
     *,
     solver: diffrax.AbstractSolver,
     controller: diffrax.AbstractStepSizeController,
@@ -48,7 +48,7 @@ def integrate_stepwise(
     - `args`: any pytree; its floating arrays are differentiable.
     - `t0`, `t1`, `first`: the interval, either way, and the first step, with its sign. They have
       no gradient.
-    - `mesh`: that of a solve like it, or `jcnf.runge_kutta.mesh.unknown`.
+    - `step_plan`: that of a solve like it, or `jcnf.runge_kutta.step_plan.unknown`.
     - `solver`: an explicit Runge-Kutta method of diffrax.
     - `controller`: fixed or adaptive; it sees y at both ends of a step and the embedded error.
     - `max_steps`: the solve gives up after so many steps tried.
@@ -60,8 +60,8 @@ def integrate_stepwise(
     dtype = jnp.result_type(t0, t1)
     interval = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1, first))
     scheme = _Scheme(vector_field, solver, keeps=False)
-    mesh = jax.lax.stop_gradient(mesh)
-    return _solve((y0, args), scheme, *interval, mesh, controller, max_steps)
+    step_plan = jax.lax.stop_gradient(step_plan)
+    return _solve((y0, args), scheme, *interval, step_plan, controller, max_steps)
 
 
 class _Kept(NamedTuple):
@@ -136,11 +136,11 @@ class _Scheme(Scheme):
         return _Kept(states, numbers, stride)
 
 
-def _march(y0_and_args, scheme, t0, t1, first, mesh, controller, max_steps):
+def _march(y0_and_args, scheme, t0, t1, first, step_plan, controller, max_steps):
     y0, args = y0_and_args
     state = y0, scheme.vector_field(t0, y0, args) if scheme.reuses else None
     room = scheme.room(y0, max_steps)
-    return march(scheme, state, room, args, t0, t1, first, mesh, controller, max_steps)
+    return march(scheme, state, room, args, t0, t1, first, step_plan, controller, max_steps)
 
 
 @eqx.filter_custom_vjp
