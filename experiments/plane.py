@@ -177,6 +177,7 @@ def learn(
                 settings.cells,
             )
         else:
+            assert certificate.grid is not None
             scores, view = certificate.scores, certificate.grid.cropped(settings.cells)
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     with progress(f"drawing {settings.test_points} samples"):

@@ -5,6 +5,8 @@ per sample, which is the form that is documented most. Each is timed with diffra
 tuned: with our first step, our limit of steps, and no error raised from the compiled program.
 """
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,8 @@ def samples(case: Case, solver: str, tolerance: float):
             return jax.vmap(field, in_axes=(None, 0))(t, x)
 
         settings = {"dt0": -_first_step(case), "throw": False}
-        return _solve(rates, 0.0, case.flow.t1, z, field, solve, **settings).ys[-1]
+        xs: Any = _solve(rates, 0.0, case.flow.t1, z, field, solve, **settings).ys
+        return xs[-1]
 
     return run
 
