@@ -110,24 +110,44 @@ def test_rows_of_a_large_batch_are_those_of_small_ones(name, divergence, directi
     flow, rows = astype((flow, tuple(map(jnp.asarray, (x, context, weights)))), jnp.float32)
     noise = strategy.draw(jr.key(0), ROWS, 3, jnp.float32)
 
-    def run(some):
-        x, context, weights = (a[some] for a in rows)
+    def run(some, dtype=jnp.float32):
+        given, (x, context, weights) = astype((flow, tuple(a[some] for a in rows)), dtype)
         drawn = Drawn(strategy, None if noise is None else noise[some])
         context = context if flow.context_dim else None
-        return everything(flow, x, context, drawn, weights, direction)
+        return everything(given, x, context, drawn, weights, direction)
 
     whole, by_params = run(slice(None))
-    parts = [run(slice(start, start + FEW)) for start in range(0, ROWS, FEW)]
+    few = [slice(start, start + FEW) for start in range(0, ROWS, FEW)]
+    parts = [run(some) for some in few]
     for quantity, values in whole.items():
         expected = np.concatenate([part[quantity] for part, _ in parts])
-        size = np.max(np.abs(expected), axis=1, keepdims=True)
-        bound = 1e-3 * (size + np.median(size))
         assert np.all(np.isfinite(expected))
-        wrong = np.flatnonzero(np.any(~(np.abs(values - expected) <= bound), axis=1))
-        assert wrong.size == 0, f"{quantity}: {wrong.size} rows, first {wrong[:3]}"
-    summed = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *(part for _, part in parts))
-    for leaf, expected in zip(*map(jax.tree.leaves, (by_params, summed)), strict=True):
-        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-3 * np.max(np.abs(expected)))
+        difference = np.max(np.abs(values - expected), axis=1)
+        size = np.max(np.abs(expected), axis=1)
+        wrong = np.flatnonzero(~(difference <= 1e-3 * (size + np.median(size))))
+        assert wrong.size <= ROWS / 1000, f"{quantity}: {wrong.size} rows, first {wrong[:3]}"
+        if wrong.size:
+            # In a few ill-conditioned rows float32 itself is as far from float64.
+            exact = run(wrong, jnp.float64)[0][quantity]
+            error = np.max(np.abs(expected[wrong] - exact), axis=1)
+            assert np.all(difference[wrong] <= 10 * error), f"{quantity}: of {wrong}"
+    summed = total(of_parameters for _, of_parameters in parts)
+    differences = distances(by_params, summed)
+    if np.any(differences > 1e-3):
+        # One ill-conditioned row can be most of a gradient, and its rounding too.
+        exact = total(run(some, jnp.float64)[1] for some in few)
+        assert np.all(differences <= np.maximum(1e-3, 10 * distances(summed, exact)))
+
+
+def total(trees):
+    """The sum of pytrees, leaf by leaf."""
+    return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *trees)
+
+
+def distances(tree, expected):
+    """How far each leaf is from what is expected, relative to the largest of its entries."""
+    pairs = zip(*map(jax.tree.leaves, (tree, expected)), strict=True)
+    return np.array([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs])
 
 
 class WrongLate(CNF):
