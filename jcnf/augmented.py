@@ -7,7 +7,6 @@ trained by `jcnf.objectives.likelihood` on batches of `augment`: a bound, less t
 which is constant. Samples are `jcnf.sample(...)[:, :dim]`.
 """
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, check_flow, check_strategy, error_if_failed, transform
+from jcnf.flow import Flow, check_flow, check_strategy, compiled, error_if_failed, transform
 from jcnf.solve import Solve, Stats, with_array_tolerances
 
 
@@ -113,7 +112,7 @@ def solve_bound(
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
 
 
-_compiled_bound = eqx.filter_jit(solve_bound)
+_compiled_bound = compiled(solve_bound)
 
 
 def _check_rank(x):

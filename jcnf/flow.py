@@ -6,6 +6,8 @@ t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). Along the
 `log_prob(x) = base.log_prob(z) - logdet`.
 """
 
+import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -23,6 +25,44 @@ from jcnf.divergence import Divergence, Exact
 from jcnf.solve import Solve, Stats, with_array_tolerances
 
 Direction = Literal["to_base", "to_data"]
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile `function(flow, ...)` once for each structure, shape and setting of its arguments.
+
+    A flow that holds what JAX cannot see into is run as it is, at the price of compiling its loops
+    at every call. Compiled, it would keep the values that were read when it was traced, whatever
+    became of them since.
+    """
+    jitted = eqx.filter_jit(function)
+
+    @functools.wraps(function)
+    def call(flow, *arguments, **settings):
+        return (function if _is_opaque(flow) else jitted)(flow, *arguments, **settings)
+
+    return call
+
+
+def _is_opaque(tree):
+    """Whether a field in it is no pytree (a function, an object), or a static attribute mutable."""
+    if isinstance(tree, eqx.Module):
+        for field in dataclasses.fields(tree):
+            value = getattr(tree, field.name, None)
+            if _is_mutable(value) if field.metadata.get("static") else _is_opaque(value):
+                return True
+        return False
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, eqx.Module))
+    if len(leaves) == 1 and leaves[0] is tree:
+        return callable(tree) and hasattr(tree, "dim")  # as a field has, and no activation
+    return any(map(_is_opaque, leaves))
+
+
+def _is_mutable(value):
+    try:
+        hash(value)
+    except TypeError:
+        return True
+    return False
 
 
 class Transformed(NamedTuple):
@@ -108,6 +148,8 @@ def transform(
     - `x`: (batch, dim), data for `direction="to_base"`, base samples for "to_data".
     - `key`: consumed once, by a stochastic `divergence` only.
     - `context`: (batch, context), for a conditional field.
+    - `regularizers`: pure functions, as in `jcnf.regularizers`. What they read besides their
+      arguments is read once, when the program is compiled.
 
     **Returns:** `Transformed(x, logdet, penalties, stats)`, the penalties by function name.
 
@@ -130,7 +172,7 @@ def transform(
     return _transform(flow, x, direction, key, context, solve, divergence, tuple(regularizers))
 
 
-@eqx.filter_jit
+@compiled
 def _transform(flow, x, direction, key, context, solve, divergence, regularizers):
     return flow.carry_with_logdet(x, direction, key, context, solve, divergence, regularizers)
 
@@ -158,7 +200,7 @@ def log_prob(
     return error_if_failed(*_log_prob(flow, x, key, context, solve, divergence))
 
 
-@eqx.filter_jit
+@compiled
 def _log_prob(flow, x, key, context, solve, divergence):
     result = flow.carry_with_logdet(x, "to_base", key, context, solve, divergence, ())
     return flow.base.log_prob(result.x) + result.logdet, result.stats.failed
@@ -185,7 +227,7 @@ def sample(
     return transform_without_logdet(flow, z, "to_data", context, solve)
 
 
-@eqx.filter_jit
+@compiled
 def _sample_base(base, key, num_samples):
     return base.sample(key, num_samples)
 
@@ -206,7 +248,7 @@ def transform_without_logdet(
     return error_if_failed(*_transform_without_logdet(flow, x, direction, context, solve))
 
 
-@eqx.filter_jit
+@compiled
 def _transform_without_logdet(flow, x, direction, context, solve):
     end, stats = flow.carry(x, direction, context, solve)
     return end, stats.failed
@@ -239,7 +281,7 @@ def sample_and_log_prob(
     return error_if_failed(*_sample_and_log_prob(flow, z, noise_key, context, solve, divergence))
 
 
-@eqx.filter_jit
+@compiled
 def _sample_and_log_prob(flow, z, key, context, solve, divergence):
     result = flow.carry_with_logdet(z, "to_data", key, context, solve, divergence, ())
     return (result.x, flow.base.log_prob(z) - result.logdet), result.stats.failed

@@ -125,6 +125,10 @@ class _OfLeaves(eqx.Module):
 
     vector_field: Callable[..., Any]
     structure: Any = eqx.field(static=True)
+    # diffrax compiles its solve, and would reuse the program of an earlier call where a field is a
+    # plain function or object that has been changed since. Each call differs by this; inside a
+    # compiled function it is traced once all the same.
+    call: object = eqx.field(static=True, default_factory=object)
 
     def __call__(self, t, y, leaves):
         return self.vector_field(t, y, jax.tree.unflatten(self.structure, leaves))

@@ -48,6 +48,8 @@ def number(interval: str, **given: Any) -> None:
     for name, value in given.items():
         if isinstance(value, Tracer):
             continue
+        if isinstance(value, jax.Array):
+            value = np.asarray(value)  # a comparison would be traced inside a jit
         inside = _is_real(value) and (
             (low <= value if interval[0] == "[" else low < value)
             and (value <= high if interval[-1] == "]" else value < high)

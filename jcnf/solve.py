@@ -194,7 +194,8 @@ def check_tolerance(solve: Solve, dtype: Any) -> None:
     """
     if isinstance(solve.rtol, Tracer) or isinstance(solve.atol, Tracer):
         return
-    loosest, eps = max(solve.rtol, solve.atol), float(jnp.finfo(dtype).eps)
+    loosest = max(float(np.asarray(tolerance)) for tolerance in (solve.rtol, solve.atol))
+    eps = float(jnp.finfo(dtype).eps)
     if solve.step is None and loosest < eps / 2:
         raise ValueError(
             f"tolerance {loosest:g} is below what {dtype} can give (about {eps:.0e}): "

@@ -6,8 +6,8 @@ checkpoint ends bit for bit where the uninterrupted one does.
 
 import dataclasses
 import inspect
-import operator
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
@@ -217,7 +218,7 @@ class Run:
 
     def __init__(self, program: jax.stages.Wrapped):
         self.program = program
-        self._checked: list[Any] = []  # the leaves of the last data that were found finite
+        self._checked: list[weakref.ref] = []  # the leaves of the last data, if none can change
 
     def __call__(
         self,
@@ -230,31 +231,37 @@ class Run:
         """Train until `state.step == until`; return the new state, and sums over the steps.
 
         It waits until the steps are done. The sums are added to `totals`, if these are given. `key`
-        is not consumed: each step folds its number into it. Inside jit, vmap or grad it is
-        `program`, without checks and reports.
+        is not consumed: each step folds its number into it. Where something is traced, inside jit,
+        vmap or grad, it is `program`, without the report.
 
         **Raises:** `ValueError` for data with NaN or inf, naming the first rows; `RuntimeError`
-        where no update of the call was applied: the first of a training, or with
-        `MAX_SKIPPED_IN_A_ROW` behind it. Warns where some were skipped.
+        where no update of the call was applied and the training has had none yet, or
+        `MAX_SKIPPED_IN_A_ROW` were skipped in a row, or as many as `stuck` allows. Warns where some
+        were skipped.
         """
-        arguments = (state, data, key, until)
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
-            return self.program(*arguments, totals)
         self._check(data)
-        after, sums = self.program(*arguments, totals)
-        self._report_skipped(state, after, int(until), totals, sums)
+        after, sums = self.program(state, data, key, until, totals)
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, after, sums))):
+            self._report_skipped(state, after, int(until), totals, sums)
         return after, sums
 
     def _check(self, data):
         paths = jax.tree_util.tree_leaves_with_path(data)
         leaves = [leaf for _, leaf in paths]
-        if len(leaves) == len(self._checked) and all(map(operator.is_, leaves, self._checked)):
+        if len(leaves) == len(self._checked) and all(
+            seen() is leaf for seen, leaf in zip(self._checked, leaves, strict=True)
+        ):
             return
         for path, leaf in paths:
-            if eqx.is_inexact_array(leaf) and not jnp.all(jnp.isfinite(leaf)):
-                name = f"data{jax.tree_util.keystr(path)}"
-                require.finite(**{name: parallel.on_host(leaf)})
-        self._checked = leaves
+            if eqx.is_inexact_array(leaf) and not isinstance(leaf, Tracer):
+                values = parallel.on_host(leaf)
+                # In the dtype that it is trained in: a large float64 may be infinite in float32.
+                with np.errstate(over="ignore"):
+                    values = np.asarray(values).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+                require.finite(**{f"data{jax.tree_util.keystr(path)}": values})
+        # NumPy arrays may be filled anew, and are looked at every time.
+        fixed = all(isinstance(leaf, jax.Array) for leaf in leaves)
+        self._checked = [weakref.ref(leaf) for leaf in leaves] if fixed else []
 
     def _report_skipped(self, before, after, until, totals, sums):
         start, end = int(before.step), int(after.step)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jcnf import require
 from jcnf.cnf import CNF, Velocity
 from jcnf.distributions import StandardNormal
-from jcnf.flow import check_batch, check_strategy, error_if_failed
+from jcnf.flow import check_batch, check_strategy, compiled, error_if_failed
 from jcnf.integrate import integrate
 from jcnf.solve import Solve, Stats, with_array_tolerances
 
@@ -83,7 +83,7 @@ def solve_trajectory(
     return _solve_trajectory(flow, x, times, context, solve)
 
 
-@eqx.filter_jit
+@compiled
 def _solve_trajectory(flow, x, times, context, solve):
     if times.ndim == 1 and solve.adjoint != "reversible":
         return _in_one_solve(flow.field, x, times, context, solve)

@@ -1,6 +1,7 @@
 """The public functions are compiled once, and are part of the program inside another jit."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import pytest
 from helpers import MATRIX, Linear, NotANumber, astype, compilations, mlp
 
 import jcnf
-from jcnf import CNF, Hutchinson, Solve, augmented
+from jcnf import CNF, Hutchinson, Solve, augmented, evaluate
 from jcnf.as_distrax import FlowDistribution
 from jcnf.chain import Chain
 from jcnf.distributions import StandardNormal
@@ -85,6 +86,80 @@ def test_another_call_of_another_flow_compiles_nothing(kind):
     with compilations() as again:
         call(tighter, nearer)
     assert again == []
+
+
+class Scaled:
+    """v = rate x, by an object that is not a pytree."""
+
+    dim = 2
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, t, x, context=None):
+        return self.rate * x
+
+
+class Listed(eqx.Module):
+    """v = rate x, with the rate in a static list."""
+
+    rates: list = eqx.field(static=True)
+    dim: int = eqx.field(static=True, default=2)
+
+    def __call__(self, t, x, context=None):
+        return self.rates[0] * x
+
+
+def scaled(rate):
+    """An object, a plain function and a Module, with what sets the rate of each."""
+    thing, rates, listed = Scaled(rate), [rate], Listed([rate])
+
+    def function(t, x, context=None):
+        return rates[0] * x
+
+    function.dim = 2
+    return {
+        "object": (thing, lambda new: setattr(thing, "rate", new)),
+        "function": (function, lambda new: rates.__setitem__(0, new)),
+        "static list": (listed, lambda new: listed.rates.__setitem__(0, new)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize("kind", scaled(0.0))
+def test_a_field_that_is_changed_in_place_is_never_stale(kind):
+    field, set_rate = scaled(0.5)[kind]
+    flow = CNF(field, StandardNormal(2))
+    for rate in (0.5, -0.3):  # log p(x) = log N(x e^-rate) - 2 rate
+        set_rate(rate)
+        z = X * np.exp(-rate)
+        expected = flow.base.log_prob(z) - 2 * rate
+        np.testing.assert_allclose(jcnf.log_prob(flow, X), expected, atol=1e-3)
+        np.testing.assert_allclose(jcnf.transform(flow, X).x, z, atol=1e-3)
+        np.testing.assert_allclose(evaluate.score(flow, X).log_prob, expected, atol=1e-3)
+        path = jcnf.trajectory(flow, X, jnp.array([1.0, 0.0]))
+        np.testing.assert_allclose(path[-1], z, atol=1e-3)
+
+
+def test_functions_inside_a_module_are_compiled():
+    class Wrapped(eqx.Module):
+        network: eqx.nn.MLP
+        dim: int = eqx.field(static=True, default=2)
+
+        def __call__(self, t, x, context=None):
+            return self.network(x)
+
+    flow = CNF(Wrapped(eqx.nn.MLP(2, 2, 4, 1, jnp.tanh, key=jr.key(0))), StandardNormal(2))
+    jcnf.log_prob(flow, X)
+    with compilations() as again:
+        jcnf.log_prob(flow, X)
+    assert again == []
+
+
+def test_array_tolerances_may_be_closed_over():
+    solve = Solve(rtol=jnp.asarray(1e-3), atol=jnp.asarray(1e-3))
+    found = jax.jit(lambda x: jcnf.log_prob(FLOW, x, solve=replace(solve, norm="worst")))(X)
+    np.testing.assert_allclose(found, jcnf.log_prob(FLOW, X), atol=1e-2)
 
 
 def test_tolerances_are_heeded_though_they_do_not_compile():

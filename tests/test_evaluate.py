@@ -102,7 +102,7 @@ def test_many_chunks_take_the_steps_that_are_right_for_all(name):
     exact = z if name != "score" else stats.norm.logpdf(z).sum(1) + 2 * 1.2
     for found in (few[:9], many[:9]):
         np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
-    # A step plan that is given is taken, and what heeds none has as many evaluations as ever.
+    # A given step plan is followed; a solve that follows none takes the same number of evaluations.
     given = dataclasses.replace(evaluate.ACCURATE, step_plan=np.full(PARTS, 0.5))
     assert run(36, given)[1] == 6 * 32 + 1
     fixed = Solve(solver="midpoint", step=1 / 8)

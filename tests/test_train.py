@@ -234,7 +234,7 @@ def test_skipped_updates_are_warned_of_with_their_reason():
     [message] = [str(each.message) for each in told if "skipped" in str(each.message)]
     assert message.startswith(f"{skipped} of 50 updates after step 0 were skipped: {skipped} ")
     assert "because the ODE solve failed" in message
-    # Of a call that goes on, its own steps alone.
+    # A later call reports the steps that it took, not those before.
     with pytest.warns(UserWarning, match="of 50 updates after step 50 were skipped") as told:
         after, totals = run(state, DATA, KEY, 100, totals)
     own = int(after.skipped) - skipped
@@ -262,6 +262,34 @@ def test_a_training_that_is_stuck_does_not_end_in_silence():
     run, state = sampled(1.0, stuck=4)
     with pytest.raises(RuntimeError, match=r"4 of 4 updates .* ended before step 100, after 4"):
         run(state, DATA, KEY, 100)
+
+
+def test_runs_are_built_and_taken_inside_vmap_and_jit():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    def trained(rate):
+        optimizer = optax.sgd(rate)
+        run = train.make_run(flow, objective, draw_batch, optimizer)
+        return run(train.init(flow, optimizer), DATA, KEY, 3)[0].params
+
+    rates = jnp.array([0.01, 0.02])
+    found, alone = jax.vmap(trained)(rates), trained(0.02)
+    for both, one in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
+        np.testing.assert_allclose(both[1], one, rtol=1e-9)
+    run, state = sampled(0.0)
+    assert int(jax.jit(lambda: run(state, DATA, KEY, 3)[0].step)()) == 3
+
+
+def test_numpy_data_are_looked_at_every_time_and_in_the_dtype_of_training():
+    run, state = sampled(0.0)
+    data = np.array(DATA)
+    run(state, data, KEY, 1)
+    data[5] = np.nan
+    with pytest.raises(ValueError, match=r"data has NaN or inf in 1 of 64 rows \(first: 5\)"):
+        run(state, data, KEY, 1)
+    data[5] = 1e39
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"NaN or inf in 1 of 64"):
+        run(state, data, KEY, 1)
 
 
 def test_runs_go_through_vmap():
@@ -414,7 +442,7 @@ def test_a_fixed_batch_is_the_same_at_every_step():
 
 
 def of_steps(number):
-    """A step plan of so many steps to each part."""
+    """A step plan with this number of steps in each part."""
     return jnp.broadcast_to(jnp.asarray(number, float), (PARTS,))
 
 

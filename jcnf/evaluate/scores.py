@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from jcnf.flow import (
     check_direction,
     check_flow,
     check_strategy,
+    compiled,
     transform,
 )
 from jcnf.solve import Solve, with_array_tolerances
@@ -212,20 +212,20 @@ def _without_gradient(solve):
 full_precision = jax.default_matmul_precision("highest")
 
 
-@eqx.filter_jit
+@compiled
 @full_precision
 def _score(flow, x, context, solve, divergence):
     result = transform(flow, x, context=context, solve=solve, divergence=divergence)
     return flow.base.log_prob(result.x) + result.logdet, result.stats
 
 
-@eqx.filter_jit
+@compiled
 @full_precision
 def _carry(flow, x, direction, context, solve):
     return flow.carry(x, direction, context, solve)
 
 
-@eqx.filter_jit
+@compiled
 @full_precision
 def _transport(flow, x, times, context, solve):
     paths, stats = solve_trajectory(flow, x, times, context=context, solve=solve)

@@ -43,7 +43,7 @@ def next_point(step_plan: StepPlan, start: Float[Array, ""]) -> Float[Array, ""]
     steps = jnp.append(jnp.zeros_like(step_plan[:1]), jnp.cumsum(step_plan))
     number = jnp.ceil(steps[-1])
     done = jnp.interp(start.astype(step_plan.dtype), edges, steps) / steps[-1] * number
-    # A step that was cut short leaves a rest that is not worth one of its own.
+    # What is left of a step that was cut short is added to the next step.
     following = jnp.floor(done + SHORT) + 1
     point = jnp.interp(following / number * steps[-1], steps, edges)
     # Not by interpolation: the last parts may have less than a rounding of all steps.
