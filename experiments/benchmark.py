@@ -1,7 +1,8 @@
 """Time jcnf, and with --peers other packages in the same run and on the same work, as ratios.
 
-Suites: step (a training step by likelihood against `jax.vmap` of per-sample solves, one of flow
-matching against its network's bare passes), roofline (the step against the same arithmetic
+Suites: step (a training step by likelihood against batched and per-sample diffrax, one of flow
+matching against its network's bare passes), pieces (the step, with one more extension of diffrax at
+a time), roofline (the step against the same arithmetic
 unrolled, and against the machine's matrix products), evaluate and sample (many points at equal
 accuracy), scaling (exponents of batch, width, dimension, tolerance), startup (imports, first step),
 quality (seconds of training to a gap on 8gaussians; minutes). --peers adds torchdiffeq, torchdyn,
@@ -18,6 +19,7 @@ from experiments.bench import (
     evaluate,
     matching,
     peers,
+    pieces,
     quality,
     report,
     roofline,
@@ -32,7 +34,7 @@ from experiments.rundir import RunDir
 from jcnf import curves
 from jcnf.errors import InputError
 
-QUICK = ("step", "roofline", "evaluate", "sample", "scaling", "startup")
+QUICK = ("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup")
 SUITES = (*QUICK, "quality")
 EVALUATED = ("toy_trained", "table")
 WIDTHS = (64, 256, 1024)  # of the table's layers, against the roofline
@@ -42,10 +44,10 @@ WIDTHS = (64, 256, 1024)  # of the table's layers, against the roofline
 class Benchmark(RunSettings):
     """What to time."""
 
-    # step, roofline, evaluate, sample, scaling, startup, quality (not by default: minutes)
+    # step, pieces, roofline, evaluate, sample, scaling, startup, quality (not by default: minutes)
     suites: tuple[str, ...] = QUICK
-    # flows of step and roofline: toy, toy_trained, circles, table; evaluate and sample have the
-    # second and the last
+    # flows of step, pieces and roofline: toy, toy_trained, circles, table; evaluate and sample have
+    # the second and the last
     cases: tuple[str, ...] = tuple(CASES)
     # time the other packages too
     peers: bool = False
@@ -126,6 +128,15 @@ def _step(settings, run_dir, ratios):
     return found
 
 
+def _pieces(settings, run_dir, ratios):
+    found = {}
+    for case in _chosen(settings):
+        title = f"pieces: {case.title}, batch {case.batch}"
+        results = pieces.run(case, settings.rounds, settings.seconds)
+        found[title] = _table(title, results, ratios)
+    return found
+
+
 def _roofline(settings, run_dir, ratios):
     products = roofline.gemm(settings.rounds, settings.seconds)
     report.show("roofline: products of square matrices", products)
@@ -176,6 +187,7 @@ def _quality(settings, run_dir, ratios):
 
 SECTIONS = {
     "step": _step,
+    "pieces": _pieces,
     "roofline": _roofline,
     "evaluate": _points(evaluate.log_probs, "log-densities"),
     "sample": _points(evaluate.samples, "samples"),

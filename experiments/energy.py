@@ -217,7 +217,7 @@ def base_samples(flow: CNF) -> DrawOf:
 def free_energy(flow: CNF, z: Array, energy: Energy, solve: Solve) -> Array:
     """E_q[log q + U] at base samples `z`, nats; NaN where their solve failed."""
     value, metrics = objectives.reverse_kl(flow, z, energy=energy.function, solve=solve)
-    return jnp.where(metrics["failed"], jnp.nan, value)
+    return jnp.where(metrics["failed_rows"] > 0, jnp.nan, value)
 
 
 def measure(

@@ -88,7 +88,7 @@ class Learner:
             self.run_dir.save_figures(fit=self.picture(curve, title))
             self.drawn = time.monotonic()
         _, metrics = _fit(field, self.windows, self.quick)
-        return math.nan if metrics["failed"] else float(metrics["rmse"])
+        return math.nan if metrics["failed_rows"] else float(metrics["rmse"])
 
     def curves(self) -> np.ndarray:
         """The trajectories kept, (validations, times, dim)."""

@@ -21,6 +21,9 @@ from jcnf.data.toys import Toy, toy
 from jcnf.flow import Flow
 
 VALIDATION_POINTS = 2000
+# Time for the accuracy of the numbers: a share of that of training, and at least so much.
+MEASURING_SHARE = 0.5
+LEAST_SECONDS = 20.0
 VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64  # of the extra dimensions, a point
 
 
@@ -168,6 +171,7 @@ def learn(
             solve=solve,
             extent=square(density.extent * cells / settings.cells),
             cells=cells,
+            seconds=max(LEAST_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
         )
         if extra:
             scores = score(flow, test, solve, TEST_SAMPLES)
@@ -178,7 +182,10 @@ def learn(
             )
         else:
             assert certificate.grid is not None
-            scores, view = certificate.scores, certificate.grid.cropped(settings.cells)
+            scores, found = certificate.scores, certificate.grid
+            outside = round(len(found.log_prob) * (1 - settings.cells / cells) / 2)
+            view = found.cropped(len(found.log_prob) - 2 * outside)
+            test = test[certificate.points]
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     with progress(f"drawing {settings.test_points} samples"):
         samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)

@@ -141,7 +141,8 @@ def transform(
 ) -> Transformed:
     """Carry a batch through the flow, with its log-det, penalties and solver statistics.
 
-    It never raises for a solve that fails: the last finite state comes back with `stats.failed`.
+    It never raises for rows that cannot be solved: all that belongs to them is NaN, and
+    `stats.failed` is true. They do not change what the other rows become.
 
     **Arguments:**
 
@@ -174,7 +175,13 @@ def transform(
 
 @compiled
 def _transform(flow, x, direction, key, context, solve, divergence, regularizers):
-    return flow.carry_with_logdet(x, direction, key, context, solve, divergence, regularizers)
+    result = flow.carry_with_logdet(x, direction, key, context, solve, divergence, regularizers)
+    failed = result.stats.failed
+
+    def known(value):
+        return jnp.where(failed.reshape(-1, *[1] * (value.ndim - 1)), jnp.nan, value)
+
+    return Transformed(*jax.tree.map(known, tuple(result[:3])), result.stats)
 
 
 def log_prob(
@@ -368,15 +375,12 @@ def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
     flags = np.asarray(failed)
     if np.any(flags):
         rows = require.counted(np.flatnonzero(flags), flags.size)
-        all_of_them = _NORM_ADVICE if flags.size > 1 and np.all(flags) else ""
-        raise eqx.EquinoxRuntimeError(f"the solve failed for {rows}: {_ADVICE}{all_of_them}")
+        raise eqx.EquinoxRuntimeError(f"the solve failed for {rows}: {_ADVICE}")
     return value
 
 
 _ADVICE = (
-    "max_steps was reached, or a state was not finite. Loosen rtol/atol or raise max_steps in "
-    "jcnf.Solve; jcnf.transform returns the last finite state and stats.failed instead of raising."
-)
-_NORM_ADVICE = (
-    " With norm='batch' one row can fail them all: jcnf.Solve(norm='worst') tells which ones do."
+    "max_steps was reached, a state was not finite, or only hopelessly short steps were within "
+    "tolerance. Loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform returns NaN and "
+    "stats.failed for such rows instead of raising."
 )

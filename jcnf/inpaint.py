@@ -33,9 +33,8 @@ OPTIMAL = 0.574  # acceptance of Langevin proposals in many dimensions (Roberts 
 class Density(eqx.Module):
     """log p of a flow as a function of x alone, nats (batch,): NaN where a solve failed.
 
-    One row at fault stops the solve of the whole batch; where the solve can name it (under
-    `norm="worst"`) the others are solved once more without it. Gradients go through the solve by
-    its adjoint: any but "forward", and "backsolve" only where raising is welcome.
+    Gradients go through the solve by its adjoint: any but "forward", and "backsolve" only where
+    raising is welcome.
 
     The steps of an adaptive solve are the batch's, so that a row's value depends on the others'
     within the tolerance, by which the samples of `langevin` are then out; under a fixed step it
@@ -50,25 +49,10 @@ class Density(eqx.Module):
     def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, " batch"]:
         """log p of each row."""
 
-        def solved(rows):
-            context = None if self.context is None else self.context[rows]
-            result = transform(
-                self.flow, x[rows], context=context, solve=self.solve, divergence=self.divergence
-            )
-            log_prob = self.flow.base.log_prob(result.x) + result.logdet
-            return log_prob, result.stats.failed
-
-        everyone = jnp.arange(x.shape[0])
-        log_prob, failed = solved(everyone)
-
-        def without_those_at_fault():
-            # Each gives its place to one that is not.
-            again, failed_again = solved(jnp.where(failed, jnp.argmin(failed), everyone))
-            return jnp.where(jnp.any(failed_again), jnp.nan, again)
-
-        some = jnp.any(failed) & ~jnp.all(failed)
-        log_prob = jax.lax.cond(some, without_those_at_fault, lambda: log_prob)
-        return jnp.where(failed, jnp.nan, log_prob)
+        result = transform(
+            self.flow, x, context=self.context, solve=self.solve, divergence=self.divergence
+        )
+        return self.flow.base.log_prob(result.x) + result.logdet
 
 
 class Ascent(NamedTuple):

@@ -7,28 +7,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jcnf.ode import mean_square
+
+# From the mean squares of the rows to the square of the norm.
+OVER_ROWS: dict[str, Callable[[Array], Array]] = {"batch": jnp.mean, "worst": jnp.max}
+
 
 def batch_norm(error: Any) -> Float[Array, ""]:
-    """The root mean square over all that `error`, a pytree of arrays, has."""
+    """Return the root mean square over all components of a pytree of arrays."""
     leaves = jax.tree.leaves(error)
     return _root(sum(jnp.sum(leaf**2) for leaf in leaves) / sum(leaf.size for leaf in leaves))
 
 
 def worst_norm(error: Any) -> Float[Array, ""]:
-    """The largest over the batch, the first axis, of each sample's root mean square."""
+    """Return the largest root mean square of a row, the first axis of each array."""
     return _root(jnp.max(mean_square(error)))
 
 
-def mean_square(error: Any) -> Float[Array, " batch"]:
-    """Of each sample."""
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(error)]
-    total: Any = sum(jnp.sum(leaf**2, axis=1) for leaf in flat)
-    return total / sum(leaf.shape[1] for leaf in flat)
-
-
-def _root(mean_square):
+def _root(square):
     # A NaN error would make the next step NaN; an infinite one rejects and shortens the step.
-    return jnp.sqrt(jnp.where(jnp.isnan(mean_square), jnp.inf, mean_square))
+    return jnp.sqrt(jnp.where(jnp.isnan(square), jnp.inf, square))
 
 
 NORMS: dict[str, Callable[[Any], Float[Array, ""]]] = {"batch": batch_norm, "worst": worst_norm}

@@ -8,12 +8,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from diffrax._root_finder import use_stepsize_tol
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jcnf import require
-from jcnf.norms import NORMS, batch_norm
-from jcnf.runge_kutta import PARTS, evaluations, is_explicit, unknown
+from jcnf.norms import NORMS, OVER_ROWS, batch_norm
+from jcnf.ode import (
+    PARTS,
+    FreezeFailingRows,
+    PlannedSteps,
+    Reversible,
+    ReversibleAdjoint,
+    StepCheckpointAdjoint,
+    Unrolled,
+    is_explicit,
+    needed,
+    unknown,
+)
 
 MOST_STEPS = 1_000_000  # of a solve: memory for its checkpoints grows as their root
 
@@ -92,7 +104,7 @@ class Solve(eqx.Module):
       and penalties alike.
     - `step`: a fixed step in t instead, positive; the tolerances are then unused.
     - `adjoint`: how reverse mode goes through the solve. "checkpoint": discretise, then optimise,
-      exact, from the states that were kept on the way (`jcnf.runge_kutta.stepwise`; for a
+      exact, from the states that were kept on the way (`jcnf.ode.StepCheckpointAdjoint`; for a
       trajectory and for methods other than explicit Runge-Kutta ones, diffrax's recursive
       checkpoints, Stumm & Walther 2010); "direct": the same by plain
       backpropagation through a bounded loop; "backsolve": the continuous adjoint (Chen et al.
@@ -107,7 +119,7 @@ class Solve(eqx.Module):
     - `first_step`: the first step as a fraction of the interval.
     - `step_plan`: the `Stats.step_plan` of a solve like it, such as the last one in training. It
       says where steps are best put, so that none is rejected to find that out; the error of each
-      step is still controlled. Only the adjoints "checkpoint" and "reversible" follow it.
+      step is still controlled. Not for fixed steps.
 
     **Raises:** `ValueError` for unknown names and for numbers out of range.
     """
@@ -123,9 +135,8 @@ class Solve(eqx.Module):
     step_plan: Float[Array | np.ndarray, " parts"] | None = None
 
     def __check_init__(self):
-        adjoints = (*_ADJOINTS, "reversible")
         _known("solver", self.solver, SOLVERS, diffrax.AbstractSolver)
-        _known("adjoint", self.adjoint, adjoints, diffrax.AbstractAdjoint)
+        _known("adjoint", self.adjoint, _ADJOINTS, diffrax.AbstractAdjoint)
         _known("norm", self.norm, NORMS, ())
         require.number("(0, inf)", rtol=self.rtol, atol=self.atol)
         require.number("(0, 1]", first_step=self.first_step)
@@ -151,35 +162,90 @@ class Solve(eqx.Module):
         """The solver as diffrax's object."""
         return SOLVERS[self.solver]() if isinstance(self.solver, str) else self.solver
 
-    def diffrax_adjoint(self, batch: int) -> diffrax.AbstractAdjoint:
-        """The adjoint as diffrax's object, for the gradient of a mean over `batch` samples."""
-        if not isinstance(self.adjoint, str):
-            return self.adjoint
-        return _ADJOINTS[self.adjoint](self, batch)
+    def stepper(self, end: Float[Array, ""]) -> FreezeFailingRows:
+        """Return what takes the steps of a solve up to `end`, in time that increases.
+
+        The solver is unrolled, made reversible, or as it is, with rows that fail alone.
+        """
+        solver = self.diffrax_solver()
+        if self.adjoint == "reversible":
+            solver = Reversible(solver)
+        elif isinstance(solver, diffrax.AbstractImplicitSolver):
+            solver = self._with_tolerances(solver)
+        elif is_explicit(solver):
+            solver = Unrolled(solver)
+        over_rows = None if self.step is not None else OVER_ROWS[self.norm]
+        return FreezeFailingRows(solver, self.rtol, self.atol, over_rows, end, self.max_steps)
+
+    def _with_tolerances(self, solver):
+        # diffrax gives the controller's tolerances to the root finder of a bare solver only.
+        def of(solver):
+            return [getattr(solver.root_finder, name) for name in ("rtol", "atol", "norm")]
+
+        ours = (self.rtol, self.atol, NORMS[self.norm])
+        given = [o if g is use_stepsize_tol else g for g, o in zip(of(solver), ours, strict=True)]
+        return eqx.tree_at(of, solver, given)
+
+    def diffrax_adjoint(
+        self, y0: Any, interval: Float[Array, ""], *, at_times: bool
+    ) -> diffrax.AbstractAdjoint:
+        """Return the adjoint as diffrax's object, for the gradient of a mean over the batch."""
+        match self.adjoint:
+            case "checkpoint":
+                if at_times or not is_explicit(self.diffrax_solver()):
+                    return diffrax.RecursiveCheckpointAdjoint()
+                return StepCheckpointAdjoint()
+            case "reversible":
+                return ReversibleAdjoint()
+            case "direct":
+                return diffrax.DirectAdjoint()
+            case "forward":
+                return diffrax.ForwardMode()
+            case "backsolve":
+                return self._backsolve(y0, interval, batch_norm)
+            case "backsolve_seminorm":
+                return self._backsolve(y0, interval, diffrax.adjoint_rms_seminorm)
+        return self.adjoint
+
+    def _backsolve(self, y0, interval, norm):
+        # The cotangents of a mean over the batch are of the order of 1/batch, and so must atol be.
+        # The adjoint's state has parameters in it, which have no batch axis: it needs a norm of its
+        # own and cannot have rows that fail alone. No flag leaves a backward solve, so it raises.
+        batch = jax.tree.leaves(y0)[0].shape[0]
+        solve = dataclasses.replace(self, atol=self.atol / batch)
+        return diffrax.BacksolveAdjoint(
+            solver=self.diffrax_solver(),
+            stepsize_controller=solve.controller(interval, norm),
+            throw=True,
+        )
+
+    def controller(self, interval: Float[Array, ""], norm=None) -> PlannedSteps:
+        """Return the control of steps over an interval of this length."""
+        dtype = interval.dtype
+        if self.step is not None:
+            first = jnp.asarray(self.step, dtype)
+            return PlannedSteps(diffrax.ConstantStepSize(), first, unknown(dtype), self.max_steps)
+        plan = unknown(dtype) if self.step_plan is None else jnp.asarray(self.step_plan, dtype)
+        return PlannedSteps(
+            diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=norm or NORMS[self.norm]),
+            self.first_step * interval,
+            jax.lax.stop_gradient(plan),
+            self.max_steps,
+        )
 
     @property
     def heeds_step_plans(self) -> bool:
         """Whether its solves follow a step plan, and return one."""
-        if self.step is not None:
-            return False
-        explicit = self.adjoint == "checkpoint" and is_explicit(self.diffrax_solver())
-        return explicit or self.adjoint == "reversible"
-
-    def controller(self, norm) -> diffrax.AbstractStepSizeController:
-        """Step size control under an error norm over the state's pytree."""
-        if self.step is not None:
-            return _FixedSteps()
-        # A step below dtmin ends a solve that met NaN, which would else go on to max_steps.
-        # diffrax leaves no last step so short: 100 ulps of float64 are more.
-        return diffrax.PIDController(
-            rtol=self.rtol, atol=self.atol, norm=norm, dtmin=1e-14, force_dtmin=False
-        )
+        return self.step is None
 
     def evaluations(self, steps):
-        """Right-hand sides evaluated in so many steps of an explicit Runge-Kutta solver."""
-        if self.adjoint == "reversible":
-            return steps * evaluations(self.diffrax_solver(), adaptive=self.step is None)
+        """Return how often so many steps of an explicit Runge-Kutta solver evaluate the field."""
         tableau = getattr(self.diffrax_solver(), "tableau", None)
+        if self.adjoint == "reversible":
+            if tableau is None:  # Euler
+                return 2 * steps
+            solution, error = needed(tableau.b_sol), needed(tableau.b_error)
+            return steps * (2 * solution + (max(error - solution, 0) if self.step is None else 0))
         if tableau is None:
             return steps
         # First same as last: a step's last evaluation is the next one's first.
@@ -216,40 +282,14 @@ def with_array_tolerances(solve: Solve, dtype: Any) -> Solve:
     return eqx.tree_at(lambda solve: (solve.rtol, solve.atol), solve, tolerances)
 
 
-class _FixedSteps(diffrax.ConstantStepSize):
-    """Steps of one size, up to the last finite state."""
-
-    def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
-        _, t, t_next, jump, state, result = super().adapt_step_size(
-            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-        )
-        leaves = jax.tree.leaves(y1_candidate)
-        keep: Any = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-        stop = diffrax.RESULTS.dt_min_reached
-        result = diffrax.RESULTS.where(keep, result, stop)
-        return keep, jnp.where(keep, t, t0), t_next, jump, state, result
-
-
-def _backsolve(norm):
-    def adjoint(solve, batch):
-        # The cotangents of a mean over the batch are of the order of 1/batch, and so must atol be.
-        solve = dataclasses.replace(solve, atol=solve.atol / batch)
-        # The adjoint's state has parameters in it, which have no batch axis: it needs its own
-        # norm. And no flag leaves a backward solve, so that failing silently is the alternative.
-        return diffrax.BacksolveAdjoint(stepsize_controller=solve.controller(norm), throw=True)
-
-    return adjoint
-
-
-_ADJOINTS = {
-    "checkpoint": lambda solve, batch: diffrax.RecursiveCheckpointAdjoint(),
-    "direct": lambda solve, batch: diffrax.DirectAdjoint(),
-    "forward": lambda solve, batch: diffrax.ForwardMode(),
-    "backsolve": _backsolve(batch_norm),
-    "backsolve_seminorm": _backsolve(diffrax.adjoint_rms_seminorm),
-}
+_ADJOINTS = (
+    "checkpoint",
+    "direct",
+    "backsolve",
+    "backsolve_seminorm",
+    "reversible",
+    "forward",
+)
 
 
 def _known(what, given, table, kind):

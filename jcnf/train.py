@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jcnf import parallel, require
 from jcnf.distributions import Base
-from jcnf.runge_kutta import unknown
+from jcnf.ode import unknown
 from jcnf.solve import Solve
 
 MAX_SKIPPED_IN_A_ROW = 10
 _REASONS = {
-    "skipped_solve": "because the ODE solve failed",
+    "skipped_solve": "because the ODE solve failed for more than a tenth of the rows",
     "skipped_loss": "because the loss was not finite",
     "skipped_gradient": "because the gradient was not finite",
 }
@@ -237,11 +237,12 @@ class Run:
         **Raises:** `ValueError` for data with NaN or inf, naming the first rows; `RuntimeError`
         where no update of the call was applied and the training has had none yet, or
         `MAX_SKIPPED_IN_A_ROW` were skipped in a row, or as many as `stuck` allows. Warns where some
-        were skipped.
+        were skipped, and where samples were left out of the loss because their solve failed.
         """
         self._check(data)
         after, sums = self.program(state, data, key, until, totals)
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, after, sums))):
+            self._report_failed_rows(state, after, totals, sums)
             self._report_skipped(state, after, int(until), totals, sums)
         return after, sums
 
@@ -262,6 +263,18 @@ class Run:
         # NumPy arrays may be filled anew, and are looked at every time.
         fixed = all(isinstance(leaf, jax.Array) for leaf in leaves)
         self._checked = [weakref.ref(leaf) for leaf in leaves] if fixed else []
+
+    def _report_failed_rows(self, before, after, totals, sums):
+        earlier = 0 if totals is None else totals.sums.get("failed_rows", 0)
+        failed = int(sums.sums.get("failed_rows", 0) - earlier)
+        if failed:
+            taken = int(after.step) - int(before.step)
+            warnings.warn(
+                f"{failed} samples were left out of the loss in the {taken} updates after step "
+                f"{int(before.step)}, because their ODE solve failed. Look for outliers in the "
+                "data; raise max_steps of the solve if many fail.",
+                stacklevel=3,
+            )
 
     def _report_skipped(self, before, after, until, totals, sums):
         start, end = int(before.step), int(after.step)
@@ -359,7 +372,7 @@ def make_run(
         step_plan = metrics.pop("step_plan", state.step_plan).astype(state.step_plan.dtype)
         if "failed" in metrics:
             failed = metrics.pop("failed")
-            # A solve that failed took all its steps: there is no point in going back through them.
+            # Such a solve took many steps: there is no point in going back through them.
             zeros = lambda: jax.tree.map(jnp.zeros_like, state.params)  # noqa: E731
             grads = jax.lax.cond(failed | bad_loss, zeros, gradient)
         else:

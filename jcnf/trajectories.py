@@ -68,7 +68,7 @@ def solve_trajectory(
 ) -> tuple[Float[Array, "times batch dim"], Stats]:
     """`trajectory` with the solver's statistics, summed; a failed solve is `stats.failed`.
 
-    It raises nothing then: the last finite state stands at all times that were not reached.
+    It raises nothing then: a row that failed is NaN at all times that it did not reach.
     """
     check_strategy(solve)
     if not isinstance(flow, CNF):
@@ -167,9 +167,10 @@ def _by_intervals(field, x, times, context, solve):
             x, more = through(x, *interval)
             return x, jax.tree.map(lambda a, b: b.astype(a.dtype), stats, stats + more)
 
-        # No sample starts where one could not arrive.
-        carry = jax.lax.cond(jnp.any(carry[1].failed), lambda: carry, go_on)
-        return carry, carry[0]
+        carry = jax.lax.cond(jnp.all(carry[1].failed), lambda: carry, go_on)
+        x, stats = carry
+        # What has failed goes on as the copy of another sample.
+        return carry, jnp.where(stats.failed[:, None], jnp.nan, x)
 
     intervals = (times[:-1], jnp.diff(times, axis=0))
     (_, stats), xs = jax.lax.scan(step, (x, Stats.unsolved(x)), intervals)

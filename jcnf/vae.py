@@ -250,7 +250,10 @@ def weigh(
         regularizers=regularizers,
     )
     log_q = posterior.base.log_prob(eps) - carried.logdet
-    log_likelihood = jax.vmap(lambda x, z: model.likelihood(x, model.decoder(z)))(x, carried.x)
+    # The decoder is trained: NaN in its input would be NaN in its gradient.
+    z = jnp.where(carried.stats.failed[:, None], 0, carried.x)
+    log_likelihood = jax.vmap(lambda x, z: model.likelihood(x, model.decoder(z)))(x, z)
+    log_likelihood = jnp.where(carried.stats.failed, jnp.nan, log_likelihood)
     if log_likelihood.shape != log_q.shape:
         # One value a component might broadcast, and give a bound of nothing.
         raise ValueError(

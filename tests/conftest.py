@@ -25,7 +25,7 @@ CORE = [
     "divergence",
     "regularizers",
     "distributions",
-    "runge_kutta",
+    "ode",
     "norms",
     "solve",
     "integrate",

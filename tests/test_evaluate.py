@@ -13,7 +13,7 @@ from scipy import stats
 
 from jcnf import CNF, Solve, evaluate
 from jcnf.distributions import Logistic, StandardNormal
-from jcnf.runge_kutta import PARTS
+from jcnf.ode import PARTS
 
 pytestmark = pytest.mark.optimized
 

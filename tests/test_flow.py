@@ -248,8 +248,8 @@ def test_a_failed_solve_is_a_value_of_transform():
     result = transform(linear(), X, solve=solve)
     assert jnp.all(result.stats.failed)
     assert int(result.stats.steps) == 2
-    assert np.all(np.isfinite(result.x))
-    assert np.all(np.isfinite(result.logdet))
+    assert np.all(np.isnan(result.x))
+    assert np.all(np.isnan(result.logdet))
 
 
 @pytest.mark.parametrize("name", ["log_prob", "sample", "trajectory"])
@@ -368,7 +368,7 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
     for solve in (Solve(max_steps=64), Solve(solver="euler", step=T / 64)):
         for direction in ("to_base", "to_data"):
             result = transform(flow, X, direction=direction, solve=solve)
-            assert np.all(np.isfinite(result.x))
+            np.testing.assert_array_equal(np.isnan(result.x).any(axis=1), result.stats.failed)
             assert int(result.stats.steps) <= 64
             if solve.step is None:
                 assert np.all(result.stats.failed)
@@ -378,11 +378,10 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
         jcnf.sample(flow, jr.key(0), 5, solve=Solve(max_steps=64))
 
 
-def test_the_times_of_a_trajectory_that_were_not_reached_hold_the_last_state():
+def test_the_times_of_a_trajectory_that_were_not_reached_are_nan():
     flow = CNF(NotANumber(), StandardNormal(2))  # v = x, up to 1
     x, times = jnp.array([[0.5, 0.1]]), jnp.linspace(0.0, 1.0, 5)
     path, stats = jcnf.trajectories.solve_trajectory(flow, x, times, solve=TIGHT)
     assert np.all(stats.failed)
     np.testing.assert_allclose(path[:3, 0], x * np.exp(times[:3, None]), rtol=1e-8)
-    np.testing.assert_array_equal(path[3], path[4])
-    np.testing.assert_allclose(path[3, 0], [1.0, 0.2], rtol=1e-6)
+    assert np.all(np.isnan(path[3:]))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     *("errors", "require", "parallel", "fields", "divergence", "regularizers", "distributions"),
-    *("runge_kutta", "norms", "solve", "integrate"),
+    *("ode", "norms", "solve", "integrate"),
     *(
         "pixels",
         "flow",
@@ -97,7 +97,7 @@ def test_imports_go_downwards(path):
 
 
 def test_diffrax_and_distrax_have_their_place():
-    assert users("diffrax") == {"solve", "integrate", "runge_kutta"}
+    assert users("diffrax") == {"solve", "integrate", "ode"}
     assert users("distrax") == {"distributions", "nice", "as_distrax"}
     assert users("tensorflow_probability") == set()
 

@@ -24,7 +24,7 @@ from experiments.signals import Stopped
 from experiments.stages import STUCK, Stage, train_stages
 from jcnf import Solve, checkpoint, parallel, train
 from jcnf.errors import InputError
-from jcnf.runge_kutta import PARTS
+from jcnf.ode import PARTS
 
 TARGET = jnp.array([1.0, -2.0])
 START = {"w": jnp.zeros(2)}

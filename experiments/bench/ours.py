@@ -11,7 +11,7 @@ import optax
 
 from experiments.bench.cases import Case
 from experiments.bench.timing import Program
-from jcnf import objectives, train
+from jcnf import Solve, objectives, train
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
@@ -21,16 +21,22 @@ DISPATCH = 0.05
 
 
 def training_step(
-    case: Case, objective: train.Objective | None = None, *, fresh: bool = False, **settings
+    case: Case,
+    objective: train.Objective | None = None,
+    *,
+    fresh: bool = False,
+    carried: Solve | None = None,
+    **settings,
 ) -> Program:
     """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
 
     As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
     Without one it is likelihood under the case's solve; `settings` are the objective's. The weights
     stay where they are: the factor of the updates is 0. So does the batch, that every step is the
-    same work, if it is not to be a `fresh` one each time.
+    same work, if it is not to be a `fresh` one each time. An objective that takes a solve is given
+    `carried`, with the step plan of the step before.
     """
-    solve = None
+    solve = carried
     if objective is None:
         solve = settings.pop("solve", case.solve)
         objective = objectives.likelihood

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.bench import ours
 from experiments.bench.cases import Case
 from jcnf import train, transform
-from jcnf.runge_kutta import next_point, unknown
+from jcnf.ode import next_point, unknown
 
 ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
     (1 / 5,),

@@ -1,5 +1,6 @@
 """How far the numbers of a flow can be trusted: numerical error beside statistical error."""
 
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,18 @@ from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
 ROUND_TRIP = 1000  # points at most
+# With a budget of time, a third of it is for the log-densities of points and the rest for what
+# follows. However little it is, so many points and cells an axis are measured.
+SCORING_SHARE = 1 / 3
+MIN_POINTS = 2000
+MIN_CELLS = 100
 
 
 class Certificate(NamedTuple):
     """Log-densities of points, with what is known of their errors."""
 
-    scores: Scores  # of all points, by the solve certified; the mean over draws of an estimator
+    scores: Scores  # by the solve certified; the mean over draws of an estimator
+    points: np.ndarray  # the rows of x that were measured, all unless time was short
     log_prob_error: np.ndarray  # (reference points,) nats: how far they are from the reference's
     estimator_stderr: float  # of the mean NLL, by an estimator's noise, nats; 0 when exact
     roundtrip_error: float  # max |x - to_data(to_base(x))|
@@ -39,6 +46,7 @@ class Certificate(NamedTuple):
     failures: int  # points that did not arrive, forward or back again
     grid: Grid | None  # the density in 1 or 2 dimensions
     row_independence: RowIndependence | None  # None where no row arrived
+    shortened: str  # what was measured less of than asked for, to keep within the time given; or ""
 
     @property
     def nll_error(self) -> float:
@@ -68,7 +76,7 @@ class Certificate(NamedTuple):
 
     def warnings(self) -> list[str]:
         """What is wrong with the numbers, one sentence each; empty when they can be trusted."""
-        found = []
+        found = [self.shortened] if self.shortened else []
         if self.row_independence is not None and (wrong := self.row_independence.warning()):
             found.append(wrong)
         if self.failures:
@@ -103,6 +111,7 @@ def certify(
     extent: tuple[float, ...] | None = None,
     cells: int = 200,
     chunk: int | None = None,
+    seconds: float | None = None,
 ) -> Certificate:
     """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
 
@@ -117,6 +126,10 @@ def certify(
     In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half as
     much again at each side.
 
+    With `seconds`, it measures fewer points, taken at random, and a coarser grid where all would
+    take longer, and says so in its warnings; never fewer than `MIN_POINTS` and `MIN_CELLS` an axis.
+    It is no hard limit: compiling and the last chunk may exceed it.
+
     **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
     """
     check_data(flow, x, context, solve, divergence)
@@ -124,21 +137,37 @@ def certify(
     require.whole(0, reference_points=reference_points)
     if extent is not None:
         check_extent(extent, x.shape[1])
-    x = jnp.asarray(x)
+    if seconds is not None:
+        require.number("(0, inf)", seconds=seconds)
+    start, given = time.monotonic(), len(x)
+
+    def enough(done):
+        late = seconds is not None and time.monotonic() - start > SCORING_SHARE * seconds
+        return late and done >= MIN_POINTS
+
+    order = np.arange(given)
+    if seconds is not None:
+        np.random.default_rng(0).shuffle(order)
+    x, context = _rows((jnp.asarray(x), context), order)
     settings = {"context": context, "solve": solve, "chunk": chunk}
     keys: Any = [key]
     if isinstance(divergence, Estimator) and key is not None:
         if draws < 2:
             raise ValueError(f"the spread of an estimator needs at least 2 draws; got {draws}")
         keys = jax.random.split(key, draws)
-    scored = [score(flow, x, key=k, divergence=divergence, **settings) for k in keys]
+    scored = [score(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
+    pace = (time.monotonic() - start) / len(scored[0].log_prob)
+    noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
+    done = slice(0, len(scored[0].log_prob))
+    x, context, noise = _rows((x, context, noise), done)
+    settings["context"] = context
+    scored += [score(flow, x, key=k, divergence=divergence, **settings) for k in keys[1:]]
     log_probs = np.stack([s.log_prob for s in scored])
     scores = Scores(
         log_prob=log_probs.mean(0),
         nfe=float(np.mean([s.nfe for s in scored])),
         failed=np.any([s.failed for s in scored], axis=0),
     )
-    noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
     few = _evenly(len(x), reference_points)
     few = few[~scores.failed[few]]
     reference = np.full(len(few), np.nan)
@@ -151,12 +180,24 @@ def certify(
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()
     failed[some] |= back.failed
+    asked = cells
+    if seconds is not None and x.shape[1] == 2:
+        left = max(seconds - (time.monotonic() - start), seconds / 3)
+        affordable = max(MIN_CELLS, int(np.sqrt(left / pace)))
+        # An even number fewer, so that the middle stays the middle.
+        cells -= 2 * max(0, (cells - affordable) // 2)
     density = _grid(flow, x[~failed], extent, cells, solve) if plain else None
     batch = min(CHUNK if chunk is None else chunk, len(x))
     if density is not None:
         batch = max(batch, min(CHUNK, density.log_prob.size))
+    shortened = []
+    if len(x) < given:
+        shortened.append(f"{len(x)} of {given} points")
+    if density is not None and cells < asked:
+        shortened.append(f"a grid of {cells} cells an axis instead of {asked}")
     return Certificate(
         scores=scores,
+        points=order[done],
         log_prob_error=np.abs(log_probs[0, few] - reference),
         estimator_stderr=standard_error(log_probs.mean(1)) if len(keys) > 1 else 0.0,
         roundtrip_error=roundtrip_error,
@@ -166,6 +207,9 @@ def certify(
         row_independence=_row_independence(
             flow, x, keys[0], context, solve, divergence, ~scores.failed, batch
         ),
+        shortened=f"measured {' and '.join(shortened)}, to keep within {seconds:.0f} s"
+        if shortened
+        else "",
     )
 
 

@@ -1,7 +1,4 @@
-"""Many rows through one compiled program, a chunk at a time.
-
-A few rows that fail fail alone: the chunk is solved again without them, up to `ATTEMPTS` times.
-"""
+"""Many rows through one compiled program, a chunk at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcnf import parallel, require
-from jcnf.runge_kutta import unknown
+from jcnf.ode import unknown
 from jcnf.solve import Solve
 
 CHUNK = 10_000  # rows, enough for every core to be busy
 MANY = 4  # chunks, among which a solve for the sake of its step plan pays
-ATTEMPTS = 3
-FEW = 0.1  # the share of a chunk's rows that may fail, if not 10; with more the flow fails
 
 _REPORT: ContextVar[Callable[[int, int], None]] = ContextVar(
     "report", default=lambda done, number: None
@@ -42,7 +37,12 @@ def reporting(report: Callable[[int, int], None]) -> Iterator[None]:
 
 
 def solved_in_chunks(
-    program: Callable, solve: Solve, rows: Any, n: int, size: int | None = None
+    program: Callable,
+    solve: Solve,
+    rows: Any,
+    n: int,
+    size: int | None = None,
+    enough: Callable[[int], bool] = lambda done: False,
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """`in_chunks` of `program(solve, *chunk)`, whose solves are all alike.
 
@@ -57,19 +57,24 @@ def solved_in_chunks(
         solve = dataclasses.replace(solve, step_plan=unknown(dtype))
         if n > (MANY - 1) * size:
             some = _filled(np.linspace(0, n - 1, size).astype(int))
-            _, stats, _ = _solve_chunk(partial(program, solve), rows, some)
+            _, stats = _solve_chunk(partial(program, solve), rows, some)
             solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
-    return in_chunks(partial(program, solve), rows, n, size)
+    return in_chunks(partial(program, solve), rows, n, size, enough)
 
 
 def in_chunks(
-    program: Callable, rows: Any, n: int, size: int | None = None
+    program: Callable,
+    rows: Any,
+    n: int,
+    size: int | None = None,
+    enough: Callable[[int], bool] = lambda done: False,
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """`program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
 
-    By default a chunk has `CHUNK` rows.
+    By default a chunk has `CHUNK` rows. `enough(done)` is asked after each chunk, with the number
+    of rows that are done; where it is true, the rest is left out.
 
-    Returns the values of all rows, NaN where the solve failed, the mean NFE and the flags (n,).
+    Returns the values of the rows, NaN where the solve failed, the mean NFE and the flags.
     """
     size = _size(n, size)
     values, nfes, flags = [], [], []
@@ -78,11 +83,13 @@ def in_chunks(
     for start in range(0, n, size):
         stop = min(start + size, n)
         index = _filled(np.minimum(np.arange(start, start + size), stop - 1))
-        value, stats, failed = _solve_chunk(program, rows, index)
+        value, stats = _solve_chunk(program, rows, index)
         values.append(value[: stop - start])
         nfes.append(int(stats.nfe))
-        flags.append(failed[: stop - start])
+        flags.append(stats.failed[: stop - start])
         report(len(flags), number)
+        if enough(stop):
+            break
     return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
 
 
@@ -99,21 +106,9 @@ def _filled(index):
 
 
 def _solve_chunk(program, rows, index):
-    """Values, statistics, flags: rows at fault give their places to a good one; all is redone."""
-    failed, attempts = np.zeros(len(index), bool), 0
-    while True:
-        good = np.argmin(failed)
-        chosen = np.where(failed, index[good], index)
-        chunk = jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
-        values, stats = parallel.on_host(program(*parallel.split(chunk)))
-        attempts += 1
-        if not np.any(stats.failed):
-            break
-        failed = failed | stats.failed
-        few = len(np.unique(index[failed])) <= max(10, FEW * len(np.unique(index)))
-        if np.all(failed) or attempts == ATTEMPTS or not few:
-            failed[:] = True
-            break
+    """Return the values of the rows at `index`, NaN where they failed, and the statistics."""
+    chunk = jax.tree.map(lambda a: a[index], rows)
+    values, stats = parallel.on_host(program(*parallel.split(chunk)))
     values = np.array(values)
-    values[failed] = np.nan
-    return values, stats, failed
+    values[stats.failed] = np.nan
+    return values, stats

@@ -112,7 +112,7 @@ def _flat_gradient(solve, flow, *rest):
         lambda params: _loss_of(eqx.combine(params, static), solve, *rest)
     )
     (_, metrics), gradient = differentiated(params)
-    return ravel_pytree(gradient())[0], metrics["failed"]
+    return ravel_pytree(gradient())[0], metrics["failed_rows"] > 0
 
 
 def _gradient(solve, *arguments):

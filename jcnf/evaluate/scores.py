@@ -1,6 +1,7 @@
 """Log-densities of points, and points carried along the flow."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,11 +66,13 @@ def score(
     solve: Solve = ACCURATE,
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     chunk: int | None = None,
+    enough: Callable[[int], bool] = lambda done: False,
 ) -> Scores:
     """Log-density of each point, in chunks of one compiled program.
 
     `key` is consumed once, by a stochastic divergence only; the noise of a point does not depend
-    on `chunk`.
+    on `chunk`. `enough(done)` is asked after each chunk, with the number of points that are done;
+    where it is true, the points that follow are left out of what is returned.
 
     **Raises:** `ValueError` as `jcnf.log_prob` does, and for `x` or `context` that is not finite.
     """
@@ -83,7 +86,7 @@ def score(
         return _score(flow, x, context, solve, Drawn(strategy, noise))
 
     rows = x, context, noise
-    return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk))
+    return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk, enough))
 
 
 class Transport(NamedTuple):

@@ -1,6 +1,6 @@
 """What is minimised: `objective(flow, x, key, *, context=None, ...) -> (loss, metrics)`, scalars.
 
-`metrics` may have "failed", true where a solve failed and the loss is not to be trained upon. A new
+`metrics` may have "failed", true where too many solves failed for the loss to be trained on. A new
 objective is one function of that form; `functools.partial` binds its settings.
 """
 

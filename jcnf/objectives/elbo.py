@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf import require
 from jcnf.divergence import Divergence, Exact
-from jcnf.objectives.likelihood import check_penalties, penalised
+from jcnf.objectives.likelihood import check_penalties, mean_of_solved, penalised
 from jcnf.solve import Solve
 from jcnf.vae import VAE, weigh
 
@@ -30,7 +29,7 @@ def elbo(
     `jcnf.regularizers`, to their weights. `key` is consumed once,
     split between z and the divergence's noise. The metrics are "negative_elbo", its two parts
     "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
-    function, "nfe", "failed" and "step_plan".
+    function, "nfe", "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out.
 
     **Raises:** `ValueError` as `jcnf.vae.weigh` does.
     """
@@ -46,10 +45,10 @@ def elbo(
         divergence=divergence,
         regularizers=tuple(penalties),
     )
-    bound = -jnp.mean(weighed.log_weight)
-    loss, metrics = penalised("negative_elbo", bound, penalties, weighed.carried)
+    loss, metrics = penalised("negative_elbo", -weighed.log_weight, penalties, weighed.carried)
+    stats = weighed.carried.stats
     parts = {
-        "reconstruction": -jnp.mean(weighed.log_likelihood),
-        "kl": jnp.mean(weighed.log_ratio),
+        "reconstruction": -mean_of_solved(weighed.log_likelihood, stats),
+        "kl": mean_of_solved(weighed.log_ratio, stats),
     }
     return loss, metrics | parts

@@ -17,7 +17,10 @@ from jcnf.solve import Solve, Stats
 
 # Names of metrics, of objectives and of `jcnf.train`.
 RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
-RESERVED |= {"nfe", "failed", "step_plan", "loss", "grad_norm", "skipped"}
+RESERVED |= {"nfe", "failed", "failed_rows", "step_plan", "loss", "grad_norm", "skipped"}
+# Share of a batch's rows whose solve may fail. The loss is over the others, and a flow could learn
+# to make hard samples fail.
+MAX_FAILED = 0.1
 
 
 def likelihood(
@@ -37,7 +40,7 @@ def likelihood(
     the base is at a time drawn from (-b, b), one for the batch, in place of 0 (STEER, Ghosh et al.
     2020, whose end is the base's). `key` is consumed once, by a stochastic divergence and by
     `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe",
-    "failed" and "step_plan".
+    "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out of all means.
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
     """
@@ -62,7 +65,7 @@ def likelihood(
         divergence=divergence,
         regularizers=tuple(penalties),
     )
-    nll = -jnp.mean(flow.base.log_prob(result.x) + result.logdet)
+    nll = -(flow.base.log_prob(result.x) + result.logdet)
     return penalised("nll", nll, penalties, result)
 
 
@@ -81,15 +84,39 @@ def check_penalties(penalties: Mapping[Callable, float]) -> None:
 
 
 def penalised(
-    name: str, value: Float[Array, ""], penalties: Mapping[Callable, float], result: Transformed
+    name: str,
+    values: Float[Array, " batch"],
+    penalties: Mapping[Callable, float],
+    result: Transformed,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss `value` plus weighted penalties, and the metrics: these, and the solve's."""
-    means = {penalty: jnp.mean(values) for penalty, values in result.penalties.items()}
+    """Return the mean of `values` plus weighted penalties, and the metrics: these and the solve's.
+
+    Means are over the rows whose solve did not fail.
+    """
+    means = {
+        penalty: mean_of_solved(rows, result.stats) for penalty, rows in result.penalties.items()
+    }
+    value = mean_of_solved(values, result.stats)
     loss = value + sum(weight * means[r.__name__] for r, weight in penalties.items())
     return loss, {name: value, **means, **costs(result.stats)}
 
 
+def mean_of_solved(values: Float[Array, " batch"], stats: Stats) -> Float[Array, ""]:
+    """Return the mean over the rows whose solve did not fail, 0 where all did."""
+    number = jnp.maximum(jnp.sum(~stats.failed), 1).astype(values.dtype)
+    return jnp.sum(jnp.where(stats.failed, 0, values)) / number
+
+
 def costs(stats: Stats) -> dict[str, Array]:
-    """What `jcnf.train` is told of a solve: "nfe", "failed" and "step_plan"."""
-    failed = jnp.any(stats.failed)
-    return {"nfe": stats.nfe, "failed": failed, "step_plan": stats.step_plan}
+    """Return what `jcnf.train` is told of a solve.
+
+    "nfe", "step_plan", "failed_rows" (how many rows failed, which have left the loss) and "failed":
+    whether they are more than `MAX_FAILED` of the batch, too many to train on the rest.
+    """
+    number = jnp.sum(stats.failed)
+    return {
+        "nfe": stats.nfe,
+        "failed_rows": number,
+        "failed": number > int(MAX_FAILED * stats.failed.size),
+        "step_plan": stats.step_plan,
+    }

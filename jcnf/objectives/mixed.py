@@ -14,7 +14,7 @@ from jcnf import require
 from jcnf.flow import Flow
 from jcnf.solve import Solve
 
-_MERGED = {"failed": operator.or_, "step_plan": jnp.maximum}
+_MERGED = {"failed": operator.or_, "failed_rows": operator.add, "step_plan": jnp.maximum}
 
 
 def mixed(

@@ -34,8 +34,8 @@ def reverse_kl(
     `energy(x)`, or `energy(x, context)` where there is a context, maps a batch (batch, dim) to U in
     nats, (batch,). `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights.
     `key` is consumed once, by a stochastic divergence only. The metrics are "reverse_kl", the mean
-    without penalties, each penalty's mean by the name of its function, "nfe", "failed" and
-    "step_plan".
+    without penalties, each penalty's mean by the name of its function, "nfe",
+    "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out of all means.
 
     **Raises:** `ValueError` as `jcnf.transform` does, and for energies of another shape.
     """
@@ -61,5 +61,5 @@ def reverse_kl(
         regularizers=tuple(penalties),
     )
     u = energy(result.x) if context is None else energy(result.x, context)
-    kl = jnp.mean(flow.base.log_prob(z) - result.logdet + u)
+    kl = flow.base.log_prob(z) - result.logdet + u
     return penalised("reverse_kl", kl, penalties, result)

@@ -36,8 +36,8 @@ def trajectory_fit(
 
     The mean is over the rows `observed` and their components, in the units of the values squared;
     a window of n rows has n - 1, for its start is given. `field` is as in `jcnf.trajectory`; no
-    `key` is consumed. The metrics are "rmse" (the root), "nfe", "failed" and
-    "step_plan".
+    `key` is consumed. The metrics are "rmse" (the root), "nfe", "failed_rows",
+    "failed" and "step_plan". Windows whose solve failed are left out.
 
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """
@@ -52,6 +52,7 @@ def trajectory_fit(
         )
     xs, stats = solve_trajectory(field, values[0], times, context=context, solve=solve)
     squares = jnp.mean((xs - values) ** 2, axis=2)
+    observed &= ~stats.failed
     number = jnp.maximum(jnp.sum(observed), 1).astype(xs.dtype)
     loss = jnp.sum(jnp.where(observed, squares, 0)) / number
     return loss, {"rmse": jnp.sqrt(loss), **costs(stats)}

@@ -1,0 +1,100 @@
+"""Explicit Runge-Kutta steps with their stages written out.
+
+diffrax runs the stages of a step as a loop over a buffer of slopes. A field of a few matrix
+products costs no more than that loop does, and XLA can neither fuse across its iterations nor leave
+out what nobody reads, such as the error estimate of a step that is retaken on the way back.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Unrolled(diffrax.AbstractWrappedSolver):
+    """An explicit Runge-Kutta method of diffrax, for ODEs, with the stages of a step unrolled.
+
+    Method, coefficients and dense output are those of `solver`. The solver state is the slope at
+    the start of a step where the last step has computed it (methods that are "first same as last"),
+    and None otherwise.
+    """
+
+    solver: diffrax.AbstractERK
+    # diffrax sees the wrapped solver and would set how its stages are looped over.
+    scan_kind: ClassVar[str] = "lax"
+
+    @property
+    def term_structure(self):
+        return diffrax.AbstractTerm
+
+    @property
+    def interpolation_cls(self):
+        return self.solver.interpolation_cls
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def init(self, terms, t0, t1, y0, args):
+        return terms.vf(t0, y0, args) if self.solver.tableau.fsal else None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        tableau = self.solver.tableau
+        if not (tableau.fsal and made_jump is False):
+            solver_state = terms.vf(t0, y0, args)
+        h = terms.contr(t0, t1)
+        slopes, stage = slopes_of_step(tableau, terms, t0, t1, y0, args, solver_state)
+        if tableau.ssal:  # the last stage is the solution
+            y1 = stage
+        else:
+            y1 = jax.tree.map(jnp.add, y0, weighted_sum(h, tableau.b_sol, slopes))
+        error = weighted_sum(h, tableau.b_error, slopes)
+        k = jax.tree.map(lambda *rows: h.astype(rows[0].dtype) * jnp.stack(rows), *slopes)
+        last = slopes[-1] if tableau.fsal else None
+        return y1, error, {"y0": y0, "y1": y1, "k": k}, last, diffrax.RESULTS.successful
+
+
+def is_explicit(solver: diffrax.AbstractSolver) -> bool:
+    """Return whether a solver is an explicit Runge-Kutta method with a tableau."""
+    return isinstance(solver, diffrax.AbstractERK) and isinstance(
+        getattr(solver, "tableau", None), diffrax.ButcherTableau
+    )
+
+
+def needed(weights: np.ndarray) -> int:
+    """Return how many of the slopes these weights need."""
+    return int(np.max(np.flatnonzero(weights), initial=-1)) + 1
+
+
+def slopes_of_step(
+    tableau, terms, t0, t1, y0, args, first, number: int | None = None
+) -> tuple[list[Any], Any]:
+    """Return the slopes of a step, `number` or all, and the state of its last stage.
+
+    The `first` slope is given.
+    """
+    last = None if number is None else number - 1
+    h, slopes, stage = terms.contr(t0, t1), [first], y0
+    for row, node in zip(tableau.a_lower[:last], tableau.c[:last], strict=True):
+        stage = jax.tree.map(jnp.add, y0, weighted_sum(h, row, slopes))
+        slopes.append(terms.vf(t0 + float(node) * (t1 - t0), stage, args))
+    return slopes, stage
+
+
+def weighted_sum(h: Float[Array, ""], weights: np.ndarray, slopes: Sequence[Any]) -> Any:
+    """Return h sum_i w_i k_i over the slopes k_i that are there; zeros if all weights are zero."""
+    used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w != 0]
+    if not used:
+        return jax.tree.map(jnp.zeros_like, slopes[0])
+    factors, slopes = zip(*used, strict=True)
+
+    def leaf(*ks):
+        return h.astype(ks[0].dtype) * sum(w * k for w, k in zip(factors, ks, strict=True))
+
+    return jax.tree.map(leaf, *slopes)
