@@ -181,7 +181,8 @@ def _transform(flow, x, direction, key, context, solve, divergence, regularizers
     def known(value):
         return jnp.where(failed.reshape(-1, *[1] * (value.ndim - 1)), jnp.nan, value)
 
-    return Transformed(*jax.tree.map(known, tuple(result[:3])), result.stats)
+    x, logdet, penalties = jax.tree.map(known, (result.x, result.logdet, result.penalties))
+    return Transformed(x, logdet, penalties, result.stats)
 
 
 def log_prob(

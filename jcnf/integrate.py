@@ -77,7 +77,8 @@ def integrate(
     ts: Any = solution.ts
     count = jnp.sum(jnp.isfinite(ts)) - 1
     last, t = jax.tree.map(lambda rows: rows[count], (solution.ys, ts))
-    rows = solution.solver_state
+    rows: Any = solution.solver_state
+    controller: Any = solution.controller_state
     failed = lost_at_start | rows.failed | (t != t1) | ~jnp.isfinite(mean_square(last))
     tried, rejected = (
         jnp.asarray(solution.stats[f"num_{of}steps"], jnp.int32) for of in ("", "rejected_")
@@ -87,7 +88,7 @@ def integrate(
         steps=tried,
         rejected=rejected,
         failed=jax.lax.stop_gradient(failed),
-        step_plan=jax.lax.stop_gradient(solution.controller_state.step_plan),
+        step_plan=jax.lax.stop_gradient(controller.step_plan),
     )
     if times is None:
         return last, stats

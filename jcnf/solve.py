@@ -167,7 +167,7 @@ class Solve(eqx.Module):
 
         The solver is unrolled, made reversible, or as it is, with rows that fail alone.
         """
-        solver = self.diffrax_solver()
+        solver: Any = self.diffrax_solver()
         if self.adjoint == "reversible":
             solver = Reversible(solver)
         elif isinstance(solver, diffrax.AbstractImplicitSolver):
@@ -190,6 +190,8 @@ class Solve(eqx.Module):
         self, y0: Any, interval: Float[Array, ""], *, at_times: bool
     ) -> diffrax.AbstractAdjoint:
         """Return the adjoint as diffrax's object, for the gradient of a mean over the batch."""
+        if not isinstance(self.adjoint, str):
+            return self.adjoint
         match self.adjoint:
             case "checkpoint":
                 if at_times or not is_explicit(self.diffrax_solver()):
@@ -203,9 +205,8 @@ class Solve(eqx.Module):
                 return diffrax.ForwardMode()
             case "backsolve":
                 return self._backsolve(y0, interval, batch_norm)
-            case "backsolve_seminorm":
+            case _:
                 return self._backsolve(y0, interval, diffrax.adjoint_rms_seminorm)
-        return self.adjoint
 
     def _backsolve(self, y0, interval, norm):
         # The cotangents of a mean over the batch are of the order of 1/batch, and so must atol be.

@@ -253,10 +253,10 @@ def weigh(
     # The decoder is trained: NaN in its input would be NaN in its gradient.
     z = jnp.where(carried.stats.failed[:, None], 0, carried.x)
     log_likelihood = jax.vmap(lambda x, z: model.likelihood(x, model.decoder(z)))(x, z)
-    log_likelihood = jnp.where(carried.stats.failed, jnp.nan, log_likelihood)
     if log_likelihood.shape != log_q.shape:
         # One value a component might broadcast, and give a bound of nothing.
         raise ValueError(
             f"the likelihood must give a scalar for each sample; got {log_likelihood.shape[1:]}"
         )
+    log_likelihood = jnp.where(carried.stats.failed, jnp.nan, log_likelihood)
     return Weighed(log_likelihood, log_q - model.prior.log_prob(carried.x), carried)

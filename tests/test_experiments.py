@@ -37,7 +37,7 @@ def run(name, *words):
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "run"
-    done = run("toy2d", "--out", out, "--steps", 10, "--test-points", 5000, *SMALL)
+    done = run("toy2d", "--out", out, "--steps", 10, "--test-points", 5000, "--cells", 60, *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done
 

@@ -1,6 +1,7 @@
 """What each extension of diffrax is worth: a training step, with one more of them at a time."""
 
 import functools
+from typing import Any
 
 import diffrax
 import jax
@@ -29,12 +30,12 @@ def run(case: Case, rounds: int, seconds: float) -> Results:
     """Time a case's step, on a fresh batch each time, by every selection of pieces."""
     programs = {"+ rows that fail alone: jcnf": ours.training_step(case, fresh=True)}
     for name, pieces in PIECES.items():
-        objective = functools.partial(_objective, pieces=pieces, given=case.solve)
+        objective: Any = functools.partial(_objective, pieces=pieces, given=case.solve)
         programs[name] = ours.training_step(case, objective, fresh=True, carried=case.solve)
     return measure(programs, rounds, seconds=seconds)
 
 
-def _objective(flow, x, key, *, solve: Solve, pieces, given: Solve):
+def _objective(flow, x, key, *, solve: Any, pieces, given: Solve) -> Any:
     """Mean negative log-likelihood by one batched diffrax solve."""
     solver, planned, adjoint = pieces
     t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.t1, 0.0))
@@ -47,7 +48,7 @@ def _objective(flow, x, key, *, solve: Solve, pieces, given: Solve):
     def rates(t, state, field):
         return jax.vmap(field.velocity_and_divergence, in_axes=(None, 0))(t, state[0])
 
-    solution = diffrax.diffeqsolve(
+    solution: Any = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         solver,
         t0,

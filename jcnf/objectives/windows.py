@@ -52,7 +52,7 @@ def trajectory_fit(
         )
     xs, stats = solve_trajectory(field, values[0], times, context=context, solve=solve)
     squares = jnp.mean((xs - values) ** 2, axis=2)
-    observed &= ~stats.failed
+    observed &= ~stats.failed[None]
     number = jnp.maximum(jnp.sum(observed), 1).astype(xs.dtype)
     loss = jnp.sum(jnp.where(observed, squares, 0)) / number
     return loss, {"rmse": jnp.sqrt(loss), **costs(stats)}

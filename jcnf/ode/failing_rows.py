@@ -5,6 +5,9 @@ of all the others until the solve gives up. The wrapper below finds such rows, t
 the error estimate and lets the others go on.
 """
 
+# diffrax declares these members as class variables, and its own wrappers override them likewise.
+# pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false
+
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +57,7 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
     - `max_steps`: that of the solve.
     """
 
-    solver: diffrax.AbstractSolver
+    solver: Any  # a diffrax.AbstractSolver
     rtol: Any
     atol: Any
     over_rows: Callable[[Array], Array] | None = eqx.field(static=True)
@@ -83,7 +86,7 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
-        batch = jax.tree.leaves(y0)[0].shape[0]
+        batch, t0 = jax.tree.leaves(y0)[0].shape[0], jnp.asarray(t0)
         return RowsState(
             inner=self.solver.init(terms, t0, t1, y0, args),
             failed_at=jnp.full(batch, jnp.inf, t0.dtype),
@@ -126,7 +129,7 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         left = jnp.maximum(int(IN_TIME * self.max_steps) - state.accepted, 1).astype(h.dtype)
         late = (state.accepted > int(LATE * self.max_steps)) & (h * left < self.end - t0)
         shortest = SHORTEST_STEPS * average
-        asked = h * squares.astype(h.dtype) ** (-0.5 / self.error_order(terms))
+        asked = h * squares.astype(h.dtype) ** (-0.5 / self.solver.error_order(terms))
         rejected = do_for_typical & (self.over_rows(squares) >= 1)
         suspect = over & (asked < shortest) & rejected
         bent = jax.lax.cond(

@@ -14,7 +14,11 @@ them the gradient of the very numbers that the forward pass computed.
 The interfaces follow diffrax's pull request 727.
 """
 
+# diffrax declares these members as class variables, and its own wrappers override them likewise.
+# pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false
+
 from abc import abstractmethod
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -63,7 +67,7 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
     **Raises:** `ValueError` for another kind of solver, and for a coupling out of range.
     """
 
-    solver: diffrax.AbstractERK | diffrax.Euler
+    solver: Any  # a diffrax.AbstractERK, or Euler
     coupling: float = eqx.field(static=True, default=0.999)
 
     def __check_init__(self):
@@ -187,7 +191,7 @@ def _solve_forwards(perturbed, y0_args_terms, *, max_steps, init_state, **settin
 @_solve.def_bwd
 def _solve_backwards(residuals, cotangents, perturbed, y0_args_terms, *, solver, **settings):
     times, accepted, y1, state1 = residuals
-    solver = unwrapped(solver)
+    inner: Any = unwrapped(solver)
     y0, args, terms = y0_args_terms
     moving, still = eqx.partition((args, terms), perturbed[1:])
 
@@ -195,11 +199,11 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_args_terms, *, solver,
         y1, state1, y_bar, state_bar, moving_bar = carry
         t0, t1 = times[accepted - 1 - i], times[accepted - i]
         args, terms = eqx.combine(moving, still)
-        y0, _, state0, _ = solver.backward_step(terms, t0, t1, y1, args, (), state1, False)
+        y0, _, state0, _ = inner.backward_step(terms, t0, t1, y1, args, (), state1, False)
 
         def step(y, state, moving):
             args, terms = eqx.combine(moving, still)
-            y, _, _, state, _ = solver.step(terms, t0, t1, y, args, state, False)
+            y, _, _, state, _ = inner.step(terms, t0, t1, y, args, state, False)
             return y, state
 
         y_bar, state_bar, more = jax.vjp(step, y0, state0, moving)[1]((y_bar, state_bar))
@@ -213,7 +217,7 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_args_terms, *, solver,
 
     def init(y, moving):
         args, terms = eqx.combine(moving, still)
-        return solver.init(terms, times[0], times[1], y, args)
+        return inner.init(terms, times[0], times[1], y, args)
 
     more = jax.vjp(init, y0, moving)[1](state_bar)
     y_bar, moving_bar = jax.tree.map(jnp.add, (y_bar, moving_bar), more)

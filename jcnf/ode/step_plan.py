@@ -7,6 +7,9 @@ a solve needs, and points between which they are equally many share its error eq
 rejections where its steps must be short, and in training finds it out at every step anew.
 """
 
+# diffrax declares these members as class variables, and its own wrappers override them likewise.
+# pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false
+
 import dataclasses
 from typing import Any
 
@@ -83,7 +86,8 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
         dt0 = self.first if dt0 is None else dt0
         end, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         zero = jnp.zeros((), jnp.int32)
-        state = PlanState(inner, jnp.zeros_like(self.step_plan), t0, t1, zero, zero)
+        ends = jnp.asarray(t0), jnp.asarray(t1)
+        state = PlanState(inner, jnp.zeros_like(self.step_plan), *ends, zero, zero)
         return self._planned(t0, end, state), state
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, state):

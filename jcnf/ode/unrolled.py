@@ -5,6 +5,9 @@ products costs no more than that loop does, and XLA can neither fuse across its 
 out what nobody reads, such as the error estimate of a step that is retaken on the way back.
 """
 
+# diffrax declares these members as class variables, and its own wrappers override them likewise.
+# pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false
+
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +26,7 @@ class Unrolled(diffrax.AbstractWrappedSolver):
     and None otherwise.
     """
 
-    solver: diffrax.AbstractERK
+    solver: Any  # a diffrax.AbstractERK
     # diffrax sees the wrapped solver and would set how its stages are looped over.
     scan_kind: ClassVar[str] = "lax"
 
