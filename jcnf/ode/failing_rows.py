@@ -94,6 +94,8 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
             accepted=jnp.zeros((), jnp.int32),
         )
 
+    # diffrax traces its loop several times: the step is traced once, and written out there.
+    @eqx.filter_jit(inline=True)
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state = solver_state
         y1, error, dense, inner, result = self.solver.step(
