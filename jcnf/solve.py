@@ -240,7 +240,7 @@ class Solve(eqx.Module):
         return self.step is None
 
     def evaluations(self, steps):
-        """Return how often so many steps of an explicit Runge-Kutta solver evaluate the field."""
+        """Return how often `steps` steps of an explicit Runge-Kutta solver evaluate the field."""
         tableau = getattr(self.diffrax_solver(), "tableau", None)
         if self.adjoint == "reversible":
             if tableau is None:  # Euler

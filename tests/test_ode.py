@@ -446,7 +446,7 @@ def test_stepwise_memory_grows_by_one_segment_and_evaluations_are_as_promised():
     # value not being used, and 2 for each vjp; and where states are missing, 3 more.
     products = [program.as_text().count(" dot(") for program in (few, some, many)]
     assert products == [4 + 2 + 2 * 3, 4 + 2 + 2 * 3 + 3, 4 + 2 + 2 * 3 + 3]
-    # Of very many steps the root: states of every thousandth, and a thousand between two of them.
+    # Memory grows as the root of very many steps: states of every thousandth, and a thousand between two of them.
     most = gradient_program("checkpoint", 10**6)
     assert growth(some, most) <= (1000 + 1024) * state + 3 * 8 * 10**6
 
@@ -762,7 +762,7 @@ def test_fixed_steps_fail_the_rows_that_are_not_finite_alone(dtype):
 @pytest.mark.parametrize("spread", [0.01, 0.2])
 def test_a_batch_whose_every_row_is_stiff_does_not_fail(spread, over_rows, dtype):
     y0, args = rows(16, dtype)
-    # Of about the same stiffness, which stability bounds the step by: 3.3 / rate.
+    # All are about equally stiff: stability bounds the step by 3.3 / rate.
     args["rate"] = jnp.linspace(900 * (1 - spread), 900 * (1 + spread), 16, dtype=dtype)[:, None]
     for sign in (1.0, -1.0):
         sign = jnp.asarray(sign, dtype)

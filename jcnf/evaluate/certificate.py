@@ -28,7 +28,7 @@ from jcnf.solve import Solve
 MASS_TOLERANCE = 1e-3
 ROUND_TRIP = 1000  # points at most
 # With a budget of time, a third of it is for the log-densities of points and the rest for what
-# follows. However little it is, so many points and cells an axis are measured.
+# follows. At least these numbers of points, and of cells along an axis, are always measured.
 SCORING_SHARE = 1 / 3
 MIN_POINTS = 2000
 MIN_CELLS = 100

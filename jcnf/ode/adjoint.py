@@ -90,7 +90,7 @@ def without_gradient(init_state):
 
 
 class Kept(NamedTuple):
-    """Every `stride`-th state, each in a place of its own."""
+    """The states that are kept: every `stride`-th one."""
 
     states: Any  # one place more than `numbers`, for what is not kept
     numbers: Int[Array, " states"]  # of the step that starts there; -1 for a free place

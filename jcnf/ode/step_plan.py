@@ -62,7 +62,7 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
     """A step-size controller whose accepted steps end where the plan of an earlier solve says.
 
     After a rejected step it goes as far as the wrapped controller says, and so it does altogether
-    where there is no plan, where the plan has more steps than there may be, or where so many steps
+    where there is no plan, where it has more than `max_steps` steps, or where so many steps
     are rejected that the plan is of a solve unlike this. The plan of this solve comes out with the
     controller's state, `PlanState.step_plan`, by `diffrax.SaveAt(controller_state=True)`.
 
