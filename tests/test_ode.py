@@ -446,7 +446,8 @@ def test_stepwise_memory_grows_by_one_segment_and_evaluations_are_as_promised():
     # value not being used, and 2 for each vjp; and where states are missing, 3 more.
     products = [program.as_text().count(" dot(") for program in (few, some, many)]
     assert products == [4 + 2 + 2 * 3, 4 + 2 + 2 * 3 + 3, 4 + 2 + 2 * 3 + 3]
-    # Memory grows as the root of very many steps: states of every thousandth, and a thousand between two of them.
+    # Memory grows as the root of very many steps: every thousandth state is kept, and a thousand
+    # between two of them are computed anew.
     most = gradient_program("checkpoint", 10**6)
     assert growth(some, most) <= (1000 + 1024) * state + 3 * 8 * 10**6
 
