@@ -10,10 +10,14 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 
+import gc
+
 import jax
 import jaxtyping
 import pytest
 
+# Tracing makes millions of objects that live on, and going over them took a tenth of the time.
+gc.set_threshold(100_000, 50, 1000)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

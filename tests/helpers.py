@@ -131,3 +131,26 @@ def compilations():
         yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+OUTSIDE = ["blows up", "stiff", "NaN"]
+
+
+class Outside(eqx.Module):
+    """A tame field inside a circle; outside it does what `OUTSIDE` says at the place of the 1."""
+
+    net: eqx.Module
+    kind: Float[Array, " kinds"]  # an array, so that one program serves all kinds
+    dim: int = eqx.field(static=True, default=2)
+
+    def __call__(self, t, x, context=None):
+        v, square = self.net(t, x), jnp.sum(x**2)
+        there = [v + 3 * square * x, v + 1e5 * jnp.sin(1e3 * x), jnp.full_like(x, jnp.nan)]
+        kind = jnp.argmax(jax.lax.stop_gradient(self.kind))
+        return jnp.where(square > 16, jnp.stack(there)[kind], v)
+
+
+def outside(kind):
+    """Return a flow whose rows outside of the circle fail, in one of the ways of `OUTSIDE`."""
+    chosen = jnp.asarray([float(kind == name) for name in OUTSIDE])
+    return CNF(Outside(mlp(2, (16, 16), scale=1.0), chosen), StandardNormal(2))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from helpers import astype, outside
 
 import jcnf
 from jcnf import CNF, Solve, couplings, divergence, evaluate, objectives, parallel, train
@@ -22,7 +23,7 @@ from jcnf.errors import InputError
 from jcnf.fields import MLP, Conv
 
 BATCH = 64
-COARSE = Solve(rtol=1e-3, atol=1e-3)
+COARSE = Solve("bosh3", rtol=1e-3, atol=1e-3)
 EULER = Solve(solver="euler", step=0.5)
 
 
@@ -114,6 +115,22 @@ def adjoints():
         objective = functools.partial(objectives.flow_matching, coupling=coupling)
         found[type(coupling).__name__] = trained(objective, 10)
     return {f"{way} {name}": value for way in found for name, value in found[way].items()}
+
+
+def failing():
+    """Batches with rows that cannot be solved: their flags, the others' values, the gradient."""
+    found, x = {}, rows(jr.key(2), BATCH)
+    x = x.at[jnp.array([0, 9, 40, 63])].set(6.0)
+    worst = functools.partial(objectives.likelihood, solve=Solve(norm="worst"))
+    loss = jax.jit(jax.value_and_grad(lambda flow: worst(flow, x, None)[0]))
+    for kind in ("blows up", "NaN"):
+        flow = astype(outside(kind), jnp.float32)
+        found[f"{kind} loss"], gradient = loss(flow)
+        found[f"{kind} gradient"] = flat(gradient)
+        result = jcnf.transform(flow, parallel.split(x))
+        found |= {f"{kind} x": result.x, f"{kind} log-det": result.logdet}
+        found[f"{kind} failed"] = result.stats.failed.astype(float)
+    return parallel.on_host(found)
 
 
 def pictures():

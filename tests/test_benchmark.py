@@ -122,6 +122,7 @@ def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
     assert fresh["nfe"] < unaided["nfe"]
 
 
+@pytest.mark.slow
 def test_the_unrolled_program_computes_our_loss(tiny):
     # Weights of which a solve takes several steps.
     flow, solve = jax.tree.map(lambda a: 3 * a, tiny.flow), Solve(rtol=1e-5, atol=1e-5)
@@ -136,6 +137,7 @@ def test_the_unrolled_program_computes_our_loss(tiny):
     assert program.figures["nfe"] == here.figures["nfe"] - 1 >= 3 * 6
 
 
+@pytest.mark.slow
 def test_an_unrolled_program_of_other_steps_is_not_timed(tiny, monkeypatch, capsys):
     times = np.linspace(1, 0, 3)
     monkeypatch.setattr(unrolled, "accepted_times", lambda case: times)
@@ -166,6 +168,7 @@ def test_the_fastest_of_those_that_are_accurate():
     assert evaluate.fastest([loose], 1e-4) is None
 
 
+@pytest.mark.slow
 def test_flow_matching_against_bare_passes(monkeypatch):
     monkeypatch.setattr(matching, "BATCH", 8)
     monkeypatch.setattr(matching, "PER_DISPATCH", 2)
@@ -240,6 +243,7 @@ def test_a_peer_that_cannot_be_imported_is_named_and_left_out(monkeypatch, capsy
     assert capsys.readouterr().out == said + "exist)\n"
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_numbers_and_no_torch_is_imported(tmp_path):
     script = "import sys; from experiments import benchmark; from experiments.harness import main\n"
     script += "benchmark.startup.FIRST_STEP = 'pass'\n"

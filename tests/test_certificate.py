@@ -17,6 +17,7 @@ X, CONTEXT = jnp.asarray(RNG.normal(size=(30, 3))), jnp.asarray(RNG.normal(size=
 LOOSE = Solve(rtol=1e-2, atol=1e-2, norm="worst")
 
 
+@pytest.mark.slow
 def test_the_numerical_error_is_that_to_the_known_density():
     certificate = evaluate.certify(affine(), X, context=CONTEXT, solve=LOOSE, reference_points=10)
     error = np.abs(certificate.scores.log_prob - log_density(X, CONTEXT))
@@ -98,6 +99,24 @@ def test_mass_in_one_dimension():
     assert found.grid.log_prob.shape == (1000,)
 
 
+def test_with_little_time_points_and_outer_cells_are_left_out_and_this_is_said():
+    flow = CNF(mlp(2, ()), StandardNormal(2))
+    x = flow.base.sample(jr.key(0), 3000, X.dtype)
+    settings = {"reference_points": 0, "extent": (-4.0, 4.0, -4.0, 4.0), "cells": 120}
+    found = evaluate.certify(flow, x, seconds=1e-6, chunk=1000, **settings)
+    assert len(found.points) == len(found.scores.log_prob) == 2000
+    whole = evaluate.score(flow, x[found.points])
+    np.testing.assert_allclose(found.scores.log_prob, whole.log_prob, atol=1e-5)
+    assert (found.grid.unmeasured, found.grid.failures) == (120**2 - 10_000, 0)
+    inner = slice(10, 110)
+    assert not np.isnan(found.grid.log_prob[inner, inner]).any()
+    measured = ~np.isnan(found.grid.log_prob)
+    assert measured.sum() == 10_000
+    cells = evaluate.score(flow, found.grid.points[measured.ravel()][::100])
+    np.testing.assert_allclose(found.grid.log_prob[measured][::100], cells.log_prob, atol=1e-5)
+    assert "2000 of 3000 points and the inner 10000 of 14400 cells" in found.warnings()[0]
+
+
 def test_a_grid_is_of_one_or_two_dimensions(unchecked):
     with pytest.raises(ValueError, match="each of the flow's dimensions; got 2 values for 3"):
         evaluate.grid(linear(), (-1.0, 1.0))
@@ -105,10 +124,8 @@ def test_a_grid_is_of_one_or_two_dimensions(unchecked):
         evaluate.grid(linear(), (-1.0, 1.0) * 3)
 
 
-@pytest.mark.parametrize(
-    "adjoint",
-    ["checkpoint", *(pytest.param(a, marks=pytest.mark.slow) for a in ("backsolve", "reversible"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", ["checkpoint", "backsolve", "reversible"])
 def test_audit_of_a_gradient(adjoint):
     flow, penalties = CNF(mlp(3, (4,)), StandardNormal(3), t1=T), {kinetic: 0.1}
     solve = Solve(rtol=1e-6, atol=1e-6, adjoint=adjoint)
@@ -122,6 +139,7 @@ def test_audit_of_a_gradient(adjoint):
     assert (audit.to_discretised == 0) == (adjoint == "checkpoint")
 
 
+@pytest.mark.slow
 def test_audit_sees_a_wrong_gradient_and_a_failed_solve():
     flow = CNF(mlp(3, (4,)), StandardNormal(3), t1=T)
     coarse = Solve(solver="euler", step=0.4, adjoint="backsolve")

@@ -332,6 +332,7 @@ def pictures_flow(shape=(4, 4, 1), scales=2):
     return Chain([*inner.parts, Logit(0.05)], StandardNormal(int(np.prod(shape))))
 
 
+@pytest.mark.slow
 def test_the_logdet_of_a_multiscale_flow_is_that_of_its_jacobian():
     flow, x = pictures_flow(), jnp.asarray(RNG.uniform(size=(1, 16)))
     solve = Solve(rtol=1e-10, atol=1e-10, adjoint=diffrax.ForwardMode())
@@ -429,7 +430,9 @@ class Pulse(eqx.Module):
         return jax.scipy.stats.norm.pdf(t, self.at, self.width) * x
 
 
-@pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
+@pytest.mark.parametrize(
+    "adjoint", ["checkpoint", pytest.param("reversible", marks=pytest.mark.slow)]
+)
 def test_parts_that_share_a_step_plan_take_fewer_steps_and_are_as_accurate(adjoint):
     chain = Chain([ODE(Pulse(0.2, 10.0)), ODE(Pulse(0.2, 0.07))], StandardNormal(3))
     solve = Solve(rtol=1e-5, atol=1e-5, adjoint=adjoint)

@@ -204,7 +204,7 @@ def gaussian_kl(p, q):
     return 0.5 * (np.trace(ratio) - len(p) - np.log(np.linalg.det(ratio)))
 
 
-@pytest.mark.parametrize("matched", [True, False])
+@pytest.mark.parametrize("matched", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_figures_of_a_match(matched, monkeypatch):
     """Of a flow that is the target: ESS 1, no KL; of one that is not: those of two Gaussians."""
     from experiments import energy as experiment

@@ -83,7 +83,9 @@ class Burst(eqx.Module):
         return -1.2 * jnp.exp(-0.5 * ((t - 0.4) / 0.06) ** 2) / (0.06 * (2 * np.pi) ** 0.5) * x
 
 
-@pytest.mark.parametrize("name", ["score", "to_data", "to_base"])
+@pytest.mark.parametrize(
+    "name", ["score", *(pytest.param(n, marks=pytest.mark.slow) for n in ("to_data", "to_base"))]
+)
 def test_many_chunks_take_the_steps_that_are_right_for_all(name):
     flow, rows = CNF(Burst(), StandardNormal(2)), jnp.asarray(RNG.normal(size=(9, 2)))
     x = jnp.concatenate([rows] * 4)

@@ -123,6 +123,7 @@ def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
     assert "log_prob.csv exists" in again.stderr
 
 
+@pytest.mark.slow
 def test_density_given_a_column_scores_and_samples_the_others(table, tmp_path):
     out = tmp_path / "run"
     words = ["--data", table, "--out", out, "--context", "a", "2"]
@@ -630,6 +631,7 @@ class Straight(eqx.Module):
         return jnp.array([-2.0, 0.0, 2.0], x.dtype)
 
 
+@pytest.mark.slow
 def test_figures_of_a_transport():
     from experiments.ot_flow import OTFlow, transport_figures
 

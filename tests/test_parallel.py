@@ -23,8 +23,10 @@ from jcnf.evaluate import chunks
 HERE = Path(__file__).parent
 # Tasks that a worker does together.
 GROUPS = (
-    ("agreement", "matching"),
-    ("likelihood", "evaluation"),
+    ("agreement",),
+    ("matching",),
+    ("likelihood",),
+    ("evaluation", "failing"),
     ("public", "pictures", "adjoints"),
 )
 LAYOUTS = {"one": (1, 1), "four": (1, 4), "two processes": (2, 2)}  # processes, devices of each
@@ -108,12 +110,13 @@ def assert_trained_alike(one, other):
     assert one["losses"][-1][0] < one["losses"][0][0]
 
 
-@many
+@many_slowly
 def test_flow_matching_takes_the_same_steps(found, layout):
     assert_trained_alike(found("one", "matching"), found(layout, "matching"))
 
 
-@many_slowly
+@pytest.mark.slow
+@many
 def test_likelihood_takes_the_same_steps(found, layout):
     assert_trained_alike(found("one", "likelihood"), found(layout, "likelihood"))
 
@@ -125,6 +128,15 @@ def test_evaluation_is_the_same(found, layout):
         assert one.pop(name) == other.pop(name)
     assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert np.shape(one["samples"]) == (37, 2)
+
+
+@many_slowly
+def test_rows_that_fail_fail_alone_on_every_device(found, layout):
+    one, other = found("one", "failing"), found(layout, "failing")
+    assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for name in one:
+        if name.endswith("failed"):
+            np.testing.assert_array_equal(np.flatnonzero(one[name]), [0, 9, 40, 63])
 
 
 @many

@@ -12,6 +12,7 @@ from jcnf.distributions import StandardNormal
 from jcnf.solve import check_tolerance
 
 
+@pytest.mark.slow
 def test_a_field_in_bfloat16_under_states_of_float32():
     with jax.enable_x64(False):
         flow = CNF(fields.MLP(2, (16,), key=jr.key(0)), StandardNormal(2))

@@ -125,7 +125,10 @@ def rates(t):
 
 
 @pytest.mark.parametrize("direction", ["to_base", "to_data"])
-@pytest.mark.parametrize("name", ANY_FIELD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "taylor" in n else ()) for n in ANY_FIELD],
+)
 def test_penalties_are_quadratures_in_both_directions(name, direction):
     penalty = of_swing(direction)[name]
     assert np.all(penalty > 0.01)

@@ -47,7 +47,6 @@ STEPS = Solve(solver="heun", step=T / 2)
 QUICK = {
     ("normalizing", "exact", "to_base"),
     ("normalizing", "forward", "to_data"),
-    ("mlp concatsquash", "exact", "to_base"),
 }
 TABLE = [
     pytest.param(
@@ -171,6 +170,7 @@ def test_certificate_names_rows_that_depend_on_their_place():
     assert evaluate.row_independence(flow, x, batch=50).warning() is None
 
 
+@pytest.mark.slow
 def test_certificate_of_a_large_batch_of_a_normalizing_field_has_no_warning():
     flow = astype(CNF(FIELDS["normalizing"](), StandardNormal(3)), jnp.float32)
     x = jr.normal(jr.key(0), (10_000, 3), jnp.float32)

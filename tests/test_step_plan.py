@@ -221,7 +221,7 @@ def test_a_step_plan_that_is_not_known_or_of_too_many_steps_is_as_none(adjoint):
 
 
 @EACH
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.slow)])
 def test_gradients_on_a_step_plan_are_those_of_the_closed_form_and_none_flow_through_it(
     adjoint, way
 ):

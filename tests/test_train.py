@@ -292,6 +292,7 @@ def test_numpy_data_are_looked_at_every_time_and_in_the_dtype_of_training():
         run(state, data, KEY, 1)
 
 
+@pytest.mark.slow
 def test_runs_go_through_vmap():
     run, state = sampled(0.0)
     states = jax.tree.map(lambda a: jnp.stack([a, a]), state)
@@ -499,7 +500,7 @@ def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
 
 
 def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
-    flow, solve = CNF(mlp(2, (4,)), ScaledNormal(2)), Solve(first_step=1.0)
+    flow, solve = CNF(mlp(2, (4,)), ScaledNormal(2)), Solve("bosh3", first_step=1.0)
     optimizer = optax.sgd(1e-3)
     run = train.make_run(flow, objectives.likelihood, train.draw_rows(None), optimizer, solve=solve)
 

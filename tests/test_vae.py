@@ -198,6 +198,7 @@ def test_the_objective_is_the_mean_of_what_is_weighed():
     assert not moved["failed"]
 
 
+@pytest.mark.slow
 def test_every_part_has_a_gradient():
     model = trained(ODE(mlp(2, (4,), context_dim=4, conditioning="modulate")))
     params, static = eqx.partition(model, eqx.is_inexact_array)

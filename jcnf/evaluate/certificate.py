@@ -1,5 +1,6 @@
 """How far the numbers of a flow can be trusted: numerical error beside statistical error."""
 
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ from jcnf.solve import Solve
 
 MASS_TOLERANCE = 1e-3
 ROUND_TRIP = 1000  # points at most
-# With a budget of time, a third of it is for the log-densities of points and the rest for what
-# follows. At least these numbers of points, and of cells along an axis, are always measured.
+# With a budget of time, the log-densities of points may take a third of it, but are those of so
+# many points at least. The cells of a grid that are far from the data may need many more steps than
+# points do: a solve with so many times as many ends there.
 SCORING_SHARE = 1 / 3
 MIN_POINTS = 2000
-MIN_CELLS = 100
+TIMES_STEPS_OF_POINTS = 8
+MIN_STEPS = 64
 
 
 class Certificate(NamedTuple):
@@ -126,9 +129,10 @@ def certify(
     In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half as
     much again at each side.
 
-    With `seconds`, it measures fewer points, taken at random, and a coarser grid where all would
-    take longer, and says so in its warnings; never fewer than `MIN_POINTS` and `MIN_CELLS` an axis.
-    It is no hard limit: compiling and the last chunk may exceed it.
+    With `seconds`, it measures fewer points, taken at random, and leaves out the outer cells of the
+    grid where all would take longer, and says so in its warnings; never fewer than `MIN_POINTS`,
+    and one chunk of cells. Adaptive solves of cells then end after `TIMES_STEPS_OF_POINTS` times
+    the steps that points take. It is not a hard limit: compiling and the last chunk may exceed it.
 
     **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
     """
@@ -156,7 +160,6 @@ def certify(
             raise ValueError(f"the spread of an estimator needs at least 2 draws; got {draws}")
         keys = jax.random.split(key, draws)
     scored = [score(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
-    pace = (time.monotonic() - start) / len(scored[0].log_prob)
     noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
     done = slice(0, len(scored[0].log_prob))
     x, context, noise = _rows((x, context, noise), done)
@@ -180,21 +183,24 @@ def certify(
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()
     failed[some] |= back.failed
-    asked = cells
-    if seconds is not None and x.shape[1] == 2:
-        left = max(seconds - (time.monotonic() - start), seconds / 3)
-        affordable = max(MIN_CELLS, int(np.sqrt(left / pace)))
-        # An even number fewer, so that the middle stays the middle.
-        cells -= 2 * max(0, (cells - affordable) // 2)
-    density = _grid(flow, x[~failed], extent, cells, solve) if plain else None
+    density = None
+    if plain:
+        cell_solve, end = solve, np.inf
+        if seconds is not None:
+            cell_solve = _no_longer(solve, scores.nfe)
+            end = max(start + seconds, time.monotonic() + seconds / 3)
+        density = _grid(
+            flow, x[~failed], extent, cells, cell_solve, lambda done: time.monotonic() > end
+        )
     batch = min(CHUNK if chunk is None else chunk, len(x))
     if density is not None:
         batch = max(batch, min(CHUNK, density.log_prob.size))
     shortened = []
     if len(x) < given:
         shortened.append(f"{len(x)} of {given} points")
-    if density is not None and cells < asked:
-        shortened.append(f"a grid of {cells} cells an axis instead of {asked}")
+    if density is not None and density.unmeasured:
+        cells = density.log_prob.size
+        shortened.append(f"the inner {cells - density.unmeasured} of {cells} cells")
     return Certificate(
         scores=scores,
         points=order[done],
@@ -248,11 +254,20 @@ def _reference(flow, x, context, solve, divergence):
     return in_float64(log_probs, flow, x, context, divergence)
 
 
-def _grid(flow, x, extent, cells, solve):
+def _no_longer(solve, nfe):
+    """Return a solve that ends after some times the steps in which there are `nfe` evaluations."""
+    if solve.step is not None:
+        return solve
+    steps = nfe / int(solve.evaluations(2) - solve.evaluations(1))
+    longest = max(MIN_STEPS, int(TIMES_STEPS_OF_POINTS * steps))
+    return dataclasses.replace(solve, max_steps=min(solve.max_steps, longest))
+
+
+def _grid(flow, x, extent, cells, solve, enough):
     if extent is None and not len(x):
         return None
     if extent is None:
         low, high = np.min(x, 0), np.max(x, 0)
         margin = np.where(high > low, (high - low) / 2, 1)
         extent = tuple(np.stack([low - margin, high + margin], 1).ravel().tolist())
-    return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve)
+    return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve, enough=enough)

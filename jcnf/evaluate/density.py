@@ -1,5 +1,6 @@
 """A density over its whole space, and the Gaussian it has to beat."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,17 +11,33 @@ from jaxtyping import Array
 from jcnf import require
 from jcnf.evaluate.scores import ACCURATE, Scores, score
 from jcnf.flow import Flow, check_flow
+from jcnf.ode import unknown
 from jcnf.solve import Solve
 
 
 class Grid(NamedTuple):
     """A density on an interval or a rectangle."""
 
-    log_prob: np.ndarray  # (n,) or (n, n) nats, at x[j] or [i, j] at (x[j], y[i])
+    log_prob: np.ndarray  # (n,) or (n, n) nats, at x[j] or [i, j] at (x[j], y[i]); or NaN
+    failed: np.ndarray  # of the same shape: cells whose solve failed
     points: Array  # (n, 1) or (n * n, 2), row by row
     extent: tuple[float, ...]  # xmin, xmax and, in the plane, ymin, ymax
-    mass: float  # integral of the density over it
-    failures: int
+
+    @property
+    def mass(self) -> float:
+        """Integral of the density over the cells that are not NaN."""
+        volume = np.prod(np.diff(np.reshape(self.extent, (-1, 2)))) / self.log_prob.size
+        return float(np.nansum(np.exp(self.log_prob, dtype=np.float64)) * volume)
+
+    @property
+    def failures(self) -> int:
+        """Number of cells whose solve failed."""
+        return int(self.failed.sum())
+
+    @property
+    def unmeasured(self) -> int:
+        """Number of cells that were left out."""
+        return int(np.isnan(self.log_prob).sum()) - self.failures
 
     def cropped(self, cells: int) -> "Grid":
         """Return the grid of the `cells` an axis in the middle, with the mass that is in them.
@@ -35,38 +52,51 @@ class Grid(NamedTuple):
         low, high = np.reshape(self.extent, (dim, 2)).T
         middle, half = (low + high) / 2, (high - low) / 2 * cells / n
         extent = tuple(np.stack([middle - half, middle + half], 1).ravel().tolist())
-        log_prob = self.log_prob[(inner,) * dim]
         points = self.points.reshape(*self.log_prob.shape, dim)[(inner,) * dim].reshape(-1, dim)
-        return _grid(log_prob, points, extent)
+        return Grid(self.log_prob[(inner,) * dim], self.failed[(inner,) * dim], points, extent)
 
 
-def grid(flow: Flow, extent: tuple[float, ...], n: int = 200, *, solve: Solve = ACCURATE) -> Grid:
-    """The log-density of a flow in 1 or 2 dimensions at the centres of equal cells, n an axis.
+def grid(
+    flow: Flow,
+    extent: tuple[float, ...],
+    n: int = 200,
+    *,
+    solve: Solve = ACCURATE,
+    enough: Callable[[int], bool] = lambda done: False,
+) -> Grid:
+    """Return the log-density of a flow in 1 or 2 dimensions on n equal cells an axis.
 
-    Its integral is over the cells whose solves did not fail.
+    It is that at the centers of the cells, which are taken from the middle outwards. `enough(done)`
+    is asked after each chunk, with the number of cells that are done; where it is true, the outer
+    ones are left out.
     """
     check_flow(flow)
     check_extent(extent, flow.base.dim)
-    return grid_of(lambda points: score(flow, points, solve=solve), extent, n)
+    if solve.step_plan is None and solve.heeds_step_plans:
+        # No step plan serves both the middle and the cells far from the data.
+        solve = dataclasses.replace(solve, step_plan=unknown(jnp.result_type(float)))
+    return grid_of(lambda points: score(flow, points, solve=solve, enough=enough), extent, n)
 
 
 def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int = 200) -> Grid:
-    """The same of any `scores(points)`, of points (m, 1) or (m, 2)."""
+    """Return the grid of any `scores(points)`, of points (m, 1) or (m, 2).
+
+    They may be of the first points only: those are the ones in the middle.
+    """
     check_extent(extent)
     require.whole(cells=n)
     dim = len(extent) // 2
     intervals = np.reshape(extent, (dim, 2))
     axes = [cell_centres(tuple(interval), n) for interval in intervals]
-    points = jnp.asarray(np.stack(np.meshgrid(*axes), -1).reshape(-1, dim), float)
-    found = scores(points)
-    return _grid(found.log_prob.reshape([n] * dim), points, extent)
-
-
-def _grid(log_prob, points, extent):
-    """The grid with its mass; a cell whose solve failed is NaN."""
-    volume = np.prod(np.diff(np.reshape(extent, (-1, 2)))) / log_prob.size
-    mass = float(np.nansum(np.exp(log_prob, dtype=np.float64)) * volume)
-    return Grid(log_prob, points, extent, mass, int(np.isnan(log_prob).sum()))
+    points = np.stack(np.meshgrid(*axes), -1).reshape(-1, dim)
+    from_middle = np.abs(points - intervals.mean(axis=1)) / np.ptp(intervals, axis=1)
+    order = np.argsort(np.max(from_middle, axis=1), kind="stable")
+    points = jnp.asarray(points, float)
+    found = scores(points[order])
+    done = order[: len(found.log_prob)]
+    log_prob, failed = np.full(len(points), np.nan), np.zeros(len(points), bool)
+    log_prob[done], failed[done] = found.log_prob, found.failed
+    return Grid(log_prob.reshape([n] * dim), failed.reshape([n] * dim), points, extent)
 
 
 def check_extent(extent: tuple[float, ...], dim: int | None = None) -> None:

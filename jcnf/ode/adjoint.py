@@ -14,6 +14,7 @@ Runge-Kutta method at the start of a step is all that the step needs is what mak
 
 import functools
 import math
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import diffrax
@@ -28,21 +29,27 @@ from jcnf.ode.failing_rows import FreezeFailingRows, with_copies
 STATES = 32  # kept at least
 
 
-class StepCheckpointAdjoint(diffrax.AbstractAdjoint):
-    """The backward pass of this module, for Runge-Kutta methods and the state at t1.
+class AbstractEndAdjoint(diffrax.AbstractAdjoint):
+    """Base of adjoints that differentiate the state at t1, and nothing else.
 
-    It differentiates with respect to `y0`, `args` and `terms`, in reverse mode, once.
+    They differentiate with respect to `y0`, `args` and `terms`, in reverse mode, once.
 
     **Raises:** `ValueError` for anything but `SaveAt(t1=True)`, for events, and without
     `max_steps`.
     """
+
+    @abstractmethod
+    def solve(self, y0_args_terms, **settings):
+        """Return diffrax's last state, by a function with a backward pass of its own.
+
+        `settings` are those of `run_from`.
+        """
 
     def loop(
         self,
         *,
         args,
         terms,
-        solver,
         saveat,
         event,
         init_state,
@@ -52,14 +59,24 @@ class StepCheckpointAdjoint(diffrax.AbstractAdjoint):
         throw,
         **settings,
     ):
-        check_end_only(self, saveat, event, max_steps)
-        y0 = init_state.y
-        init_state = without_gradient(init_state)
-        final = _solve(
-            (y0, args, terms),
+        subs, name = saveat.subs, type(self).__name__
+        only_end = isinstance(subs, diffrax.SubSaveAt) and subs.t1 and not subs.t0
+        if not only_end or subs.ts is not None or subs.steps or saveat.dense:
+            raise ValueError(
+                f"{name} differentiates the state at t1 only: use SaveAt(t1=True), or "
+                "RecursiveCheckpointAdjoint for a trajectory"
+            )
+        if event is not None or max_steps is None:
+            raise ValueError(f"{name} needs max_steps, and cannot handle events")
+        # What the solver and the controller computed from y0 at the start has no gradient.
+        start = jax.tree.map(
+            lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
+            eqx.tree_at(lambda state: state.y, init_state, None),
+        )
+        final = self.solve(
+            (init_state.y, args, terms),
             loop=self._loop,
-            solver=solver,
-            init_state=init_state,
+            init_state=start,
             saveat=saveat,
             event=event,
             max_steps=max_steps,
@@ -68,25 +85,11 @@ class StepCheckpointAdjoint(diffrax.AbstractAdjoint):
         return final, {}
 
 
-def check_end_only(adjoint, saveat, event, max_steps):
-    """Raise `ValueError` for a solve of which more than the end is asked."""
-    subs = saveat.subs
-    only_end = isinstance(subs, diffrax.SubSaveAt) and subs.t1 and not subs.t0
-    if not only_end or subs.ts is not None or subs.steps or saveat.dense:
-        raise ValueError(
-            f"{type(adjoint).__name__} differentiates the state at t1 only: use SaveAt(t1=True), "
-            "or RecursiveCheckpointAdjoint for a trajectory"
-        )
-    if event is not None or max_steps is None:
-        raise ValueError(f"{type(adjoint).__name__} needs max_steps, and knows no events")
+class StepCheckpointAdjoint(AbstractEndAdjoint):
+    """The backward pass of this module, for Runge-Kutta methods."""
 
-
-def without_gradient(init_state):
-    """Return diffrax's initial state without y0, and with no gradient through what follows it."""
-    init_state = eqx.tree_at(lambda state: state.y, init_state, None)
-    return jax.tree.map(
-        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, init_state
-    )
+    def solve(self, y0_args_terms, **settings):
+        return _solve(y0_args_terms, **settings)
 
 
 class Kept(NamedTuple):

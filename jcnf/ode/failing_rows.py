@@ -95,7 +95,7 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         )
 
     # diffrax traces its loop several times: the step is traced once, and written out there.
-    @eqx.filter_jit(inline=True)
+    @eqx.filter_jit(inline=True)  # pyright: ignore[reportCallIssue]
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state = solver_state
         y1, error, dense, inner, result = self.solver.step(

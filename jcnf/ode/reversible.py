@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jcnf.ode.adjoint import (
-    check_end_only,
+    AbstractEndAdjoint,
     end_cotangent,
     failed_rows,
     no_record,
@@ -34,7 +34,6 @@ from jcnf.ode.adjoint import (
     run_from,
     steps_to_pull_back,
     unwrapped,
-    without_gradient,
 )
 from jcnf.ode.failing_rows import FreezeFailingRows
 from jcnf.ode.unrolled import is_explicit, needed, slopes_of_step, weighted_sum
@@ -128,46 +127,16 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
         return weighted_sum(h, tableau.b_sol, slopes), weighted_sum(h, tableau.b_error, slopes)
 
 
-class ReversibleAdjoint(diffrax.AbstractAdjoint):
+class ReversibleAdjoint(AbstractEndAdjoint):
     """Backpropagation that takes a reversible solver's steps back, and keeps their times only.
 
-    It differentiates the state at t1 with respect to `y0`, `args` and `terms`, in reverse mode,
-    once.
-
-    **Raises:** `ValueError` for a solver that is not reversible, for anything but
-    `SaveAt(t1=True)`, for events, and without `max_steps`.
+    **Raises:** `ValueError` for a solver that is not reversible too.
     """
 
-    def loop(
-        self,
-        *,
-        args,
-        terms,
-        solver,
-        saveat,
-        event,
-        init_state,
-        max_steps,
-        passed_solver_state,
-        passed_controller_state,
-        throw,
-        **settings,
-    ):
-        check_end_only(self, saveat, event, max_steps)
+    def solve(self, y0_args_terms, *, solver, **settings):
         if not isinstance(unwrapped(solver), AbstractReversibleSolver):
             raise ValueError(f"ReversibleAdjoint needs a reversible solver; got {solver}")
-        y0 = init_state.y
-        final = _solve(
-            (y0, args, terms),
-            loop=self._loop,
-            solver=solver,
-            init_state=without_gradient(init_state),
-            saveat=saveat,
-            event=event,
-            max_steps=max_steps,
-            **settings,
-        )
-        return final, {}
+        return _solve(y0_args_terms, solver=solver, **settings)
 
 
 @eqx.filter_custom_vjp
