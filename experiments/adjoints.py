@@ -19,14 +19,14 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from experiments.harness import main
-from experiments.quick import toy_flow
-from experiments.run_settings import MANY, RunSettings
-from experiments.rundir import RunDir
-from jcnf import CNF, Solve, curves, distributions, evaluate, fields, objectives, train
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, RunSettings
+from experiments._runner.run_dir import RunDir
+from experiments._tasks.pretrained import toy_flow
+from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, plot, training
+from jcnf._checks import InputError
 from jcnf.data.toys import toy
-from jcnf.errors import InputError
-from jcnf.solve import check_tolerance
+from jcnf.ode import check_tolerance
 
 ADJOINTS = ("checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible")
 STEPS = (20, 80, 320, 1280)
@@ -94,7 +94,7 @@ def seconds(flow: CNF, x: Array, solves: dict[str, Solve], rounds: int) -> dict[
 def memory(adjoint: str, steps: int) -> int:
     """Bytes of temporary memory of the compiled gradient over so many fixed steps."""
     flow = CNF(fields.MLP(256, (16,), key=jr.key(0)), distributions.StandardNormal(256))
-    params, static = train.partition(flow)
+    params, static = training.partition(flow)
     x = jnp.zeros((64, 256))
     solve = Solve(step=flow.t1 / steps, adjoint=adjoint, max_steps=steps)
 
@@ -116,7 +116,7 @@ def run(settings: Adjoints) -> None:
     bytes_of, exponents = {}, {}
     for adjoint in ADJOINTS:
         bytes_of[adjoint] = [memory(adjoint, steps) for steps in STEPS]
-        exponents[adjoint] = curves.exponent(STEPS, bytes_of[adjoint])
+        exponents[adjoint] = plot.scaling_exponent(STEPS, bytes_of[adjoint])
         print(f"  {adjoint:20} {bytes_of[adjoint]}  {exponents[adjoint]:.2f}")
 
     print("relative error of the gradient")
@@ -137,13 +137,13 @@ def run(settings: Adjoints) -> None:
         )
 
     panels = [
-        curves.Panel(
+        plot.CurvePanel(
             "relative error of the gradient",
             "rtol = atol",
             "to the gradient of the exact flow",
             {name: (tolerances, series) for name, series in found.items()},
         ),
-        curves.Panel(
+        plot.CurvePanel(
             "temporary memory of the gradient",
             "fixed steps",
             "MiB",
@@ -151,7 +151,7 @@ def run(settings: Adjoints) -> None:
             {name: f"{name}: steps^{round(p, 2) + 0.0}" for name, p in exponents.items()},
         ),
     ]
-    run_dir.save_figures(adjoints=curves.scaling(panels))
+    run_dir.save_figures(adjoints=plot.scaling(panels))
     run_dir.write_json(
         "adjoints.json",
         {"tolerances": tolerances, "errors": found, "steps": STEPS, "bytes": bytes_of},

@@ -15,6 +15,9 @@ import dataclasses
 
 import jax
 
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, RunSettings
+from experiments._runner.run_dir import RunDir
 from experiments.bench import (
     evaluate,
     matching,
@@ -28,11 +31,8 @@ from experiments.bench import (
     step,
 )
 from experiments.bench.cases import CASES, table
-from experiments.harness import main
-from experiments.run_settings import MANY, RunSettings
-from experiments.rundir import RunDir
-from jcnf import curves
-from jcnf.errors import InputError
+from jcnf import plot
+from jcnf._checks import InputError
 
 QUICK = ("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup")
 SUITES = (*QUICK, "quality")
@@ -169,7 +169,7 @@ def _points(time_points, what):
 
 def _scaling(settings, run_dir, ratios):
     found = scaling.run(settings.rounds, settings.seconds, settings.peers, settings.steps)
-    run_dir.save_figures(scaling=curves.scaling(scaling.panels(found)))
+    run_dir.save_figures(scaling=plot.scaling(scaling.panels(found)))
     exponents = scaling.exponents(found)
     ratios |= exponents
     return {"ms": found, "exponents": exponents}
@@ -181,7 +181,7 @@ def _startup(settings, run_dir, ratios):
 
 def _quality(settings, run_dir, ratios):
     found = quality.run(settings.limit, settings.peers, settings.seed)
-    run_dir.save_figures(quality=curves.scaling([quality.panel(found)]))
+    run_dir.save_figures(quality=plot.scaling([quality.panel(found)]))
     return found
 
 

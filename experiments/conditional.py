@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.harness import main
-from experiments.loop import fit
-from experiments.plane import VALIDATION_POINTS
-from experiments.progress import progress
-from experiments.run_settings import MANY, preset
-from experiments.rundir import RunDir
-from experiments.settings import FitSettings
-from experiments.stages import drawing
-from jcnf import evaluate, fields, plot, scatter
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, preset
+from experiments._runner.flow_config import FitSettings
+from experiments._runner.loop import fit
+from experiments._runner.progress import progress
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import drawing
+from experiments._tasks.density2d import VALIDATION_POINTS
+from jcnf import evaluate, fields, plot
+from jcnf._checks import InputError
 from jcnf.data import classes
-from jcnf.errors import InputError
 
 SHOWN = 2000  # samples of each class in the picture
 
@@ -109,7 +109,7 @@ def run(settings: Conditional) -> None:
         clouds.append((f"guidance {scale:g}", paths.x[-1], np.asarray(shown)))
     clouds.insert(0, ("data", np.asarray(classes.sample(data_key, shown)), np.asarray(shown)))
     run_dir.save_figures(
-        guidance=scatter.by_class(clouds, classes.EXTENT),
+        guidance=plot.scatter_by_class(clouds, classes.EXTENT),
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
     numerics = certificate.numerics() | fitted.numerics()

@@ -15,17 +15,25 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Key
 
-from experiments.figures import plane
-from experiments.harness import main
-from experiments.loop import fit
-from experiments.progress import progress
-from experiments.rows import IMPUTED, SAMPLES, SCORES, Columns, impute_rows, sample_rows, score_rows
-from experiments.run_settings import preset
-from experiments.rundir import RunDir, load_flow
-from experiments.settings import FitSettings
-from jcnf import CNF, evaluate, plot, train
+from experiments._runner.cli import main
+from experiments._runner.config import preset
+from experiments._runner.flow_config import FitSettings
+from experiments._runner.loop import fit
+from experiments._runner.progress import progress
+from experiments._runner.run_dir import RunDir, load_flow
+from experiments._tasks.figures import plane
+from experiments._tasks.tables import (
+    IMPUTED,
+    SAMPLES,
+    SCORES,
+    Columns,
+    impute_rows,
+    sample_rows,
+    score_rows,
+)
+from jcnf import CNF, evaluate, plot, training
+from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, Table, load_table, read_rows
-from jcnf.errors import InputError
 
 # What --from goes with.
 WITH_FROM = {"from_run", "out", "seed", "x64", "devices", "test_tolerance"}
@@ -200,7 +208,7 @@ def train_and_measure(
         run_dir,
         settings,
         settings.make_flow(len(columns.places), len(columns.given)),
-        draw_of=train.draw_rows,
+        draw_of=training.draw_rows,
         data=columns.split(table.train),
         validate=lambda flow: (
             evaluate.score(flow, validation, context=val_context, solve=quick).nll

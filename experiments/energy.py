@@ -14,18 +14,18 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments import figures
-from experiments.harness import main
-from experiments.loop import fit
-from experiments.progress import progress
-from experiments.run_settings import MANY, preset
-from experiments.rundir import RunDir
-from experiments.settings import FitSettings, FlowSettings
-from experiments.stages import DrawOf, Stage, drawing
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, preset
+from experiments._runner.flow_config import FitSettings, FlowSettings
+from experiments._runner.loop import fit
+from experiments._runner.progress import progress
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import DrawOf, Stage, drawing
+from experiments._tasks import figures
 from jcnf import CNF, Solve, evaluate, objectives, plot
+from jcnf._checks import InputError
 from jcnf.data import energies
 from jcnf.data.energies import Energy, Integral
-from jcnf.errors import InputError
 
 VALIDATION_POINTS = 5000
 CELLS = 300  # an axis, of the grid on which densities are integrated

@@ -4,14 +4,14 @@ import dataclasses
 
 import jax.random as jr
 
+from experiments._runner.cli import main
+from experiments._runner.metrics_log import MetricsLog
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import train_stages
 from experiments.energy import EnergySettings, MatchEnergy, base_samples, integrated, measure
-from experiments.harness import main
-from experiments.records import MetricsLog
-from experiments.rundir import RunDir
-from experiments.stages import train_stages
-from jcnf.curves import Panel, scaling
+from jcnf._checks import InputError
 from jcnf.data.energies import ENERGIES, Energy, energy
-from jcnf.errors import InputError
+from jcnf.plot import CurvePanel, scaling
 
 METRICS = ("reverse_kl", "reverse_kl_stderr", "forward_kl", "ess")
 NUMERICS = ("mass", "nfe_backward", "solver_failures", "skipped_updates")
@@ -91,8 +91,8 @@ def run(settings: EnergySweep) -> None:
         }
 
     panels = [
-        Panel("KL(q || p), the loss", "units M", "nats", curves("reverse_kl")),
-        Panel("KL(p || q), on a grid", "units M", "nats", curves("forward_kl")),
+        CurvePanel("KL(q || p), the loss", "units M", "nats", curves("reverse_kl")),
+        CurvePanel("KL(p || q), on a grid", "units M", "nats", curves("forward_kl")),
     ]
     run_dir.save_figures(units=scaling(panels))
     run_dir.write_json("results.json", results)

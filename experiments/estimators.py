@@ -21,25 +21,25 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Key
 
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, WIDEST, RunSettings
+from experiments._runner.run_dir import RunDir, load_flow, read_flow_notes
+from experiments._tasks.pretrained import train_quickly
 from experiments.density import Density
-from experiments.harness import main
-from experiments.quick import train_quickly
-from experiments.run_settings import MANY, WIDEST, RunSettings
-from experiments.rundir import RunDir, load_flow, read_flow_notes
 from jcnf import (
     CNF,
     Exact,
     Solve,
-    curves,
     distributions,
     evaluate,
     fields,
     objectives,
-    train,
+    plot,
+    training,
     transform,
 )
+from jcnf._checks import InputError
 from jcnf.divergence import Estimator, ForwardMode, Hutchinson, HutchPlusPlus, XTrace
-from jcnf.errors import InputError
 
 SOLVE = Solve(rtol=1e-4, atol=1e-4)
 MAKERS = {
@@ -168,7 +168,7 @@ def variances(settings: Estimators) -> dict[str, Any]:
 def seconds(dim: int, rounds: int, key: Key[Array, ""]) -> dict[str, float]:
     """Median seconds of loss and gradient through one evaluation, by divergence."""
     field = fields.MLP(dim, (256, 256), time="concat", activation="softplus", key=key)
-    params, static = train.partition(CNF(field, distributions.StandardNormal(dim)))
+    params, static = training.partition(CNF(field, distributions.StandardNormal(dim)))
     x, solve = jr.normal(key, (512, dim)), Solve(solver="euler", step=1.0)
     programs = {}
     for strategy in (Hutchinson(), Exact(), ForwardMode()):
@@ -195,7 +195,7 @@ def run(settings: Estimators) -> None:
     run_dir = RunDir("estimators", settings)
     found = variances(settings)
     panels = [
-        curves.Panel(
+        plot.CurvePanel(
             f"variance of {what}",
             "products with the Jacobian",
             units,
@@ -206,7 +206,7 @@ def run(settings: Estimators) -> None:
             ("log p(x), one draw a solve", "nats$^2$, mean over points", "log_prob"),
         )
     ]
-    run_dir.save_figures(variance=curves.scaling(panels))
+    run_dir.save_figures(variance=plot.scaling(panels))
     ratios = {}
     for dim in settings.time_dims:
         taken = seconds(dim, settings.rounds, jr.key(settings.seed))

@@ -14,16 +14,16 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from experiments.harness import main
-from experiments.plane import PlaneFlow, ToySettings
-from experiments.records import MetricsLog
-from experiments.rundir import RunDir
-from experiments.spline_flow import require_flowjax, train_spline_flow
-from experiments.stages import Stage, drawing, step_seconds, train_stages
+from experiments._runner.cli import main
+from experiments._runner.metrics_log import MetricsLog
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import Stage, drawing, step_seconds, train_stages
+from experiments._tasks.density2d import PlaneFlow, ToySettings
+from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
 from jcnf import evaluate
-from jcnf.curves import Panel, scaling
+from jcnf._checks import InputError
 from jcnf.data.toys import Toy
-from jcnf.errors import InputError
+from jcnf.plot import CurvePanel, scaling
 
 MMD_POINTS = 5000
 SAMPLING_TOLERANCE = 1e-3
@@ -114,7 +114,7 @@ def run(settings: FlowMatching) -> None:
         return [results[f"{way}_{budget:g}"][name] for budget in sorted(settings.budgets)]
 
     curves = {way: (curve(way, "seconds"), curve(way, "nll_gap")) for way in settings.ways}
-    panel = Panel(settings.data, "training seconds", "gap (nats)", curves)
+    panel = CurvePanel(settings.data, "training seconds", "gap (nats)", curves)
     run_dir.save_figures(gaps=scaling([panel]))
     run_dir.write_json("results.json", results)
     gaps = {f"nll_gap_{name}": figures["nll_gap"] for name, figures in results.items()}

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.harness import main
-from experiments.loop import fit
-from experiments.progress import progress
-from experiments.run_settings import MANY, preset
-from experiments.rundir import RunDir
-from experiments.settings import FitSettings
-from experiments.stages import Stage
-from jcnf import evaluate, plot, train
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, preset
+from experiments._runner.flow_config import FitSettings
+from experiments._runner.loop import fit
+from experiments._runner.progress import progress
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import Stage
+from jcnf import evaluate, plot, training
 from jcnf.distributions import ScaledNormal
 
 MEAN, STD = 6.0, 0.7
@@ -83,7 +83,7 @@ def run(settings: Gaussian1D) -> None:
         run_dir,
         settings,
         settings.make_flow(1),
-        draw_of=train.draw_rows,
+        draw_of=training.draw_rows,
         data=points,
         # Of the points themselves: there are no others to choose by.
         validate=lambda flow: evaluate.score(flow, points, solve=quick).nll,

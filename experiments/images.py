@@ -17,21 +17,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from experiments import likelihood_settings
-from experiments.harness import main
-from experiments.image_fit import ImageLoop, Measure, learn_pictures
-from experiments.likelihood_settings import LikelihoodSettings, named
-from experiments.run_settings import WIDEST, preset
-from experiments.stages import Stage
-from jcnf import Exact, Hutchinson, distributions, fields, multiscale, objectives
-from jcnf.chain import Chain
-from jcnf.cnf import ODE, with_fields
-from jcnf.errors import InputError
-from jcnf.flow import Flow
+from experiments._runner import likelihood_config
+from experiments._runner.cli import main
+from experiments._runner.config import WIDEST, preset
+from experiments._runner.likelihood_config import LikelihoodSettings, named
+from experiments._runner.stages import Stage
+from experiments._tasks.images import ImageLoop, Measure, learn_pictures
+from jcnf import Exact, Hutchinson, distributions, fields, flows, objectives
+from jcnf._checks import InputError
+from jcnf.flows import ODE, Chain, Flow, with_fields
 
 CLASSES = 10
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
-USERS = likelihood_settings.USERS | {
+USERS = likelihood_config.USERS | {
     ("flow_matching",): ("drop_context", "guidance"),
     ("conv",): ("time",),
     ("unet",): ("frequencies",),
@@ -134,8 +132,8 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
                 ODE(self.make_field(shape, context_dim, next(keys))) for _ in range(self.blocks)
             ]
 
-        inner = multiscale.multiscale(self.shape, self.scales, blocks)
-        parts = (*inner.parts, multiscale.Logit(self.alpha))
+        inner = flows.multiscale(self.shape, self.scales, blocks)
+        parts = (*inner.parts, flows.Logit(self.alpha))
         return Chain(parts, distributions.StandardNormal(dim))
 
     def make_stages(self) -> list[Stage]:

@@ -10,14 +10,15 @@ import jax.random as jr
 import numpy as np
 import tyro
 
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, RunSettings
+from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments.density import Density, train_and_measure
-from experiments.harness import main
-from experiments.run_settings import MANY, RunSettings
-from experiments.rundir import RunDir, kind_of, load_flow
-from jcnf import Solve, impute, scatter
+from jcnf import Solve, plot
+from jcnf._checks import InputError
 from jcnf.data.tables import Table, load_table
-from jcnf.errors import InputError
-from jcnf.gaussian import Gaussian
+from jcnf.inference import impute
+from jcnf.inference.gaussian import Gaussian
 
 POOR = 0.1  # share of effective importance samples below which a row is counted
 
@@ -140,7 +141,7 @@ def run(settings: Imputation) -> None:
         warnings.append("many rows have few effective importance samples: raise --importance")
     metrics = measure(truth, hidden, estimates, log_probs)
     run_dir.save_figures(
-        imputed=scatter.against_truth(
+        imputed=plot.scatter_against_truth(
             truth[hidden],
             {
                 f"{name}: RMSE {metrics[f'rmse_{name}']:.3f}": estimates[name][hidden]

@@ -17,17 +17,17 @@ import jax.random as jr
 import numpy as np
 import tyro
 
-from experiments.harness import main
-from experiments.image_data import held_out, some
-from experiments.image_fit import ImageLoop, one_hot
-from experiments.run_settings import MANY, RunSettings, SolveSettings
-from experiments.rundir import RunDir, kind_of, load_flow
-from jcnf import Solve, evaluate, galleries, inpaint
-from jcnf.chain import Chain
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, RunSettings, SolveSettings
+from experiments._runner.run_dir import RunDir, kind_of, load_flow
+from experiments._tasks.image_data import held_out, some
+from experiments._tasks.images import ImageLoop, one_hot
+from jcnf import Solve, evaluate, plot
+from jcnf._checks import InputError
 from jcnf.divergence import Drawn
-from jcnf.errors import InputError
-from jcnf.evaluate.scores import full_precision
-from jcnf.multiscale import Logit
+from jcnf.evaluate.log_prob import full_precision
+from jcnf.flows import Chain, Logit
+from jcnf.inference import inpaint
 
 WAYS = ("ascend", "langevin")
 
@@ -143,7 +143,7 @@ def run(settings: Inpaint) -> None:
     columns = [truth, covered, start, *ends]
     sheet = np.stack([np.asarray(x) for x in columns], axis=1).reshape(-1, truth.shape[1])
     title = f"test picture, what is known, start, steps {', '.join(map(str, steps))}"
-    figure = galleries.gallery([(title, sheet)], images.shape, columns=len(columns))
+    figure = plot.gallery([(title, sheet)], images.shape, columns=len(columns))
     run_dir.save_figures(stages=figure)
     metrics = {
         "rmse_start": rmse(start),

@@ -25,18 +25,19 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments.harness import main
-from experiments.latent_figures import Measured, draw
-from experiments.loop import Fitted, fit
-from experiments.run_settings import WIDEST, LoopSettings, SolveSettings, preset
-from experiments.rundir import RunDir
-from experiments.stages import Stage
-from jcnf import checkpoint, evaluate, fields, objectives, train
-from jcnf.cnf import ODE
+from experiments._runner.cli import main
+from experiments._runner.config import WIDEST, LoopSettings, SolveSettings, preset
+from experiments._runner.loop import Fitted, fit
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import Stage
+from experiments._tasks.vae_figures import Measured, draw
+from jcnf import evaluate, fields, objectives, training
+from jcnf._checks import InputError
 from jcnf.data.images import load_images
-from jcnf.errors import InputError
 from jcnf.evaluate import standard_error
-from jcnf.vae import VAE, Binomial, Encoder, Posterior
+from jcnf.flows import ODE
+from jcnf.flows.vae import VAE, Binomial, Encoder, Posterior
+from jcnf.training import checkpoint
 
 MODELS = ("gaussian", "wider", "flow", "refined")
 PAIRS = [("wider", "gaussian"), ("flow", "gaussian"), ("refined", "gaussian"), ("flow", "wider")]
@@ -135,9 +136,9 @@ class Latent(LoopSettings, SolveSettings):
         last = jax.tree.map(jnp.zeros_like, field.layers[-1])
         return ODE(eqx.tree_at(lambda field: field.layers[-1], field, last))
 
-    def draw_of(self, num: int | None) -> train.DrawBatch:
+    def draw_of(self, num: int | None) -> training.DrawBatch:
         """So many pictures."""
-        rows = train.draw_rows(num)
+        rows = training.draw_rows(num)
 
         def binary_rows(key, pictures):
             row_key, pixel_key = jr.split(key)
@@ -245,7 +246,9 @@ def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) ->
             stages=own.stages_of(objective),
         )
         fitted = fitted._replace(flow=whole(fitted.flow))
-        checkpoint.save(run_dir.path / "vae.jcnf", train.partition(fitted.flow)[0], {"model": name})
+        checkpoint.save(
+            run_dir.path / "vae.jcnf", training.partition(fitted.flow)[0], {"model": name}
+        )
         return fitted
 
     gaussian = trained("gaussian", settings.make_vae(dim))
@@ -280,7 +283,7 @@ def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[s
         "iwae": lambda m: np.mean(iwae(m.bounds)),
         "active": lambda m: np.sum(np.var(m.bounds.mean, axis=0) > ACTIVE),
         "parameters": lambda m: sum(
-            leaf.size for leaf in jax.tree.leaves(train.partition(m.fitted.flow)[0])
+            leaf.size for leaf in jax.tree.leaves(training.partition(m.fitted.flow)[0])
         ),
     }
     for name, figure in figures.items():

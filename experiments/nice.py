@@ -15,14 +15,14 @@ import dataclasses
 import equinox as eqx
 import jax.random as jr
 
-from experiments.harness import main
-from experiments.image_data import held_out
-from experiments.image_fit import ImageLoop, learn_pictures
-from experiments.plane import PlaneLoop, ToySettings, learn
-from experiments.run_settings import LAYERS, TrainingSettings, preset
-from experiments.stages import Stage
+from experiments._runner.cli import main
+from experiments._runner.config import LAYERS, TrainingSettings, preset
+from experiments._runner.stages import Stage
+from experiments._tasks.density2d import PlaneLoop, ToySettings, learn
+from experiments._tasks.image_data import held_out
+from experiments._tasks.images import ImageLoop, learn_pictures
 from jcnf import NICE, distributions, evaluate, objectives
-from jcnf.errors import InputError
+from jcnf._checks import InputError
 
 CALIBRATION = 10_000  # training pictures by which the flow is calibrated
 

@@ -2,7 +2,7 @@
 
 Inside is the run's own test part. Outside are the files of --outside, and always uniform noise, and
 test pictures whose pixels are shuffled or, of a table, test rows whose columns are permuted each by
-itself. Scores are those of jcnf.evaluate.strangeness: likelihood, typicality, of pictures
+itself. Scores are those of jcnf.evaluate.ood: likelihood, typicality, of pictures
 complexity, and with --background ratio; an AUROC of 1 tells the sets apart, 1/2 does not. A point
 that has no density, for its solve failed, counts as the strangest, and is counted.
 """
@@ -19,14 +19,21 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Key
 
-from experiments.harness import main
-from experiments.ood_sets import INSIDE, PictureModel, Sets, TableModel, load_model, load_sets
-from experiments.run_settings import RunSettings
-from experiments.rundir import RunDir
-from jcnf import evaluate, histograms
-from jcnf.errors import InputError
-from jcnf.evaluate import Auroc, strangeness
-from jcnf.pixels import bits_per_dim
+from experiments._runner.cli import main
+from experiments._runner.config import RunSettings
+from experiments._runner.run_dir import RunDir
+from experiments._tasks.ood_data import (
+    INSIDE,
+    PictureModel,
+    Sets,
+    TableModel,
+    load_model,
+    load_sets,
+)
+from jcnf import evaluate, plot
+from jcnf._checks import InputError
+from jcnf.evaluate import Auroc, ood
+from jcnf.evaluate.log_prob import bits_per_dim
 
 TOLD = 0.8  # below it more than a fifth of the pairs are ranked the wrong way round
 UNITS = {
@@ -100,14 +107,14 @@ def run(settings: OOD) -> None:
     print_table(unit, means, log_prob, aurocs)
 
     panels = [
-        histograms.Panel(
+        plot.HistogramPanel(
             f"{score}: {UNITS[score]}",
             values,
             {name: found.value for name, found in aurocs[score].items()},
         )
         for score, values in scores.items()
     ]
-    run_dir.save_figures(separation=histograms.separation(panels))
+    run_dir.save_figures(separation=plot.score_histograms(panels))
     metrics: dict[str, float] = {f"{unit}_{name}": mean for name, mean in means.items()}
     for score, of_sets in aurocs.items():
         for name, found in of_sets.items():
@@ -139,16 +146,14 @@ def scores_of(
     """Each score's values by the name of the set; infinite where there is no density."""
     scores: dict[str, Values] = {score: {} for score in UNITS}
     for name, x in log_prob.items():
-        scores["likelihood"][name] = strangeness.likelihood(x)
-        scores["typicality"][name] = strangeness.typicality(x, reference)
+        scores["likelihood"][name] = ood.likelihood(x)
+        scores["typicality"][name] = ood.typicality(x, reference)
         if sets.pixels:
             pixels = sets.pixels[name]
             length = evaluate.code_length(pixels, sets.shape, sets.levels)
-            scores["complexity"][name] = strangeness.complexity(
-                x, length, pixels.shape[1], sets.levels
-            )
+            scores["complexity"][name] = ood.complexity(x, length, pixels.shape[1], sets.levels)
         if background is not None:
-            scores["ratio"][name] = strangeness.ratio(x, background[name])
+            scores["ratio"][name] = ood.ratio(x, background[name])
     return {
         score: {name: np.where(np.isnan(x), np.inf, x) for name, x in values.items()}
         for score, values in scores.items()

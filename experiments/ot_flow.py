@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from experiments.harness import main
-from experiments.plane import PlaneFit, ToySettings, learn_flow
-from experiments.run_settings import preset
+from experiments._runner.cli import main
+from experiments._runner.config import preset
+from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
 from jcnf import CNF, Exact, evaluate, regularizers, transform
-from jcnf.errors import InputError
+from jcnf._checks import InputError
 
 MMD_POINTS = 5000
 PENALTIES = (regularizers.kinetic, regularizers.hjb)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from experiments.harness import main
-from experiments.plane import PlaneFit, learn_flow
-from experiments.run_settings import preset
-from jcnf.data.pictures import LONGEST, draw_text, picture, read_picture
+from experiments._runner.cli import main
+from experiments._runner.config import preset
+from experiments._tasks.density2d import PlaneFit, learn_flow
+from jcnf._checks import InputError
+from jcnf.data.images import LONGEST, draw_text, picture, read_picture
 from jcnf.data.toys import Toy
-from jcnf.errors import InputError
 
 TEXT = "jcnf"
 

@@ -13,16 +13,17 @@ import jax.random as jr
 import numpy as np
 import tyro
 
+from experiments._runner.cli import main
+from experiments._runner.config import MANY
+from experiments._runner.run_dir import RunDir, load_flow
+from experiments._runner.stages import Stage, drawing, train_stages
+from experiments._tasks.density2d import PlaneFlow, ToySettings
 from experiments.flow_matching import mmd_of
-from experiments.harness import main
-from experiments.plane import PlaneFlow, ToySettings
-from experiments.run_settings import MANY
-from experiments.rundir import RunDir, load_flow
-from experiments.stages import Stage, drawing, train_stages
 from experiments.toy2d import Toy2D
-from jcnf import CNF, Solve, evaluate, objectives, plot, times, train
-from jcnf.curves import Panel, scaling
-from jcnf.errors import InputError
+from jcnf import CNF, Solve, evaluate, objectives, plot, training
+from jcnf._checks import InputError
+from jcnf.objectives import times
+from jcnf.plot import CurvePanel, scaling
 
 FRAMES = 21
 PARTICLES = 300
@@ -85,7 +86,7 @@ def run(settings: Reflow) -> None:
         settings.average,
         settings.batch,
     )
-    rectified = train_stages(original, [stage], train.draw_rows, pairs, settings.seed)
+    rectified = train_stages(original, [stage], training.draw_rows, pairs, settings.seed)
     run_dir.save_flow(rectified.flow, {})
 
     fresh = density.sample(keys[1], settings.mmd_points)
@@ -120,7 +121,7 @@ def run(settings: Reflow) -> None:
         )
         figure = plot.trajectories(paths.x, np.linspace(0, flow.t1, FRAMES), extent=extent)
         run_dir.save_figures(**{f"paths_{name}": figure})
-    panel = Panel(settings.data, "Euler steps", "MMD", series)
+    panel = CurvePanel(settings.data, "Euler steps", "MMD", series)
     run_dir.save_figures(mmd=scaling([panel]))
     timing = {"reflow_s": rectified.seconds}
     run_dir.finish(metrics, {"solver_failures": failures}, timing)

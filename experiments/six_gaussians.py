@@ -1,8 +1,8 @@
 """Six Gaussians by torchdyn's continuous normalizing flow, augmented if wanted."""
 
-from experiments.harness import main
-from experiments.plane import PlaneFit, ToySettings, learn_flow
-from experiments.run_settings import preset
+from experiments._runner.cli import main
+from experiments._runner.config import preset
+from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
 
 
 @preset

@@ -7,15 +7,16 @@ import equinox as eqx
 import jax.random as jr
 import numpy as np
 
-from experiments.harness import main
-from experiments.learner import SCORE, Learner, root_mean_square
-from experiments.loop import fit
-from experiments.run_settings import MANY, LoopSettings, SolveSettings, preset
-from experiments.rundir import RunDir
-from experiments.stages import Stage
-from jcnf import checkpoint, fields, objectives, plot, train
+from experiments._runner.cli import main
+from experiments._runner.config import MANY, LoopSettings, SolveSettings, preset
+from experiments._runner.loop import fit
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import Stage
+from experiments._tasks.series import SCORE, Learner, root_mean_square
+from jcnf import fields, objectives, plot, training
+from jcnf._checks import InputError
 from jcnf.data.series import TARGETS, Series, load_series, spiral
-from jcnf.errors import InputError
+from jcnf.training import checkpoint
 
 GAP = 1000.0  # in t, where velocities are of the order of 1
 
@@ -118,7 +119,7 @@ class Spiral(LoopSettings, SolveSettings):
         key = jr.fold_in(jr.key(self.seed), 0)
         return fields.MLP(dim, self.widths, time=self.time, activation=self.activation, key=key)
 
-    def draw_of(self, num: int | None) -> train.DrawBatch:
+    def draw_of(self, num: int | None) -> training.DrawBatch:
         """So many windows."""
         lengths = {"shortest": self.shortest, "longest": self.longest}
         return objectives.draw_windows(num, **lengths, rows=self.rows)
@@ -167,7 +168,7 @@ def run(settings: Spiral) -> None:
     )
     field = fitted.flow
     checkpoint.save(
-        run_dir.path / "field.jcnf", train.partition(field)[0], {"config": run_dir.config}
+        run_dir.path / "field.jcnf", training.partition(field)[0], {"config": run_dir.config}
     )
 
     metrics, warnings = {}, []

@@ -6,14 +6,13 @@ import functools
 import jax.numpy as jnp
 
 from experiments import density
+from experiments._runner.cli import main
+from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
 from experiments.density import Density
-from experiments.harness import main
-from experiments.spline_flow import require_flowjax, train_spline_flow
-from jcnf import evaluate, train
-from jcnf.data.digits import load_digits_table
-from jcnf.data.maf_suite import MAF_SUITE, load_maf_suite
-from jcnf.data.tables import Table
-from jcnf.errors import InputError
+from jcnf import evaluate, training
+from jcnf._checks import InputError
+from jcnf.data.images import load_digits_table
+from jcnf.data.tables import MAF_SUITE, Table, load_maf_suite
 
 DIGITS = "digits"
 PEER_BATCH = 512
@@ -76,7 +75,7 @@ def peer(settings: Tabular, table: Table) -> dict[str, float]:
     """Test NLL, nats, of a neural spline flow on the table, and what it took."""
     rows, val, test = (jnp.asarray(part, float) for part in (table.train, table.val, table.test))
     trained = train_spline_flow(
-        train.draw_rows(PEER_BATCH),
+        training.draw_rows(PEER_BATCH),
         rows,
         seconds=settings.peer_seconds,
         seed=settings.seed,

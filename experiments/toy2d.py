@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from experiments.harness import main
-from experiments.plane import PlaneFit, ToySettings, learn_flow
+from experiments._runner.cli import main
+from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

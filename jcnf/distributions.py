@@ -14,13 +14,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
+from jcnf._checks import check_finite, check_int, check_key
 
 
 class Base(eqx.Module):
     """A distribution over (dim,) vectors. Subclass it and give `distribution`.
 
-    A base is not trained: `jcnf.train` leaves its arrays as they are.
+    A base is not trained: `jcnf.training.loop` leaves its arrays as they are.
     """
 
     dim: eqx.AbstractVar[int]
@@ -41,8 +41,8 @@ class Base(eqx.Module):
 
         **Raises:** `ValueError` for fewer than 1 sample, and for what is no key.
         """
-        require.one_key(key)
-        require.whole(num_samples=num_samples)
+        check_key(key)
+        check_int(num_samples=num_samples)
         with _rank_promotion():
             return self.distribution(dtype).sample(seed=key, sample_shape=(num_samples,))
 
@@ -65,7 +65,7 @@ class StandardNormal(Base):
     dim: int = eqx.field(static=True)
 
     def __check_init__(self):
-        require.whole(dim=self.dim)
+        check_int(dim=self.dim)
 
     def distribution(self, dtype=None):
         """Independent normals."""
@@ -80,14 +80,14 @@ class ScaledNormal(Base):
     dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, scale=1.0, loc=0.0):
-        require.whole(dim=dim)
+        check_int(dim=dim)
         for name, value in (("loc", loc), ("scale", scale)):
             if jnp.shape(value) not in ((), (1,), (dim,)):
                 raise ValueError(f"expected {name} of shape ({dim},); got {jnp.shape(value)}")
         self.dim = dim
         self.loc = jnp.broadcast_to(jnp.asarray(loc, float), (dim,))
         self.scale = jnp.broadcast_to(jnp.asarray(scale, float), (dim,))
-        require.finite(loc=self.loc, scale=self.scale)
+        check_finite(loc=self.loc, scale=self.scale)
         if not isinstance(self.scale, Tracer) and not np.all(np.asarray(self.scale) > 0):
             raise ValueError(f"scale must be positive; got {scale}")
 
@@ -102,7 +102,7 @@ class Logistic(Base):
     dim: int = eqx.field(static=True)
 
     def __check_init__(self):
-        require.whole(dim=self.dim)
+        check_int(dim=self.dim)
 
     def distribution(self, dtype=None):
         """Independent logistics."""

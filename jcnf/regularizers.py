@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental.jet import jet
 from jaxtyping import Array, Float
 
-from jcnf import require
+from jcnf._checks import check_int
 from jcnf.divergence import Local
-from jcnf.fields.jacobian import trace_and_square
+from jcnf.fields.base import trace_and_square
 
 Rate = Float[Array, ""]
 
@@ -61,7 +61,7 @@ def taylor(order: int) -> Callable:
 
     The regularizer of order K >= 1, named "taylorK"; `taylor(1)` is |v|^2. Its cost grows as K^2.
     """
-    require.whole(order=order)
+    check_int(order=order)
 
     def rate(field, t, x, context, local: Local) -> Rate:
         # d^k(t, x)/dt^k is (0, d^{k-1}v/dt^{k-1}) from k = 2 on: each pass finds one order more.

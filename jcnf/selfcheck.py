@@ -19,12 +19,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from jcnf import evaluate, objectives, require
-from jcnf.cnf import CNF
+from jcnf import evaluate, objectives
+from jcnf._checks import list_rows
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import ForwardMode
-from jcnf.flow import log_prob, sample
-from jcnf.solve import Solve
+from jcnf.flows import CNF, log_prob, sample
+from jcnf.ode import Solve
 
 SHAPES = (10_000, 2), (20_000, 3), (8192, 8)  # of batches: jaxlib 0.10.2 gets each of them wrong
 ROWS = max(batch for batch, _ in SHAPES)
@@ -77,7 +77,7 @@ def rows_of_a_divergence() -> Outcome:
         worst.append(np.max(errors))  # NaN if any is
         bad = np.flatnonzero(~(errors <= bound))
         if len(bad):
-            wrong += f"; wrong in {dim} dimensions: {require.counted(bad, batch)}"
+            wrong += f"; wrong in {dim} dimensions: {list_rows(bad, batch)}"
     return Outcome(float(np.max(worst)), bound, f"divergences of large batches, float32{wrong}")
 
 
@@ -91,7 +91,7 @@ def rows_of_a_density() -> Outcome:
     x = jr.normal(jr.key(0), (100, 2), jnp.float32)
     rows = evaluate.row_independence(flow, x)
     batch, bad = len(rows.log_prob), rows.wrong_rows
-    wrong = f"; wrong: {require.counted(bad, batch)}" if len(bad) else ""
+    wrong = f"; wrong: {list_rows(bad, batch)}" if len(bad) else ""
     what = f"log-densities of identical rows in a batch of {batch}, float32{wrong}"
     return Outcome(rows.difference, 1e-3, what)
 

@@ -18,23 +18,19 @@ from jcnf import (
     HutchPlusPlus,
     Solve,
     XTrace,
-    augmented,
-    cnf,
-    couplings,
     evaluate,
     fields,
-    multiscale,
+    flows,
     objectives,
-    paths,
-    pixels,
     regularizers,
-    times,
-    train,
-    vae,
+    training,
 )
-from jcnf import inpaint as inpainting
-from jcnf.chain import Chain, Composition
+from jcnf.data import images
 from jcnf.distributions import Logistic, ScaledNormal, StandardNormal
+from jcnf.evaluate.log_prob import bits_per_dim
+from jcnf.flows import Chain, Composition, augmented, vae
+from jcnf.inference import inpaint as inpainting
+from jcnf.objectives import couplings, paths, times
 
 KEY = jr.key(0)
 LEGACY = jr.PRNGKey(0)
@@ -46,7 +42,7 @@ NAN_ROWS = np.where(np.arange(20)[:, None] == 4, np.nan, ROWS)
 FLOW = CNF(fields.MLP(2, (4,), key=KEY), StandardNormal(2))
 GIVEN = CNF(fields.MLP(2, (4,), context_dim=3, key=KEY), StandardNormal(2))
 WIDE = CNF(fields.MLP(3, (4,), key=KEY), StandardNormal(3))
-OPTIMIZER = train.make_optimizer(1e-3, 10)
+OPTIMIZER = training.make_optimizer(1e-3, 10)
 
 
 class Silent:
@@ -74,7 +70,7 @@ def draw(key, _):
 
 
 def make_run(flow=FLOW, objective=objectives.likelihood, draw=draw, optimizer=OPTIMIZER, **more):
-    return lambda: train.make_run(flow, objective, draw, optimizer, **more)
+    return lambda: training.make_run(flow, objective, draw, optimizer, **more)
 
 
 def langevin(x=X, known=KNOWN, key=KEY, **settings):
@@ -262,7 +258,7 @@ FLOWS = {
     "CNF: t1 infinite": (of(CNF, FLOW.field, FLOW.base, np.inf), ["t1", "finite"]),
     "CNF: t1 a string": (of(CNF, FLOW.field, FLOW.base, "1"), ["t1", "'1'"]),
     "CNF: t1 a bool": (of(CNF, FLOW.field, FLOW.base, True), ["t1", "True"]),
-    "ODE: a number": (of(cnf.ODE, 3), ["field", "3"]),
+    "ODE: a number": (of(flows.ODE, 3), ["field", "3"]),
     "Chain: no parts": (of(Chain, [], StandardNormal(2)), ["needs parts"]),
     "Chain: fields": (of(Chain, [FLOW.field], StandardNormal(2)), ["ODE(field)"]),
     "Chain: classes": (of(Chain, [CNF], StandardNormal(2)), ["Bijection"]),
@@ -274,29 +270,29 @@ FLOWS = {
     "Chain: one part without a list": (of(Chain, FLOW, FLOW.base), ["parts", "sequence"]),
     "Composition: a name": (of(Composition, "ode"), ["Bijection", "str"]),
     "multiscale: none": (
-        of(multiscale.multiscale, (8, 8, 1), 0, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8, 1), 0, lambda shape: [FLOW]),
         ["0 scales"],
     ),
     "multiscale: odd": (
-        of(multiscale.multiscale, (6, 6, 1), 3, lambda shape: [FLOW]),
+        of(flows.multiscale, (6, 6, 1), 3, lambda shape: [FLOW]),
         ["halved", "6 x 6"],
     ),
     "multiscale: half a scale": (
-        of(multiscale.multiscale, (8, 8, 1), 1.5, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8, 1), 1.5, lambda shape: [FLOW]),
         ["scales", "whole"],
     ),
     "multiscale: two sizes": (
-        of(multiscale.multiscale, (8, 8), 1, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8), 1, lambda shape: [FLOW]),
         ["height, width, channels", "(8, 8)"],
     ),
-    "Logit: 0": (of(multiscale.Logit, 0.0), ["alpha"]),
-    "Logit: a half": (of(multiscale.Logit, 0.5), ["alpha"]),
-    "Logit: NaN": (of(multiscale.Logit, np.nan), ["alpha"]),
-    "Logit: nothing": (of(multiscale.Logit, 1e-300), ["alpha", "1e-300"]),
-    "Logit: a string": (of(multiscale.Logit, "0.1"), ["alpha"]),
-    "Squeeze: odd": (of(multiscale.Squeeze, (3, 4, 1)), ["even"]),
-    "Squeeze: nothing": (of(multiscale.Squeeze, (0, 4, 1)), ["shape"]),
-    "OnChannels: all": (of(multiscale.OnChannels, FLOW, (2, 2, 1), 1), ["channels"]),
+    "Logit: 0": (of(flows.Logit, 0.0), ["alpha"]),
+    "Logit: a half": (of(flows.Logit, 0.5), ["alpha"]),
+    "Logit: NaN": (of(flows.Logit, np.nan), ["alpha"]),
+    "Logit: nothing": (of(flows.Logit, 1e-300), ["alpha", "1e-300"]),
+    "Logit: a string": (of(flows.Logit, "0.1"), ["alpha"]),
+    "Squeeze: odd": (of(flows.Squeeze, (3, 4, 1)), ["even"]),
+    "Squeeze: nothing": (of(flows.Squeeze, (0, 4, 1)), ["shape"]),
+    "OnChannels: all": (of(flows.OnChannels, FLOW, (2, 2, 1), 1), ["channels"]),
     "NICE: one dimension": (of(NICE, 1, key=KEY), ["dim", "2"]),
     "NICE: no couplings": (of(NICE, 2, couplings=0, key=KEY), ["couplings"]),
     "NICE: half a coupling": (of(NICE, 2, couplings=1.5, key=KEY), ["couplings", "1.5"]),
@@ -490,7 +486,7 @@ TRAINING = {
     ),
     "flow_matching: a path's name": (
         of(objectives.flow_matching, FLOW, X, KEY, path="linear"),
-        ["path", "'linear'", "jcnf.paths"],
+        ["path", "'linear'", "jcnf.objectives.paths"],
     ),
     "flow_matching: a coupling's class": (
         of(objectives.flow_matching, FLOW, X, KEY, coupling=couplings.Exact),
@@ -498,7 +494,7 @@ TRAINING = {
     ),
     "flow_matching: a time": (
         of(objectives.flow_matching, FLOW, X, KEY, time=0.5),
-        ["time", "0.5", "jcnf.times"],
+        ["time", "0.5", "jcnf.objectives.times"],
     ),
     "flow_matching: a path of another shape": (
         of(objectives.flow_matching, FLOW, X, KEY, path=lambda s, x0, x1, z: x1[:1] * s),
@@ -584,27 +580,27 @@ TRAINING = {
     ),
     "windows: an array": (of(objectives.trajectory_fit, FLOW, X), ["Windows"]),
     "of_inner: no chain": (of(objectives.of_inner(objectives.likelihood), FLOW, X, KEY), ["Chain"]),
-    "make_optimizer: rate 0": (of(train.make_optimizer, 0.0, 10), ["learning_rate"]),
-    "make_optimizer: rate NaN": (of(train.make_optimizer, np.nan, 10), ["learning_rate"]),
-    "make_optimizer: rate '1'": (of(train.make_optimizer, "1", 10), ["learning_rate", "'1'"]),
-    "make_optimizer: no steps": (of(train.make_optimizer, 0.1, 0), ["steps", "0"]),
-    "make_optimizer: half a step": (of(train.make_optimizer, 0.1, 1.5), ["steps", "1.5"]),
-    "make_optimizer: warmup -1": (of(train.make_optimizer, 0.1, 10, warmup=-1), ["warmup"]),
+    "make_optimizer: rate 0": (of(training.make_optimizer, 0.0, 10), ["learning_rate"]),
+    "make_optimizer: rate NaN": (of(training.make_optimizer, np.nan, 10), ["learning_rate"]),
+    "make_optimizer: rate '1'": (of(training.make_optimizer, "1", 10), ["learning_rate", "'1'"]),
+    "make_optimizer: no steps": (of(training.make_optimizer, 0.1, 0), ["steps", "0"]),
+    "make_optimizer: half a step": (of(training.make_optimizer, 0.1, 1.5), ["steps", "1.5"]),
+    "make_optimizer: warmup -1": (of(training.make_optimizer, 0.1, 10, warmup=-1), ["warmup"]),
     "make_optimizer: decay NaN": (
-        of(train.make_optimizer, 0.1, 10, weight_decay=np.nan),
+        of(training.make_optimizer, 0.1, 10, weight_decay=np.nan),
         ["weight_decay"],
     ),
-    "make_optimizer: clip 0": (of(train.make_optimizer, 0.1, 10, clip=0.0), ["clip"]),
-    "make_optimizer: clip NaN": (of(train.make_optimizer, 0.1, 10, clip=np.nan), ["clip"]),
+    "make_optimizer: clip 0": (of(training.make_optimizer, 0.1, 10, clip=0.0), ["clip"]),
+    "make_optimizer: clip NaN": (of(training.make_optimizer, 0.1, 10, clip=np.nan), ["clip"]),
     "make_optimizer: unknown schedule": (
-        of(train.make_optimizer, 0.1, 10, schedule="linear"),
+        of(training.make_optimizer, 0.1, 10, schedule="linear"),
         ["linear", "cosine"],
     ),
     "make_run: no objective": (make_run(objective="likelihood"), ["objective", "'likelihood'"]),
     "make_run: an array to draw": (make_run(draw=ROWS), ["draw_batch", "draw_rows"]),
     "make_run: no optimizer": (make_run(optimizer=1e-3), ["optimizer", "make_optimizer"]),
     "make_run: a number for a key": (
-        lambda: make_run()()(train.init(FLOW, OPTIMIZER), ROWS, 1, 3),
+        lambda: make_run()()(training.init(FLOW, OPTIMIZER), ROWS, 1, 3),
         ["expected a typed key", "jax.random.key(seed)"],
     ),
     "make_run: a solve for what solves nothing": (
@@ -617,14 +613,14 @@ TRAINING = {
     ),
     "make_run: average 1": (make_run(average=1.0), ["average", "[0, 1)"]),
     "make_run: average NaN": (make_run(average=np.nan), ["average", "nan"]),
-    "init: no optimizer": (of(train.init, FLOW, "adam"), ["optimizer", "'adam'"]),
-    "init: nothing to train": (of(train.init, FLOW.base, OPTIMIZER), ["nothing", "train"]),
-    "draw_rows: none": (of(train.draw_rows, 0), ["batch", "0"]),
-    "draw_rows: half": (of(train.draw_rows, 1.5), ["batch", "1.5"]),
-    "draw_rows: no rows": (lambda: train.draw_rows(2)(KEY, X[:0]), ["rows"]),
-    "draw_rows: unequal": (lambda: train.draw_rows(2)(KEY, (X, X[:2])), ["one number of rows"]),
+    "init: no optimizer": (of(training.init, FLOW, "adam"), ["optimizer", "'adam'"]),
+    "init: nothing to train": (of(training.init, FLOW.base, OPTIMIZER), ["nothing", "train"]),
+    "draw_rows: none": (of(training.draw_rows, 0), ["batch", "0"]),
+    "draw_rows: half": (of(training.draw_rows, 1.5), ["batch", "1.5"]),
+    "draw_rows: no rows": (lambda: training.draw_rows(2)(KEY, X[:0]), ["rows"]),
+    "draw_rows: unequal": (lambda: training.draw_rows(2)(KEY, (X, X[:2])), ["one number of rows"]),
     "with_params: another model's": (
-        lambda: train.with_params(FLOW, train.init(WIDE, OPTIMIZER).params),
+        lambda: training.with_params(FLOW, training.init(WIDE, OPTIMIZER).params),
         ["parameters", "(4, 3)"],
     ),
     "langevin: no batch": (langevin(x=X[0]), ["(batch, dim)"]),
@@ -644,11 +640,11 @@ TRAINING = {
     "ascend: rate 0.1": (ascend(rate=0.1), ["rate", "function"]),
     "half: unknown side": (of(inpainting.half, (2, 2, 1), "middle"), ["middle", "top"]),
     "half: a plane": (of(inpainting.half, (2, 2), "top"), ["height, width, channels"]),
-    "dequantise: floats": (of(pixels.dequantise, KEY, X, 256), ["whole numbers"]),
-    "dequantise: no levels": (of(pixels.dequantise, KEY, X.astype(int), 0), ["levels"]),
-    "dequantise: a seed": (of(pixels.dequantise, 0, X.astype(int), 4), ["key"]),
-    "bits_per_dim: dim 0": (of(pixels.bits_per_dim, 1.0, 0, 256), ["dim"]),
-    "bits_per_dim: levels 0": (of(pixels.bits_per_dim, 1.0, 4, 0), ["levels"]),
+    "dequantise: floats": (of(images.dequantise, KEY, X, 256), ["whole numbers"]),
+    "dequantise: no levels": (of(images.dequantise, KEY, X.astype(int), 0), ["levels"]),
+    "dequantise: a seed": (of(images.dequantise, 0, X.astype(int), 4), ["key"]),
+    "bits_per_dim: dim 0": (of(bits_per_dim, 1.0, 0, 256), ["dim"]),
+    "bits_per_dim: levels 0": (of(bits_per_dim, 1.0, 4, 0), ["levels"]),
     "Binomial: no trials": (of(vae.Binomial, 0), ["trials"]),
     "Binomial: NaN": (of(vae.Binomial, np.nan), ["trials"]),
     "Binomial: 1.5": (of(vae.Binomial, 1.5), ["trials", "1.5"]),

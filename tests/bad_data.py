@@ -7,25 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from bad_calls import FLOW, GIVEN, KEY, LEGACY, NAN, NAN_ROWS, ROWS, WIDE, X, of
 
-from jcnf import (
-    Hutchinson,
-    checkpoint,
-    curves,
-    evaluate,
-    galleries,
-    histograms,
-    latents,
-    orbits,
-    plot,
-    scatter,
-    vae,
-)
-from jcnf import as_distrax as distrax_form
-from jcnf.data import classes, energies, images, noise, pictures, series, tables, toys
+from jcnf import Hutchinson, evaluate, plot
+from jcnf.data import classes, energies, images, noise, series, tables, toys
 from jcnf.data.tables import Standardizer
-from jcnf.evaluate import strangeness
-from jcnf.gaussian import Gaussian
-from jcnf.impute import impute, predictive
+from jcnf.evaluate import ood
+from jcnf.flows import distrax as distrax_form
+from jcnf.flows import vae
+from jcnf.inference.gaussian import Gaussian
+from jcnf.inference.impute import impute, predictive
+from jcnf.training import checkpoint
 
 GAUSSIAN = Gaussian.fit(ROWS)
 HOLES = np.where(np.arange(40).reshape(20, 2) % 3 == 0, np.nan, ROWS)
@@ -40,7 +30,7 @@ RNG = np.random.default_rng(0)
 NORMAL = FLOW.base
 TIMES = np.linspace(0, 1, 4)
 PATHS = np.zeros((4, 5, 2))
-SCENE = orbits.Scene(ROWS)
+SCENE = plot.Scene(ROWS)
 GRID = np.zeros((4, 4))
 MOONS = toys.toy("moons")
 
@@ -137,14 +127,14 @@ MEASURES = {
     "auroc: NaN": (of(evaluate.auroc, NAN_ROWS[:, 0], ROWS[:, 0]), ["inside", "NaN"]),
     "auroc: none": (of(evaluate.auroc, ROWS[:, 0], ROWS[:0, 0]), ["outside", "(0,)"]),
     "auroc: a list": (of(evaluate.auroc, [], [1.0]), ["inside"]),
-    "typicality: NaN": (of(strangeness.typicality, ROWS[:, 0], NAN_ROWS[:, 0]), ["NaN"]),
-    "typicality: none": (of(strangeness.typicality, ROWS[:, 0], ROWS[:0, 0]), ["without NaN"]),
+    "typicality: NaN": (of(ood.typicality, ROWS[:, 0], NAN_ROWS[:, 0]), ["NaN"]),
+    "typicality: none": (of(ood.typicality, ROWS[:, 0], ROWS[:0, 0]), ["without NaN"]),
     "complexity: other points": (
-        of(strangeness.complexity, np.ones(3), np.ones(2), 4, 256),
+        of(ood.complexity, np.ones(3), np.ones(2), 4, 256),
         ["(3,)", "(2,)"],
     ),
-    "complexity: dim 0": (of(strangeness.complexity, np.ones(3), np.ones(3), 0, 256), ["dim"]),
-    "ratio: other points": (of(strangeness.ratio, np.ones(3), np.ones(2)), ["(3,)", "(2,)"]),
+    "complexity: dim 0": (of(ood.complexity, np.ones(3), np.ones(3), 0, 256), ["dim"]),
+    "ratio: other points": (of(ood.ratio, np.ones(3), np.ones(2)), ["(3,)", "(2,)"]),
     "code_length: floats": (of(evaluate.code_length, X, (2, 2, 1), 256), ["uint8"]),
     "code_length: another shape": (of(evaluate.code_length, PIXELS, (3, 2, 1), 256), ["(3, 2, 1)"]),
     "code_length: levels 300": (of(evaluate.code_length, PIXELS, (2, 2, 1), 300), ["256"]),
@@ -291,18 +281,18 @@ DATA = {
     "load_images: digits of a file": (of(images.load_images, "digits", "x.npz"), ["x.npz"]),
     "load_images: missing": (of(images.load_images, "mnist", "/nowhere.npz"), ["/nowhere.npz"]),
     "read_images: missing": (of(images.read_images, "/nowhere.npz"), ["/nowhere.npz"]),
-    "read_picture: missing": (of(pictures.read_picture, "/nowhere.png"), ["/nowhere.png"]),
+    "read_picture: missing": (of(images.read_picture, "/nowhere.png"), ["/nowhere.png"]),
     "picture: side 1": (
-        of(pictures.picture, SimpleNamespace(size=(2, 2)), "p", side=1),
+        of(images.picture, SimpleNamespace(size=(2, 2)), "p", side=1),
         ["side", "2"],
     ),
-    "picture: text": (of(pictures.picture, "cat.png", "p"), ["pillow"]),
+    "picture: text": (of(images.picture, "cat.png", "p"), ["pillow"]),
     "piecewise_constant: negative": (
-        of(pictures.piecewise_constant, np.array([[1, -1]]), "p"),
+        of(images.piecewise_constant, np.array([[1, -1]]), "p"),
         ["levels"],
     ),
     "piecewise_constant: nothing": (
-        of(pictures.piecewise_constant, np.zeros((2, 2), int), "p"),
+        of(images.piecewise_constant, np.zeros((2, 2), int), "p"),
         ["levels"],
     ),
     "uniform_noise: levels 0": (of(noise.uniform_noise, RNG, 3, 4, 0), ["levels"]),
@@ -330,34 +320,34 @@ DATA = {
         ["grid and density"],
     ),
     "histogram: a table": (of(plot.histogram, ROWS, ROWS[:, 0]), ["data", "(batch,)"]),
-    "gallery: no groups": (of(galleries.gallery, [], (2, 2, 1)), ["groups"]),
-    "gallery: columns 0": (of(galleries.gallery, [("a", X)], (2, 1, 1), 0), ["columns"]),
-    "gallery: another shape": (of(galleries.gallery, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
-    "separation: nothing": (of(histograms.separation, []), ["panel"]),
+    "gallery: no groups": (of(plot.gallery, [], (2, 2, 1)), ["groups"]),
+    "gallery: columns 0": (of(plot.gallery, [("a", X)], (2, 1, 1), 0), ["columns"]),
+    "gallery: another shape": (of(plot.gallery, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
+    "separation: nothing": (of(plot.score_histograms, []), ["panel"]),
     "separation: no sets": (
-        of(histograms.separation, [histograms.Panel("nats", {})]),
+        of(plot.score_histograms, [plot.HistogramPanel("nats", {})]),
         ["set"],
     ),
-    "scaling: nothing": (of(curves.scaling, []), ["panel"]),
-    "exponent: one point": (of(curves.exponent, [1.0], [2.0]), ["2 points"]),
-    "exponent: zero": (of(curves.exponent, [1.0, 2.0], [0.0, 1.0]), ["positive"]),
-    "exponent: other sizes": (of(curves.exponent, [1.0, 2.0], [1.0]), ["(2,)", "(1,)"]),
+    "scaling: nothing": (of(plot.scaling, []), ["panel"]),
+    "exponent: one point": (of(plot.scaling_exponent, [1.0], [2.0]), ["2 points"]),
+    "exponent: zero": (of(plot.scaling_exponent, [1.0, 2.0], [0.0, 1.0]), ["positive"]),
+    "exponent: other sizes": (of(plot.scaling_exponent, [1.0, 2.0], [1.0]), ["(2,)", "(1,)"]),
     "posteriors: other names": (
-        of(latents.posteriors, X, (2, 1, 1), np.zeros((3, 1, 2, 2)), ["a", "b"], [2.0] * 3),
+        of(plot.posteriors, X, (2, 1, 1), np.zeros((3, 1, 2, 2)), ["a", "b"], [2.0] * 3),
         ["name"],
     ),
-    "learning: titles of others": (of(orbits.learning, PATHS, ["a"], SCENE), ["title"]),
+    "learning: titles of others": (of(plot.learning, PATHS, ["a"], SCENE), ["title"]),
     "against_time: other columns": (
-        of(orbits.against_time, TIMES, np.zeros((4, 2)), TIMES, np.zeros((4, 2)), ["t"]),
+        of(plot.against_time, TIMES, np.zeros((4, 2)), TIMES, np.zeros((4, 2)), ["t"]),
         ["name"],
     ),
-    "film: fps -1": (of(orbits.film, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1), ["fps"]),
-    "by_class: no clouds": (of(scatter.by_class, [], 1.0), ["cloud"]),
-    "by_class: half 0": (of(scatter.by_class, [("a", ROWS, np.zeros(20))], 0.0), ["half"]),
-    "by_class: classes of others": (of(scatter.by_class, [("a", ROWS, [1])], 1.0), ["(20,)"]),
-    "against_truth: none": (of(scatter.against_truth, ROWS[:, 0], {}), ["estimate"]),
+    "film: fps -1": (of(plot.film, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1), ["fps"]),
+    "by_class: no clouds": (of(plot.scatter_by_class, [], 1.0), ["cloud"]),
+    "by_class: half 0": (of(plot.scatter_by_class, [("a", ROWS, np.zeros(20))], 0.0), ["half"]),
+    "by_class: classes of others": (of(plot.scatter_by_class, [("a", ROWS, [1])], 1.0), ["(20,)"]),
+    "against_truth: none": (of(plot.scatter_against_truth, ROWS[:, 0], {}), ["estimate"]),
     "against_truth: others": (
-        of(scatter.against_truth, ROWS[:, 0], {"a": ROWS[:3, 0]}),
+        of(plot.scatter_against_truth, ROWS[:, 0], {"a": ROWS[:3, 0]}),
         ["(20,)", "(3,)"],
     ),
 }

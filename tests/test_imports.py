@@ -8,47 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# A room imports from itself and from those before it.
 ORDER = [
-    *("errors", "require", "parallel", "fields", "divergence", "regularizers", "distributions"),
-    *("ode", "norms", "solve", "integrate"),
-    *(
-        "pixels",
-        "flow",
-        "bijective",
-        "nice",
-        "cnf",
-        "chain",
-        "multiscale",
-        "trajectories",
-        "as_distrax",
-        "augmented",
-        "inpaint",
-        "vae",
-        "paths",
-        "times",
-        "couplings",
-        "objectives",
-        "train",
-        "checkpoint",
-        "keeper",
-        "evaluate",
-        "gaussian",
-        "impute",
-        "selfcheck",
-    ),
+    *("_checks", "data", "plot", "sharding", "distributions", "fields", "divergence"),
+    *("regularizers", "ode", "flows", "objectives", "training", "evaluate", "inference"),
+    "selfcheck",
 ]
-# What nobody in the chain imports, and what imports errors and require only.
-SIDE = (
-    "data",
-    "plot",
-    "curves",
-    "scatter",
-    "orbits",
-    "galleries",
-    "histograms",
-    "latents",
-    "_canvas",
-)
+# These import nothing but `_checks` of the others.
+ALONE = ("data", "plot")
 FILES = sorted((ROOT / "jcnf").rglob("*.py"))
 HEAVY = ["matplotlib", "PIL", "sklearn", "pandas", "tyro", "tqdm", "ott"]
 HEAVY += ["distrax", "tensorflow_probability", "experiments"]
@@ -65,7 +32,7 @@ def imported(path):
 
 
 def part(path):
-    """The part of jcnf a file belongs to: a module, or a folder."""
+    """The room of jcnf that a file belongs to: a module, or a folder."""
     return path.relative_to(ROOT / "jcnf").parts[0].removesuffix(".py")
 
 
@@ -74,20 +41,15 @@ def users(package):
 
 
 def test_every_module_has_its_place():
-    assert {part(path) for path in FILES} == {*ORDER, *SIDE, "__init__"}
+    assert {part(path) for path in FILES} == {*ORDER, "__init__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downwards(path):
     here = part(path)
     allowed = {
-        **{name: set(ORDER[: i + 1]) for i, name in enumerate(ORDER)},
-        **{name: {"errors", "require", name} for name in SIDE},
-        **{
-            name: {"errors", "require", "_canvas"}
-            for name in SIDE
-            if name not in ("data", "_canvas")
-        },
+        **{name: set(ORDER[: i + 1]) - set(ALONE) for i, name in enumerate(ORDER)},
+        **{name: {"_checks", name} for name in ALONE},
         "__init__": set(ORDER),
     }[here]
     names = list(imported(path))
@@ -97,8 +59,8 @@ def test_imports_go_downwards(path):
 
 
 def test_diffrax_and_distrax_have_their_place():
-    assert users("diffrax") == {"solve", "integrate", "ode"}
-    assert users("distrax") == {"distributions", "nice", "as_distrax"}
+    assert users("diffrax") == {"ode"}
+    assert users("distrax") == {"distributions", "flows"}
     assert users("tensorflow_probability") == set()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from experiments.quick import train_quickly
+from experiments._tasks.pretrained import train_quickly
 from jcnf import CNF, Solve, distributions, fields
 from jcnf.data.toys import toy
 

@@ -22,9 +22,9 @@ from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure, time_of
 from jcnf import evaluate
 from jcnf.evaluate.chunks import CHUNK
-from jcnf.evaluate.doubled import in_float64
-from jcnf.flow import log_prob, transform
-from jcnf.solve import Solve
+from jcnf.evaluate.precision import in_float64
+from jcnf.flows import log_prob, transform
+from jcnf.ode import Solve
 
 ERRORS = (1e-3, 1e-4)  # nats of log-densities, units of x of samples
 LADDER = tuple(d * 10.0**e for e in range(-2, -8, -1) for d in (10, 5, 2))  # 0.1, 0.05, ...

@@ -10,7 +10,7 @@ from experiments.bench import ours, peers
 from experiments.bench.cases import Case
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure
-from jcnf import CNF, distributions, fields, objectives, train
+from jcnf import CNF, distributions, fields, objectives, training
 
 BATCH = 1024
 ROWS = 40_000
@@ -62,9 +62,11 @@ def _table(case):
 
 
 def _step(case):
-    optimizer = train.make_optimizer(1e-3, 10**6)
-    run = train.make_run(case.flow, objectives.flow_matching, train.draw_rows(BATCH), optimizer)
-    state, data, until = train.init(case.flow, optimizer), _table(case), 0
+    optimizer = training.make_optimizer(1e-3, 10**6)
+    run = training.make_run(
+        case.flow, objectives.flow_matching, training.draw_rows(BATCH), optimizer
+    )
+    state, data, until = training.init(case.flow, optimizer), _table(case), 0
 
     def take():
         nonlocal state, until
@@ -76,11 +78,11 @@ def _step(case):
 
 def _passes(case):
     params: Any
-    params, _ = train.partition(case.flow)
+    params, _ = training.partition(case.flow)
     x, t = case.x, jr.uniform(jr.key(6), (BATCH,))
 
     def loss(params, x, t):
-        v = jax.vmap(train.with_params(case.flow, params).field)(t, x)
+        v = jax.vmap(training.with_params(case.flow, params).field)(t, x)
         return jnp.mean(jnp.sum((v - x) ** 2, axis=-1))
 
     @jax.jit

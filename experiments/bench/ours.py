@@ -11,7 +11,7 @@ import optax
 
 from experiments.bench.cases import Case
 from experiments.bench.timing import Program
-from jcnf import Solve, objectives, train
+from jcnf import Solve, objectives, training
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
@@ -22,13 +22,13 @@ DISPATCH = 0.05
 
 def training_step(
     case: Case,
-    objective: train.Objective | None = None,
+    objective: training.Objective | None = None,
     *,
     fresh: bool = False,
     carried: Solve | None = None,
     **settings,
 ) -> Program:
-    """The training step of `jcnf.train` (loss, gradient, Adam, average, guards) by an objective.
+    """Our training step (loss, gradient, Adam, average, guards) by an objective.
 
     As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
     Without one it is likelihood under the case's solve; `settings` are the objective's. The weights
@@ -42,13 +42,13 @@ def training_step(
         objective = objectives.likelihood
     objective = functools.partial(objective, **settings)
     optimizer = optax.adam(LEARNING_RATE)
-    state = train.init(case.flow, optimizer)
+    state = training.init(case.flow, optimizer)
     state = dataclasses.replace(state, rate=0 * state.rate)
 
     def draw(key, x):
         return case.draw(key, case.batch) if fresh else x
 
-    run = train.make_run(case.flow, objective, draw, optimizer, solve=solve)
+    run = training.make_run(case.flow, objective, draw, optimizer, solve=solve)
     x, key, taken = case.x, jr.key(0), 0
     tic = time.perf_counter()
     compiled = run.program.lower(state, x, key, 0).compile()
@@ -62,7 +62,7 @@ def training_step(
 
     take(SETTLING)
     tic = time.perf_counter()
-    totals = train.means(take(AVERAGED))
+    totals = training.means(take(AVERAGED))
     steps = max(1, round(DISPATCH * AVERAGED / (time.perf_counter() - tic)))
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     figures |= {"compile_s": seconds} | temporary_memory(compiled)

@@ -13,7 +13,7 @@ from experiments.bench.peers.diffrax_solves import CHECKPOINTS
 from experiments.bench.report import Results
 from experiments.bench.timing import measure
 from jcnf import ode
-from jcnf.solve import Solve
+from jcnf.ode import Solve
 
 UNROLLED = ode.Unrolled(diffrax.Dopri5())
 RECURSIVE = diffrax.RecursiveCheckpointAdjoint(checkpoints=CHECKPOINTS)

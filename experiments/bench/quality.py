@@ -13,12 +13,12 @@ import jax.random as jr
 import numpy as np
 import optax
 
+from experiments._tasks.spline_flow import train_spline_flow
 from experiments.bench import peers
 from experiments.bench.cases import CASES, SOLVE
-from experiments.spline_flow import train_spline_flow
-from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, train
-from jcnf.curves import Panel
+from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, training
 from jcnf.data.toys import toy
+from jcnf.plot import CurvePanel
 
 DATA, TARGETS, TEST_POINTS = "8gaussians", (0.20, 0.10, 0.05), 5000
 SPLINE_BUDGETS = (2.0, 4.0, 8.0, 16.0)  # each a run of its own, with a schedule that ends there
@@ -76,17 +76,17 @@ def seconds_to(target: float, curve: Curve) -> float | None:
     return next((s for s, gap in zip(*curve, strict=True) if gap <= target), None)
 
 
-def panel(found: dict[str, dict]) -> Panel:
+def panel(found: dict[str, dict]) -> CurvePanel:
     """The gaps against the seconds."""
     series = {name: (r["seconds"], r["gaps"]) for name, r in found.items()}
-    return Panel(DATA, "training seconds", "gap (nats)", series)
+    return CurvePanel(DATA, "training seconds", "gap (nats)", series)
 
 
 def matching(seed: int) -> Learner:
     """Flow matching as the experiments have it, at a constant rate."""
     field = fields.ResNet(2, 96, 2, frequencies=4, key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
-    optimizer = train.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
+    optimizer = training.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
     return _learner(flow, objectives.flow_matching, 1024, optimizer, 0.999, seed)
 
 
@@ -100,7 +100,7 @@ def ffjord(seed: int) -> Learner:
 
 def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
     data, key = toy(DATA), jr.key(seed)
-    run = train.make_run(
+    run = training.make_run(
         flow,
         objective,
         lambda key, _: data.sample(key, batch),
@@ -108,7 +108,7 @@ def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
         average=average,
         solve=solve,
     )
-    state = train.init(flow, optimizer)
+    state = training.init(flow, optimizer)
     program = run.program.lower(state, None, key, 0).compile()
     until = 0
 
@@ -119,7 +119,7 @@ def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
 
     def log_prob(x):
         solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
-        return evaluate.score(train.with_params(flow, state.average), x, solve=solve).log_prob
+        return evaluate.score(training.with_params(flow, state.average), x, solve=solve).log_prob
 
     return Learner(go_on, log_prob)
 

@@ -11,7 +11,7 @@ from experiments.bench import ours, step, unrolled
 from experiments.bench.cases import Case
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure
-from jcnf import train
+from jcnf import training
 
 SIZES = (256, 512, 1024)
 UNROLLED, AGAIN = "unrolled", "unrolled, each step again"
@@ -48,7 +48,7 @@ def run(case: Case, rounds: int, seconds: float, rate: float) -> Results:
     An unrolled program of another loss, or of other steps, is not timed.
     """
     objective = unrolled.objective(case)
-    params, static = train.partition(case.flow)
+    params, static = training.partition(case.flow)
 
     def loss(params, x):
         return objective(eqx.combine(params, static), x, jr.key(0))[0]

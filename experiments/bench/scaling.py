@@ -8,7 +8,7 @@ from experiments.bench import ours, peers
 from experiments.bench.cases import CASES, Case, table
 from experiments.bench.step import agreeing
 from experiments.bench.timing import measure
-from jcnf.curves import Panel, exponent
+from jcnf.plot import CurvePanel, scaling_exponent
 
 GRID: dict[str, tuple[float, ...]] = {
     "batch": (64, 256, 1024, 4096),
@@ -57,16 +57,16 @@ def run(
                 y.append(r["ms"])
                 slow = slow or r["ms"] > 1e3 * seconds
         for name, (x, y) in curves[axis].items():
-            power = f", exponent {exponent(x, y):.2f}" if len(x) > 1 else ""
+            power = f", exponent {scaling_exponent(x, y):.2f}" if len(x) > 1 else ""
             shown = "  ".join(f"{a:g}: {b:.1f}" for a, b in zip(x, y, strict=True))
             say(f"{axis}, {name}: {shown} ms{power}")
     return curves
 
 
-def panels(curves: Curves) -> list[Panel]:
+def panels(curves: Curves) -> list[CurvePanel]:
     """One for each axis."""
     return [
-        Panel(f"against {axis}", axis, "training step (ms)", series)
+        CurvePanel(f"against {axis}", axis, "training step (ms)", series)
         for axis, series in curves.items()
     ]
 
@@ -74,7 +74,7 @@ def panels(curves: Curves) -> list[Panel]:
 def exponents(curves: Curves) -> dict[str, float]:
     """Of each program along each axis, by least squares over all of it."""
     return {
-        f"{name}, exponent of {axis}": exponent(x, y)
+        f"{name}, exponent of {axis}": scaling_exponent(x, y)
         for axis, series in curves.items()
         for name, (x, y) in series.items()
         if len(x) > 1

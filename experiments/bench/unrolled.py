@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.bench import ours
 from experiments.bench.cases import Case
-from jcnf import train, transform
+from jcnf import training, transform
 from jcnf.ode import next_point, unknown
 
 ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
@@ -29,7 +29,7 @@ ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 
 
-def objective(case: Case, *, again: bool = False) -> train.Objective:
+def objective(case: Case, *, again: bool = False) -> training.Objective:
     """The loss, and as "nfe" the evaluations of the accepted steps, forward.
 
     With `again`, each step is taken once more on the way back.

@@ -7,7 +7,7 @@ the lower class 1.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jcnf import require
+from jcnf._checks import check_key
 from jcnf.data import toys
 
 CLASSES = 2
@@ -20,7 +20,7 @@ _log_prob = toys.batched(_density)
 
 def sample(key: Key[Array, ""], labels: Int[Array, " num"]) -> Float[Array, "num 2"]:
     """A point of each label's class, (num, 2); consumes `key`."""
-    require.one_key(key)
+    check_key(key)
     _check(labels)
     return _turned(_sample(key, len(labels)), labels)
 

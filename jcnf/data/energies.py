@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jcnf import require
-from jcnf.errors import InputError
+from jcnf._checks import InputError, check_int
 
 Extent = tuple[float, float, float, float]  # lowest and highest z1, lowest and highest z2
 Function = Callable[[Float[Array, "batch 2"]], Float[Array, " batch"]]
@@ -170,7 +169,7 @@ def integrate(energy: Energy, cells: int = 1000) -> Integral:
 
 def cell_grid(extent: Extent, cells: int) -> Float[np.ndarray, "cells cells 2"]:
     """Midpoints of equal cells of a window, [i, j] for the i-th value of z2 and j-th of z1."""
-    require.whole(cells=cells)
+    check_int(cells=cells)
     a, b, c, d = extent
     middle = (np.arange(cells) + 0.5) / cells
     return np.stack(np.meshgrid(a + (b - a) * middle, c + (d - c) * middle), axis=-1)

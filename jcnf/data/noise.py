@@ -3,15 +3,15 @@
 import numpy as np
 from jaxtyping import UInt8
 
-from jcnf import require
+from jcnf._checks import check_int
 
 
 def uniform_noise(
     rng: np.random.Generator, n: int, dim: int, levels: int
 ) -> UInt8[np.ndarray, "n dim"]:
     """Pixels that are independent and uniform over the grey values 0 to `levels` - 1."""
-    require.whole(n=n, dim=dim)
-    require.whole(1, 256, levels=levels)
+    check_int(n=n, dim=dim)
+    check_int(1, 256, levels=levels)
     return rng.integers(levels, size=(n, dim), dtype=np.uint8)
 
 

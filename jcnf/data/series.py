@@ -7,10 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from jcnf import require
-from jcnf.data.table_files import all_but, read_raw
-from jcnf.data.tables import Standardizer
-from jcnf.errors import InputError
+from jcnf._checks import InputError, check_int, check_number
+from jcnf.data.tables import Standardizer, all_but, read_raw
 
 Path = str | os.PathLike
 
@@ -68,8 +66,8 @@ def spiral(
     """
     if name not in TARGETS:
         raise InputError(f"unknown target '{name}': use one of {', '.join(TARGETS)}")
-    require.whole(3, points=points)
-    require.number("[0, inf)", noise=noise)
+    check_int(3, points=points)
+    check_number("[0, inf)", noise=noise)
     target, rng = TARGETS[name], np.random.default_rng(seed)
     times = np.linspace(0, target.end, points)
     if irregular:

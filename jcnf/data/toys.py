@@ -23,8 +23,7 @@ import numpy as np
 from jax.scipy.special import erfc, i0e
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.errors import InputError
+from jcnf._checks import InputError, check_int, check_key
 
 Point = Float[Array, "2"]
 Points = Float[Array, "num 2"]
@@ -86,8 +85,8 @@ def drawing(sample: Callable) -> Callable[[Array, int], Array]:
     """A sampler that says what is wrong with its key, or its number of samples."""
 
     def checked(key: Key[Array, ""], num_samples: int) -> Float[Array, "num_samples 2"]:
-        require.one_key(key)
-        require.whole(num_samples=num_samples)
+        check_key(key)
+        check_int(num_samples=num_samples)
         return sample(key, num_samples)
 
     return checked
@@ -297,7 +296,7 @@ SPREAD = math.sqrt(4**2 / 2 + 0.5**2)
 
 PARABOLA_ENTROPY = math.log(2 * math.pi * math.e * math.prod(PARABOLA))
 
-# Entropies: -sum p log p over a grid in float64, with sum p = 1 (tests/test_toys.py recomputes
+# Entropies: -sum p log p over a grid in float64, with sum p = 1 (tests/data/test_toys.py recomputes
 # them); the errors are the change from one grid to finer and wider ones. Those of the checkerboard
 # and of the parabola, which a shift of x2 makes of two normals, are exact.
 _TABLE = (

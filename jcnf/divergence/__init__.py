@@ -9,15 +9,12 @@
 | `XTrace(k)` | 2k | the same, with a smaller constant |
 """
 
+from jcnf.divergence.base import Divergence
+from jcnf.divergence.base import Drawn as Drawn
+from jcnf.divergence.base import Local as Local
 from jcnf.divergence.estimators import Estimator as Estimator
-from jcnf.divergence.estimators import Hutchinson as Hutchinson
-from jcnf.divergence.estimators import HutchPlusPlus as HutchPlusPlus
-from jcnf.divergence.estimators import XTrace as XTrace
-from jcnf.divergence.exact import Exact as Exact
-from jcnf.divergence.exact import ForwardMode as ForwardMode
-from jcnf.divergence.strategy import Divergence as Divergence
-from jcnf.divergence.strategy import Drawn as Drawn
-from jcnf.divergence.strategy import Local as Local
+from jcnf.divergence.estimators import Hutchinson, HutchPlusPlus, XTrace
+from jcnf.divergence.exact import Exact, ForwardMode
 
 DIVERGENCES: dict[str, type[Divergence]] = {
     "exact": Exact,

@@ -6,12 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from jcnf import require
-from jcnf.divergence.orthogonal import inverse_transposed, orthonormalise
-from jcnf.divergence.strategy import Divergence, Local
-from jcnf.fields.jacobian import products
+from jcnf._checks import check_int, check_key
+from jcnf.divergence.base import Divergence, Local
+from jcnf.fields.base import products
 
 # Hutch++ and XTrace span a subspace by A S, which differentiates badly where A has hardly any rank.
 # Any subspace that the noise it is judged by had no part in gives an unbiased estimate, so that of
@@ -25,7 +24,7 @@ class Estimator(Divergence):
     probes: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        require.whole(probes=self.probes)
+        check_int(probes=self.probes)
 
     @property
     @abstractmethod
@@ -39,7 +38,7 @@ class Estimator(Divergence):
                 f"{type(self).__name__} draws noise: pass key=jax.random.key(seed), "
                 "or use divergence=jcnf.Exact()"
             )
-        require.one_key(key)
+        check_key(key)
         return self._noise(key, batch, dim, dtype)
 
     @abstractmethod
@@ -172,3 +171,38 @@ class XTrace(Estimator):
         freedom = x.shape[0] - self.probes + 1
         outside = freedom * jnp.sum(rest * rest_images, axis=0) / jnp.sum(rest**2, axis=0)
         return Local(v, jnp.mean(inside + outside), jnp.sum(images**2) / self.probes)
+
+
+# Orthonormal bases by elementary operations, for use under `vmap` inside a solve.
+#
+# Not LAPACK's: on CPUs jaxlib (0.10.2) gives each batch of factorisations to the thread pool that
+# runs it, and two at a time can wait for each other for ever.
+
+
+def orthonormalise(
+    rows: Float[Array, "k dim"],
+) -> tuple[Float[Array, "k dim"], Float[Array, "k k"]]:
+    """An orthonormal basis Q of the span of independent rows Y, and the upper R with Y' = Q' R.
+
+    Gram-Schmidt, each row twice, which leaves Q orthonormal up to rounding (Giraud et al. 2005).
+    """
+    basis, columns = rows[:0], []
+    for row in rows:
+        first = basis @ row
+        row = row - first @ basis
+        second = basis @ row
+        row = row - second @ basis
+        length = jnp.sqrt(row @ row)
+        basis = jnp.concatenate([basis, (row / length)[None]])
+        rest = jnp.zeros(len(rows) - len(basis), row.dtype)
+        columns.append(jnp.concatenate([first + second, length[None], rest]))
+    return basis, jnp.stack(columns, axis=1)
+
+
+def inverse_transposed(upper: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """The inverse of the transpose of an upper triangular matrix, by forward substitution."""
+    found = upper[:0]
+    for i, unit in enumerate(jnp.eye(len(upper), dtype=upper.dtype)):
+        row = (unit - upper[:i, i] @ found) / upper[i, i]
+        found = jnp.concatenate([found, row[None]])
+    return found

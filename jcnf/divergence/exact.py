@@ -2,10 +2,10 @@
 
 import equinox as eqx
 
-from jcnf import require
+from jcnf._checks import check_int
+from jcnf.divergence.base import Divergence, Local
 from jcnf.divergence.estimators import Hutchinson
-from jcnf.divergence.strategy import Divergence, Local
-from jcnf.fields import jacobian
+from jcnf.fields import base
 
 
 class ForwardMode(Divergence):
@@ -19,14 +19,14 @@ class ForwardMode(Divergence):
       piece and recomputed in reverse mode, so that memory does not grow with `dim`.
     """
 
-    chunk: int = eqx.field(static=True, default=jacobian.CHUNK)
+    chunk: int = eqx.field(static=True, default=base.CHUNK)
 
     def __check_init__(self):
-        require.whole(chunk=self.chunk)
+        check_int(chunk=self.chunk)
 
     def __call__(self, field, t, x, context, noise):
         """Velocity, trace and squared Frobenius norm, exactly."""
-        return Local(*jacobian.trace_and_square(field, t, x, context, self.chunk))
+        return Local(*base.trace_and_square(field, t, x, context, self.chunk))
 
 
 class Exact(Divergence):
@@ -41,7 +41,7 @@ class Exact(Divergence):
     probes: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        require.whole(0, probes=self.probes)
+        check_int(0, probes=self.probes)
 
     def draw(self, key, batch, dim, dtype):
         """The probes' noise; consumes `key` where there are probes, and needs none otherwise."""

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcnf import parallel, require
-from jcnf.ode import unknown
-from jcnf.solve import Solve
+from jcnf import sharding
+from jcnf._checks import check_instance, check_int
+from jcnf.ode import Solve, unknown
 
 CHUNK = 10_000  # rows, enough for every core to be busy
 MANY = 4  # chunks, among which a solve for the sake of its step plan pays
@@ -50,7 +50,7 @@ def solved_in_chunks(
     the steps that a row takes do not depend on the chunks before its own. NFE count the steps that
     the chunks took, which are fewer with a step plan.
     """
-    require.instance(Solve, "a jcnf.Solve(...)", solve=solve)
+    check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
     size, dtype = _size(n, size), jnp.result_type(float)
     if solve.step_plan is None and solve.heeds_step_plans:
         # With a step plan that tells nothing, for one program with and without.
@@ -96,19 +96,19 @@ def in_chunks(
 def _size(n, size):
     """Of a chunk of `n` rows."""
     size = CHUNK if size is None else size
-    require.whole(chunk=size)
+    check_int(chunk=size)
     return min(size, n)
 
 
 def _filled(index):
     """With its last row, for the devices to share: its own rows depend on no number of these."""
-    return np.pad(index, (0, -len(index) % parallel.devices()), mode="edge")
+    return np.pad(index, (0, -len(index) % sharding.devices()), mode="edge")
 
 
 def _solve_chunk(program, rows, index):
     """Return the values of the rows at `index`, NaN where they failed, and the statistics."""
     chunk = jax.tree.map(lambda a: a[index], rows)
-    values, stats = parallel.on_host(program(*parallel.split(chunk)))
+    values, stats = sharding.on_host(program(*sharding.split(chunk)))
     values = np.array(values)
     values[stats.failed] = np.nan
     return values, stats

@@ -11,12 +11,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from jcnf.divergence import Divergence, Drawn, Exact
-from jcnf.evaluate.doubled import in_float64
-from jcnf.evaluate.scores import check_data
-from jcnf.flow import Flow
+from jcnf.evaluate.log_prob import check_data
+from jcnf.evaluate.precision import in_float64
+from jcnf.flows import Flow
 from jcnf.objectives import likelihood
-from jcnf.solve import Solve
-from jcnf.train import differentiator, partition
+from jcnf.ode import Solve
+from jcnf.training import differentiator, partition
 
 REFERENCE = Solve(solver="dopri8", rtol=1e-9, atol=1e-9, max_steps=4096)
 DIFFERENCE = 1e-3

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
+from jcnf._checks import check_int, list_rows
 from jcnf.divergence import Divergence, Drawn, Exact
 from jcnf.evaluate.chunks import CHUNK
-from jcnf.evaluate.scores import ACCURATE, check_data, score
-from jcnf.flow import Flow
-from jcnf.solve import Solve
+from jcnf.evaluate.log_prob import ACCURATE, check_data, score
+from jcnf.flows import Flow
+from jcnf.ode import Solve
 
 COPIED_ROWS = 100  # no compiler fault is known in batches this small
 
@@ -60,7 +60,7 @@ class RowIndependence(NamedTuple):
             return None
         return (
             f"identical rows get different log-densities in a batch of {batch}: "
-            f"{require.counted(wrong, batch)} differ from their first copy, by up to "
+            f"{list_rows(wrong, batch)} differ from their first copy, by up to "
             f"{self.difference:.2g} nats. Suspect the compiler or the device: run "
             "`python -m jcnf.selfcheck`, and try another version of jaxlib"
         )
@@ -91,7 +91,7 @@ def row_independence(
     **Raises:** `ValueError` as `jcnf.evaluate.score` does.
     """
     check_data(flow, x, context, solve, divergence)
-    require.whole(batch=batch)
+    check_int(batch=batch)
     period = min(len(x), COPIED_ROWS, max(batch // 2, 1))
     x = jnp.asarray(x)[:period]
     noise = flow.draw_noise(divergence, key, period, x.shape[1], x.dtype)

@@ -4,10 +4,9 @@ Any callable of that signature with an integer attribute `dim` is a field. One t
 `velocity_and_divergence(t, x, context=None)` is offered to `jcnf.Exact` as its closed form.
 """
 
-from jcnf.fields.activations import ACTIVATIONS as ACTIVATIONS
+from jcnf.fields.base import velocity_and_divergence as velocity_and_divergence
 from jcnf.fields.conv import Conv as Conv
-from jcnf.fields.guidance import Guided as Guided
-from jcnf.fields.jacobian import velocity_and_divergence as velocity_and_divergence
+from jcnf.fields.layers import ACTIVATIONS as ACTIVATIONS
 from jcnf.fields.layers import LAYERS as LAYERS
 from jcnf.fields.mlp import MLP as MLP
 from jcnf.fields.planar import Planar as Planar
@@ -15,6 +14,7 @@ from jcnf.fields.potential import Potential as Potential
 from jcnf.fields.resnet import ResNet as ResNet
 from jcnf.fields.unet import UNet as UNet
 from jcnf.fields.wrappers import Cast as Cast
+from jcnf.fields.wrappers import Guided as Guided
 from jcnf.fields.wrappers import Mixture as Mixture
 from jcnf.fields.wrappers import Residual as Residual
 from jcnf.fields.wrappers import TimeChange as TimeChange

@@ -9,11 +9,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.convolution import KERNEL, convolve
-from jcnf.fields.jacobian import along
-from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
+from jcnf._checks import check_int, check_ints, check_key, check_shape
+from jcnf.fields._xla_cpu import KERNEL, convolve
+from jcnf.fields.base import along
+from jcnf.fields.layers import LAYERS, Activation, Ignore, TimeLinear, resolve
 
 
 class Conv(eqx.Module):
@@ -59,10 +58,10 @@ class Conv(eqx.Module):
     ):
         if time not in LAYERS:
             raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
-        require.shape("shape", shape)
-        require.wholes(channels=channels)
-        require.whole(0, context_dim=context_dim)
-        require.one_key(key)
+        check_shape("shape", shape)
+        check_ints(channels=channels)
+        check_int(0, context_dim=context_dim)
+        check_key(key)
         self.shape, self.context_dim = shape, context_dim
         self.activation = resolve(activation)
         sizes = (shape[2], *channels, shape[2])

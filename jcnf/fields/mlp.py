@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.layers import LAYERS, Ignore, TimeLinear
-from jcnf.fields.pushed import push
+from jcnf._checks import check_int, check_ints, check_key
+from jcnf.fields._xla_cpu import push
+from jcnf.fields.layers import LAYERS, Activation, Ignore, TimeLinear, resolve
 
 
 class MLP(eqx.Module):
@@ -26,7 +25,7 @@ class MLP(eqx.Module):
     - `dim`: dimension of x.
     - `widths`: hidden widths, input side first; `()` is an affine field.
     - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
-    - `activation`: a name in `jcnf.fields.activations.ACTIVATIONS`, or an elementwise function.
+    - `activation`: a name in `jcnf.fields.layers.ACTIVATIONS`, or an elementwise function.
     - `output`: the same after the last layer; None for none. "tanh" bounds each component by 1.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `conditioning`: how c enters. "concat": joined to x; "modulate": a hidden layer's
@@ -61,10 +60,10 @@ class MLP(eqx.Module):
             raise ValueError(f"unknown time layer {time!r}: use one of {', '.join(LAYERS)}")
         if conditioning not in ("concat", "modulate"):
             raise ValueError(f"unknown conditioning {conditioning!r}: use 'concat' or 'modulate'")
-        require.whole(dim=dim)
-        require.wholes(widths=widths)
-        require.whole(0, context_dim=context_dim)
-        require.one_key(key)
+        check_int(dim=dim)
+        check_ints(widths=widths)
+        check_int(0, context_dim=context_dim)
+        check_key(key)
         modulated = tuple(widths) if conditioning == "modulate" else ()
         sizes = (dim if modulated else dim + context_dim, *widths, dim)
         if conditioning == "modulate" and not (modulated and context_dim):

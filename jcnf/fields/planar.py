@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.turned import turned
+from jcnf._checks import check_instance, check_int, check_key
+from jcnf.fields._xla_cpu import turned
 
 
 class Planar(eqx.Module):
@@ -44,9 +44,9 @@ class Planar(eqx.Module):
         average: bool = True,
         key: Key[Array, ""],
     ):
-        require.whole(dim=dim, width=width, hidden=hidden)
-        require.instance(bool, "True for the mean, False for the sum", average=average)
-        require.one_key(key)
+        check_int(dim=dim, width=width, hidden=hidden)
+        check_instance(bool, "True for the mean, False for the sum", average=average)
+        check_key(key)
         sizes = (1, hidden, hidden, 3 * width * dim + width)
         keys = jr.split(key, 3)
         self.hypernet = tuple(

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.activations import logcosh
-from jcnf.fields.layers import Ignore, uniform
+from jcnf._checks import check_int, check_key
+from jcnf.fields.layers import Ignore, logcosh, uniform
 
 
 class Potential(eqx.Module):
@@ -42,8 +41,8 @@ class Potential(eqx.Module):
     context_dim: ClassVar[int] = 0
 
     def __init__(self, dim: int, width: int = 32, rank: int = 10, *, key: Key[Array, ""]):
-        require.whole(dim=dim, width=width, rank=rank)
-        require.one_key(key)
+        check_int(dim=dim, width=width, rank=rank)
+        check_key(key)
         rank = min(rank, dim + 1)
         opening_key, inner_key, weight_key, factor_key = jr.split(key, 4)
         self.opening = Ignore(dim + 1, width, key=opening_key)

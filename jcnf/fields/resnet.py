@@ -8,9 +8,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.layers import Ignore
+from jcnf._checks import check_int, check_key
+from jcnf.fields.layers import Activation, Ignore, resolve
 
 SHARPNESS = 2.0  # standard deviation of what waves are drawn with
 
@@ -73,9 +72,9 @@ class ResNet(eqx.Module):
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
-        require.whole(dim=dim, width=width, blocks=blocks)
-        require.whole(0, frequencies=frequencies, waves=waves, context_dim=context_dim)
-        require.one_key(key)
+        check_int(dim=dim, width=width, blocks=blocks)
+        check_int(0, frequencies=frequencies, waves=waves, context_dim=context_dim)
+        check_key(key)
         self.dim = dim
         self.context_dim = context_dim
         self.frequencies = frequencies

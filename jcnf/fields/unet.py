@@ -10,10 +10,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.fields.activations import Activation, resolve
-from jcnf.fields.convolution import KERNEL, convolve
-from jcnf.fields.layers import Ignore
+from jcnf._checks import check_int, check_ints, check_key, check_shape
+from jcnf.fields._xla_cpu import KERNEL, convolve
+from jcnf.fields.layers import Activation, Ignore, resolve
 
 GROUPS = 8  # of channels, each normalised by itself
 
@@ -84,13 +83,13 @@ class UNet(eqx.Module):
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
-        require.shape("shape", shape)
-        require.wholes(channels=channels)
+        check_shape("shape", shape)
+        check_ints(channels=channels)
         if not channels:
             raise ValueError("channels must be those of one level or more; got ()")
-        require.whole(blocks=blocks)
-        require.whole(0, frequencies=frequencies, context_dim=context_dim)
-        require.one_key(key)
+        check_int(blocks=blocks)
+        check_int(0, frequencies=frequencies, context_dim=context_dim)
+        check_key(key)
         halvings = 2 ** (len(channels) - 1)
         if shape[0] % halvings or shape[1] % halvings:
             raise ValueError(

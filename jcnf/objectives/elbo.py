@@ -6,11 +6,11 @@ from types import MappingProxyType
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
+from jcnf._checks import check_key
 from jcnf.divergence import Divergence, Exact
+from jcnf.flows.vae import VAE, weigh
 from jcnf.objectives.likelihood import check_penalties, mean_of_solved, penalised
-from jcnf.solve import Solve
-from jcnf.vae import VAE, weigh
+from jcnf.ode import Solve
 
 
 def elbo(
@@ -31,10 +31,10 @@ def elbo(
     "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
     function, "nfe", "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out.
 
-    **Raises:** `ValueError` as `jcnf.vae.weigh` does.
+    **Raises:** `ValueError` as `jcnf.flows.vae.weigh` does.
     """
     check_penalties(penalties)
-    require.one_key(key)
+    check_key(key)
     eps_key, noise_key = jr.split(key)
     weighed = weigh(
         model,

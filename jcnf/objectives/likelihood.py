@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
-from jcnf.cnf import CNF
+from jcnf._checks import check_key, check_number
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeChange
-from jcnf.flow import Flow, Transformed, transform
-from jcnf.solve import Solve, Stats
+from jcnf.flows import CNF, Flow, Transformed, transform
+from jcnf.ode import Solve, Stats
 
-# Names of metrics, of objectives and of `jcnf.train`.
+# Names of metrics, of objectives and of `jcnf.training.loop`.
 RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
 RESERVED |= {"nfe", "failed", "failed_rows", "step_plan", "loss", "grad_norm", "skipped"}
 # Share of a batch's rows whose solve may fail. The loss is over the others, and a flow could learn
@@ -48,10 +47,10 @@ def likelihood(
     if steer:
         if not isinstance(flow, CNF):
             raise ValueError("steer moves the end time of a CNF; this flow has none")
-        require.number(f"[0, {flow.t1})", steer=steer)
+        check_number(f"[0, {flow.t1})", steer=steer)
         if key is None:
             raise ValueError("steer draws a time: it needs a key, jax.random.key(seed)")
-        require.one_key(key)
+        check_key(key)
         key, steer_key = jr.split(key)
         start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
         steered = TimeChange(flow.field, rate=1 - start / flow.t1, start=start)
@@ -77,7 +76,7 @@ def check_penalties(penalties: Mapping[Callable, float]) -> None:
             f"{{kinetic: 0.01}}; got {penalties}"
         )
     for regularizer, weight in penalties.items():
-        require.number("[0, inf)", **{f"the weight of {regularizer.__name__}": weight})
+        check_number("[0, inf)", **{f"the weight of {regularizer.__name__}": weight})
     taken = RESERVED & {r.__name__ for r in penalties}
     if taken:
         raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
@@ -108,7 +107,7 @@ def mean_of_solved(values: Float[Array, " batch"], stats: Stats) -> Float[Array,
 
 
 def costs(stats: Stats) -> dict[str, Array]:
-    """Return what `jcnf.train` is told of a solve.
+    """Return what `jcnf.training.loop` is told of a solve.
 
     "nfe", "step_plan", "failed_rows" (how many rows failed, which have left the loss) and "failed":
     whether they are more than `MAX_FAILED` of the batch, too many to train on the rest.

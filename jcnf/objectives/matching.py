@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf import couplings, paths, require, times
-from jcnf.cnf import CNF
-from jcnf.flow import check_batch
+from jcnf._checks import check_callable, check_instance, check_key, check_number
+from jcnf.flows import CNF, check_batch
+from jcnf.objectives import couplings, paths, times
 
 
 def flow_matching(
@@ -27,18 +27,19 @@ def flow_matching(
     Albergo & Vanden-Eijnden 2023; Liu et al. 2023), so that `log_prob` and `sample` are those of
     any flow. The loss is a sum over coordinates and has an unknown positive minimum, unlike nats.
 
-    `path`, `coupling` and `time` are functions as in `jcnf.paths`, `jcnf.couplings` and
-    `jcnf.times`. With `drop_context` p > 0 each context is 0 with probability p, as guidance needs
-    (`jcnf.fields.Guided`). `key` is consumed once. The metrics are "matching", the loss.
+    `path`, `coupling` and `time` are functions as in the modules `paths`, `couplings` and `times`
+    of `jcnf.objectives`. With `drop_context` p > 0 each context is 0 with probability p, as
+    guidance needs (`jcnf.fields.Guided`). `key` is consumed once. The metrics are "matching", the
+    loss.
 
     **Raises:** `ValueError` for bad shapes, a path that returns another shape than x, and a
     `drop_context` not in [0, 1) or without a context.
     """
     _check(flow, x, context, key)
-    require.function("a function, as those of jcnf.paths are", path=path)
-    require.function("a function, as those of jcnf.couplings are", coupling=coupling)
-    require.function("a function, as those of jcnf.times are", time=time)
-    require.number("[0, 1)", drop_context=drop_context)
+    check_callable("a function, as those of jcnf.objectives.paths are", path=path)
+    check_callable("a function, as those of jcnf.objectives.couplings are", coupling=coupling)
+    check_callable("a function, as those of jcnf.objectives.times are", time=time)
+    check_number("[0, 1)", drop_context=drop_context)
     base_key, coupling_key, drop_key, key = jr.split(key, 4)
     x0 = flow.base.sample(base_key, len(x), x.dtype)
     partners = coupling(coupling_key, x0, x, context)
@@ -86,9 +87,9 @@ def rectified(
 
 
 def _check(flow, x, context, key):
-    require.instance(CNF, "a jcnf.CNF, whose field is to be matched", flow=flow)
+    check_instance(CNF, "a jcnf.CNF, whose field is to be matched", flow=flow)
     check_batch(flow, x, context)
-    require.one_key(key)
+    check_key(key)
 
 
 def _match(flow, x0, x1, key, context, path, time):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jcnf import require
+from jcnf._checks import check_callable
 from jcnf.divergence import Divergence, Exact
-from jcnf.flow import Flow, check_batch, transform
+from jcnf.flows import Flow, check_batch, transform
 from jcnf.objectives.likelihood import check_penalties, penalised
-from jcnf.solve import Solve
+from jcnf.ode import Solve
 
 
 def reverse_kl(
@@ -40,7 +40,7 @@ def reverse_kl(
     **Raises:** `ValueError` as `jcnf.transform` does, and for energies of another shape.
     """
     check_penalties(penalties)
-    require.function("a function of x (batch, dim), as jcnf.data.energies has them", energy=energy)
+    check_callable("a function of x (batch, dim), as jcnf.data.energies has them", energy=energy)
     check_batch(flow, z, context)
     given = (z,) if context is None else (z, context)
     shape = jnp.shape(jax.eval_shape(energy, *given))

@@ -10,7 +10,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from jcnf.errors import InputError
+from jcnf._checks import InputError
 
 NEEDED = ("torch", "torchdiffeq", "torchdyn", "torchcfm", "zuko", "flowjax")
 SOLVING = ("torchdiffeq", "torchdyn", "zuko")  # peers with a training step by likelihood

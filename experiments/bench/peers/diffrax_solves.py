@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from experiments.bench import ours
 from experiments.bench.cases import Case
 from experiments.bench.timing import Program
-from jcnf.solve import SOLVERS as METHODS
-from jcnf.solve import Solve
+from jcnf.ode import SOLVERS as METHODS
+from jcnf.ode import Solve
 
 SOLVERS = ("bosh3", "tsit5", "dopri8")
 CHECKPOINTS = 32  # of the batched solve's adjoint, when tuned: as many states as ours keeps

@@ -13,12 +13,12 @@ from torch import nn
 
 from experiments.bench.timing import Program
 from jcnf import CNF, distributions, fields
-from jcnf.fields import activations, layers
+from jcnf.fields import layers
 
 ACTIVATIONS = {
-    activations.tanh: torch.tanh,
-    activations.softplus: F.softplus,
-    activations.silu: F.silu,
+    layers.tanh: torch.tanh,
+    layers.softplus: F.softplus,
+    layers.silu: F.silu,
 }
 
 

@@ -1,0 +1,1 @@
+"""What runs an experiment: command line, settings, run directory and training."""

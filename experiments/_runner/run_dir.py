@@ -1,0 +1,290 @@
+"""One run directory: `config.json`, `metrics.jsonl`, `checkpoints/`, `figures/`; once trained,
+`flow.jcnf`; once finished, `summary.json`; where training broke down, `report.json`."""
+
+import atexit
+import dataclasses
+import datetime
+import importlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from experiments._runner.config import RunSettings, TrainingSettings
+from experiments._runner.metrics_log import json_ready, read_json
+from jcnf import sharding, training
+from jcnf._checks import InputError
+from jcnf.flows import Flow
+from jcnf.training import checkpoint
+
+# Settings that may differ between a run and its resumption: where it goes, not what it does.
+FREE = ("out", "resume", "keep", "devices")
+# What stands beside a trained flow at least.
+FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
+
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+class RunDir:
+    """The directory of a new run, or of an unfinished one with `--resume`; maybe `part_of` another.
+
+    Of several processes the first alone has it. The others go on with copies of their own, which
+    are alike and forgotten at the end: they need no file system in common.
+
+    **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
+    one of other settings, is in use, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: RunSettings,
+        *,
+        resume: bool = False,
+        part_of: "RunDir | None" = None,
+    ):
+        self.name, self.part_of = name, part_of
+        self.settings = _name_of(type(settings))
+        self.config = json_ready(dataclasses.asdict(settings))
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        self.home = self.path  # where the first process, and a person, finds it
+        files = sharding.first(lambda: self._open(settings, resume))
+        if jax.process_index() > 0:
+            self._copy(files)
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "metrics.jsonl"
+        print(f"run directory: {self.path}")
+
+    def _open(self, settings, resume):
+        """Check and begin it, or check it; what is in it, where other processes need that."""
+        if (self.path / "summary.json").exists():
+            raise InputError(f"{self.path} holds a finished run: choose another --out")
+        started = (self.path / "config.json").exists()
+        if started and not resume:
+            hint = "add --resume to go on with it, or " if "resume" in self.config else ""
+            raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
+        if resume and not started:
+            raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
+        # A hidden file is what a kill left of the first write.
+        if not started and any(path for path in self.path.glob("*") if path.name[0] != "."):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
+        if started:
+            self._same_settings()
+            (self.path / "figures").mkdir(exist_ok=True)  # a kill may have come before it
+        else:
+            self._create()
+        self._hold()
+        if jax.process_count() == 1:
+            return {}
+        files = (*self.path.glob("*"), *self.path.glob("checkpoints/*"))
+        return {f.relative_to(self.path): f.read_bytes() for f in files if f.is_file()}
+
+    def _copy(self, files):
+        self.path = Path(tempfile.mkdtemp(prefix="jcnf-"))
+        atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        (self.path / "figures").mkdir()
+        for name, content in files.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            (self.path / name).write_bytes(content)
+
+    def _create(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", self.config)
+            (self.path / "figures").mkdir()
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.path} ({error.strerror}): choose another --out"
+            ) from None
+
+    def _hold(self):
+        """Keep other processes out of it until this one ends, where the file system has locks."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (to the end)
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.path} is in use by another process: wait for its end, or end it"
+            ) from None
+        except OSError:
+            pass
+
+    def _same_settings(self):
+        self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))
+
+    def _check_config(self, what, before):
+        names = [n for n in self.config | before if n not in FREE]
+        differ = [n for n in names if before.get(n) != self.config.get(n)]
+        if differ:
+            listed = ", ".join(f"{n} {before.get(n)} -> {self.config.get(n)}" for n in differ)
+            raise InputError(
+                f"{what} with other settings ({listed}): "
+                "give the same ones, or choose another --out"
+            )
+
+    def check_notes(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """Those of a checkpoint, where it is one of this run and version.
+
+        **Raises:** `InputError` that names what differs.
+        """
+        if not all(isinstance(notes.get(n), dict) for n in ("versions", "config", "place")):
+            raise InputError(f"{self.checkpoints} holds something else than a training's state")
+        self._check_config(f"the checkpoint in {self.checkpoints} was written", notes["config"])
+        here, there = versions(), dict.fromkeys(versions()) | notes["versions"]
+        if there["jcnf"] != here["jcnf"]:
+            raise InputError(
+                f"the checkpoint in {self.checkpoints} was written by jcnf {there['jcnf']}, this "
+                f"is {here['jcnf']}: go on with that version, or choose another --out"
+            )
+        others = [f"{n} {there[n]} -> {here[n]}" for n in here if there[n] != here[n]]
+        if others:
+            print(f"warning: other versions than before, so not to the bit: {', '.join(others)}")
+        return notes
+
+    def command_to_resume(self) -> str:
+        """The command line that goes on with this run."""
+        if self.part_of is not None:
+            return self.part_of.command_to_resume()
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        if not any(word.split("=")[0] == "--out" for word in words):
+            words += ["--out", str(self.home)]
+        return shlex.join(["python", "-m", f"experiments.{self.name}", *words, "--resume"])
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write `name`, whole or not at all."""
+        text = json.dumps(json_ready(content), indent=2, allow_nan=False)
+        checkpoint.write_atomically(self.path / name, text.encode())
+
+    def save_figures(self, **figures: Any) -> None:
+        """Save matplotlib figures as figures/NAME.png."""
+        for name, figure in figures.items():
+            figure.savefig(self.path / "figures" / f"{name}.png")
+
+    def save_flow(self, flow: Flow, notes: dict[str, Any]) -> None:
+        """Save the trained parameters as flow.jcnf, with the settings and `notes` of its use."""
+        notes = json_ready(
+            {
+                "experiment": self.name,
+                "settings": self.settings,
+                "config": self.config,
+                "dim": flow.base.dim,
+                "context_dim": flow.context_dim or 0,
+            }
+            | notes
+        )
+        checkpoint.save(self.path / "flow.jcnf", training.partition(flow)[0], notes)
+
+    def finish(
+        self, metrics: dict, numerics: dict, timing: dict, warnings: Sequence[str] = ()
+    ) -> None:
+        """Write summary.json, which marks the run as finished, and print its figures."""
+        parts = {"metrics": metrics, "numerics": numerics, "timing": timing}
+        head = {"experiment": self.name, "config": self.config}
+        tail = {"warnings": warnings, "environment": environment()}
+        self.write_json("summary.json", head | parts | tail)
+        for name, part in parts.items():
+            shown = "  ".join(f"{key} {_shown(value)}" for key, value in part.items())
+            if shown:
+                print(f"{name}: {shown}")
+        for warning in warnings:
+            print(f"warning: {warning}")
+        print(f"results and figures: {self.path}")
+
+
+def kind_of(path: Path) -> type[TrainingSettings]:
+    """The class of the settings of a trained run.
+
+    **Raises:** `InputError` where it is no run of an experiment of this version.
+    """
+    notes = read_flow_notes(path)
+    module, _, name = notes["settings"].partition(":")
+    # Of this package alone: what a file names must not choose other code to import.
+    if module.startswith("experiments.") and module.count(".") == 1:
+        try:
+            kind = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError:
+            kind = None
+        if isinstance(kind, type) and issubclass(kind, TrainingSettings):
+            return kind
+    raise InputError(f"{path} is a run of another experiment or version ({notes['experiment']})")
+
+
+def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
+    """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
+    notes = read_flow_notes(path)
+    names = {field.name for field in dataclasses.fields(kind)} - {*FREE}
+    config: dict[str, Any] = {
+        n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
+    }
+    if not names <= config.keys():
+        raise InputError(
+            f"{path} is a run of another experiment or version ({notes['experiment']})"
+        )
+    settings = kind(**{name: config[name] for name in names})
+    try:
+        flow = settings.make_flow(notes["dim"], notes["context_dim"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path / 'flow.jcnf'} has settings of no flow: {error}") from None
+    params, _ = checkpoint.load(path / "flow.jcnf", training.partition(flow)[0])
+    return training.with_params(flow, params), settings, notes
+
+
+def read_flow_notes(path: Path) -> dict[str, Any]:
+    """What stands beside the trained flow of a run."""
+    if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
+        raise InputError(f"{path} is not trained to its end: finish it with --resume first")
+    notes = checkpoint.read_notes(path / "flow.jcnf")
+    if not all(isinstance(notes.get(name), kind) for name, kind in FLOW_NOTES.items()):
+        raise InputError(f"{path / 'flow.jcnf'} holds something else than a trained flow")
+    return notes
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide what a training's next bits are."""
+    return {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, for the summary."""
+    return versions() | {"device": jax.devices()[0].device_kind, "git": _commit()}
+
+
+def _name_of(kind):
+    """A class as module:name, that of the experiment where it is what python runs."""
+    module = kind.__module__
+    spec = getattr(sys.modules[module], "__spec__", None)
+    return f"{spec.name if module == '__main__' and spec else module}:{kind.__qualname__}"
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return None
+
+
+def _commit():
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

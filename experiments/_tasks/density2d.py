@@ -1,0 +1,238 @@
+"""Learning a density in the plane: what several experiments share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments._runner.config import MANY, WIDEST, LoopSettings, RunSettings
+from experiments._runner.flow_config import FitSettings, FlowSettings
+from experiments._runner.loop import fit
+from experiments._runner.progress import progress
+from experiments._runner.run_dir import RunDir
+from experiments._runner.stages import drawing
+from experiments._tasks import figures
+from jcnf import Solve, evaluate, plot
+from jcnf.data.toys import Toy, toy
+from jcnf.flows import Flow, augmented
+
+VALIDATION_POINTS = 2000
+# Time for the accuracy of the numbers: a share of that of training, and at least so much.
+MEASURING_SHARE = 0.5
+LEAST_SECONDS = 20.0
+VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64  # of the extra dimensions, a point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneSettings(RunSettings):
+    """A density in the plane, and how it is measured."""
+
+    # fresh points for the held-out NLL
+    test_points: int = 20_000
+    # cells a side of the figures' densities
+    cells: int = 150
+    # how many times as wide as the figures' is the window in which the mass is sought
+    margin: ClassVar[float] = 2.0
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.make_density()
+        self.at_least(2, "test_points", most=MANY)
+        self.at_least(2, "cells", most=10_000)
+
+    def make_density(self) -> Toy:
+        """What is learnt."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToySettings(PlaneSettings):
+    """A toy density."""
+
+    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings, 6gaussians,
+    # 2circles, parabola
+    data: str = "8gaussians"
+
+    def make_density(self) -> Toy:
+        """What is learnt."""
+        return toy(self.data)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneLoop(LoopSettings, PlaneSettings):
+    """A density that the loop trains on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneFlow(FlowSettings, PlaneSettings):
+    """A density and the flow that learns it."""
+
+    @property
+    def dim(self) -> int:
+        """That of the flow."""
+        return 2
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        super().check()
+        self.check_objective(self.dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneFit(FitSettings, PlaneFlow, PlaneLoop):
+    """A density, and the flow that the loop trains on it."""
+
+    # extra dimensions, N(0, I) in the data, that the flow carries beside x; its NLL is a bound then
+    augment: int = 0
+    # base samples whose ways are drawn, and the times at which
+    particles: int = figures.PARTICLES
+    frames: int = figures.FRAMES
+
+    @property
+    def dim(self) -> int:
+        """That of the flow."""
+        return 2 + self.augment
+
+    def check(self) -> None:
+        """Raise `InputError` for settings that cannot work."""
+        self.at_least(0, "augment", most=WIDEST)
+        super().check()
+        self.at_least(1, "particles", most=MANY)
+        self.at_least(2, "frames", most=10_000)
+
+
+def learn_flow(
+    name: str, settings: PlaneFit, also: Callable[[Any], dict[str, float]] = lambda flow: {}
+) -> None:
+    """Train the flow of the settings on their density, and measure and draw it."""
+    flow = settings.make_flow(settings.dim)
+    solves = settings.make_test_solve(), settings.make_validation_solve()
+    learn(name, settings, flow, *solves, also=also, ways=(settings.particles, settings.frames))
+
+
+def learn(
+    name: str,
+    settings: PlaneLoop,
+    flow: Flow,
+    solve: Solve,
+    quick: Solve,
+    *,
+    also: Callable[[Any], dict[str, float]] = lambda flow: {},
+    ways: tuple[int, int] = (figures.PARTICLES, figures.FRAMES),
+) -> None:
+    """Train `flow`; measure it on fresh points by `solve`, in validation by `quick`; draw it.
+
+    `also(flow)` gives further figures for the summary. Of a CNF the ways of some base samples are
+    drawn, as many as `ways` says and at so many times. Of a flow in more than two dimensions the
+    others are extra ones.
+    """
+    density, extra = settings.make_density(), flow.base.dim - 2
+    run_dir = RunDir(name, settings, resume=settings.resume)
+    val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))  # of extra dimensions
+    sample = jax.jit(density.sample, static_argnums=1)
+    validation = sample(val_key, VALIDATION_POINTS)
+
+    def draw(key: Key[Array, ""], num: int):
+        if not extra:
+            return density.sample(key, num)
+        key, extra_key = jr.split(key)
+        return augmented.augment(density.sample(key, num), extra_key, extra)
+
+    def score(flow, x, solve, samples):
+        if not extra:
+            return evaluate.score(flow, x, solve=solve)
+        return evaluate.score_marginal(flow, x, score_key, samples=samples, solve=solve)
+
+    fitted = fit(
+        run_dir,
+        settings,
+        flow,
+        draw_of=drawing(draw),
+        data=None,
+        validate=lambda flow: score(flow, validation, quick, VALIDATION_SAMPLES).nll,
+    )
+    flow = fitted.flow
+    run_dir.save_flow(flow, {})
+
+    test = sample(test_key, settings.test_points)
+    joint = augmented.augment(test, joint_key, extra) if extra else test
+    # The window of the figures may cut off what a model puts outside it.
+    cells = settings.cells + 2 * round((settings.margin - 1) * settings.cells / 2)
+    with progress(f"measuring on {settings.test_points} fresh points"):
+        certificate = evaluate.certify(
+            flow,
+            joint,
+            solve=solve,
+            extent=square(density.extent * cells / settings.cells),
+            cells=cells,
+            seconds=max(LEAST_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
+        )
+        if extra:
+            scores = score(flow, test, solve, TEST_SAMPLES)
+            view = evaluate.grid_of(
+                lambda points: score(flow, points, solve, VIEW_SAMPLES),
+                square(density.extent),
+                settings.cells,
+            )
+        else:
+            assert certificate.grid is not None
+            scores, found = certificate.scores, certificate.grid
+            outside = round(len(found.log_prob) * (1 - settings.cells / cells) / 2)
+            view = found.cropped(len(found.log_prob) - 2 * outside)
+            test = test[certificate.points]
+    gaps = np.asarray(density.log_prob(test)) - scores.log_prob
+    with progress(f"drawing {settings.test_points} samples"):
+        samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
+    metrics = {
+        "test_nll": scores.nll,
+        "test_nll_stderr": scores.stderr,
+        "nll_gap": float(np.mean(gaps)),
+        "nll_gap_stderr": evaluate.standard_error(gaps),
+        "entropy": density.entropy,
+        **also(flow),
+    }
+    title = f"{density.name}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}"
+    true = np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape)
+    with progress("drawing figures"):
+        figures.plane(
+            run_dir,
+            flow,
+            np.asarray(test),
+            samples.x[-1],
+            view,
+            key=plot_key,
+            solve=solve,
+            title=title,
+            true_log_density=true,
+            particles=ways[0],
+            frames=ways[1],
+        )
+        run_dir.save_figures(
+            training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
+        )
+    numerics = certificate.numerics() | fitted.numerics()
+    warnings = certificate.warnings()
+    if extra:
+        numerics |= {
+            "solver_failures": certificate.failures + scores.failures,
+            "mass": view.mass,
+            "grid_failures": view.failures,
+            "importance_samples": TEST_SAMPLES,
+        }
+        if scores.failures or view.failures:
+            warnings.append(
+                f"a solve failed for {scores.failures} of the points and {view.failures} cells of "
+                "the grid: their numbers are missing"
+            )
+    run_dir.finish(metrics, numerics, fitted.timing, warnings)
+
+
+def square(half: float) -> tuple[float, float, float, float]:
+    """The extent [-half, half]^2."""
+    return -half, half, -half, half

@@ -1,0 +1,51 @@
+"""Figures that experiments share, drawn from a trained flow."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments._runner.run_dir import RunDir
+from jcnf import CNF, Solve, evaluate, plot
+from jcnf.flows import Flow
+
+FRAMES = 41
+PARTICLES = 3000
+
+
+def plane(
+    run_dir: RunDir,
+    flow: Flow,
+    data: np.ndarray,
+    samples: np.ndarray,
+    grid: evaluate.Grid,
+    *,
+    key: Key[Array, ""],
+    solve: Solve,
+    title: str,
+    true_log_density: np.ndarray | None = None,
+    particles: int = PARTICLES,
+    frames: int = FRAMES,
+) -> None:
+    """Densities beside data and samples; of a CNF, base samples turning into data. Consumes `key`.
+
+    Of a flow in more dimensions the first two are drawn.
+    """
+    figure = plot.densities(
+        data,
+        samples[:, :2],
+        grid.log_prob,
+        grid.extent,
+        title=title,
+        true_log_density=true_log_density,
+    )
+    run_dir.save_figures(densities=figure)
+    if not isinstance(flow, CNF):
+        return
+    z = flow.base.sample(key, particles)
+    times = jnp.linspace(0.0, flow.t1, frames)
+    paths = evaluate.transport(flow, z, times, solve=solve, chunk=PARTICLES).x[..., :2]
+    run_dir.save_figures(
+        trajectories=plot.trajectories(paths, times, extent=grid.extent),
+        snapshots=plot.snapshots(paths, times, extent=grid.extent),
+    )
+    plot.animation(run_dir.path / "figures" / "flow.gif", paths, times, extent=grid.extent)

@@ -1,0 +1,174 @@
+"""Trajectories as they are learnt from a series: kept with every validation, and drawn."""
+
+import functools
+import io
+import math
+import time
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from experiments._runner.metrics_log import read_records
+from experiments._runner.run_dir import RunDir
+from jcnf import Solve, objectives, plot, training
+from jcnf._checks import InputError
+from jcnf.data.series import Series
+from jcnf.flows import solve_trajectory
+from jcnf.ode import Stats
+from jcnf.training import checkpoint
+
+CURVE = 400  # times of a learnt trajectory that is drawn and compared with the truth
+PANELS = 8
+PAUSE = 3.0  # seconds between pictures while training
+SCORE = "train_rmse"
+
+
+class Learner:
+    """A series, and the trajectories learnt from it so far, on disk.
+
+    **Arguments:**
+
+    - `held_out`: the last so many observations are not trained on.
+    - `draw_all`: of the windows of the others, those that validations are on.
+    - `solve`, `quick`: of trajectories, and of these windows.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        series: Series,
+        *,
+        held_out: int,
+        draw_all: training.DrawBatch,
+        solve: Solve,
+        quick: Solve,
+    ):
+        self.run_dir, self.series, self.solve, self.quick = run_dir, series, solve, quick
+        self.known = len(series.times) - held_out
+        self.data = tuple(
+            jnp.asarray(a[: self.known], float) for a in (series.times, series.values)
+        )
+        self.windows = draw_all(jr.key(0), self.data)
+        # Those of a trajectory that is drawn; the observations are at `places` among them.
+        self.times = np.union1d(np.linspace(0, series.times[-1], CURVE), series.times)
+        self.places = np.searchsorted(self.times, series.times)
+        self.file = run_dir.path / "trajectories.npy"  # (validations, times, dim)
+        self.drawn = -math.inf  # when
+
+    def follow(
+        self, field: Any, start: np.ndarray, own: Solve | None = None
+    ) -> tuple[np.ndarray, Stats]:
+        """The field's way from `start` (dim,) at all times, and its cost; NaN where it failed.
+
+        By `own`, from each time to the next, or by `solve`.
+        """
+        times = jnp.asarray(self.times, float)
+        if own is not None:
+            times = times[:, None]
+        xs, stats = solved(field, jnp.asarray(start, float)[None], times, own or self.solve)
+        curve = np.asarray(xs[:, 0], np.float64)
+        return (np.full_like(curve, np.nan) if np.any(stats.failed) else curve), stats
+
+    def validate(self, field: Any) -> float:
+        """RMSE over the windows; a trajectory whose phase is off says less of a field.
+
+        The trajectory from the first observation is kept, and drawn every few seconds: the n-th
+        validation of the log has the n-th row of the file.
+        """
+        curve, _ = self.follow(field, self.series.values[0])
+        done = sum(SCORE in record for record in read_records(self.run_dir.log))
+        curves = np.concatenate([self.curves()[:done], curve[None]])
+        buffer = io.BytesIO()
+        np.save(buffer, curves.astype(np.float32))
+        checkpoint.write_atomically(self.file, buffer.getvalue())
+        if time.monotonic() > self.drawn + PAUSE:
+            title = f"learnt so far, from the first observation: {self.caption(curve)}"
+            self.run_dir.save_figures(fit=self.picture(curve, title))
+            self.drawn = time.monotonic()
+        _, metrics = _fit(field, self.windows, self.quick)
+        return math.nan if metrics["failed_rows"] else float(metrics["rmse"])
+
+    def curves(self) -> np.ndarray:
+        """The trajectories kept, (validations, times, dim)."""
+        if self.file.exists():
+            try:
+                return np.load(self.file)
+            except (ValueError, EOFError):
+                raise InputError(f"{self.file} is damaged: restore it, or remove it") from None
+        return np.zeros((0, len(self.times), self.series.values.shape[1]), np.float32)
+
+    def errors(self, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A trajectory less the observations, those trained on and those held out."""
+        known, held_out = np.split(curve[self.places] - self.series.values, [self.known])
+        return known, held_out
+
+    def caption(self, curve: np.ndarray) -> str:
+        """How far a trajectory is from what was trained on."""
+        return f"RMSE {root_mean_square(self.errors(curve)[0]):.3g} to the data"
+
+    @functools.cached_property
+    def truth(self) -> np.ndarray | None:
+        """The true motion, where it is known."""
+        return self.series.truth(self.times) if self.series.truth else None
+
+    def picture(self, curve: np.ndarray, title: str) -> Any:
+        """A trajectory against the file's time, in its units."""
+        series, scale = self.series, self.series.scale
+        return plot.against_time(
+            series.begin + series.unit * self.times,
+            scale.unstandardize(curve),
+            series.begin + series.unit * series.times,
+            scale.unstandardize(series.values),
+            (series.time_name, *scale.columns),
+            truth=None if self.truth is None else scale.unstandardize(self.truth),
+            held_out=len(series.times) - self.known,
+            title=title,
+        )
+
+    def draw_learning(self, validations: list[dict]) -> None:
+        """The trajectories of the validations: some of them in one figure, and all as a GIF."""
+        series, truth = self.series, self.truth
+        names, planar = series.scale.columns, len(series.scale.columns) > 1
+
+        def in_plane(rows, times):
+            """The first two components of rows (..., times, dim); of one, the time before it."""
+            if planar:
+                return rows[..., :2]
+            return np.concatenate([np.broadcast_to(times[:, None], rows.shape), rows], axis=-1)
+
+        scene = plot.Scene(
+            in_plane(series.values, series.times),
+            None if truth is None else in_plane(truth, self.times),
+            labels=(names[0], names[1]) if planar else ("t", names[0]),
+            equal=planar,
+        )
+        curves = self.curves()[: len(validations)]
+        titles = [
+            f"step {record['step']}\n{self.caption(curve)}"
+            for record, curve in zip(validations, curves, strict=True)
+        ]
+        curves = in_plane(curves, self.times)
+        # Most of the change is at first.
+        shown = np.unique(np.geomspace(1, len(curves), PANELS).round().astype(int) - 1)
+        figure = plot.learning(curves[shown], [titles[i] for i in shown], scene)
+        self.run_dir.save_figures(learning=figure)
+        plot.film(self.run_dir.path / "figures" / "learning.gif", curves, titles, scene)
+
+
+@eqx.filter_jit
+def _fit(field, windows, solve):
+    return objectives.trajectory_fit(field, windows, solve=solve)
+
+
+@eqx.filter_jit
+def solved(field, x, times, solve):
+    """`jcnf.flows.solve_trajectory`, compiled."""
+    return solve_trajectory(field, x, times, solve=solve)
+
+
+def root_mean_square(errors: np.ndarray) -> float:
+    """Over all rows and components."""
+    return float(np.sqrt(np.mean(np.square(errors))))

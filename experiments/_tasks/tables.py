@@ -1,0 +1,128 @@
+"""Rows of a table scored, drawn and filled in by a trained flow, and written as .csv."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments._runner.config import SolveSettings
+from jcnf import CNF, evaluate
+from jcnf._checks import InputError
+from jcnf.data.tables import Standardizer, write_rows
+from jcnf.inference import impute
+from jcnf.inference.gaussian import Gaussian
+
+SAMPLES = "samples.csv"
+SCORES = "log_prob.csv"
+IMPUTED = "imputed.csv"
+IMPUTED_STD = "imputed_std.csv"
+SAMPLES_OF_GAUSSIAN = 5000
+
+
+class Columns(NamedTuple):
+    """Which columns of a table are modelled, and which are given."""
+
+    scale: Standardizer  # of all of them
+    places: list[int]  # of the modelled ones
+    given: list[int]  # of the context
+
+    @classmethod
+    def of(cls, scale: Standardizer, context: tuple[str, ...]) -> "Columns":
+        """By the names or numbers of the context."""
+        given = scale.positions(context)
+        places = [i for i in range(len(scale.columns)) if i not in given]
+        if not places:
+            raise InputError("--context leaves no column to model: name fewer")
+        return cls(scale, places, given)
+
+    @property
+    def modelled(self) -> Standardizer:
+        """The scale of the modelled columns."""
+        return self.scale.take(self.places)
+
+    def split(self, rows: np.ndarray) -> tuple[Array, Array | None]:
+        """Standardized whole rows as (x, context), on the device; no context is None."""
+        x = jnp.asarray(rows[:, self.places], float)
+        return x, jnp.asarray(rows[:, self.given], float) if self.given else None
+
+    def join(self, x: np.ndarray, context: Array | None) -> np.ndarray:
+        """Whole rows again."""
+        rows = np.zeros((len(x), len(self.scale.columns)))
+        rows[:, self.places] = x
+        if context is not None:
+            rows[:, self.given] = context
+        return rows
+
+
+def score_rows(
+    settings: SolveSettings, flow: CNF, columns: Columns, rows: np.ndarray, out: Path
+) -> None:
+    """Write each row's log-density, nats in the units of the data, to log_prob.csv."""
+    x, context = columns.split(columns.scale.standardize(rows))
+    scores = evaluate.score(flow, x, context=context, solve=settings.make_test_solve())
+    log_prob = scores.log_prob - columns.modelled.log_scale
+    write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
+    print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
+    if scores.failures:
+        print(
+            f"warning: the solve failed for {scores.failures} rows: nan in "
+            f"{SCORES}; leave out rows far outside the training data"
+        )
+
+
+def sample_rows(
+    settings: SolveSettings,
+    flow: CNF,
+    columns: Columns,
+    key: Key[Array, ""],
+    count: int,
+    context: np.ndarray | None,
+    out: Path,
+) -> np.ndarray:
+    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`.
+
+    `context` (rows, context), standardized, is gone through again and again. Returns whole rows.
+    """
+    given = None
+    if context is not None:
+        given = jnp.asarray(context[np.arange(count) % len(context)], float)
+    drawn = evaluate.draw(flow, key, count, context=given, solve=settings.make_test_solve())
+    rows = columns.scale.unstandardize(columns.join(drawn.x[-1], given))
+    write_rows(out / SAMPLES, rows, columns.scale.columns)
+    print(f"{out / SAMPLES}: {count} samples")
+    if drawn.failures:
+        print(f"warning: the solve failed for {drawn.failures} samples: nan in {SAMPLES}")
+    return rows
+
+
+def impute_rows(
+    flow: CNF,
+    scale: Standardizer,
+    key: Key[Array, ""],
+    rows: np.ndarray,
+    out: Path,
+) -> None:
+    """Write `rows`, in the units of the data, to imputed.csv, what is missing (NaN) filled in.
+
+    That is by means of draws, whose standard deviations go to imputed_std.csv, 0 where an entry is
+    known. Consumes `key`.
+    """
+    missing = np.isnan(rows)
+    x = scale.standardize(np.where(missing, scale.mean, rows))
+    x = np.asarray(jnp.asarray(np.where(missing, np.nan, x), float))
+    # The draws start from a Gaussian, and that of the flow's own samples is at hand in any run.
+    sample_key, draw_key = jr.split(key)
+    samples = evaluate.draw(flow, sample_key, SAMPLES_OF_GAUSSIAN, solve=impute.SAMPLING).x[-1]
+    gaussian = Gaussian.fit(samples[np.isfinite(samples).all(axis=1)])
+    filled = impute.impute(flow, x, gaussian, draw_key)
+    whole = np.where(missing, scale.unstandardize(filled.mean), rows)
+    write_rows(out / IMPUTED, whole, scale.columns)
+    write_rows(out / IMPUTED_STD, filled.std * scale.std, scale.columns)
+    some = missing.any(axis=1)
+    print(f"{out / IMPUTED}: {missing.sum()} entries of {some.sum()} rows filled in")
+    stuck = int(np.sum(filled.acceptance[some] == 0))
+    if stuck:
+        print(f"warning: the chains of {stuck} rows did not move: do not trust their entries")

@@ -1,0 +1,247 @@
+"""Tables as people keep them, .csv, .csv.gz, .npy and .npz: to and from arrays of numbers."""
+
+import csv
+import dataclasses
+import gzip
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jcnf._checks import InputError, check_instance
+from jcnf.data.tables.csv_text import label, missing_error, read_text
+
+ENDINGS = (".csv", ".csv.gz", ".npy", ".npz")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RawTable:
+    """A file's numbers, float64 (rows, dim) in its own units, whole or in the parts it came in."""
+
+    path: Path
+    parts: dict[str, np.ndarray]  # {"rows"}, or {"train", "test"} and perhaps "val"
+    columns: tuple[str, ...]  # those kept; "x1", "x2", ... where the file names none
+    named: bool  # whether the names are the file's own
+
+
+# Positions of the columns to read, from the file's path, their names, and whether it named them.
+Choose = Callable[[Path, Sequence[str], bool], list[int]]
+
+
+def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) -> RawTable:
+    """Read the columns that `choose` picks; with `missing`, empty and NaN cells as NaN.
+
+    Raises:
+        InputError: a missing, damaged or unknown file; ragged rows; `csv_text.CellError`, text,
+            infinite and, unless asked for, missing values in the columns that are read; whatever
+            `choose` raises.
+    """
+    check_instance((str, os.PathLike), "a path", path=path)
+    path = _existing(Path(path))
+    read = _read_csv if ".csv" in path.name.lower() else _read_numpy
+    return read(path, choose, missing)
+
+
+def all_but(drop: Iterable[str | int]) -> Choose:
+    """Leave out the columns of `drop`, names or 1-based numbers."""
+    drop = [str(item) for item in drop]
+
+    def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
+        numbers = {str(i + 1): i for i in range(len(names))}
+        places = numbers | {name: i for i, name in enumerate(names)}
+        if unknown := [item for item in drop if item not in places]:
+            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise InputError(
+                f"{path}: no column {unknown[0]} to --drop; there are {known}, "
+                f"or by number 1 to {len(names)}"
+            )
+        gone = {places[item] for item in drop}
+        if len(gone) == len(names):
+            raise InputError(f"{path}: --drop leaves none of the {len(names)} columns; drop fewer")
+        return [i for i in range(len(names)) if i not in gone]
+
+    return choose
+
+
+def those_of(columns: Sequence[str]) -> Choose:
+    """The columns of these names, in this order; by place where only the number of them agrees.
+
+    An unnamed file's columns are called by their place, so that one with the columns that were
+    dropped in training still in it is read rightly.
+    """
+
+    def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
+        both_named = named and not all(name[:1] == "x" and name[1:].isdigit() for name in columns)
+        if len(names) == len(columns) and not both_named:
+            return list(range(len(names)))
+        if missing := [name for name in columns if name not in names]:
+            raise InputError(
+                f"{path}: no column {missing[0]}; the model has the {len(columns)} columns "
+                f"{', '.join(columns)} and the file the {len(names)} {', '.join(names)}: "
+                "give those, by name or in that order"
+            )
+        return [list(names).index(name) for name in columns]
+
+    return choose
+
+
+def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]) -> None:
+    """Write rows (rows, dim) to .csv or .csv.gz with a header, .npy, or .npz (rows, columns).
+
+    The file is there whole or not at all.
+
+    Raises:
+        InputError: an unknown ending, or a number of columns that is not `len(columns)`.
+    """
+    path, rows = _known(Path(path)), np.asarray(rows)
+    if rows.ndim != 2 or rows.shape[1] != len(columns):
+        raise InputError(f"{path}: expected rows of shape (rows, {len(columns)}); got {rows.shape}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ending = path.suffix.lower()
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if ending == ".npy":
+            np.save(temporary, rows)
+        elif ending == ".npz":
+            np.savez_compressed(temporary, rows=rows, columns=np.array(columns, dtype=str))
+        else:
+            opener = gzip.open if ending == ".gz" else open
+            with opener(temporary, "wt", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(columns)
+                writer.writerows(rows.astype(str))  # the shortest digits that read back the same
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a .npy or .npz, and never a pickle: reading one can run its author's code.
+
+    Raises:
+        InputError: a damaged file, and one with object arrays, which are pickles.
+    """
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"array": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise InputError(
+                f"{path}: holds an object array (mixed types or ragged rows), which is not read; "
+                "save plain numbers: np.save(path, np.asarray(x, dtype=float))"
+            ) from None
+        raise InputError(f"{path}: is not a whole numpy file; write it anew") from None
+    # A damaged header can name a compression, a version or a cipher that there is not.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
+
+
+def _known(path: Path) -> Path:
+    if not path.name.lower().endswith(ENDINGS):
+        raise InputError(f"{path}: unknown ending; a table is one of {', '.join(ENDINGS)}")
+    return path
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return _known(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give the path of one table in it")
+    stems = {path.name, path.name.split(".")[0]}
+    others = (path.with_name(stem + ending) for stem in stems for ending in ENDINGS)
+    near = next((other for other in others if other.is_file()), None)
+    hint = f"did you mean {near}?" if near else "check the path"
+    raise InputError(f"{path}: there is no such file; {hint}")
+
+
+def _column_names(path: Path, given: Sequence[str] | None, width: int) -> list[str]:
+    """The file's names; a blank or numeric one gets an x, so that a number always means a place."""
+    given = [""] * width if given is None else given
+    if len(given) != width:
+        raise InputError(f"{path}: {len(given)} names for {width} columns; name each column once")
+    names = [
+        f"x{name or i}" if not name or name.isdigit() else name
+        for i, name in enumerate(given, start=1)
+    ]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{path}: two columns are named '{twice[0]}'; rename one of them")
+    return names
+
+
+def _read_csv(path: Path, choose: Choose, missing: bool) -> RawTable:
+    text = read_text(path)
+    names = _column_names(path, text.header, text.width)
+    kept = choose(path, names, text.header is not None)
+    columns = tuple(names[i] for i in kept)
+    return RawTable(
+        path, {"rows": text.rows(kept, names, missing)}, columns, text.header is not None
+    )
+
+
+def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
+    arrays = load_arrays(path)
+    given = arrays.pop("columns", None)
+    parts = {name: _table(path, name, arrays[name]) for name in _parts(path, arrays)}
+    widths = {name: part.shape[1] for name, part in parts.items()}
+    if len(set(widths.values())) > 1:
+        raise InputError(f"{path}: the parts have unequal numbers of columns, {widths}; make equal")
+    given = None if given is None else [str(name) for name in np.ravel(given)]
+    names = _column_names(path, given, next(iter(widths.values())))
+    kept = choose(path, names, given is not None)
+    for part, rows in parts.items():
+        name = part if len(parts) > 1 else ""
+        _require_finite(path, name, rows, kept, names, missing)
+    kept_parts = {name: rows[:, kept].astype(np.float64) for name, rows in parts.items()}
+    if len(parts) == 1:
+        kept_parts = {"rows": next(iter(kept_parts.values()))}
+    return RawTable(path, kept_parts, tuple(names[i] for i in kept), given is not None)
+
+
+def _parts(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
+    """The names of the arrays that make the table: train, val and test, or the only one 2-D."""
+    if {"train", "test"} <= arrays.keys():
+        return [name for name in ("train", "val", "test") if name in arrays]
+    tables = [name for name, array in arrays.items() if array.ndim == 2]
+    if len(tables) == 1:
+        return tables
+    if len(arrays) == 1:
+        return list(arrays)
+    found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
+    raise InputError(
+        f"{path}: holds the arrays {found}; save arrays train and test (and val), or one 2-D array"
+    )
+
+
+def _table(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"{path}: the array {name} holds {array.dtype}, not real numbers; "
+            "save it as float or integer"
+        )
+    if array.ndim not in (1, 2):
+        raise InputError(
+            f"{path}: the array {name} has shape {array.shape}; expected (rows, columns): "
+            "save x.reshape(len(x), -1)"
+        )
+    return array[:, None] if array.ndim == 1 else array
+
+
+def _require_finite(
+    path: Path,
+    part: str,
+    rows: np.ndarray,
+    kept: Sequence[int],
+    names: Sequence[str],
+    missing: bool,
+) -> None:
+    bad = np.isinf(rows[:, kept]) if missing else ~np.isfinite(rows[:, kept])
+    if bad.any():
+        row, place = np.argwhere(bad)[0]
+        column = kept[int(place)]
+        where = f"{part} row {row + 1}, {label(column, names)}".strip()
+        found = str(rows[row, column])
+        raise missing_error(path, where, found, names[column], count=int(bad.sum()))

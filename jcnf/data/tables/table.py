@@ -1,0 +1,266 @@
+"""Tables of numbers for density estimation: read, split by seed, standardized by the training part.
+
+table = load_table("depths.csv", drop=["id"], dequantise=True)
+table.train, table.val, table.test      # (rows, dim) float32, zero mean and unit variance
+log_p = log_p_standardized - table.scale.log_scale    # nats, in the file's own units
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from jcnf._checks import InputError
+from jcnf.data.tables import checks, levels
+from jcnf.data.tables.csv_text import CellError
+from jcnf.data.tables.files import RawTable, all_but, read_raw, those_of, write_rows
+
+__all__ = ["Standardizer", "Table", "load_table", "read_rows", "write_rows"]
+
+Path = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Standardizer:
+    """(x - mean) / std, column by column: between a file's own units and the model's."""
+
+    mean: Float[np.ndarray, " dim"]  # float64, in the file's own units
+    std: Float[np.ndarray, " dim"]
+    columns: tuple[str, ...]
+
+    def __post_init__(self):
+        if not len(self.mean) == len(self.std) == len(self.columns):
+            raise ValueError(
+                f"expected a mean and a std for each of the columns; got {len(self.mean)}, "
+                f"{len(self.std)} and {len(self.columns)}"
+            )
+        bad = ~(np.isfinite(self.mean) & np.isfinite(self.std) & (np.asarray(self.std) > 0))
+        if bad.any():
+            raise InputError(
+                f"column {self.columns[np.argmax(bad)]} cannot be standardized: its std must be "
+                "positive and finite, its mean finite; leave it out"
+            )
+
+    @property
+    def log_scale(self) -> float:
+        """Sum of log std, in nats: log p(x) = log p(standardize(x)) - log_scale."""
+        return float(np.log(self.std).sum())
+
+    def standardize(self, rows: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+        """Rows in the file's own units, as the model sees them.
+
+        Raises:
+            InputError: rows of another shape, or with values that float32 cannot hold.
+        """
+        scaled = (self._rows(rows) - self.mean) / self.std
+        if (place := _too_large(scaled)) is not None:
+            raise InputError(
+                f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is NaN, or too "
+                "large for float32 when standardized; leave the row out"
+            )
+        return scaled.astype(np.float32)
+
+    def unstandardize(self, rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
+        """Standardized rows (samples of a model) in the file's own units, float64.
+
+        Raises:
+            InputError: rows of another shape.
+        """
+        return self._rows(rows) * self.std + self.mean
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        try:
+            rows = np.asarray(rows, np.float64)
+        except (TypeError, ValueError):
+            raise InputError("expected rows of numbers; got something else among them") from None
+        if rows.ndim != 2 or rows.shape[1] != len(self.columns):
+            raise InputError(
+                f"expected rows of shape (rows, {len(self.columns)}), the columns "
+                f"{', '.join(self.columns[:8])}; got {rows.shape}"
+            )
+        return rows
+
+    def positions(self, wanted: Iterable[str | int]) -> list[int]:
+        """Where the columns `wanted` are, by name or 1-based number, in the table's order.
+
+        Raises:
+            InputError: a column that is not there, or one named twice.
+        """
+        numbers = {str(i + 1): i for i in range(len(self.columns))}
+        places = numbers | {name: i for i, name in enumerate(self.columns)}
+        wanted = [str(item) for item in wanted]
+        if unknown := [item for item in wanted if item not in places]:
+            raise InputError(
+                f"no column {unknown[0]}; there are {', '.join(self.columns[:20])}, "
+                f"or by number 1 to {len(self.columns)}"
+            )
+        found = sorted(places[item] for item in wanted)
+        if len(set(found)) < len(found):
+            raise InputError(f"a column is named twice: {', '.join(wanted)}")
+        return found
+
+    def take(self, places: Sequence[int]) -> "Standardizer":
+        """That of the columns at `places`."""
+        names = tuple(self.columns[i] for i in places)
+        return Standardizer(self.mean[places], self.std[places], names)
+
+    def to_json(self) -> dict[str, list]:
+        """As lists, exactly."""
+        return {"mean": list(self.mean), "std": list(self.std), "columns": list(self.columns)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, list]) -> "Standardizer":
+        """From `to_json`."""
+        mean, std = np.array(content["mean"]), np.array(content["std"])
+        return cls(mean, std, tuple(content["columns"]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """A table in three parts, standardized by the first."""
+
+    train: Float32[np.ndarray, "train dim"]
+    val: Float32[np.ndarray, "val dim"]
+    test: Float32[np.ndarray, "test dim"]
+    scale: Standardizer
+    warnings: tuple[str, ...]  # one line each: what makes the table unfit, and what to do
+
+    def take(self, places: Sequence[int]) -> "Table":
+        """The columns at `places`, with the warnings of all."""
+        train, val, test = (part[:, places] for part in (self.train, self.val, self.test))
+        return Table(train, val, test, self.scale.take(places), self.warnings)
+
+
+def load_table(
+    path: Path,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    drop: Iterable[str | int] = (),
+    dequantise: bool = False,
+) -> Table:
+    """Read a table, split it, check it and standardize it by its training part.
+
+    Args:
+        path: a .csv or .csv.gz (comma, semicolon, tab or blanks; a header or none; # comments), a
+            2-D .npy, or an .npz with one 2-D array or with arrays train and test (and val), whose
+            split is kept (val is cut from train where it is missing), and perhaps `columns`.
+        seed: of the split and of the noise, each from a stream of its own: the split depends on
+            the seed and the number of rows alone.
+        val_fraction: share of the rows (of train, for an .npz without val) in `val`.
+        test_fraction: share of the rows in `test`.
+        drop: columns to leave out, by name or by 1-based number.
+        dequantise: add uniform noise one step wide to the columns whose values repeat, before
+            splitting (see `levels.dequantise`). Duplicate rows become distinct; they stay.
+
+    Returns:
+        A `Table`; what is doubtful, but not wrong, is in its `warnings`.
+
+    Raises:
+        InputError: a file that cannot be read (see `table_files.read_raw`); fractions that leave a
+            part empty; what no model can fit (see `checks.require_usable`); values that float32
+            cannot hold once standardized.
+    """
+    try:
+        raw = read_raw(path, all_but(drop))
+    except CellError as error:
+        raise InputError(f"{error}, or {_drop(error.column)}") from None
+    train, val, test = _split(raw, seed, val_fraction, test_fraction)
+    rows = np.concatenate(list(raw.parts.values()))
+    checks.require_usable(raw.path, rows[train], raw.columns)
+    steps = levels.resolutions(rows) if dequantise else None
+    warnings = checks.warnings(rows, raw.columns, steps)
+    if steps is not None:
+        rows = levels.dequantise(rows, steps, np.random.default_rng([seed, 1]))
+    scale = Standardizer(*_moments(rows[train]), raw.columns)
+    scaled = _to_float32(raw, (rows - scale.mean) / scale.std)
+    return Table(scaled[train], scaled[val], scaled[test], scale, warnings)
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], *, missing: bool = False
+) -> Float[np.ndarray, "rows dim"]:
+    """Rows to score, float64 in the file's own units, with the columns in the order of `columns`.
+
+    A file that names its columns has these among them, in any order; in one that does not, they
+    are found by number. Rows come as they are, never dequantised. With `missing`, empty and NaN
+    cells are NaN; they are errors otherwise.
+
+    Raises:
+        InputError: a file that cannot be read, or that has other columns.
+    """
+    raw = read_raw(path, those_of(columns), missing=missing)
+    if len(raw.parts) > 1:
+        raise InputError(
+            f"{raw.path}: holds the parts {', '.join(raw.parts)}; save the one to score in a file "
+            "of its own, as one 2-D array"
+        )
+    if not len(raw.parts["rows"]):
+        raise InputError(f"{raw.path}: no rows; give at least one")
+    return raw.parts["rows"]
+
+
+def _split(raw: RawTable, seed: int, val: float, test: float) -> tuple[np.ndarray, ...]:
+    """Indices of the training, validation and test rows in the concatenated parts."""
+    if not (val > 0 and test > 0 and val + test < 1):
+        raise InputError(
+            f"val_fraction {val} and test_fraction {test} leave a part empty; give positive ones "
+            "with a sum below 1"
+        )
+    sizes = [len(rows) for rows in raw.parts.values()]
+    indices = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    given = dict(zip(raw.parts, indices, strict=True))
+    rng = np.random.default_rng([seed, 0])
+    if "val" in given:
+        train, held, last = given["train"], given["val"], given["test"]
+    elif "train" in given:
+        (train, held), last = _cut(rng.permutation(given["train"]), val), given["test"]
+    else:
+        order = rng.permutation(given["rows"])
+        rest, last = _cut(order, test)
+        train, held = _cut(rest, val * len(order) / max(len(rest), 1))
+    if not (len(held) and len(last)):
+        raise InputError(
+            f"{raw.path}: too few rows, {sum(sizes)}, for a validation and a test part; give more "
+            "rows or larger val_fraction and test_fraction"
+        )
+    return train, held, last
+
+
+def _cut(order: Int[np.ndarray, " rows"], fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """All but the last `fraction` of the indices, and those."""
+    size = len(order) - round(fraction * len(order))
+    return order[:size], order[size:]
+
+
+def _moments(rows: Float[np.ndarray, "rows dim"]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, also of values whose squares overflow."""
+    unit = np.abs(rows).max(axis=0)
+    return unit * (rows / unit).mean(axis=0), unit * (rows / unit).std(axis=0)
+
+
+def _too_large(scaled: Float[np.ndarray, "rows dim"]) -> tuple[int, int] | None:
+    """Row and column of the first value that float32 cannot hold."""
+    beyond = np.argwhere(~(np.abs(scaled) <= np.finfo(np.float32).max))
+    return (int(beyond[0, 0]), int(beyond[0, 1])) if len(beyond) else None
+
+
+def _drop(column: str) -> str:
+    return f"leave the column out with --drop {column}"
+
+
+def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
+    if (place := _too_large(scaled)) is not None:
+        row, column = place
+        starts = np.cumsum([0, *(len(rows) for rows in raw.parts.values())])
+        part = int(np.searchsorted(starts, row, side="right")) - 1
+        name = "" if len(raw.parts) == 1 else f"{list(raw.parts)[part]} "
+        raise InputError(
+            f"{raw.path}: {name}row {row - starts[part] + 1}, column {raw.columns[column]}: the "
+            "value is too large for float32 when standardized by the training part; remove the "
+            f"row, or {_drop(raw.columns[column])}"
+        )
+    return scaled.astype(np.float32)

@@ -1,0 +1,266 @@
+"""How far the numbers of a flow can be trusted: numerical error beside statistical error."""
+
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf._checks import check_int, check_number
+from jcnf.divergence import Divergence, Drawn, Estimator, Exact
+from jcnf.evaluate.chunks import CHUNK
+from jcnf.evaluate.grid import Grid, check_extent, grid
+from jcnf.evaluate.log_prob import ACCURATE, Scores, check_data, roundtrip, score, standard_error
+from jcnf.evaluate.precision import in_float64
+from jcnf.evaluate.row_independence import COPIED_ROWS, RowIndependence, row_independence
+from jcnf.flows import Flow
+from jcnf.ode import Solve
+
+MASS_TOLERANCE = 1e-3
+ROUND_TRIP = 1000  # points at most
+# With a budget of time, the log-densities of points may take a third of it, but are those of so
+# many points at least. The cells of a grid that are far from the data may need many more steps than
+# points do: a solve with so many times as many ends there.
+SCORING_SHARE = 1 / 3
+MIN_POINTS = 2000
+TIMES_STEPS_OF_POINTS = 8
+MIN_STEPS = 64
+
+
+class Certificate(NamedTuple):
+    """Log-densities of points, with what is known of their errors."""
+
+    scores: Scores  # by the solve certified; the mean over draws of an estimator
+    points: np.ndarray  # the rows of x that were measured, all unless time was short
+    log_prob_error: np.ndarray  # (reference points,) nats: how far they are from the reference's
+    estimator_stderr: float  # of the mean NLL, by an estimator's noise, nats; 0 when exact
+    roundtrip_error: float  # max |x - to_data(to_base(x))|
+    nfe_backward: float  # base to data, without the log-det
+    failures: int  # points that did not arrive, forward or back again
+    grid: Grid | None  # the density in 1 or 2 dimensions
+    row_independence: RowIndependence | None  # None where no row arrived
+    shortened: str  # what was measured less of than asked for, to keep within the time given; or ""
+
+    @property
+    def nll_error(self) -> float:
+        """Mean numerical error of a log-density, which bounds that of the NLL, nats.
+
+        NaN where it is not known: no point arrived, or the reference failed.
+        """
+        return float(np.mean(self.log_prob_error)) if len(self.log_prob_error) else np.nan
+
+    def numerics(self) -> dict[str, float]:
+        """The figures for a summary, by name."""
+        figures = {
+            "nfe_forward": self.scores.nfe,
+            "nfe_backward": self.nfe_backward,
+            "roundtrip_error": self.roundtrip_error,
+            "log_prob_error": self.nll_error,
+            "log_prob_error_max": float(np.max(self.log_prob_error, initial=self.nll_error)),
+            "solver_failures": self.failures,
+        }
+        if self.estimator_stderr:
+            figures["estimator_stderr"] = self.estimator_stderr
+        if self.row_independence is not None:
+            figures["row_difference"] = self.row_independence.difference
+        if self.grid is not None:
+            figures |= {"mass": self.grid.mass, "grid_failures": self.grid.failures}
+        return figures
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the numbers, one sentence each; empty when they can be trusted."""
+        found = [self.shortened] if self.shortened else []
+        if self.row_independence is not None and (wrong := self.row_independence.warning()):
+            found.append(wrong)
+        if self.failures:
+            found.append(f"the solve failed for {self.failures} points: their numbers are missing")
+        error, statistical = self.nll_error + self.estimator_stderr, self.scores.stderr
+        if not error <= statistical:
+            found.append(
+                f"the numerical error of the NLL, {error:.1e} nats, is not below its statistical "
+                f"error of {statistical:.1e}: tighten the tolerance, average more probes, or take "
+                "float64"
+            )
+        if self.grid is not None and self.grid.failures:
+            found.append(f"the solve failed for {self.grid.failures} cells of the grid")
+        if self.grid is not None and not abs(self.grid.mass - 1) <= MASS_TOLERANCE:
+            found.append(
+                f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: the extent is "
+                "too small, the cells are too coarse, or the solve is too loose"
+            )
+        return found
+
+
+def certify(
+    flow: Flow,
+    x: Float[Array, "n dim"],
+    *,
+    key: Key[Array, ""] | None = None,
+    context: Float[Array, "n context"] | None = None,
+    solve: Solve = ACCURATE,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    draws: int = 8,
+    reference_points: int = 1000,
+    extent: tuple[float, ...] | None = None,
+    cells: int = 200,
+    chunk: int | None = None,
+    seconds: float | None = None,
+) -> Certificate:
+    """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
+
+    The numerical error is the difference to the same log-densities in float64 by dopri8 at a
+    hundredth of the tolerance (1e-8 for fixed steps, and never below 1e-10), for
+    `reference_points` of the points; it has rounding in it as well, and of a flow that solves
+    nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `ROUND_TRIP` points. An
+    estimated `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are
+    the means. Identical rows must have identical log-densities wherever they stand in a
+    batch; this is checked in one as large as the largest one here, at most `CHUNK` rows
+    (`jcnf.evaluate.row_independence`).
+    In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half as
+    much again at each side.
+
+    With `seconds`, it measures fewer points, taken at random, and leaves out the outer cells of the
+    grid where all would take longer, and says so in its warnings; never fewer than `MIN_POINTS`,
+    and one chunk of cells. Adaptive solves of cells then end after `TIMES_STEPS_OF_POINTS` times
+    the steps that points take. It is not a hard limit: compiling and the last chunk may exceed it.
+
+    **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
+    """
+    check_data(flow, x, context, solve, divergence)
+    check_int(draws=draws, cells=cells)
+    check_int(0, reference_points=reference_points)
+    if extent is not None:
+        check_extent(extent, x.shape[1])
+    if seconds is not None:
+        check_number("(0, inf)", seconds=seconds)
+    start, given = time.monotonic(), len(x)
+
+    def enough(done):
+        late = seconds is not None and time.monotonic() - start > SCORING_SHARE * seconds
+        return late and done >= MIN_POINTS
+
+    order = np.arange(given)
+    if seconds is not None:
+        np.random.default_rng(0).shuffle(order)
+    x, context = _rows((jnp.asarray(x), context), order)
+    settings = {"context": context, "solve": solve, "chunk": chunk}
+    keys: Any = [key]
+    if isinstance(divergence, Estimator) and key is not None:
+        if draws < 2:
+            raise ValueError(f"the spread of an estimator needs at least 2 draws; got {draws}")
+        keys = jax.random.split(key, draws)
+    scored = [score(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
+    noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
+    done = slice(0, len(scored[0].log_prob))
+    x, context, noise = _rows((x, context, noise), done)
+    settings["context"] = context
+    scored += [score(flow, x, key=k, divergence=divergence, **settings) for k in keys[1:]]
+    log_probs = np.stack([s.log_prob for s in scored])
+    scores = Scores(
+        log_prob=log_probs.mean(0),
+        nfe=float(np.mean([s.nfe for s in scored])),
+        failed=np.any([s.failed for s in scored], axis=0),
+    )
+    few = _evenly(len(x), reference_points)
+    few = few[~scores.failed[few]]
+    reference = np.full(len(few), np.nan)
+    if len(few):
+        x_few, context_few, noise_few = _rows((x, context, noise), few)
+        reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
+    plain = x.shape[1] <= 2 and context is None
+    some = _evenly(len(x), ROUND_TRIP)
+    x_some, context_some = _rows((x, context), some)
+    roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
+    failed = scores.failed.copy()
+    failed[some] |= back.failed
+    density = None
+    if plain:
+        cell_solve, end = solve, np.inf
+        if seconds is not None:
+            cell_solve = _no_longer(solve, scores.nfe)
+            end = max(start + seconds, time.monotonic() + seconds / 3)
+        density = _grid(
+            flow, x[~failed], extent, cells, cell_solve, lambda done: time.monotonic() > end
+        )
+    batch = min(CHUNK if chunk is None else chunk, len(x))
+    if density is not None:
+        batch = max(batch, min(CHUNK, density.log_prob.size))
+    shortened = []
+    if len(x) < given:
+        shortened.append(f"{len(x)} of {given} points")
+    if density is not None and density.unmeasured:
+        cells = density.log_prob.size
+        shortened.append(f"the inner {cells - density.unmeasured} of {cells} cells")
+    return Certificate(
+        scores=scores,
+        points=order[done],
+        log_prob_error=np.abs(log_probs[0, few] - reference),
+        estimator_stderr=standard_error(log_probs.mean(1)) if len(keys) > 1 else 0.0,
+        roundtrip_error=roundtrip_error,
+        nfe_backward=back.nfe,
+        failures=int(failed.sum()),
+        grid=density,
+        row_independence=_row_independence(
+            flow, x, keys[0], context, solve, divergence, ~scores.failed, batch
+        ),
+        shortened=f"measured {' and '.join(shortened)}, to keep within {seconds:.0f} s"
+        if shortened
+        else "",
+    )
+
+
+def _row_independence(flow, x, key, context, solve, divergence, sound, batch):
+    """Copies of `sound` rows in one batch; None where there are none."""
+    if not np.any(sound):
+        return None
+    x, context = _rows((x, context), np.flatnonzero(sound)[:COPIED_ROWS])
+    settings = {"key": key, "context": context, "solve": solve, "divergence": divergence}
+    return row_independence(flow, x, batch=batch, **settings)
+
+
+def _evenly(n, count):
+    return np.linspace(0, n - 1, min(count, n)).astype(int)
+
+
+def _rows(arrays, index):
+    return jax.tree.map(lambda a: a[index], arrays)
+
+
+def _reference(flow, x, context, solve, divergence):
+    """Log-densities in float64 by another method, two digits more accurate; same noise."""
+    loosest = 1e-6 if solve.step is not None else min(solve.rtol, solve.atol)
+    tolerance = max(loosest / 100, 1e-10)
+    accurate = Solve(
+        solver="dopri8",
+        rtol=tolerance,
+        atol=tolerance,
+        norm="worst",
+        max_steps=4 * solve.max_steps,
+    )
+
+    def log_probs(flow, x, context, divergence):
+        return score(flow, x, context=context, solve=accurate, divergence=divergence).log_prob
+
+    return in_float64(log_probs, flow, x, context, divergence)
+
+
+def _no_longer(solve, nfe):
+    """Return a solve that ends after some times the steps in which there are `nfe` evaluations."""
+    if solve.step is not None:
+        return solve
+    steps = nfe / int(solve.evaluations(2) - solve.evaluations(1))
+    longest = max(MIN_STEPS, int(TIMES_STEPS_OF_POINTS * steps))
+    return dataclasses.replace(solve, max_steps=min(solve.max_steps, longest))
+
+
+def _grid(flow, x, extent, cells, solve, enough):
+    if extent is None and not len(x):
+        return None
+    if extent is None:
+        low, high = np.min(x, 0), np.max(x, 0)
+        margin = np.where(high > low, (high - low) / 2, 1)
+        extent = tuple(np.stack([low - margin, high + margin], 1).ravel().tolist())
+    return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve, enough=enough)

@@ -1,0 +1,111 @@
+"""Bounds on the evidence log p(x) of a variational autoencoder."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf._checks import check_finite, check_instance, check_int, check_key
+from jcnf.evaluate.chunks import solved_in_chunks
+from jcnf.evaluate.log_prob import ACCURATE, full_precision
+from jcnf.flows.vae import VAE, weigh
+from jcnf.ode import Solve
+
+CHUNK = 1000
+
+
+class Bounds(NamedTuple):
+    """Samples z ~ q(z | x) of each x, weighed; NaN where a solve failed."""
+
+    log_likelihood: np.ndarray  # log p(x | z), (n, samples) nats
+    log_ratio: np.ndarray  # log q(z | x) - log p(z), (n, samples) nats
+    mean: np.ndarray  # of z, (n, dim)
+    nfe: float  # mean over chunks
+    failed: np.ndarray  # (n,) of x, where any of its solves failed
+
+    @property
+    def elbo(self) -> np.ndarray:
+        """E_q[log p(x, z) - log q(z | x)] by all samples, (n,) nats."""
+        return np.mean(self.log_likelihood - self.log_ratio, axis=1)
+
+    def iwae(self, k: int) -> np.ndarray:
+        """E log mean_k exp(log p(x, z) - log q(z | x)), (n,) nats (Burda et al. 2016, eq. 8).
+
+        It rises with k from the ELBO, k = 1, to log p(x). Here it is the mean of as many groups of
+        `k` samples as there are.
+
+        **Raises:** `ValueError` for more than there are.
+        """
+        n, samples = self.log_ratio.shape
+        check_int(k=k)
+        if not 1 <= k <= samples:
+            raise ValueError(f"k must be from 1 to the {samples} samples; got {k}")
+        groups = samples // k
+        weights = np.asarray(self.log_likelihood - self.log_ratio, np.float64)
+        weights = weights[:, : groups * k].reshape(n, groups, k)
+        top = np.max(weights, axis=2, keepdims=True)
+        return np.mean(np.log(np.mean(np.exp(weights - top), axis=2)) + top[:, :, 0], axis=1)
+
+
+def bounds(
+    model: VAE,
+    x: Float[Array, "n data"],
+    key: Key[Array, ""],
+    *,
+    samples: int = 64,
+    solve: Solve = ACCURATE,
+    chunk: int = CHUNK,
+) -> Bounds:
+    """The ELBO of each x, and importance-weighted bounds, by so many samples of the posterior.
+
+    The divergence is exact. The samples go through one solve after the other, in chunks of one
+    compiled program. `key` is consumed once; the noise of an x depends on it and on the place of x,
+    not on `chunk` nor on the model, so that models are compared by the same noise.
+
+    **Raises:** `ValueError` for no x, no samples, and as `jcnf.flows.vae.weigh` does.
+    """
+    check_instance(VAE, "a jcnf.flows.vae.VAE", model=model)
+    check_int(samples=samples)
+    check_key(key)
+    if jnp.ndim(x) != 2 or not len(x):
+        raise ValueError(f"expected x of shape (n, data); got {jnp.shape(x)}")
+    check_finite(x=x)
+    x = jnp.asarray(x)
+
+    def program(solve, x, keys):
+        return _weigh_all(model, x, keys, samples, solve)
+
+    rows = x, jr.split(key, len(x))
+    values, nfe, failed = solved_in_chunks(program, solve, rows, len(x), chunk)
+    log_likelihood, log_ratio, mean = np.split(values, [samples, 2 * samples], axis=1)
+    return Bounds(log_likelihood, log_ratio, mean, nfe, failed)
+
+
+@eqx.filter_jit
+@full_precision
+def _weigh_all(model, x, keys, samples, solve):
+    base = model.posterior.base
+
+    def one(number):
+        def draw(key):
+            return base.sample(jr.fold_in(key, number), 1, x.dtype)[0]
+
+        weighed = weigh(model, x, jax.vmap(draw)(keys), solve=solve)
+        return weighed._replace(carried=weighed.carried.x), weighed.carried.stats
+
+    weighed, stats = jax.lax.map(one, jnp.arange(samples))
+    values = [weighed.log_likelihood.T, weighed.log_ratio.T, jnp.mean(weighed.carried, axis=0)]
+    stats = eqx.tree_at(
+        lambda stats: (stats.nfe, stats.failed, stats.step_plan),
+        jax.tree.map(lambda each: each[0], stats),
+        (
+            jnp.sum(stats.nfe) // samples,
+            jnp.any(stats.failed, axis=0),
+            jnp.max(stats.step_plan, axis=0),
+        ),
+    )
+    return jnp.concatenate(values, axis=1), stats

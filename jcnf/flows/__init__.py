@@ -1,0 +1,30 @@
+"""Flows: bijections with a base distribution, and the public functions over them."""
+
+from jcnf.flows.base import Bijection as Bijection
+from jcnf.flows.base import Direction as Direction
+from jcnf.flows.base import Flow as Flow
+from jcnf.flows.base import Transformed as Transformed
+from jcnf.flows.base import check_batch as check_batch
+from jcnf.flows.base import check_direction as check_direction
+from jcnf.flows.base import check_flow as check_flow
+from jcnf.flows.base import check_strategy as check_strategy
+from jcnf.flows.bijective import BijectiveFlow as BijectiveFlow
+from jcnf.flows.chain import Chain as Chain
+from jcnf.flows.chain import Composition as Composition
+from jcnf.flows.cnf import CNF as CNF
+from jcnf.flows.cnf import ODE as ODE
+from jcnf.flows.cnf import with_fields as with_fields
+from jcnf.flows.functional import compiled as compiled
+from jcnf.flows.functional import log_prob as log_prob
+from jcnf.flows.functional import sample as sample
+from jcnf.flows.functional import sample_and_log_prob as sample_and_log_prob
+from jcnf.flows.functional import transform as transform
+from jcnf.flows.multiscale import Fixed as Fixed
+from jcnf.flows.multiscale import Logit as Logit
+from jcnf.flows.multiscale import OnChannels as OnChannels
+from jcnf.flows.multiscale import Squeeze as Squeeze
+from jcnf.flows.multiscale import multiscale as multiscale
+from jcnf.flows.nice import NICE as NICE
+from jcnf.flows.trajectory import check_times as check_times
+from jcnf.flows.trajectory import solve_trajectory as solve_trajectory
+from jcnf.flows.trajectory import trajectory as trajectory

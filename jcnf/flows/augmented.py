@@ -1,0 +1,121 @@
+"""Augmented flows: data of fewer dimensions than the flow has (Huang, Dinh & Courville 2020).
+
+The flow is over (x, e), with e ~ N(0, I) in the extra dimensions of the data: any CNF whose field
+and base have `dim + extra` dimensions. What paths cannot do in `dim` dimensions, cross without
+meeting, they can do there (ANODE, Dupont et al. 2019), and the density stays a density. It is
+trained by `jcnf.objectives.likelihood` on batches of `augment`: a bound, less the entropy of e,
+which is constant. Samples are `jcnf.sample(...)[:, :dim]`.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from jcnf._checks import check_int, check_key
+from jcnf.divergence import Divergence, Exact
+from jcnf.flows.base import Flow, check_flow, check_strategy, error_if_failed
+from jcnf.flows.functional import compiled, transform
+from jcnf.ode import Solve, Stats, with_array_tolerances
+
+
+def augment(
+    x: Float[Array, "batch dim"], key: Key[Array, ""], extra: int
+) -> Float[Array, "batch dim_and_extra"]:
+    """`x` with `extra` standard normal dimensions joined to it; consumes `key`.
+
+    **Raises:** `ValueError` for `extra` below 0.
+    """
+    check_int(0, extra=extra)
+    check_key(key)
+    _check_rank(x)
+    return jnp.concatenate([x, jr.normal(key, (x.shape[0], extra), x.dtype)], axis=1)
+
+
+def log_prob_bound(
+    flow: Flow,
+    x: Float[Array, "batch dim"],
+    key: Key[Array, ""],
+    *,
+    samples: int = 1,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve = Solve(),  # noqa: B008 (frozen)
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+) -> Float[Array, " batch"]:
+    """A lower bound in expectation of log p(x), (batch,) nats: log mean_k p(x, e_k) / N(e_k; 0, I).
+
+    It rises towards log p(x) with the number of `samples` (Burda et al. 2016), which go through
+    one solve after the other. `key` is consumed once, for e and a stochastic divergence.
+
+    **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
+    """
+    check_key(key)
+    check_int(samples=samples)
+    check_strategy(solve, divergence)
+    _check_rank(x)
+    x = jnp.asarray(x)
+    e_key, noise_key = jr.split(key)
+    bound, stats = _compiled_bound(
+        flow,
+        x,
+        jr.split(e_key, x.shape[0]),
+        noise_key,
+        samples=int(samples),
+        context=context,
+        solve=with_array_tolerances(solve, x.dtype),
+        divergence=divergence,
+    )
+    return error_if_failed(bound, stats.failed)
+
+
+def solve_bound(
+    flow: Flow,
+    x: Float[Array, "batch dim"],
+    keys: Key[Array, " batch"],
+    noise_key: Key[Array, ""] | None = None,
+    *,
+    samples: int,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve,
+    divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, " batch"], Stats]:
+    """`log_prob_bound` by a key for each of the batch, with the solver's statistics.
+
+    They are sums over the samples, but for the mean NFE; where any solve failed is `stats.failed`.
+    """
+    check_flow(flow)
+    check_int(samples=samples)
+    extra = flow.base.dim - x.shape[1]
+    if extra < 0:
+        raise ValueError(f"expected at most {flow.base.dim} dimensions; got {x.shape[1]}")
+
+    def log_weight(number):
+        e = jax.vmap(lambda key: jr.normal(jr.fold_in(key, number), (extra,), x.dtype))(keys)
+        result = transform(
+            flow,
+            jnp.concatenate([x, e], axis=1),
+            key=None if noise_key is None else jr.fold_in(noise_key, number),
+            context=context,
+            solve=solve,
+            divergence=divergence,
+        )
+        joint = flow.base.log_prob(result.x) + result.logdet
+        return joint - jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=1), result.stats
+
+    weights, each = jax.lax.map(log_weight, jnp.arange(samples))
+    stats = Stats(
+        nfe=jnp.sum(each.nfe) // samples,
+        steps=jnp.sum(each.steps),
+        rejected=jnp.sum(each.rejected),
+        failed=jnp.any(each.failed, axis=0),
+        step_plan=jnp.max(each.step_plan, axis=0),
+    )
+    return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
+
+
+_compiled_bound = compiled(solve_bound)
+
+
+def _check_rank(x):
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"expected x of shape (batch, dim); got {jnp.shape(x)}")

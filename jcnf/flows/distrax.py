@@ -1,0 +1,221 @@
+"""A flow as distrax objects: a bijector from base to data, and the distribution of the data.
+
+Their flow, context, solve and divergence are attributes, and they are pytrees as every distrax
+object is: an argument of `jax.jit`, `jax.vmap` or `jax.grad`. Where `eqx.filter_grad` is wanted,
+differentiate in the flow and build the distribution inside. Import it by name
+(`from jcnf import as_distrax`): distrax brings TensorFlow Probability along, and `import jcnf` is
+to stay light.
+"""
+
+import math
+
+import distrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jcnf.divergence import Divergence, Exact
+from jcnf.flows.base import (
+    Direction,
+    Flow,
+    check_batch,
+    check_flow,
+    check_strategy,
+    error_if_failed,
+)
+from jcnf.flows.functional import (
+    log_prob,
+    sample,
+    sample_and_log_prob,
+    transform,
+    transform_without_logdet,
+)
+from jcnf.ode import Solve
+
+
+class FlowBijector(distrax.Bijector):
+    """The map of a flow on events of shape (dim,): forward from base to data.
+
+    Any batch shape (..., dim) is one solve. `forward` and `inverse` carry no log-det, and are the
+    cheaper for it. `distrax.Transformed` samples by `jax.vmap`, and so by a solve for each sample:
+    where its base is the flow's own, `FlowDistribution` is the same in one solve.
+
+    **Arguments:**
+
+    - `flow`: a `jcnf.CNF` or another `jcnf.flows.Flow`.
+    - `context`: (*batch, context) for a conditional flow: as many maps, with which the events'
+      batch shape broadcasts.
+    - `solve`: solver and accuracy.
+    - `divergence`: one without noise, such as `Exact()`.
+
+    **Raises:** `ValueError` for a context of wrong size, a divergence with noise and events of
+    wrong shape; `equinox.EquinoxRuntimeError` when a solve fails.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        context: Float[Array, "*batch context"] | None = None,
+        solve: Solve = Solve(),  # noqa: B008 (frozen)
+        divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    ):
+        super().__init__(event_ndims_in=1)
+        _check(flow, context, solve, divergence)
+        self.flow, self.solve, self.divergence = flow, solve, divergence
+        self.context = None if context is None else jnp.asarray(context)
+
+    def forward(self, x: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch dim"]:
+        """Data y of base samples x."""
+        return self._carry(x, "to_data")
+
+    def inverse(self, y: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch dim"]:
+        """Base samples x of data y."""
+        return self._carry(y, "to_base")
+
+    def forward_and_log_det(
+        self, x: Float[ArrayLike, "*samples dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+        """Data y of base samples x, and log|det dy/dx| in nats."""
+        return self._transform(x, "to_data")
+
+    def inverse_and_log_det(
+        self, y: Float[ArrayLike, "*samples dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+        """Base samples x of data y, and log|det dx/dy| in nats."""
+        return self._transform(y, "to_base")
+
+    def same_as(self, other: distrax.Bijector) -> bool:
+        """Whether both hold the very same arrays, and equal settings."""
+        # Of a distrax object, the structure has all that is no array.
+        (mine, structure), (theirs, other_structure) = map(jax.tree.flatten, (self, other))
+        return structure == other_structure and all(
+            a is b for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def _carry(self, x, direction: Direction):
+        def run(x, context):
+            check_batch(self.flow, x, context)
+            return transform_without_logdet(self.flow, x, direction, context, self.solve)
+
+        return _in_one_batch(run, self.flow, x, self.context)
+
+    def _transform(self, x, direction: Direction):
+        def run(x, context):
+            result = transform(
+                self.flow,
+                x,
+                direction=direction,
+                context=context,
+                solve=self.solve,
+                divergence=self.divergence,
+            )
+            return error_if_failed((result.x, result.logdet), result.stats.failed)
+
+        return _in_one_batch(run, self.flow, x, self.context)
+
+
+class FlowDistribution(distrax.Distribution):
+    """The distribution of a flow's data: events of shape (dim,), log-densities in nats.
+
+    `log_prob`, `sample` and `sample_and_log_prob` are those of `jcnf`, each one solve for whatever
+    batch; `seed` is a key, old-style or typed, or a whole number. The arguments and what is raised
+    are those of `FlowBijector`: a context of shape (*batch, context) makes `batch_shape` batch.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        context: Float[Array, "*batch context"] | None = None,
+        solve: Solve = Solve(),  # noqa: B008 (frozen)
+        divergence: Divergence = Exact(),  # noqa: B008 (frozen)
+    ):
+        super().__init__()
+        _check(flow, context, solve, divergence)
+        self.flow, self.solve, self.divergence = flow, solve, divergence
+        self.context = None if context is None else jnp.asarray(context)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """(dim,)."""
+        return (self.flow.base.dim,)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """That of the context; () without one."""
+        return _batch_shape(self.context)
+
+    @property
+    def dtype(self):
+        """That of samples, which is the base's."""
+        return jax.eval_shape(lambda: self.flow.base.sample(jr.key(0), 1)).dtype
+
+    def log_prob(self, value: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch"]:
+        """Log-density in nats of each event, whose batch shape broadcasts with `batch_shape`."""
+
+        def run(x, context):
+            settings = {"solve": self.solve, "divergence": self.divergence}
+            return log_prob(self.flow, x, context=context, **settings)
+
+        return _in_one_batch(run, self.flow, value, self.context)
+
+    def _sample_n(self, key: PRNGKeyArray, n: int):
+        return self._draw(sample, key, n)
+
+    def _sample_n_and_log_prob(self, key: PRNGKeyArray, n: int):
+        return self._draw(sample_and_log_prob, key, n, divergence=self.divergence)
+
+    def _draw(self, how, key, n, **settings):
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jr.wrap_key_data(key)
+        shape = (n, *self.batch_shape)
+        context = _rows(self.context, shape)
+        drawn = how(self.flow, key, math.prod(shape), context=context, solve=self.solve, **settings)
+        return _shaped(drawn, shape)
+
+
+def _in_one_batch(run, flow, x, context):
+    """`run(x, context)` on rows, of events and a context that have any batch shape."""
+    x, dim = jnp.asarray(x), flow.base.dim
+    if x.shape[-1:] != (dim,):
+        hint = ": add the event's axis with x[..., None]" if dim == 1 else ""
+        raise ValueError(f"expected events of shape (..., {dim}); got {x.shape}{hint}")
+    try:
+        shape = jnp.broadcast_shapes(x.shape[:-1], _batch_shape(context))
+    except ValueError:
+        raise ValueError(
+            f"events of shape {x.shape} do not broadcast with a context of shape {context.shape}: "
+            f"samples come first, as in (samples, {', '.join(map(str, context.shape[:-1]))}, {dim})"
+        ) from None
+    return _shaped(run(_rows(x, shape), _rows(context, shape)), shape)
+
+
+def _rows(a, shape):
+    # Not jnp.broadcast_to alone, for the flow takes (batch, dim) and no other rank.
+    return a if a is None else jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(-1, a.shape[-1])
+
+
+def _shaped(rows, shape):
+    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), rows)
+
+
+def _batch_shape(context):
+    return () if context is None else context.shape[:-1]
+
+
+def _check(flow, context, solve, divergence):
+    check_flow(flow)
+    check_strategy(solve, divergence)
+    size, shape = flow.context_dim, (0,) if context is None else jnp.shape(context)
+    if not shape or size not in (None, shape[-1]):
+        got = "none" if context is None else f"one of shape {shape}"
+        raise ValueError(
+            f"the flow takes a context of size {size}; got {got}: "
+            "give context of shape (*batch, context)"
+        )
+    if jax.eval_shape(lambda: divergence.draw(jr.key(0), 1, flow.base.dim, float)) is not None:
+        raise ValueError(
+            f"a density must be the same whenever it is asked for, and {divergence} draws noise: "
+            "use Exact(), or jcnf.log_prob with a key"
+        )

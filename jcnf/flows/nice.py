@@ -1,0 +1,186 @@
+"""NICE: additive couplings and one scaling (Dinh et al. 2014, arXiv:1410.8516)."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jcnf._checks import check_finite, check_int, check_ints, check_key
+from jcnf.distributions import Base, Logistic
+from jcnf.flows.base import check_batch
+from jcnf.flows.bijective import BijectiveFlow
+from jcnf.ode import Solve
+
+SPLITS = ("halves", "odd_even")
+LAST = 0.01  # initial weights of last layers over those of hidden ones
+
+
+class NICE(BijectiveFlow):
+    """Non-linear independent components estimation: log p(x) = sum_i [log p_H(h_i) + s_i].
+
+    From data x to latents h, the paper's forward direction, each coupling shifts one part of the
+    components by a function of the other, y1 = x1, y2 = x2 + m(x1) (section 3.2); the parts take
+    turns, and every component keeps its place. Last, h = exp(s) * y (section 3.3). Shifts preserve
+    volume, so that log|det dh/dx| = sum_i s_i at every x; and the inverse needs no other networks:
+    it divides by exp(s), then subtracts the shifts, last first. In floating point it is out by the
+    roundings of the sums, which the slopes of m multiply: by some units in the last place of x.
+
+    **Arguments:**
+
+    - `dim`: dimension of x, at least 2.
+    - `widths`: hidden widths of every m, a ReLU network; `()` is an affine one.
+    - `couplings`: their number; from 4 dimensions on, with fewer than 3 not every latent depends
+      on all of x.
+    - `split`: the two parts of the components. "halves": the first half and the rest; "odd_even":
+      the 1st, 3rd, ... and the 2nd, 4th, ..., for images. The first part has one more where `dim`
+      is odd, and is the first to be left as it is.
+    - `base`: the prior p_H, a `jcnf.distributions.Base`; standard logistic unless given.
+    - `key`: consumed once, for the initial weights: normal with variance 2/fan-in, which keeps the
+      scale of what ReLUs pass on (He et al. 2015), and in last layers a hundredth of that. Biases
+      and s are 0. So training starts near the identity; at the identity itself the networks have
+      no gradient if the data are symmetric, E[x2 | x1] = E[x1 | x2] = 0.
+
+    **Raises:** `ValueError` for sizes below these, an unknown split, a base of another dimension.
+    """
+
+    networks: tuple["ReLUNetwork", ...]  # m of each coupling, the data's side first
+    log_scale: Float[Array, " dim"]  # s
+    base: Base
+    split: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        widths: Sequence[int] = (64, 64),
+        couplings: int = 4,
+        *,
+        split: str = "halves",
+        base: Base | None = None,
+        key: Key[Array, ""],
+    ):
+        check_int(2, dim=dim)
+        check_int(couplings=couplings)
+        check_ints(widths=widths)
+        check_key(key)
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+        self.base = Logistic(dim) if base is None else base
+        if self.base.dim != dim:
+            raise ValueError(f"base must have the dim of the flow; got {self.base.dim} and {dim}")
+        self.split = split
+        self.log_scale = jnp.zeros(dim)
+        sizes = [len(part) for part in _parts(dim, split)]
+        self.networks = tuple(
+            ReLUNetwork(sizes[i % 2], sizes[(i + 1) % 2], widths, key=k)
+            for i, k in enumerate(jr.split(key, couplings))
+        )
+
+    def calibrated(self, x: Float[Array, "batch dim"]) -> "NICE":
+        """This flow with s, and the shifts of the last two couplings, set by some data.
+
+        Latents of `x` then have mean 0 (with a single coupling, those that it shifts) and the
+        spread of the prior: the start that training finds in thousands of steps otherwise, where
+        components differ in scale as pixels do (data-dependent initialisation, Salimans & Kingma
+        2016). A component that never varies is left at the scale it had.
+
+        **Raises:** `ValueError` for `x` that is no batch, or not finite.
+        """
+
+        check_batch(self, x, None)
+        check_finite(x=x)
+
+        def latents(flow):
+            return flow.carry(x, "to_base", None, Solve())[0]
+
+        flow: Any = eqx.tree_at(lambda flow: flow.log_scale, self, jnp.zeros_like(self.log_scale))
+        parts, count = _parts(self.base.dim, self.split), len(self.networks)
+        for i in range(max(0, count - 2), count):
+            mean = jnp.mean(latents(flow), axis=0)[parts[(i + 1) % 2]]
+            flow = eqx.tree_at(
+                lambda f, i=i: f.networks[i].biases[-1], flow, replace_fn=lambda b, m=mean: b - m
+            )
+        h = latents(flow)
+        log_scale = jnp.log(self.base.distribution(x.dtype).stddev() / jnp.std(h, axis=0))
+        # Of equal numbers the standard deviation may be a rounding, and no 0.
+        log_scale = jnp.where(jnp.ptp(h, axis=0) > 0, log_scale, self.log_scale)
+        return eqx.tree_at(lambda flow: flow.log_scale, flow, log_scale)
+
+    def bijector(self) -> Any:
+        """The inverse of the paper's forward direction: latents to data."""
+        import distrax
+
+        networks: Any = self.networks
+        parts = _parts(self.base.dim, self.split)
+        # distrax couples what is before an index and what is after: sort, couple, and put back.
+        order = np.concatenate(parts)
+        sort, put_back = _permutation(order), _permutation(np.argsort(order))
+        couplings = [
+            distrax.SplitCoupling(len(parts[0]), 1, m, _shift, swap=i % 2 == 1)
+            for i, m in enumerate(networks)
+        ]
+        scale = distrax.Block(distrax.ScalarAffine(0.0, log_scale=self.log_scale), 1)
+        # A chain applies its last first.
+        return distrax.Inverse(distrax.Chain([scale, put_back, *reversed(couplings), sort]))
+
+
+class ReLUNetwork(eqx.Module):
+    """m(x) = W_{L+1} relu(... relu(W_1 x + b_1) ...) + b_{L+1}, over any leading dimensions."""
+
+    weights: tuple[Float[Array, "out in"], ...]
+    biases: tuple[Float[Array, " out"], ...]
+
+    def __init__(self, in_size: int, out_size: int, widths: Sequence[int], *, key: Key[Array, ""]):
+        sizes = (in_size, *widths, out_size)
+        *hidden, last = (
+            jr.normal(k, (o, i)) * (2 / i) ** 0.5
+            for k, (i, o) in zip(
+                jr.split(key, len(sizes) - 1), itertools.pairwise(sizes), strict=True
+            )
+        )
+        self.weights = (*hidden, LAST * last)
+        self.biases = tuple(jnp.zeros(len(weight)) for weight in self.weights)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """The shift (..., out) of x (..., in)."""
+        *hidden, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden:
+            x = jax.nn.relu(x @ weight.T + bias)
+        weight, bias = last
+        return x @ weight.T + bias
+
+
+def _parts(dim, split):
+    """The indices of either part."""
+    index = np.arange(dim)
+    return (index[::2], index[1::2]) if split == "odd_even" else np.array_split(index, 2)
+
+
+def _shift(shift):
+    import distrax
+
+    return distrax.Block(distrax.ScalarAffine(shift), 1)
+
+
+def _permutation(order):
+    """y_i = x_{order_i}, of volume 1."""
+    import distrax
+
+    back = np.argsort(order)
+
+    def log_det(x: Any):
+        return jnp.zeros(x.shape[:-1], x.dtype)
+
+    return distrax.Lambda(
+        lambda x: jnp.take(x, order, axis=-1),
+        lambda y: jnp.take(y, back, axis=-1),
+        log_det,
+        log_det,
+        event_ndims_in=1,
+        is_constant_jacobian=True,
+    )

@@ -1,0 +1,194 @@
+"""A batch at many times of its way: of flows, and of neural ODEs, which need no base."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from jcnf._checks import check_finite
+from jcnf.distributions import StandardNormal
+from jcnf.flows.base import check_batch, check_strategy, error_if_failed
+from jcnf.flows.cnf import CNF, Velocity
+from jcnf.flows.functional import compiled
+from jcnf.ode import Solve, Stats, integrate, with_array_tolerances
+
+
+def trajectory(
+    flow: CNF | Callable,
+    x: Float[Array, "batch dim"],
+    times: Float[Array, " times"] | Float[Array, "times batch"],
+    *,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve = Solve(),  # noqa: B008 (frozen)
+) -> Float[Array, "times batch dim"]:
+    """The batch at each of `times`, (times, batch, dim), from its state `x` at the first of them.
+
+    `linspace(0, flow.t1, n)` carries base samples to data. The states have gradients in `x`, in
+    the parameters and in all of `times`, by whatever adjoint `solve` names: a later start t_0 with
+    the same `x` counts as the start x - v(t_0, x) dt_0, a later t_i adds v(t_i, x_i) dt_i (Chen et
+    al. 2018, appendix B.2: dL/dt_i = a . v, dL/dt_0 = -a . v).
+
+    **Arguments:**
+
+    - `flow`: a `jcnf.CNF`, or a field alone: any module `field(t, x, context)` with an integer
+      `dim`.
+    - `x`: (batch, dim), the state at `times[0]`.
+    - `times`: one of two shapes.
+        - (times,), of the whole batch, up or down: one solve, and the solver's interpolant between
+          its steps. The gradient in the times is that of the exact solution.
+        - (times, batch), of each sample its own, up or down, with repeats (a row of observations
+          may be padded with its last time: the state stays). One solve of the batch from each row
+          to the next, in a time of its own: `first_step` is a fraction of every such interval, and
+          `max_steps` is for every one. A fixed `step` is shortened so that the sample which has
+          the longest way takes equal steps; no other's are longer. The gradient in the times is
+          the adjoint's, as that in the parameters is. What a field does with time alone it does
+          for each sample. The "reversible" adjoint, which keeps the end of a solve only, takes
+          this way for either shape.
+    - `context`: (batch, context), for a conditional field.
+
+    **Raises:** `ValueError` for bad shapes and for times that are not monotone (checked where
+    they are concrete); `equinox.EquinoxRuntimeError` when the solve fails.
+    """
+    xs, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
+    return error_if_failed(xs, stats.failed)
+
+
+def solve_trajectory(
+    flow: CNF | Callable,
+    x: Float[Array, "batch dim"],
+    times: Float[Array, " times"] | Float[Array, "times batch"],
+    *,
+    context: Float[Array, "batch context"] | None = None,
+    solve: Solve = Solve(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, "times batch dim"], Stats]:
+    """`trajectory` with the solver's statistics, summed; a failed solve is `stats.failed`.
+
+    It raises nothing then: a row that failed is NaN at all times that it did not reach.
+    """
+    check_strategy(solve)
+    if not isinstance(flow, CNF):
+        dim = getattr(flow, "dim", None)
+        if not isinstance(dim, int):
+            raise ValueError(f"expected a CNF or a field with an integer dim; got {type(flow)}")
+        flow = CNF(flow, StandardNormal(dim))  # a base that nothing asks for
+    check_batch(flow, x, context)
+    x = jnp.asarray(x)
+    check_times(times, len(x), x.dtype)
+    times, solve = jnp.asarray(times, x.dtype), with_array_tolerances(solve, x.dtype)
+    return _solve_trajectory(flow, x, times, context, solve)
+
+
+@compiled
+def _solve_trajectory(flow, x, times, context, solve):
+    if times.ndim == 1 and solve.adjoint != "reversible":
+        return _in_one_solve(flow.field, x, times, context, solve)
+    own = jnp.broadcast_to(times.reshape(len(times), -1), (len(times), len(x)))
+    return _by_intervals(flow.field, x, own, context, solve)
+
+
+def check_times(times: Any, batch: int, dtype: Any) -> None:
+    """Raise `ValueError` for what are no times of a batch, in `dtype`."""
+    shape = np.shape(times)
+    if shape and not isinstance(times, Tracer):
+        if np.asarray(times).dtype.kind not in "fiu" and not hasattr(times, "dtype"):
+            raise ValueError(f"expected times that are numbers; got {times!r}")
+        check_finite(times=times)
+    if not shape or shape[0] < 2 or shape[1:] not in ((), (batch,)):
+        raise ValueError(
+            "times must be a vector of at least 2, or of shape (times, batch) with "
+            f"times of each of the {batch} samples; got shape {shape}"
+        )
+    if not isinstance(times, Tracer):
+        given = np.asarray(times).astype(np.float64)
+        steps: Any = np.diff(given.astype(dtype), axis=0)
+        if np.any((steps == 0) & (np.diff(given, axis=0) != 0)):
+            raise ValueError(f"different times are equal in {dtype}: count them from later on")
+        if len(shape) == 1 and not (np.all(steps > 0) or np.all(steps < 0)):
+            raise ValueError("times must strictly increase or strictly decrease")
+        if not np.all(np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)):
+            raise ValueError("the times of each sample must not turn back (nor be NaN)")
+
+
+def _in_one_solve(field, x, times, context, solve):
+    """`times` (times,). Their gradients are added outside the solve, for not all adjoints have
+    any, and none that is better than the interpolant's."""
+    start = _moving(x[None], times[:1], field, context, sign=-1)[0]
+    fixed = jax.lax.stop_gradient(times)
+    args = (field, context)
+    xs, stats = integrate(Velocity(), start, args, fixed[0], fixed[-1], solve, fixed)
+    # An interpolant gives something at a time that is no number.
+    failed = stats.failed | ~jnp.all(jnp.isfinite(fixed))
+    stats = eqx.tree_at(lambda stats: stats.failed, stats, failed)
+    return _moving(xs, times, field, context, sign=1), stats
+
+
+@eqx.filter_custom_jvp
+def _moving(xs, times, field, context, *, sign):
+    """`xs` (times, batch, dim), with the derivative `sign` v(t, x) in `times` (times,).
+
+    The velocity is evaluated only where that derivative is asked for.
+    """
+    return xs
+
+
+@_moving.def_jvp
+def _moving_jvp(primals, tangents, *, sign):
+    xs = _moving(*primals, sign=sign)
+    _, times, field, context = primals
+    by_xs, by_times, *_ = tangents
+    if by_times is None:
+        return xs, by_xs
+    v = jax.vmap(lambda t, x: Velocity()(t, x, (field, context)))(times, xs)
+    by_times = sign * by_times[:, None, None] * v
+    return xs, by_times if by_xs is None else by_xs + by_times
+
+
+def _by_intervals(field, x, times, context, solve):
+    """`times` (times, batch). A solve goes through an interval in s from 0 to `span`."""
+
+    def through(x, start, length):
+        if solve.step is None:
+            span = np.ones((), x.dtype)
+        else:  # s is in units of t, of whole steps, and not longer for the last bit of a time
+            longest = jax.lax.stop_gradient(jnp.max(jnp.abs(length)))
+            steps = jnp.ceil(longest / solve.step * (1 - 1e-4))
+            span = jnp.maximum(steps, 1) * solve.step
+        args = (field, context, start, length / span)
+        return integrate(_OwnTimes(), x, args, np.zeros((), x.dtype), span, solve)
+
+    def step(carry, interval):
+        def go_on():
+            x, stats = carry
+            x, more = through(x, *interval)
+            return x, jax.tree.map(lambda a, b: b.astype(a.dtype), stats, stats + more)
+
+        carry = jax.lax.cond(jnp.all(carry[1].failed), lambda: carry, go_on)
+        x, stats = carry
+        # What has failed goes on as the copy of another sample.
+        return carry, jnp.where(stats.failed[:, None], jnp.nan, x)
+
+    intervals = (times[:-1], jnp.diff(times, axis=0))
+    (_, stats), xs = jax.lax.scan(step, (x, Stats.unsolved(x)), intervals)
+    return jnp.concatenate([x[None], xs]), stats
+
+
+class _OwnTimes(eqx.Module):
+    """dx/ds = r v(start + r s, x), with `start` and the rate r of each sample its own.
+
+    Both are in `args`, where every adjoint finds their gradients.
+    """
+
+    def __call__(self, s, x, args):
+        field, context, start, rate = args
+
+        def one(t, x, context):
+            return Velocity()(t, x, (field, context))
+
+        t = start + rate * s.astype(x.dtype)
+        x, context = jax.tree.map(lambda a: a[:, None], (x, context))
+        return rate[:, None] * jax.vmap(one)(t, x, context)[:, 0]

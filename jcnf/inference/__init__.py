@@ -1,0 +1,1 @@
+"""Inference with a trained flow: inpainting, imputation, and exact Gaussian conditionals."""

@@ -1,0 +1,117 @@
+"""Pictures of flows: arrays in, a matplotlib `Figure` out; nothing here computes a flow.
+
+Time t = 0 is the base, t = 1 the data. matplotlib is imported inside the functions, without pyplot
+and without global state; the caller saves (`figure.savefig(path)`), except for the GIF, which is
+written whole or not at all. Views follow robust quantiles, so that an outlier does not squash a
+picture, and titles count what a panel leaves out: rows with a NaN or an infinity, and points
+outside the view. Everywhere data are blue, samples of the model vermilion, the base grey. Arrays
+are numpy's or jax's; a wrong shape raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf._checks import check_number
+from jcnf.plot import _style as c
+from jcnf.plot._style import DATA, MODEL, WIDTH, Extent, Figure
+
+MAX_COLUMNS = 6
+
+
+@c.styled
+def densities(
+    data: ArrayLike,
+    samples: ArrayLike,
+    log_density: ArrayLike,
+    extent: Extent,
+    *,
+    title: str | None = None,
+    true_log_density: ArrayLike | None = None,
+    nats: float = 8.0,
+) -> Figure:
+    """Show data, samples and the model's log-density, and the true one if known, in one view.
+
+    data, samples: (batch, 2). log_density, true_log_density: (ny, nx) in nats, [i, j] for the cell
+    in row i from below and column j of an even division of `extent`. One scale reaches `nats`
+    below the maximum of the densities; what is lower, -inf too, gets its lowest colour; NaN and
+    +inf are red and counted.
+    """
+    box = c.box_of(extent, np.empty(0))
+    check_number("(0, inf)", nats=nats)
+    grids = {"model": c.array(log_density, "log_density", "(ny, nx)")}
+    if true_log_density is not None:
+        grids["true"] = c.array(true_log_density, "true_log_density", "(ny, nx)")
+    if min(n for grid in grids.values() for n in grid.shape) < 2:
+        raise ValueError("expected log-densities on grids of at least 2 x 2 points")
+    points, titles, images = c.both(data, samples, "(batch, 2)", 2), [], []
+    clouds = [c.finite(x) for x in points.values()]
+    for (name, every), kept in zip(points.items(), clouds, strict=True):
+        titles.append([name, *c.notes("points", len(every), kept, *box)])
+    for name, grid in grids.items():
+        images.append(np.ma.masked_where(np.isnan(grid) | np.isposinf(grid), grid))
+        bad = [f"{n:,} non-finite (red)"] if (n := np.ma.count_masked(images[-1])) else []
+        titles.append([f"{name} log-density", f"cut {nats:g} nats below max", *bad])
+    top = max(image.max(fill_value=-np.inf) for image in images)
+    top = float(top) if np.isfinite(top) else 0.0
+
+    number, lines = len(titles), max(map(len, titles)) + (1.3 if title else 0)
+    tall = (box[1, 1] - box[0, 1]) / (box[1, 0] - box[0, 0])
+    figure = c.new_figure(WIDTH, (WIDTH - 1.5) / number * tall + 0.45 + 0.16 * lines, "compressed")
+    axes = figure.subplots(1, number, sharex=True, sharey=True)
+    c.clouds_in(axes[:2], clouds, [box, box], [DATA, MODEL])
+    for ax, image in zip(axes[2:], images, strict=True):
+        edges = box.T.ravel()
+        scale = {"vmin": top - nats, "vmax": top, "cmap": "viridis"}
+        ax.imshow(image.clip(top - nats), extent=edges, origin="lower", **scale)
+        ax.set_facecolor("#CC3311")  # seen where the image is masked
+    bar = {"extend": "min", "aspect": 25, "pad": 0.02, "label": "log-density (nats)"}
+    figure.colorbar(axes[-1].images[0], ax=axes, **bar)
+    for ax, text in zip(axes, titles, strict=True):
+        ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1])
+        ax.set(xlabel="$x_1$", title="\n".join(text))
+    axes[0].set_ylabel("$x_2$")
+    figure.suptitle(title or "", fontsize=11)
+    return figure
+
+
+@c.styled
+def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure:
+    """Show a table's columns against each other: data below the diagonal, samples above.
+
+    data, samples: (batch, columns); columns: their names, of which the first 6 are drawn. Limits
+    follow the data's quantiles and hold for both; the diagonal has densities on common bins.
+    """
+    if len(columns) < 2:
+        raise ValueError("expected the names of two columns or more: draw one with histogram")
+    tables = c.both(data, samples, f"(batch, {len(columns)})", len(columns))
+    number = min(len(columns), MAX_COLUMNS)
+    ours, theirs = (c.finite(x[:, :number]) for x in tables.values())
+    limits = np.array([c.limits_of(x) for x in ours.T])
+    notes = [f"first {number} of {len(columns)} columns"] if number < len(columns) else []
+    for (name, every), kept in zip(tables.items(), (ours, theirs), strict=True):
+        notes.append(f"{name}: {', '.join(c.notes('rows', len(every), kept, *limits.T))}")
+    side = min(WIDTH, 1.9 * number + 0.6)
+    figure = c.new_figure(side, side)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(number, number, sharex="col")
+    for i in range(number):
+        c.histograms_in(axes[i, i], ours[:, i], theirs[:, i], limits[i])
+        for j in range(i):
+            clouds, boxes = (
+                [ours[:, [j, i]], theirs[:, [i, j]]],
+                [limits[[j, i]].T, limits[[i, j]].T],
+            )
+            c.clouds_in([axes[i, j], axes[j, i]], clouds, boxes, [DATA, MODEL])
+        axes[i, 0].set_ylabel(columns[i])
+        axes[-1, i].set_xlabel(columns[i])
+    for i, j in np.ndindex(number, number):
+        scale = j == 0 and i > 0  # the diagonal is a density: the first row's scale is on the right
+        axes[i, j].tick_params(left=scale, labelleft=scale)
+    axes[0, -1].tick_params(right=True, labelright=True)
+    figure.suptitle("\n".join(notes))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure

@@ -1,0 +1,116 @@
+"""Histograms of scores, for how well they tell strange points from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf.plot import _style as c
+from jcnf.plot._style import DATA, MODEL, WIDTH, Figure
+
+BINS = 60
+REACH = 1.5  # of the view beyond the inside at each side, in widths of the inside
+COLOURS = (DATA, MODEL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
+
+
+class HistogramPanel(NamedTuple):
+    """A score's values (n,) by the name of their set: the first is inside, the others outside."""
+
+    score: str  # with units
+    sets: Mapping[str, ArrayLike]
+    auroc: Mapping[str, float] = MappingProxyType({})  # of sets outside, for the legend
+
+
+@c.styled
+def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
+    """Show each panel's sets as histograms of shares of the set; one colour a name.
+
+    The view is that of the inside without its outliers, and of what lies `REACH` around it. What
+    lies beyond is in the bins at the edges, whose bars may leave the top, and is counted in the
+    title, as is what is not finite, which is left out.
+    """
+    if not panels or not all(panel.sets for panel in panels):
+        raise ValueError("expected a panel or more, each with a set or more")
+    names = list(dict.fromkeys(name for panel in panels for name in panel.sets))
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = c.new_figure(WIDTH, 3.2 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, panel in zip(axes, panels, strict=False):
+        given = {name: c.array(x, name, "(n,)") for name, x in panel.sets.items()}
+        sets = {name: c.finite(x) for name, x in given.items()}
+        view = _view(*sets.values())
+        bins, highest = np.linspace(*view, BINS + 1), 0.0
+        for i, (name, x) in enumerate(sets.items()):
+            shares = np.histogram(np.clip(x, *view), bins)[0] / max(len(x), 1)
+            highest = max(highest, *shares[1:-1])
+            auroc = f", AUROC {panel.auroc[name]:.3f}" if name in panel.auroc else ""
+            colour, fill = COLOURS[names.index(name) % len(COLOURS)], {"fill": True, "alpha": 0.35}
+            ax.stairs(shares, bins, color=colour, label=name + auroc, **({} if i else fill))
+        ax.set(xlabel=panel.score, ylabel="share of the set", xlim=view)
+        ax.set(ylim=(0, 1.1 * highest or 1.0), title=_title(given, sets, view))
+        ax.legend()
+    return figure
+
+
+def _view(inside: np.ndarray, *outside: np.ndarray) -> tuple[float, float]:
+    low, high = c.limits_of(inside)
+    every = np.concatenate([inside, *outside, [low, high]])
+    least, most = low - REACH * (high - low), high + REACH * (high - low)
+    shown = every[(every >= least) & (every <= most)]
+    return (
+        least if every.min() < least else float(shown.min()),
+        most if every.max() > most else float(shown.max()),
+    )
+
+
+def _title(given: Mapping, sets: Mapping, view: tuple[float, float]) -> str:
+    lines = []
+    for name, x in sets.items():
+        beyond = int(((x < view[0]) | (x > view[1])).sum())
+        lost = {"beyond the view": beyond, "not finite, left out": len(given[name]) - len(x)}
+        lines += [f"{name}: {n:,} {what}" for what, n in lost.items() if n]
+    return "\n".join(lines)
+
+
+@c.styled
+def histogram(
+    data: ArrayLike,
+    samples: ArrayLike,
+    grid: ArrayLike | None = None,
+    density: ArrayLike | None = None,
+    column: str | None = None,
+) -> Figure:
+    """Show one column of data and samples on common bins, and the model's density if given.
+
+    data, samples: (batch,) or (batch, 1); grid, density: (points,), the density itself, not its
+    logarithm, per unit of the column; column: its name.
+    """
+    data, samples = (np.asarray(x) for x in (data, samples))
+    data, samples = (x[:, 0] if x.shape[1:] == (1,) else x for x in (data, samples))
+    tables = c.both(data, samples, "(batch,)")
+    ours, theirs = (c.finite(x) for x in tables.values())
+    limits, notes = c.limits_of(ours), []
+    for (name, every), kept in zip(tables.items(), (ours, theirs), strict=True):
+        notes.append(f"{name}: {', '.join(c.notes('values', len(every), kept, *limits))}")
+    figure = c.new_figure(6.0, 3.8)
+    ax = figure.subplots()
+    c.histograms_in(ax, ours, theirs, limits)
+    if grid is not None or density is not None:
+        if grid is None or density is None or np.shape(grid) != np.shape(density):
+            raise ValueError("expected grid and density together, both of shape (points,)")
+        curve = np.stack([c.array(x, "grid", "(points,)") for x in (grid, density)], axis=1)
+        kept = c.finite(curve[np.argsort(curve[:, 0])])
+        ax.plot(*kept.T, color="black", lw=1.2, label="model density")
+        if len(kept) < len(curve):
+            notes.append(f"density: {len(curve) - len(kept):,} non-finite dropped")
+    ax.set(title="\n".join(notes), xlabel=column or "$x$", ylabel="density")
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return figure

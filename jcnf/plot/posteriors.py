@@ -1,0 +1,52 @@
+"""Posteriors of latent variables in the plane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf.plot import _style as c
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # a name that run-time type checkers can resolve without matplotlib
+
+
+@c.styled
+def posteriors(
+    pictures: ArrayLike,
+    shape: tuple[int, int, int],
+    log_densities: ArrayLike,
+    names: Sequence[str],
+    views: Sequence[c.Extent],
+) -> Figure:
+    """Show pictures in a row, and below each of them densities over its latents in the plane.
+
+    pictures: (n, dim) in [0, 1], grey, flattened from `shape`; log_densities: (n, kinds, m, m) on
+    grids as `jcnf.evaluate.grid` has them, normalised or not; names: of the kinds; views: of each
+    picture's grid, (xmin, xmax, ymin, ymax). Each density is shown over its largest value.
+    """
+    pictures = c.array(pictures, "pictures", "(n, dim)", int(np.prod(shape)))
+    logs = c.array(log_densities, "log_densities", "(n, kinds, m, m)")
+    if len(logs) != len(pictures) or len(views) != len(logs) or len(names) != logs.shape[1]:
+        raise ValueError(
+            f"expected a grid and a view for each of {len(pictures)} pictures, and a name for each "
+            f"kind; got grids {logs.shape}, {len(views)} views and {len(names)} names"
+        )
+    side = c.WIDTH / max(len(logs), 4)
+    figure = c.new_figure(side * len(logs) + 0.3, side * (1 + len(names)))
+    axes = figure.subplots(1 + len(names), len(logs), squeeze=False)
+    for column, (picture, kinds, view) in enumerate(zip(pictures, logs, views, strict=True)):
+        axes[0, column].imshow(picture.reshape(shape[:2]), "gray", vmin=0, vmax=1)
+        axes[0, column].set_axis_off()
+        for ax, log in zip(axes[1:, column], kinds, strict=True):
+            density = np.exp(log - np.nanmax(log))
+            ax.imshow(density, "viridis", origin="lower", extent=view, vmin=0, vmax=1)
+            ax.tick_params(labelsize=6)
+    for ax, name in zip(axes[1:, 0], names, strict=True):
+        ax.set_ylabel(name)
+    return figure

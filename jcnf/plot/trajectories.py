@@ -1,0 +1,243 @@
+"""Trajectories fitted to observations: in the plane, against time, and as they are learnt.
+
+Data are blue, learnt trajectories vermilion, the true one grey. Views are around the data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jcnf._checks import check_number
+from jcnf.plot import _style as c
+from jcnf.plot._style import BASE, DATA, MODEL, WIDTH, Extent, Figure
+
+COLUMNS = 4
+MAX_PATHS = 300
+
+
+class Scene(NamedTuple):
+    """What learnt curves are drawn over."""
+
+    data: ArrayLike  # (batch, 2)
+    truth: ArrayLike | None = None  # the true curve, (points, 2)
+    labels: tuple[str, str] = ("$x_1$", "$x_2$")
+    equal: bool = True  # one scale for both axes
+
+
+@c.styled
+def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
+    """Show each of the curves (curves, times, 2), as training goes, in a panel over the scene."""
+    every = _curves(curves, titles)
+    columns = min(len(every), COLUMNS)
+    lines = -(-len(every) // columns)
+    side = WIDTH / COLUMNS
+    figure = c.new_figure(max(side * columns, 2 * side), (side + 0.2) * lines + 0.4)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, curve, title in zip(axes, every, titles, strict=False):
+        _draw(ax, scene)
+        ax.plot(*_near(ax, curve).T, color=MODEL, lw=1.2, label="learnt")
+        ax.set_title(title)
+    for ax in axes[len(every) :]:
+        ax.remove()
+    for place, ax in enumerate(axes[: len(every)]):
+        if place + columns >= len(every):
+            ax.tick_params(labelbottom=True)
+        ax.label_outer(remove_inner_ticks=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@c.styled
+def against_time(
+    times: ArrayLike,
+    curve: ArrayLike,
+    data_times: ArrayLike,
+    data: ArrayLike,
+    columns: Sequence[str],
+    *,
+    truth: ArrayLike | None = None,
+    held_out: int = 0,
+    title: str = "",
+) -> Figure:
+    """Show each component of a learnt curve against time, with the data.
+
+    times: (times,); curve, truth: (times, dim); data_times: (batch,); data: (batch, dim); columns:
+    the names of the time and of the components. The last `held_out` data are drawn open.
+    """
+    x, t = c.array(data, "data", "(batch, dim)"), c.array(data_times, "data_times", "(batch,)")
+    grid, line = c.array(times, "times", "(times,)"), c.array(curve, "curve", "(times, dim)")
+    if (
+        len(t) != len(x)
+        or len(grid) != len(line)
+        or not x.shape[1] == line.shape[1] == len(columns) - 1
+    ):
+        raise ValueError(
+            "expected a time for each row and a name for each column; got "
+            f"{len(t)} times of data {x.shape}, {len(grid)} of a curve {line.shape}, "
+            f"{len(columns)} names, of the time and of them"
+        )
+    dim, known = x.shape[1], len(x) - held_out
+    figure = c.new_figure(WIDTH, 1.6 * dim + 0.9)
+    for i, ax in enumerate(figure.subplots(dim, 1, sharex=True, squeeze=False)[:, 0]):
+        if truth is not None:
+            true = c.array(truth, "truth", "(times, dim)", dim)
+            ax.plot(grid, true[:, i], color=BASE, lw=2.5, alpha=0.6, label="truth")
+        style: Any = {"ls": "", "marker": "o", "ms": 3, "color": DATA}
+        ax.plot(t[:known], x[:known, i], **style, label="data")
+        if held_out:
+            ax.plot(t[known:], x[known:, i], **style | {"mfc": "none"}, label="held out")
+        ax.plot(grid, line[:, i], color=MODEL, lw=1.2, label="learnt")
+        ax.set(ylabel=columns[i + 1], ylim=c.limits_of(x[:, i]))
+    figure.axes[-1].set_xlabel(columns[0])
+    figure.suptitle(title)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def film(
+    path: str | os.PathLike[str],
+    curves: ArrayLike,
+    titles: Sequence[str],
+    scene: Scene,
+    *,
+    fps: int = 8,
+) -> Path:
+    """Write a GIF with a frame for each of the curves, as in `learning`, and return its path.
+
+    The last frame stays for 1.5 s. The file is written beside `path`, then moved there.
+    """
+    import matplotlib
+    from PIL import Image
+
+    check_number("(0, inf)", fps=fps)
+    every = _curves(curves, titles)
+    with matplotlib.rc_context(c.RC):
+        figure = c.new_figure(3.4, 3.5)
+        ax, canvas, frames = figure.subplots(), figure.canvas, []
+        _draw(ax, scene)
+        moving = title, line = ax.set_title(titles[0]), ax.plot([], color=MODEL, lw=1.2)[0]
+        figure.draw_without_rendering()  # lays out with the title, which is then drawn apart
+        for artist in moving:
+            artist.set_animated(True)
+        canvas.draw()
+        background = canvas.copy_from_bbox(figure.bbox)
+        for curve, text in zip(every, titles, strict=True):
+            canvas.restore_region(background)
+            title.set_text(text)
+            line.set_data(*_near(ax, curve).T)
+            for artist in moving:
+                ax.draw_artist(artist)
+            image = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
+            frames.append(image.quantize(32, dither=Image.Dither.NONE))
+    return c.save_gif(path, frames, fps)
+
+
+def _curves(curves, titles):
+    every = c.array(curves, "curves", "(curves, times, 2)", 2)
+    if not len(every) or len(titles) != len(every):
+        raise ValueError(f"expected a title for each curve; got {len(titles)}, {len(every)} curves")
+    return every
+
+
+def _draw(ax, scene):
+    """The data and the true curve, and the view around the data."""
+    data = c.finite(c.array(scene.data, "data", "(batch, 2)", 2))
+    if scene.truth is not None:
+        truth = c.array(scene.truth, "truth", "(points, 2)", 2)
+        ax.plot(*truth.T, color=BASE, lw=2.5, alpha=0.6, label="truth")
+    ax.plot(*data.T, ls="", marker="o", ms=2.5, color=DATA, label="data")
+    box = c.box_of(None, data) if scene.equal else np.array([c.limits_of(x) for x in data.T]).T
+    ax.set(xlim=box[:, 0], ylim=box[:, 1], xlabel=scene.labels[0], ylabel=scene.labels[1])
+    ax.set_aspect("equal" if scene.equal else "auto")
+
+
+def _near(ax, curve):
+    """The curve, cut far outside the view, for Agg's sake."""
+    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
+    return np.clip(curve, 21 * low - 20 * high, 21 * high - 20 * low)
+
+
+@c.styled
+def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = None) -> Figure:
+    """Show the particles' paths from the base (grey) to the data's end (vermilion).
+
+    paths: (times, batch, 2); times: (times,), rising or falling. At most 300 paths, evenly spaced
+    over the batch, are drawn; a path that is non-finite anywhere is dropped and counted.
+    """
+    from matplotlib.collections import LineCollection
+
+    every, times = c.check_paths(paths, times)
+    kept = c.finite(every.transpose(1, 0, 2))
+    lines = c.thin(kept, MAX_PATHS)
+    box = c.box_of(extent, lines)
+    shown = np.clip(lines, 21 * box[0] - 20 * box[1], 21 * box[1] - 20 * box[0])  # for Agg's sake
+    figure = c.new_figure(6.0, 6.0)
+    ax = figure.subplots()
+    ax.add_collection(LineCollection(list(shown), colors="black", alpha=0.25, linewidths=0.5))
+    for end, colour, name in ((0, BASE, "base"), (-1, MODEL, "data end")):
+        label = f"t = {times[end]:g}, {name}"
+        ax.scatter(*shown[:, end].T, s=9, color=colour, linewidths=0, zorder=3, label=label)
+    notes = c.notes("paths", len(lines) + every.shape[1] - len(kept), lines, *box)
+    if len(lines) < len(kept):
+        notes[0] = f"{len(lines):,} of {every.shape[1]:,} paths"
+    ax.set(title=", ".join(notes), xlabel="$x_1$", ylabel="$x_2$")
+    ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1])
+    figure.legend(loc="outside lower center", ncols=2, markerscale=1.5)
+    return figure
+
+
+@c.styled
+def snapshots(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = None) -> Figure:
+    """Show the particles at the five saved times that are nearest to evenly spaced ones.
+
+    paths: (times, batch, 2); times: (times,), rising or falling; drawn base first, in one view.
+    """
+    every, times = c.check_paths(paths, times)
+    wanted = np.linspace(times[0], times[-1], 5)
+    chosen = np.unique(np.abs(times[:, None] - wanted).argmin(axis=0))
+    number, clouds = len(chosen), [c.finite(x) for x in every[chosen]]
+    box = c.box_of(extent, np.concatenate(clouds))
+    notes = [c.notes("points", every.shape[1], x, *box) for x in clouds]
+    height = (WIDTH - 0.5) / number + 0.45 + 0.16 * max(map(len, notes))
+    figure = c.new_figure(WIDTH, height, "compressed")
+    axes = figure.subplots(1, number, sharex=True, sharey=True, squeeze=False)[0]
+    c.clouds_in(axes, clouds, [box] * number, [BASE, *[MODEL] * (number - 1)])
+    for ax, t, note in zip(axes, times[chosen], notes, strict=True):
+        ax.set(aspect="equal", xlabel="$x_1$")
+        ax.set_title("\n".join([f"t = {t:.2f}", *note]), fontsize=8)
+        ax.locator_params(nbins=5, steps=[1, 2, 5, 10])
+    axes[0].set_ylabel("$x_2$")
+    return figure
+
+
+def animation(
+    path: str | os.PathLike[str],
+    paths: ArrayLike,
+    times: ArrayLike,
+    *,
+    extent: Extent | None = None,
+    fps: int = 20,
+) -> Path:
+    """Write a GIF of the base turning into data, a frame for each time, and return its path.
+
+    paths: (times, batch, 2); times: (times,), rising or falling. The last frame stays for 1.5 s. At
+    most 5,000 particles are drawn; those that are non-finite anywhere are dropped and counted. The
+    file is written beside `path`, then moved there. Raises OSError where that cannot be done.
+    """
+    check_number("(0, inf)", fps=fps)
+    every, times = c.check_paths(paths, times)
+    kept = c.finite(every.transpose(1, 0, 2))
+    drawn = c.thin(kept, c.MAX_DOTS)
+    box = c.box_of(extent, drawn)
+    lost = every.shape[1] - len(kept)
+    note = "\n".join(c.notes("particles", len(drawn) + lost, drawn, *box))
+    frames = c.film(drawn, times, box, note)
+    return c.save_gif(path, frames, fps)

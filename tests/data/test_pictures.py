@@ -1,0 +1,149 @@
+"""Pictures as densities: by hand on few pixels, and what pillow makes of files."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from PIL import Image
+
+from jcnf._checks import InputError
+from jcnf.data.images import LONGEST, draw_text, picture, piecewise_constant, read_picture
+
+NUM = 20_000
+# Of 10 parts of the mass the upper left pixel has 1, the lower left 3 and the lower right 6; each
+# pixel is 4 x 4.
+LEVELS = np.array([[1, 0], [3, 6]])
+CENTRES = jnp.array([[-2.0, 2.0], [2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
+
+
+def image(levels):
+    return Image.fromarray(np.asarray(levels, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def four():
+    return piecewise_constant(LEVELS, "four")
+
+
+def test_density_and_entropy_by_hand(four):
+    shares = LEVELS.ravel() / 10
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(four.log_prob(CENTRES), np.log(shares / 16), rtol=1e-12)
+    expected = -(0.1 * np.log(0.1 / 16) + 0.3 * np.log(0.3 / 16) + 0.6 * np.log(0.6 / 16))
+    assert four.entropy == pytest.approx(expected, rel=1e-12)
+    edges = jnp.array([[-4.01, 2.0], [4.0, -2.0], [0.0, -4.01], [-2.0, 4.0], [-4.0, 3.99]])
+    outside = np.asarray(four.log_prob(edges))
+    assert np.isneginf(outside[:4]).all()
+    assert np.isfinite(outside[4])
+    assert np.isnan(four.log_prob(jnp.array([[np.nan, 0.0]])))[0]
+
+
+def test_pixels_are_drawn_as_often_as_is_their_due(four):
+    x = np.asarray(jax.jit(four.sample, static_argnums=1)(jr.key(0), NUM))
+    assert x.dtype == np.float64
+    row, column = (x[:, 1] < 0).astype(int), (x[:, 0] > 0).astype(int)
+    found = np.bincount(2 * row + column, minlength=4) / NUM
+    due = LEVELS.ravel() / 10
+    assert (np.abs(found - due) <= 4 * np.sqrt(due * (1 - due) / NUM)).all()
+    # Within a pixel they are uniform: mean 2 and deviation 4 / sqrt(12) of |x|.
+    np.testing.assert_allclose(np.abs(x).mean(axis=0), 2, atol=4 * 4 / np.sqrt(12 * NUM))
+    np.testing.assert_allclose(np.abs(x).std(axis=0), 4 / np.sqrt(12), rtol=0.02)
+
+
+def test_samples_have_a_density_in_float32_too():
+    """A chessboard of many pixels: what is rounded into the next one has a density of zero."""
+    board = np.indices((3, LONGEST)).sum(axis=0) % 2
+    fine = piecewise_constant(board, "board")
+    with jax.enable_x64(False):
+        x = fine.sample(jr.key(1), 500_000)
+        log_p = fine.log_prob(x)
+    assert (x.dtype, log_p.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_allclose(log_p, -np.log(board.sum() * (8 / LONGEST) ** 2), rtol=1e-6)
+    assert -log_p.mean() == pytest.approx(fine.entropy, rel=1e-6)
+
+
+def test_a_dark_corner_is_up_on_the_left():
+    levels = np.full((4, 8), 255)
+    levels[0, 0] = 0
+    dark = picture(image(levels), "corner")
+    x = np.asarray(dark.sample(jr.key(0), 100))
+    # The longer side spans [-4, 4]; the other, half as many pixels, [-2, 2].
+    assert (x > [-4, 1]).all()
+    assert (x < [-3, 2]).all()
+    assert dark.entropy == pytest.approx(0)  # of a uniform density on a unit square
+    bright = picture(image(levels), "corner", invert=True)
+    assert bright.entropy == pytest.approx(np.log(31))
+    assert np.isneginf(bright.log_prob(jnp.array([[-3.5, 1.5]])))
+
+
+def test_transparent_pixels_are_background():
+    pixels = np.zeros((2, 2, 4))
+    pixels[0, 0] = 255
+    pixels[1, 1] = [0, 0, 0, 255]  # the others are transparent, though black
+    dark, bright = (picture(image(pixels), "p", invert=i) for i in (False, True))
+    np.testing.assert_allclose(np.exp(dark.log_prob(CENTRES)), np.array([0, 0, 0, 1]) / 16)
+    np.testing.assert_allclose(np.exp(bright.log_prob(CENTRES)), np.array([1, 0, 0, 0]) / 16)
+
+
+def test_a_large_picture_is_scaled_down_by_means():
+    levels = np.full((40, 60), 255)
+    levels[:20, :20] = 0
+    levels[20:, 20:40] = np.indices((20, 20)).sum(axis=0) % 2 * 254 + 1  # a mean of 128
+    small = picture(image(levels), "large", side=3)
+    p = np.exp(small.log_prob(jnp.array([[-3.0, 1.0], [0.0, -1.0], [3.0, 1.0]])))
+    np.testing.assert_allclose(p * (8 / 3) ** 2, np.array([255, 127, 0]) / 382)
+
+
+def test_letters_are_dark_on_light():
+    letters = picture(draw_text("l"), "l")
+    x = np.asarray(letters.sample(jr.key(0), 1000))
+    assert np.abs(x.mean(axis=0)).max() < 0.2
+    assert np.ptp(x[:, 0]) < 0.3 * np.ptp(x[:, 1])  # a stroke, and not what is around it
+
+
+def test_files_are_read_upright(tmp_path):
+    row = image([[0, 255, 255]])
+    row.save(tmp_path / "row.png", exif=_turned())
+    assert read_picture(tmp_path / "row.png").size == (1, 3)
+    row.convert("P").save(tmp_path / "palette.gif")
+    x = picture(read_picture(tmp_path / "palette.gif"), "row").sample(jr.key(0), 10)
+    assert (x[:, 0] < -1).all()
+
+
+def _png():
+    file = io.BytesIO()
+    image(np.random.default_rng(0).integers(0, 256, (40, 40))).save(file, "PNG")
+    return file.getvalue()
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    return exif
+
+
+def test_what_is_no_picture_says_what_to_do(tmp_path):
+    for name, content, message in (
+        ("text.png", b"letters", "no picture"),
+        ("empty.png", b"", "no picture"),
+        ("cut.png", _png()[:-500], "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: .*{message}"):
+            read_picture(tmp_path / name)
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="8 bits"):
+        read_picture(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="directory"):
+        read_picture(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        read_picture(tmp_path / "none.png")
+    with pytest.raises(InputError, match="one grey"):
+        picture(image(np.full((3, 3), 7)), "flat")
+    with pytest.raises(InputError, match="no pixels"):
+        picture(Image.new("L", (0, 3)), "nothing")
+    with pytest.raises(ValueError, match="side"):
+        picture(image(LEVELS), "p", side=0)

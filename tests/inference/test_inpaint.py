@@ -1,0 +1,236 @@
+"""Filling in: against the conditional of a linear flow's Gaussian, and what must not move."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import MATRIX, NotANumber, T
+from scipy import linalg
+
+from jcnf import CNF, BijectiveFlow, Solve
+from jcnf.distributions import Base, StandardNormal
+from jcnf.inference import inpaint
+
+COVARIANCE = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
+KNOWN = np.array([False, True, False])
+MISSING = [0, 2]
+GAIN = COVARIANCE[MISSING, 1] / COVARIANCE[1, 1]
+CONDITIONAL = COVARIANCE[np.ix_(MISSING, MISSING)] - np.outer(GAIN, COVARIANCE[1, MISSING])
+
+
+class Affine(BijectiveFlow):
+    """The flow of N(0, COVARIANCE)."""
+
+    base: Base = StandardNormal(3)
+
+    def bijector(self):
+        import distrax
+
+        return distrax.UnconstrainedAffine(jnp.asarray(linalg.expm(T * MATRIX)), jnp.zeros(3))
+
+
+@pytest.fixture(scope="module")
+def langevin():
+    return eqx.filter_jit(inpaint.langevin)
+
+
+@pytest.fixture(scope="module")
+def ascend():
+    return eqx.filter_jit(inpaint.ascend)
+
+
+def gaussian(x):
+    return -jnp.sum(x @ jnp.asarray(linalg.inv(COVARIANCE)) * x, axis=1) / 2
+
+
+def faster(i):
+    return 0.3
+
+
+def cliff(x):
+    """A standard normal, NaN beyond 1 in the first direction."""
+    return jnp.where(x[:, 0] > 1, jnp.nan, -jnp.sum(x**2, axis=1) / 2)
+
+
+def test_langevin_samples_the_conditional_of_a_gaussian(langevin):
+    rows = 4000
+    x = jnp.zeros((rows, 3)).at[:, 1].set(jnp.linspace(-2, 2, rows))
+    density = inpaint.Density(Affine())
+    scale = np.sqrt(np.diag(COVARIANCE))
+    chains = langevin(density, x, KNOWN, jr.key(0), steps=20, burn_in=40, scale=scale)
+    # Rows are independent: one state of each, about its own conditional mean.
+    centred = np.asarray(chains.x[-1])[:, MISSING] - np.asarray(x[:, 1:2]) * GAIN
+    spread = np.sqrt(np.diag(CONDITIONAL) / rows)
+    assert np.all(abs(centred.mean(axis=0)) < 4 * spread)
+    errors = np.sqrt((CONDITIONAL**2 + np.outer(*[np.diag(CONDITIONAL)] * 2)) / rows)
+    assert np.all(abs(centred.T @ centred / rows - CONDITIONAL) < 4 * errors)
+    np.testing.assert_array_equal(chains.x[-1][:, 1], x[:, 1])
+    assert abs(chains.acceptance.mean() - inpaint.OPTIMAL) < 0.1
+    assert chains.failed.sum() == 0
+    np.testing.assert_allclose(chains.log_prob[-1], density(chains.x[-1]), rtol=1e-10)
+
+
+def test_without_its_rejections_it_would_not():
+    """At the step that the burn-in finds the chain without Metropolis is too wide: a test of it."""
+    h, x = 1.4, jnp.zeros((4000, 1))
+    for i in range(60):
+        x = x - h**2 / 2 * x + h * jr.normal(jr.key(i), x.shape)
+    chains = inpaint.langevin(
+        lambda x: -jnp.sum(x**2, axis=1) / 2,
+        jnp.zeros((4000, 1)),
+        np.array([False]),
+        jr.key(0),
+        steps=60,
+        burn_in=0,
+        step=h,
+    )
+    error = 4 * np.sqrt(2 / 4000)
+    assert x.var() > 1 + 4 * error
+    assert abs(chains.x[-1].var() - 1) < error
+    np.testing.assert_allclose(chains.step, h, rtol=1e-12)
+
+
+def test_ascend_converges_to_the_mode_of_the_conditional(ascend):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    density = inpaint.Density(Affine())
+    found = ascend(density, x, KNOWN, jr.key(0), steps=200, keep=4, rate=faster, noise=0.0)
+    mode = np.asarray(x[:, 1:2]) * GAIN
+    np.testing.assert_allclose(found.x[-1][:, MISSING], mode, atol=1e-3)
+    np.testing.assert_array_equal(found.x[..., 1], jnp.broadcast_to(x[:, 1], (4, 5)))
+    assert np.all(np.diff(found.log_prob, axis=0) > 0)
+
+
+def test_ascend_is_the_rule_of_the_paper(ascend):
+    x, key = jnp.ones((2, 3)), jr.key(3)
+    found = ascend(gaussian, x, KNOWN, key, steps=3, keep=3, noise=0.5)
+    for i, after in enumerate(found.x):
+        e = 0.5 * jr.normal(jr.fold_in(key, i + 1), x.shape)
+        moved = x + 10 / (100 + i) * (jax.grad(lambda x: gaussian(x).sum())(x) + e)
+        x = x.at[:, MISSING].set(moved[:, MISSING])
+        np.testing.assert_allclose(after, x, rtol=1e-12)
+
+
+def test_bounds_hold_and_the_density_within_is_right(langevin, ascend):
+    x = jnp.full((4000, 3), 0.1).at[:, 1].set(5.0)
+    arguments = {"steps": 40, "bounds": (-0.2, 0.6)}
+    chains = langevin(gaussian, x, KNOWN, jr.key(0), burn_in=40, **arguments)
+    free = np.asarray(chains.x[-1])[:, MISSING]
+    assert free.min() >= -0.2
+    assert free.max() <= 0.6
+    np.testing.assert_array_equal(chains.x[-1][:, 1], 5.0)
+    line = np.linspace(-0.2, 0.6, 401)
+    points = np.stack(np.meshgrid(line, [5.0], line, indexing="ij"), -1).reshape(-1, 3)
+    weights = np.exp(gaussian(jnp.asarray(points)))
+    mean = np.average(points[:, MISSING], axis=0, weights=weights)
+    assert np.all(abs(free.mean(axis=0) - mean) < 4 * free.std(axis=0) / np.sqrt(len(free)))
+    found = ascend(gaussian, x, KNOWN, jr.key(0), noise=1.0, **arguments)
+    assert np.all(found.x[-1][:, MISSING] <= 0.6)
+    assert np.any(found.x[-1][:, MISSING] == 0.6)
+
+
+def test_nan_regions_stop_nobody_else(langevin, ascend):
+    known = np.array([False, True])
+    x = jnp.zeros((1000, 2)).at[0, 0].set(3.0).at[1, 0].set(jnp.nan)
+    chains = langevin(cliff, x, known, jr.key(0), steps=40, burn_in=30)
+    free = chains.x[-1, 2:, 0]
+    assert np.all(free <= 1)
+    # A standard normal cut at 1: its mean is -phi(1) / Phi(1) = -0.2876.
+    assert abs(free.mean() + 0.2876) < 4 * free.std() / np.sqrt(len(free))
+    assert np.all(chains.failed[:2] > 0)
+    assert chains.failed[2:].sum() > 0
+    ascent = ascend(cliff, x, known, jr.key(0), steps=5)
+    np.testing.assert_array_equal(ascent.x[-1, :2], x[:2])
+    np.testing.assert_array_equal(ascent.failed[:2], 6)  # and the start
+    assert np.all(np.isfinite(ascent.log_prob[-1, 2:]))
+
+
+def test_a_solve_that_fails_is_that_of_its_row_alone():
+    flow = CNF(NotANumber(), StandardNormal(2))
+    x = jnp.array([[0.3, -0.2], [2.0, 0.0], [-0.5, 0.5]])
+    solve = Solve("euler", step=0.25, norm="worst")
+    density = inpaint.Density(flow, solve=solve)
+    value, gradient = jax.jit(lambda x: inpaint._value_and_gradient(density, x))(x)
+    alone, shrunk = x[np.array([0, 2])], 0.75**4
+    # v = x: four Euler steps back, and a divergence of 2.
+    expected = -np.sum((alone * shrunk) ** 2, axis=1) / 2 - np.log(2 * np.pi) - 2
+    np.testing.assert_allclose(value[np.array([0, 2])], expected, rtol=1e-10)
+    np.testing.assert_allclose(gradient[np.array([0, 2])], -alone * shrunk**2, rtol=1e-10)
+    assert value[1] == -np.inf
+    np.testing.assert_array_equal(gradient[1], 0)
+
+
+def test_rows_of_their_own_masks(langevin):
+    known = np.array([[True, True, True], [False, False, False], [True, False, True]])
+    x = jnp.ones((3, 3))
+    chains = langevin(gaussian, x, known, jr.key(0), steps=300, burn_in=300, keep=2)
+    np.testing.assert_array_equal(chains.x[:, known], 1)
+    assert np.all(chains.x[:, ~known] != 1)
+    assert chains.acceptance[0] == 1
+    assert np.all(np.isfinite(chains.step))
+
+
+def test_one_program_and_the_same_key_the_same_result(langevin):
+    traced = []
+
+    def log_prob(x):
+        traced.append(x.shape)
+        return gaussian(x)
+
+    x, known = jnp.zeros((4, 3)), jnp.asarray(KNOWN)
+    settings = {"steps": 4, "burn_in": 2, "keep": 2}
+    first = langevin(log_prob, x, known, jr.key(0), **settings)
+    again = langevin(log_prob, x, known, jr.key(0), **settings)
+    other = langevin(log_prob, x + 0.1, ~known, jr.key(1), **settings)
+    assert traced == [(4, 3)]
+    np.testing.assert_array_equal(first.x, again.x)
+    assert np.all(first.x[-1, :, 1] != other.x[-1, :, 1])
+
+
+def test_kept_states_are_those_along_the_way(ascend):
+    assert list(inpaint.kept_steps(7, 3)) == [2, 5, 7]
+    x = jnp.ones((2, 3))
+    few, all_of_them = (
+        ascend(gaussian, x, KNOWN, jr.key(0), steps=7, keep=keep) for keep in (3, 7)
+    )
+    np.testing.assert_array_equal(few.x, all_of_them.x[np.array([1, 4, 6])])
+
+
+def test_float32_stays_float32(langevin, ascend):
+    def log_prob(x):
+        return -jnp.sum(x**2, axis=1)
+
+    x = jnp.ones((2, 3), jnp.float32)
+    chains = langevin(log_prob, x, KNOWN, jr.key(0), steps=2, burn_in=2, scale=np.ones(3))
+    ascent = ascend(log_prob, x, KNOWN, jr.key(0), steps=2, bounds=(0.0, 1.0))
+    floats = [*chains[:4], *ascent[:2]]
+    assert {a.dtype for a in floats} == {np.dtype(np.float32)}
+
+
+def test_half_of_a_picture():
+    picture = inpaint.half((3, 2, 2), "top").reshape(3, 2, 2)
+    np.testing.assert_array_equal(picture[:, 0, 0], [True, False, False])
+    assert np.all(picture == picture[:, :1, :1])
+    right = inpaint.half((3, 4, 1), "right").reshape(3, 4)
+    np.testing.assert_array_equal(right, np.tile([False, False, True, True], (3, 1)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    x = jnp.zeros((2, 3))
+    key, steps = jr.key(0), {"steps": 2}
+    with pytest.raises(ValueError, match=r"expected known of shape \(2, 3\) or \(3,\)"):
+        inpaint.ascend(gaussian, x, np.ones(2, bool), key, **steps)
+    with pytest.raises(ValueError, match="known of bool"):
+        inpaint.ascend(gaussian, x, np.ones(3), key, **steps)
+    with pytest.raises(ValueError, match=r"floating x of shape \(batch, dim\)"):
+        inpaint.ascend(gaussian, x[0], KNOWN, key, **steps)
+    with pytest.raises(ValueError, match="keep must be from 1"):
+        inpaint.ascend(gaussian, x, KNOWN, key, steps=2, keep=3)
+    with pytest.raises(ValueError, match="low < high"):
+        inpaint.ascend(gaussian, x, KNOWN, key, steps=2, bounds=(1.0, 0.0))
+    with pytest.raises(ValueError, match="burn_in"):
+        inpaint.langevin(gaussian, x, KNOWN, key, steps=2, burn_in=-1)
+    with pytest.raises(ValueError, match="unknown side"):
+        inpaint.half((2, 2, 1), "middle")

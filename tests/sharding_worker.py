@@ -1,0 +1,196 @@
+"""What `test_sharding` runs in processes of its own, with as many devices as it says.
+
+python sharding_worker.py TASK ... > a line of JSON from the first process
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from helpers import astype, outside
+
+import jcnf
+from jcnf import CNF, Solve, divergence, evaluate, objectives, sharding, training
+from jcnf._checks import InputError
+from jcnf.distributions import StandardNormal
+from jcnf.fields import MLP, Conv
+from jcnf.flows.distrax import FlowDistribution
+from jcnf.objectives import couplings
+
+BATCH = 64
+COARSE = Solve("bosh3", rtol=1e-3, atol=1e-3)
+EULER = Solve(solver="euler", step=0.5)
+
+
+def flow_of(dim=2):
+    return CNF(MLP(dim, (8,), key=jr.key(0)), StandardNormal(dim))
+
+
+def rows(key, num, dim=2):
+    return 0.5 * jr.normal(key, (num, dim)) + jnp.where(jr.bernoulli(key), 1.5, -1.5)
+
+
+def trained(objective, steps, solve=None):
+    """Losses of every tenth part of the training, and the parameters: twice the same bits."""
+    flow, optimizer = flow_of(), training.make_optimizer(1e-2, steps)
+    run = training.make_run(
+        flow, objective, lambda key, _: rows(key, BATCH), optimizer, solve=solve
+    )
+
+    def once():
+        state, losses = training.init(flow, optimizer), []
+        for until in range(steps // 10, steps + 1, steps // 10):
+            state, totals = run(state, None, jr.key(1), until)
+            metrics = sharding.on_host(training.means(totals))
+            losses.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+            losses[-1].append(float(metrics.get("nfe", 0)))
+        assert int(state.skipped) == 0
+        return {"losses": losses, "params": flat(state.average).tolist()}
+
+    found = once()
+    assert once() == found
+    assert run.program._cache_size() == 1
+    return found
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(sharding.on_host(tree))])
+
+
+def matching():
+    return trained(objectives.flow_matching, 100)
+
+
+def likelihood():
+    return trained(objectives.likelihood, 100, COARSE)
+
+
+def evaluation():
+    """Numbers of points, and of those in a chunk, that no number of devices divides."""
+    flow, key = flow_of(), jr.key(3)
+    x = rows(jr.key(2), 37)
+    drawn = evaluate.draw(flow, key, 37)
+    return {
+        "log_prob": evaluate.score(flow, x, chunk=15).log_prob,
+        "samples": drawn.x[-1],
+        "noise": drawn.x[0],
+        "drawn": sharding.on_host(
+            jax.jit(lambda key: sharding.split(jr.normal(key, (64, 3))))(key)
+        ),
+    }
+
+
+def public():
+    """The functions people call, of a batch that the devices divide and of one that they do not."""
+    flow, found = flow_of(), {}
+    noisy = divergence.Hutchinson(2)
+    found["noisy"] = evaluate.score(flow, rows(jr.key(2), 37), key=jr.key(3), divergence=noisy)[0]
+    for n in (12, 7):
+        x = rows(jr.key(2), n)
+        found[f"log_prob {n}"] = jcnf.log_prob(flow, x)
+        found[f"sample {n}"] = jcnf.sample(flow, jr.key(3), n)
+        found[f"both {n}"] = jcnf.sample_and_log_prob(flow, jr.key(3), n)[1]
+        found[f"transform {n}"] = jcnf.transform(flow, x).x
+        found[f"trajectory {n}"] = jcnf.trajectory(flow, x, jnp.linspace(0, 1, 3))
+    distribution = FlowDistribution(flow)
+    found["distrax"] = jax.jit(jax.vmap(distribution.log_prob))(rows(jr.key(2), 8)[:, None])
+    return sharding.on_host(found)
+
+
+def adjoints():
+    """Every way through a solve, and the pairs that are sought on the host."""
+    found = {}
+    for adjoint in ("direct", "backsolve", "backsolve_seminorm", "reversible"):
+        solve = Solve(rtol=1e-3, atol=1e-3, adjoint=adjoint, max_steps=64)
+        found[adjoint] = trained(objectives.likelihood, 10, solve)
+    worst = Solve(rtol=1e-3, atol=1e-3, norm="worst")
+    noisy = functools.partial(objectives.likelihood, divergence=divergence.Hutchinson(2))
+    found["noisy"] = trained(noisy, 10, worst)
+    steered = functools.partial(objectives.likelihood, steer=0.1)
+    found["steered"] = trained(steered, 10, COARSE)
+    for coupling in (couplings.Exact(48), couplings.Sinkhorn(64)):
+        objective = functools.partial(objectives.flow_matching, coupling=coupling)
+        found[type(coupling).__name__] = trained(objective, 10)
+    return {f"{way} {name}": value for way in found for name, value in found[way].items()}
+
+
+def failing():
+    """Batches with rows that cannot be solved: their flags, the others' values, the gradient."""
+    found, x = {}, rows(jr.key(2), BATCH)
+    x = x.at[jnp.array([0, 9, 40, 63])].set(6.0)
+    worst = functools.partial(objectives.likelihood, solve=Solve(norm="worst"))
+    loss = jax.jit(jax.value_and_grad(lambda flow: worst(flow, x, None)[0]))
+    for kind in ("blows up", "NaN"):
+        flow = astype(outside(kind), jnp.float32)
+        found[f"{kind} loss"], gradient = loss(flow)
+        found[f"{kind} gradient"] = flat(gradient)
+        result = jcnf.transform(flow, sharding.split(x))
+        found |= {f"{kind} x": result.x, f"{kind} log-det": result.logdet}
+        found[f"{kind} failed"] = result.stats.failed.astype(float)
+    return sharding.on_host(found)
+
+
+def pictures():
+    """A convolutional flow: what its step sends from device to device, and its losses."""
+    flow = CNF(Conv((4, 4, 1), (3, 2), key=jr.key(0)), StandardNormal(16))
+
+    def loss(flow, x):
+        noise = divergence.Hutchinson(1)
+        return objectives.likelihood(flow, x, jr.key(1), solve=EULER, divergence=noise)[0]
+
+    program = jax.jit(jax.value_and_grad(loss))
+    x = sharding.split(rows(jr.key(2), BATCH, 16))
+    value, gradient = program(flow, x)
+    text = program.lower(flow, x).compile().as_text()
+    sent = re.findall(r"(\S+ all-(?:gather|to-all))\(", text)
+    return {"loss": value, "gradient": flat(gradient), "sent": sent}
+
+
+def agreement():
+    """What one process knows, all do; and what is refused."""
+
+    def unreadable():
+        raise InputError("nothing there")
+
+    def refused(function):
+        try:
+            function()
+        except InputError as error:
+            return str(error)
+        return None
+
+    me, last = jax.process_index(), jax.process_count() - 1
+    key = sharding.everywhere(jr.key(5))
+    found = {
+        "first": sharding.first(lambda: {"path": f"of {me}", "bytes": b"\0\xff", "zero": -0.0}),
+        "error": refused(lambda: sharding.first(unreadable)),
+        "anywhere": [sharding.anywhere(me == last), sharding.anywhere(False)],
+        "key": np.asarray(sharding.on_host(jr.key_data(key))),
+        "uneven": refused(lambda: sharding.split(jnp.zeros((BATCH + 1, 2)))),
+    }
+    found["first"]["bytes"] = list(found["first"]["bytes"])
+    found["first"]["zero"] = str(found["first"]["zero"])
+    # Every process has the same: the first tells for all of them.
+    told = json.dumps(found, default=np.ndarray.tolist)
+    assert sharding.first(lambda: told) == told
+    return found
+
+
+def main():
+    sharding.join()
+    with jax.set_mesh(sharding.make_mesh() if jax.device_count() > 1 else None):
+        found = {name: globals()[name]() for name in sys.argv[1:]}
+        found["devices"] = sharding.devices()
+    if jax.process_index() == 0:
+        with open(os.environ["FOUND"], "w") as file:
+            json.dump(found, file, default=lambda array: np.asarray(array).tolist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""Training: one program, bit for bit repeatable, that trains on nothing that failed."""
+
+import dataclasses
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import Tally, mlp
+
+from jcnf import CNF, Solve, objectives, training
+from jcnf.distributions import ScaledNormal
+from jcnf.ode import PARTS
+from jcnf.regularizers import kinetic
+from jcnf.training import checkpoint
+
+pytestmark = pytest.mark.optimized
+
+TRACES = Tally()
+KEY = jr.key(7)
+DATA = jnp.asarray(np.random.default_rng(0).normal([1.0, -0.5], [0.5, 1.5], (64, 2)))
+SKIPPED = ("skipped", "skipped_solve", "skipped_loss", "skipped_gradient")
+AVERAGE = 0.3  # reached at the fourth step: (1 + 3) / (10 + 3)
+
+
+def objective(flow, x, key):
+    TRACES.count += 1
+    return objectives.likelihood(flow, x, key, solve=Solve(solver="heun", step=0.5))
+
+
+def draw_batch(key, data):
+    return data[jr.randint(key, (32,), 0, len(data))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+    """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def after(run, state, until, data=DATA):
+    """The state at a step, and the means of the metrics until then; bad data are let in."""
+    state, totals = run.program(state, data, KEY, until)
+    return state, training.means(totals)
+
+
+class Training:
+    """A flow, its optimizer and the one compiled program of this file."""
+
+    def __init__(self):
+        base = ScaledNormal(2, jnp.array([2.0, 0.5]), jnp.array([0.1, 0.2]))
+        self.flow = CNF(mlp(2, (8,), time="concat", scale=0.5), base)
+        self.optimizer = training.make_optimizer(0.05, 100, weight_decay=0.1, clip=1.0)
+        self.run = training.make_run(
+            self.flow, objective, draw_batch, self.optimizer, average=AVERAGE
+        )
+
+    def start(self):
+        return training.init(self.flow, self.optimizer)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return Training()
+
+
+@pytest.fixture(scope="module")
+def ten(setup):
+    """The state after 10 uninterrupted steps, and their metrics."""
+    return after(setup.run, setup.start(), 10)
+
+
+def test_rows_of_several_tables_belong_together():
+    tables = jnp.arange(5), jnp.arange(5) ** 2
+    rows, squares = training.draw_rows(64)(KEY, tables)
+    assert set(np.asarray(rows).tolist()) == set(range(5))
+    np.testing.assert_array_equal(squares, rows**2)
+    for wrong in ((jnp.zeros((5, 2)), jnp.zeros((4, 2))), jnp.zeros((0, 2))):
+        with pytest.raises(ValueError, match="one number of rows"):
+            training.draw_rows(3)(KEY, wrong)
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_identical(tree, other):
+    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+    assert len(leaves) == len(others) > 0
+    for a, b in zip(leaves, others, strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_killed_and_resumed_ends_bit_for_bit_where_uninterrupted(setup, ten, tmp_path):
+    state, _ = setup.run(setup.start(), DATA, KEY, 4)
+    checkpoint.save(tmp_path / "state", state, {})
+    del state
+    state, _ = checkpoint.load(tmp_path / "state", setup.start())
+    state, _ = setup.run(state, DATA, KEY, 10)
+    assert_identical(state, ten[0])
+    assert int(state.step) == 10
+
+
+def test_intervals_change_nothing_and_metrics_are_means_over_the_steps(setup, ten):
+    state, losses = setup.start(), []
+    for until in range(1, 11):
+        state, metrics = after(setup.run, state, until)
+        losses.append(metrics["loss"])
+    assert_identical(state, ten[0])
+    assert ten[1]["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    assert set(ten[1]) == {"loss", "nll", "nfe", "failed_rows", "grad_norm", *SKIPPED}
+    assert ten[1]["nfe"] == 4
+    assert ten[1]["skipped"] == 0
+
+
+def test_totals_go_on_bit_for_bit_whatever_the_dispatches(setup):
+    _, whole = setup.run(setup.start(), DATA, KEY, 7)
+    state, totals = setup.run(setup.start(), DATA, KEY, 1)
+    for until in (4, 6, 7):
+        state, totals = setup.run(state, DATA, KEY, until, totals)
+    assert_identical(totals, whole)
+    assert int(totals.applied) == 7
+
+
+def test_a_smaller_rate_is_a_smaller_learning_rate():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+    whole, half = (training.make_optimizer(rate, 100, weight_decay=0.1) for rate in (0.02, 0.01))
+    runs = [training.make_run(flow, objective, draw_batch, each) for each in (whole, half)]
+    start = eqx.tree_at(lambda state: state.rate, training.init(flow, whole), jnp.asarray(0.5))
+    scaled, _ = runs[0](start, DATA, KEY, 5)
+    small, _ = runs[1](training.init(flow, half), DATA, KEY, 5)
+    for a, b in zip(*map(jax.tree.leaves, (scaled.params, small.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_data_order_depends_on_the_key_and_the_step_alone(setup, ten):
+    other, _ = setup.run(setup.start(), DATA, jr.key(8), 10)
+    assert not np.array_equal(
+        other.params.field.layers[0].linear.bias, ten[0].params.field.layers[0].linear.bias
+    )
+
+
+def test_one_program_for_all_intervals(setup, ten):
+    before, programs = TRACES.count, setup.run.program._cache_size()
+    state = setup.start()
+    for until in (1, 3, 10):
+        state, _ = setup.run(state, DATA, KEY, until)
+    assert TRACES.count == before > 0
+    assert setup.run.program._cache_size() == programs
+
+
+def test_states_and_parameters_that_are_kept_stay_as_they_were(setup):
+    start = setup.start()
+    kept, _ = setup.run(start, DATA, KEY, 2)
+    before = jax.tree.map(np.array, kept)
+    state, _ = setup.run(kept, DATA, KEY, 4)
+    assert_identical(kept, before)
+    assert not np.array_equal(*(jax.tree.leaves(s.average)[0] for s in (kept, state)))
+    best = training.with_params(setup.flow, kept.average)
+    assert jax.tree.structure(best) == jax.tree.structure(setup.flow)
+    assert np.all(np.isfinite(best.field(jnp.asarray(0.1), DATA[0])))
+    assert_identical(training.with_params(setup.flow, start.params), setup.flow)
+
+
+def test_average_is_that_of_a_hand_computation(setup):
+    state = setup.start()
+    mean = copied(state.average)
+    for step in range(6):
+        state, _ = setup.run(state, DATA, KEY, step + 1)
+        decay = min(AVERAGE, (1 + step) / (10 + step))
+        mean = jax.tree.map(lambda m, p, d=decay: d * m + (1 - d) * p, mean, state.params)
+    for a, b in zip(jax.tree.leaves(state.average), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(setup, ten):
+    state, _ = setup.run(copied(ten[0]), DATA, KEY, 60)
+    state, late = after(setup.run, state, 80)
+    # The data are Gaussian: their entropy is what the loss can reach.
+    entropy = np.log(0.5 * 1.5) + np.log(2 * np.pi * np.e)
+    assert ten[1]["loss"] - entropy > 1
+    assert late["loss"] - entropy < 0.35
+    assert jax.tree.leaves(state.params.base) == []
+    trained = training.with_params(setup.flow, state.params)
+    assert_identical(trained.base, setup.flow.base)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_steps_on_bad_data_are_skipped_and_counted(setup, ten, bad):
+    state = copied(ten[0])
+    state, metrics = after(setup.run, state, 13, DATA.at[:].set(bad))
+    assert int(state.skipped) == metrics["skipped"] == 3
+    assert int(state.step) == 13
+    for name in ("params", "average", "opt_state"):
+        assert_identical(getattr(state, name), getattr(ten[0], name))
+    # Sound data again: training goes on.
+    state, metrics = after(setup.run, state, 14)
+    assert int(state.skipped) == 3
+    assert metrics["skipped"] == 0
+    assert not np.array_equal(
+        state.params.field.layers[0].linear.bias, ten[0].params.field.layers[0].linear.bias
+    )
+
+
+def test_data_that_are_not_finite_are_refused_before_the_first_step(setup):
+    bad = DATA.at[jnp.array([5, 9, 20, 63]), 1].set(jnp.nan)
+    expected = r"data has NaN or inf in 4 of 64 rows \(first: 5, 9, 20, ...\)"
+    with pytest.raises(ValueError, match=expected):
+        setup.run(setup.start(), bad, KEY, 3)
+    with pytest.raises(ValueError, match=r"data\['x'\]\[1\] has NaN or inf in 1 of 64 rows"):
+        setup.run(setup.start(), {"x": (DATA, DATA.at[3].set(np.inf))}, KEY, 3)
+
+
+def sampled(share, **settings):
+    """A training on samples of which this share is NaN, a batch at a time."""
+    flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.01)
+
+    def draw_batch(key, data):
+        return jnp.where(jr.bernoulli(key, share), jnp.nan, data)
+
+    run = training.make_run(flow, objective, draw_batch, optimizer, **settings)
+    return run, training.init(flow, optimizer)
+
+
+def test_skipped_updates_are_warned_of_with_their_reason():
+    run, state = sampled(0.2)
+    with pytest.warns(UserWarning, match="were skipped") as told:
+        state, totals = run(state, DATA, KEY, 50)
+    skipped = int(state.skipped)
+    assert 0 < skipped < 50
+    [message] = [str(each.message) for each in told if "skipped" in str(each.message)]
+    assert message.startswith(f"{skipped} of 50 updates after step 0 were skipped: {skipped} ")
+    assert "because the ODE solve failed" in message
+    # A later call reports the steps that it took, not those before.
+    with pytest.warns(UserWarning, match="of 50 updates after step 50 were skipped") as told:
+        after, totals = run(state, DATA, KEY, 100, totals)
+    own = int(after.skipped) - skipped
+    assert any(f"skipped: {own} because the ODE solve failed" in str(each.message) for each in told)
+    assert int(totals.skipped["skipped"]) == int(after.skipped)
+
+
+def test_training_that_learns_nothing_is_an_error_and_one_bad_step_is_not():
+    run, state = sampled(1.0)
+    with pytest.raises(RuntimeError, match="nothing was learned: 200 of 200 updates"):
+        run(state, DATA, KEY, 200)
+    assert int(state.step) == 0
+    with pytest.warns(UserWarning, match="1 of 1 updates after step 0 were skipped"):
+        state, _ = run(state, DATA, KEY, 1)
+    assert int(state.step) == int(state.skipped) == 1
+    # After others that were applied, a few in a row are no breakdown, and many are.
+    state = dataclasses.replace(state, skipped=jnp.zeros((), jnp.int32))
+    with pytest.warns(UserWarning, match="3 of 3 updates"):
+        run(state, DATA, KEY, 4)
+    with pytest.raises(RuntimeError, match="nothing was learned: 12 of 12"):
+        run(state, DATA, KEY, 13)
+
+
+def test_a_training_that_is_stuck_does_not_end_in_silence():
+    run, state = sampled(1.0, stuck=4)
+    with pytest.raises(RuntimeError, match=r"4 of 4 updates .* ended before step 100, after 4"):
+        run(state, DATA, KEY, 100)
+
+
+def test_runs_are_built_and_taken_inside_vmap_and_jit():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    def trained(rate):
+        optimizer = optax.sgd(rate)
+        run = training.make_run(flow, objective, draw_batch, optimizer)
+        return run(training.init(flow, optimizer), DATA, KEY, 3)[0].params
+
+    rates = jnp.array([0.01, 0.02])
+    found, alone = jax.vmap(trained)(rates), trained(0.02)
+    for both, one in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
+        np.testing.assert_allclose(both[1], one, rtol=1e-9)
+    run, state = sampled(0.0)
+    assert int(jax.jit(lambda: run(state, DATA, KEY, 3)[0].step)()) == 3
+
+
+def test_numpy_data_are_looked_at_every_time_and_in_the_dtype_of_training():
+    run, state = sampled(0.0)
+    data = np.array(DATA)
+    run(state, data, KEY, 1)
+    data[5] = np.nan
+    with pytest.raises(ValueError, match=r"data has NaN or inf in 1 of 64 rows \(first: 5\)"):
+        run(state, data, KEY, 1)
+    data[5] = 1e39
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"NaN or inf in 1 of 64"):
+        run(state, data, KEY, 1)
+
+
+@pytest.mark.slow
+def test_runs_go_through_vmap():
+    run, state = sampled(0.0)
+    states = jax.tree.map(lambda a: jnp.stack([a, a]), state)
+    keys = jr.split(KEY, 2)
+    found, _ = jax.vmap(run, in_axes=(0, None, 0, None))(states, DATA, keys, 3)
+    alone, _ = run(state, DATA, keys[1], 3)
+    for both, one in zip(*map(jax.tree.leaves, (found.params, alone.params)), strict=True):
+        np.testing.assert_allclose(both[1], one, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("reason", "counted"),
+    [
+        ("failed", "skipped_solve"),
+        ("loss", "skipped_loss"),
+        ("gradient", "skipped_gradient"),
+    ],
+)
+def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason, counted):
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    def objective(flow, x, key):
+        weight = flow.field.layers[0].time_weight
+        loss = jnp.sum(weight)
+        if reason == "loss":
+            loss = loss / 0
+        if reason == "gradient":
+            loss = loss + jnp.sum(jnp.sqrt(weight * 0))
+        return loss, {"failed": jnp.asarray(reason == "failed")}
+
+    optimizer = optax.sgd(0.1)
+    run = training.make_run(flow, objective, lambda key, data: data, optimizer)
+    with jax.numpy_dtype_promotion("strict"):
+        state, metrics = after(run, training.init(flow, optimizer), 5)
+    assert int(state.skipped) == int(state.stuck) == metrics["skipped"] == metrics[counted] == 5
+    assert sum(metrics[name] for name in SKIPPED) == 10
+    assert_identical(state.params, training.partition(flow)[0])
+
+
+def test_a_run_stops_after_so_many_skipped_in_a_row():
+    model, optimizer = jnp.zeros(()), optax.sgd(0.1)
+
+    def bad_from_7(model, key, _):
+        return model + jnp.where(model < -0.65, jnp.nan, 1.0), {}
+
+    run = training.make_run(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
+    state, totals = run.program(training.init(model, optimizer), DATA, KEY, 100)
+    assert (int(state.step), int(state.stuck), int(totals.applied)) == (11, 4, 7)
+
+
+def test_metrics_are_means_over_the_updates_applied():
+    flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.1)
+
+    def objective(flow, x, key):
+        zero = 0 * jnp.sum(flow.field.layers[0].time_weight)
+        return x + zero, {"twice": 2 * x, "failed": jnp.asarray(False)}
+
+    def draw_batch(key, data):
+        return jnp.where(jr.bernoulli(key), jnp.nan, 3.0)
+
+    run = training.make_run(flow, objective, draw_batch, optimizer)
+    state, metrics = after(run, training.init(flow, optimizer), 20)
+    assert 0 < int(state.skipped) == metrics["skipped"] < 20
+    assert (metrics["loss"], metrics["twice"], metrics["grad_norm"]) == (3, 6, 0)
+
+
+def rates(optimizer, steps):
+    """Adam's step under a constant gradient is the learning rate, whatever the gradient."""
+
+    def step(state, _):
+        updates, state = optimizer.update(jnp.array([0.1, -0.3]), state, jnp.zeros(2))
+        return state, -updates[0]
+
+    return np.asarray(jax.lax.scan(step, optimizer.init(jnp.zeros(2)), length=steps)[1])
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    # Adam's own epsilon is 1e-8 of the gradient's size.
+    taken = rates(training.make_optimizer(0.2, 20, warmup=4), 21)
+    np.testing.assert_allclose(taken[:5], [0, 0.05, 0.1, 0.15, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(taken[12], 0.1, rtol=1e-5)  # half way down the cosine
+    assert np.all(np.diff(taken[4:]) < 0)
+    assert abs(taken[20]) < 1e-12
+    plain = rates(training.make_optimizer(0.2, 20), 11)
+    np.testing.assert_allclose(plain[[0, 10]], [0.2, 0.1], rtol=1e-5)
+    constant = rates(training.make_optimizer(0.2, 20, warmup=4, schedule="constant"), 21)
+    np.testing.assert_allclose(constant[[2, 4, 20]], [0.1, 0.2, 0.2], rtol=1e-5)
+    with pytest.raises(ValueError, match="'linear'"):
+        training.make_optimizer(0.2, 20, schedule="linear")
+
+
+@pytest.mark.parametrize("clip", [1.0, np.inf])
+def test_gradients_are_clipped_by_their_global_norm(clip):
+    optimizer = training.make_optimizer(0.1, 10, clip=clip)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    first_moment = optax.tree_utils.tree_get(state, "mu")
+    scale = 0.1 * min(1, clip / 5)
+    np.testing.assert_allclose(first_moment["a"], scale * gradient["a"], rtol=1e-12)
+    np.testing.assert_allclose(first_moment["b"], scale * gradient["b"], rtol=1e-12)
+
+
+def test_weight_decay_is_decoupled():
+    optimizer = training.make_optimizer(0.1, 10, weight_decay=0.5)
+    params = jnp.array([2.0, -4.0])
+    updates, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.1 * 0.5 * params, rtol=1e-12)
+
+
+def test_likelihood_adds_weighted_penalties():
+    flow = CNF(mlp(2, (4,)), ScaledNormal(2))
+    settings = {"solve": Solve(solver="euler", step=0.5)}
+    run = eqx.filter_jit(partial(objectives.likelihood, **settings, penalties={kinetic: 2.0}))
+    loss, metrics = run(flow, DATA, KEY)
+    assert float(loss) == pytest.approx(float(metrics["nll"] + 2 * metrics["kinetic"]), rel=1e-12)
+    assert metrics["kinetic"] > 0
+
+
+def gaussian(flow, x, key):
+    """Mean NLL of N(loc, diag(exp(2 log_scale))), whose minimum is known; it fails beside that."""
+    z = (x - flow["loc"][None]) * jnp.exp(-flow["log_scale"])[None]
+    nll = jnp.mean(jnp.sum(z**2, axis=1)) / 2 + jnp.sum(flow["log_scale"])
+    return nll, {"failed": flow["loc"][0] < 0.9}
+
+
+def test_lbfgs_on_all_rows_finds_the_maximum_and_keeps_out_of_where_solves_fail():
+    model = {"loc": jnp.array([1.6, -2.0]), "log_scale": jnp.array([-0.5, 0.0])}
+    optimizer = optax.lbfgs()
+    run = training.make_run(
+        model, gaussian, training.draw_rows(None), optimizer, average=0.0, fixed=True
+    )
+    state, metrics = after(run, training.init(model, optimizer), 60)
+    np.testing.assert_allclose(state.params["loc"], DATA.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), DATA.std(axis=0), atol=1e-6)
+    assert metrics["skipped"] == 0
+    assert_identical(state.params, state.average)
+
+
+def test_a_fixed_batch_is_the_same_at_every_step():
+    def seen(model, x, key):
+        return model * (jnp.sum(x) + jr.normal(key)), {}
+
+    for fixed in (True, False):
+        optimizer = optax.sgd(1.0)
+        run = training.make_run(
+            jnp.zeros(()), seen, draw_batch, optimizer, average=0.0, fixed=fixed
+        )
+        states = [run(training.init(jnp.zeros(()), optimizer), DATA, KEY, n)[0] for n in (1, 2, 3)]
+        first, second, third = np.diff([0, *[state.params for state in states]])
+        assert (first == pytest.approx(second) == pytest.approx(third)) == fixed
+
+
+def of_steps(number):
+    """A step plan with this number of steps in each part."""
+    return jnp.broadcast_to(jnp.asarray(number, float), (PARTS,))
+
+
+def probe(model, found, key, *, solve):
+    """It tells the step plan that it was given, and another, or fails if that is negative."""
+    given = jnp.where(jnp.ptp(solve.step_plan) == 0, solve.step_plan[0], jnp.nan)
+    return model, {"given": given, "step_plan": of_steps(found), "failed": found < 0}
+
+
+def step_plans(found, **settings):
+    """What `probe` was given at each step, None if it was skipped, and what the state had then."""
+    model, optimizer = jnp.zeros(()), optax.sgd(0.1)
+    settings = {"solve": Solve(step_plan=of_steps(0.25))} | settings
+    run = training.make_run(model, probe, lambda key, data: data, optimizer, **settings)
+    state, given, left = training.init(model, optimizer), [], []
+    np.testing.assert_array_equal(state.step_plan, of_steps(0))
+    for step, each in enumerate(found):
+        state, totals = run.program(state, jnp.asarray(each), KEY, step + 1)
+        given.append(float(totals.sums["given"]) if totals.applied else None)
+        left.append(all_of(state.step_plan))
+    assert run.program._cache_size() == 1
+    return given, left
+
+
+def all_of(step_plan):
+    """The number that every part has."""
+    assert step_plan.shape == (PARTS,)
+    [number] = set(np.asarray(step_plan).tolist())
+    return number
+
+
+def test_a_step_takes_the_step_plan_that_the_last_one_applied_found():
+    given, left = step_plans([0.5, 0.125, -1.0, 1.0, 0.75])
+    assert given == [0.0, 0.5, None, 0.125, 1.0]
+    assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
+    # Until one was applied, none is known.
+    assert step_plans([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
+    # A line search compares losses: its solves are all alike.
+    assert step_plans([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
+
+
+def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
+    def bad(model, power, key, *, solve):
+        return (model - 1) ** power, {"step_plan": of_steps(power)}
+
+    run = training.make_run(
+        jnp.ones(()), bad, lambda key, data: data, optax.sgd(0.1), solve=Solve()
+    )
+    state = training.init(jnp.ones(()), optax.sgd(0.1))
+    cases = (jnp.nan, "loss", 0.0), (0.5, "gradient", 0.0), (2.0, None, 2.0), (0.5, "gradient", 2.0)
+    for step, (power, reason, left) in enumerate(cases):
+        state, totals = run.program(state, jnp.asarray(power), KEY, step + 1)
+        skipped = {name for name in SKIPPED[1:] if totals.skipped[name]}
+        assert skipped == (set() if reason is None else {f"skipped_{reason}"})
+        assert all_of(state.step_plan) == left
+
+
+def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
+    flow, solve = CNF(mlp(2, (4,)), ScaledNormal(2)), Solve("bosh3", first_step=1.0)
+    optimizer = optax.sgd(1e-3)
+    run = training.make_run(
+        flow, objectives.likelihood, training.draw_rows(None), optimizer, solve=solve
+    )
+
+    @jax.jit
+    def told(params, step_plan):
+        here, given = (
+            training.with_params(flow, params),
+            dataclasses.replace(solve, step_plan=step_plan),
+        )
+        return objectives.likelihood(here, DATA, None, solve=given)[1]
+
+    state, nfe, given = training.init(flow, optimizer), [], jnp.zeros(PARTS)
+    for step in range(4):
+        expected = told(state.params, given)
+        state, metrics = after(run, state, step + 1)
+        given = state.step_plan
+        nfe.append(int(metrics["nfe"]))
+        assert nfe[-1] == int(expected["nfe"])
+        np.testing.assert_allclose(given, expected["step_plan"], rtol=1e-6)
+        assert np.all(given > 0)
+    assert max(nfe[1:]) < nfe[0]
+
+
+def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_step_plan_is_told():
+    flow = CNF(mlp(2, ()), ScaledNormal(2))
+
+    # None of them is the finest everywhere.
+    found = {"rising": jnp.arange(float(PARTS)), "falling": PARTS - jnp.arange(float(PARTS))}
+    found |= {"level": of_steps(PARTS * 0.75)}
+
+    def solving(flow, x, key, *, solve, name):
+        given = jnp.asarray(all_of(solve.step_plan))
+        return given, {name: given, "step_plan": found[name]}
+
+    def simple(flow, x, key):
+        return jnp.asarray(1.0), {}
+
+    bound = [
+        partial(solving, solve=Solve(step_plan=of_steps(own)), name=name)
+        for own, name in zip((0.5, 0.25, 0.125), found, strict=True)
+    ]
+    mixed = partial(objectives.mixed, flow, DATA, KEY)
+    finest, given = np.max([*found.values()], axis=0), Solve(step_plan=of_steps(1.0))
+    loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=given)
+    np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
+    assert float(loss) == 4.0
+    assert metrics == {"rising": 1.0, "falling": 1.0, "level": 1.0}
+    loss, metrics = mixed(weights=dict.fromkeys([simple, *bound], 1.0))
+    np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
+    assert float(loss) == 1.875
+    assert metrics == {"rising": 0.5, "falling": 0.25, "level": 0.125}
+    # One that takes a solve is given it, bound or not, and inside a wrapper.
+    unbound = objectives.with_context(
+        lambda flow, x, key, *, context, solve: solving(flow, x, key, solve=solve, name="level")
+    )
+    loss, metrics = mixed(weights={unbound: 1.0, simple: 1.0}, solve=given)
+    assert float(loss) == 2.0
