@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-all lint types bench clean
+.PHONY: install demo test test-all lint types wheel bench clean
 
 install: .venv/experiments
 
@@ -26,6 +26,16 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/pyright
+
+# Build the wheel, and import it where there is nothing but what it depends on.
+wheel: .venv/bin/python
+	rm -rf build/wheel build/clean
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint constraints.txt build/wheel/*.whl
+	cd build/clean && bin/python -c "import jcnf; print(jcnf.__version__, jcnf.__file__)"
+	cd build/clean && ! bin/python -c "import experiments" 2> /dev/null
 
 bench: .venv/experiments
 	$(BIN)/python -m experiments.benchmark
