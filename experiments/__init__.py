@@ -1,1 +1,1 @@
-"""Experiments: `python -m experiments.<name>`, one module each."""
+"""Runnable experiments, one module each: `python -m experiments.NAME` (see README.md here)."""

@@ -1,10 +1,11 @@
-"""Gradients by every reverse-mode adjoint: error against tolerance, memory against steps, time.
+"""Compare the reverse-mode adjoints: gradient error, memory and time.
 
-On a flow trained on 8gaussians. Errors are relative to the gradient of the exact flow (float64,
-tolerance 1e-9, itself checked by finite differences), in all parameters, computed in float64 so
-that the adjoint is seen and not rounding; `float32` in the summary is the error of float32 at
---float32-at. Memory is the temporary memory of the compiled gradient as XLA plans it, for a state
-of 256 dimensions and a narrow field, where it is the states kept that count.
+The flow measured is trained on 8gaussians. Errors cover all parameters and are relative to the
+gradient of the exact flow (float64, tolerance 1e-9, itself checked by finite differences). They
+are computed in float64, so that they show the adjoint and not rounding; the entries `float32` of
+the summary are the errors in float32 at the tolerance --float32-at. Memory is the temporary memory
+that XLA plans for the compiled gradient. It is measured on a state of 256 dimensions with a narrow
+field, so that stored states make up most of it.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, RunSettings
+from experiments._runner.config import MAX_COUNT, RunSettings
 from experiments._runner.run_dir import RunDir
 from experiments._tasks.pretrained import toy_flow
 from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, plot, training
@@ -34,37 +35,38 @@ STEPS = (20, 80, 320, 1280)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adjoints(RunSettings):
-    """What to measure."""
+    """The flow, the tolerances, and how often to time."""
 
-    # optimiser steps of the flow measured
+    # optimizer steps that train the measured flow
     steps: int = 1000
     # points in a batch
     batch: int = 256
-    # the tolerances are 1e-LOOSEST to 1e-TIGHTEST
+    # exponent of the loosest tolerance, 1e-LOOSEST
     loosest: int = 2
-    # see --loosest
+    # exponent of the tightest tolerance, 1e-TIGHTEST, at most 12
     tightest: int = 8
-    # tolerance at which float32 is audited as well
+    # tolerance at which gradients are also audited in float32
     float32_at: float = 1e-5
-    # timed rounds
+    # timed rounds of each adjoint
     rounds: int = 9
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(0, "steps")
-        self.at_least(1, "batch", "loosest", "tightest", "rounds", most=MANY)
+        self.at_least(1, "batch", "loosest", "tightest", "rounds", most=MAX_COUNT)
         self.positive("float32_at")
         try:
             check_tolerance(Solve(rtol=self.float32_at, atol=self.float32_at), "float32")
         except ValueError as error:
             raise InputError(f"--float32-at: {error}") from None
         if not self.loosest <= self.tightest <= 12:
-            raise InputError("--tightest must be from --loosest to 12")
+            raise InputError(
+                f"--tightest must be from --loosest ({self.loosest}) to 12; got {self.tightest}"
+            )
 
 
 def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float]]:
-    """Relative error of the gradient, by adjoint, at each tolerance; NaN where a solve failed."""
+    """Relative gradient errors of each adjoint, one per tolerance; NaN where a solve failed."""
     reference, _ = evaluate.in_float64(evaluate.loss_gradient, flow, x)
     found: dict[str, list[float]] = {}
     for adjoint in ADJOINTS:
@@ -79,7 +81,7 @@ def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float
 
 
 def seconds(flow: CNF, x: Array, solves: dict[str, Solve], rounds: int) -> dict[str, float]:
-    """Median seconds of the compiled gradient under each solve, taken in turn."""
+    """Median seconds of the compiled gradient under each solve; the solves take turns."""
     for solve in solves.values():
         evaluate.loss_gradient(flow, x, solve=solve)
     series: dict[str, list[float]] = {name: [] for name in solves}
@@ -92,7 +94,7 @@ def seconds(flow: CNF, x: Array, solves: dict[str, Solve], rounds: int) -> dict[
 
 
 def memory(adjoint: str, steps: int) -> int:
-    """Bytes of temporary memory of the compiled gradient over so many fixed steps."""
+    """Bytes of temporary memory of the compiled gradient over `steps` fixed steps."""
     flow = CNF(fields.MLP(256, (16,), key=jr.key(0)), distributions.StandardNormal(256))
     params, static = training.partition(flow)
     x = jnp.zeros((64, 256))
@@ -107,7 +109,7 @@ def memory(adjoint: str, steps: int) -> int:
 
 
 def run(settings: Adjoints) -> None:
-    """Train, audit, measure, draw, print a table."""
+    """Train the flow; measure memory, gradient errors and times; print and draw them."""
     run_dir = RunDir("adjoints", settings)
     flow = toy_flow(settings.steps, settings.seed)
     x = toy("8gaussians").sample(jr.fold_in(jr.key(settings.seed), 2), settings.batch)

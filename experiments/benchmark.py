@@ -1,14 +1,21 @@
-"""Time jcnf, and with --peers other packages in the same run and on the same work, as ratios.
+"""Time jcnf and, with --peers, other packages on the same work in the same run, as ratios.
 
-Suites: step (a training step by likelihood against batched and per-sample diffrax, one of flow
-matching against its network's bare passes), pieces (the step, with one more extension of diffrax at
-a time), roofline (the step against the same arithmetic
-unrolled, and against the machine's matrix products), evaluate and sample (many points at equal
-accuracy), scaling (exponents of batch, width, dimension, tolerance), startup (imports, first step),
-quality (seconds of training to a gap on 8gaussians; minutes). --peers adds torchdiffeq, torchdyn,
-zuko, torchcfm and flowjax's spline flow (`pip install -c constraints.txt -e '.[peers]'`), given our
-weights and batches. A step is by one solver and tolerance for all, and each must have our loss
-before it is timed; many points are taken by whatever solver and tolerance suits each best.
+The suites:
+
+- step: a training step by likelihood, against batched and per-sample diffrax; a step of flow
+  matching, against the bare passes of its network
+- pieces: the training step, adding one extension of diffrax at a time
+- roofline: the training step, against the same arithmetic unrolled and against the machine's
+  matrix products
+- evaluate, sample: log-densities and samples of many points at equal accuracy
+- scaling: exponents of the step time in batch, width, dimension and tolerance
+- startup: imports and the first training step
+- quality: seconds of training until a gap on 8gaussians (takes minutes; not run by default)
+
+The flag --peers adds torchdiffeq, torchdyn, zuko, torchcfm and flowjax's spline flow, with the
+weights and batches of jcnf (install them by `pip install -c constraints.txt -e '.[peers]'`). For a
+training step all packages use one solver and tolerance, and a peer is timed only if its loss equals
+ours. For many points each package uses the solver and tolerance that suit it best.
 """
 
 import dataclasses
@@ -16,7 +23,7 @@ import dataclasses
 import jax
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, RunSettings
+from experiments._runner.config import MAX_COUNT, RunSettings
 from experiments._runner.run_dir import RunDir
 from experiments.bench import (
     evaluate,
@@ -34,61 +41,66 @@ from experiments.bench.cases import CASES, table
 from jcnf import plot
 from jcnf._checks import InputError
 
-QUICK = ("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup")
-SUITES = (*QUICK, "quality")
-EVALUATED = ("toy_trained", "table")
-WIDTHS = (64, 256, 1024)  # of the table's layers, against the roofline
+DEFAULT_SUITES = ("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup")
+SUITES = (*DEFAULT_SUITES, "quality")
+EVALUATED_CASES = ("toy_trained", "table")
+ROOFLINE_TABLE_WIDTHS = (64, 256, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark(RunSettings):
-    """What to time."""
+    """The suites, the cases, and how long to time each program."""
 
-    # step, pieces, roofline, evaluate, sample, scaling, startup, quality (not by default: minutes)
-    suites: tuple[str, ...] = QUICK
-    # flows of step, pieces and roofline: toy, toy_trained, circles, table; evaluate and sample have
-    # the second and the last
+    # suites to run: step, pieces, roofline, evaluate, sample, scaling, startup, quality (takes
+    # minutes; not by default)
+    suites: tuple[str, ...] = DEFAULT_SUITES
+    # flows to time: toy, toy_trained, circles, table (evaluate and sample time only toy_trained and
+    # table)
     cases: tuple[str, ...] = tuple(CASES)
-    # time the other packages too
+    # also time the other packages
     peers: bool = False
-    # optimiser steps before the "trained" case, and before scaling with the tolerance
+    # optimizer steps that train toy_trained and the flow of scaling with the tolerance
     steps: int = 1000
-    # timed rounds of each program, in turn
+    # timed rounds; in each round the programs take turns
     rounds: int = 15
-    # a program that has taken so many seconds sits out the rounds that remain
+    # seconds after which a program skips its remaining rounds
     seconds: float = 60.0
-    # points of evaluate and sample
+    # points in the suites evaluate and sample
     points: int = 10_000
-    # quality: seconds of training after which a program gives up
+    # quality: seconds of training after which a program stops without the target gap
     limit: float = 400.0
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(1, "steps", "rounds")
-        self.at_least(1, "points", most=MANY)
+        self.at_least(1, "points", most=MAX_COUNT)
         self.positive("seconds", "limit")
         self.some_of("suites", SUITES)
         self.some_of("cases", tuple(CASES))
         for suite in {"evaluate", "sample"} & set(self.suites):
-            if not set(EVALUATED) & set(self.cases):
-                raise InputError(f"--suites {suite} needs one of --cases {', '.join(EVALUATED)}")
+            if not set(EVALUATED_CASES) & set(self.cases):
+                raise InputError(
+                    f"--suites {suite} needs at least one of --cases {', '.join(EVALUATED_CASES)}"
+                )
         if self.peers:
             peers.require_peers()
 
     def some_of(self, name: str, known: tuple[str, ...]) -> None:
-        """Raise `InputError` where a setting names nothing, something unknown, or a name twice."""
+        """Raise `InputError` if a setting is empty, or has an unknown or repeated name."""
         given = getattr(self, name)
         for value in given:
             if value not in known:
-                raise InputError(f"unknown value '{value}' of --{name}: use {', '.join(known)}")
+                raise InputError(f"unknown value '{value}' in --{name}: use {', '.join(known)}")
         if not given or len(set(given)) < len(given):
-            raise InputError(f"--{name} must be some of {', '.join(known)}, each once")
+            raise InputError(
+                f"--{name} must name at least one of {', '.join(known)}, each at most once; "
+                f"got {given}"
+            )
 
 
 def run(settings: Benchmark) -> None:
-    """Time what was asked for; print tables; write benchmark.json and the figures."""
-    # A program loaded from the cache would not show what compiling it takes.
+    """Run the chosen suites; print tables; write `benchmark.json` and the figures."""
+    # A program loaded from the cache would not show how long it takes to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     run_dir = RunDir("benchmark", settings)
     conditions = report.conditions()
@@ -145,7 +157,7 @@ def _roofline(settings, run_dir, ratios):
     found = {"gemm": products}
     cases = _chosen(settings, "toy", "toy_trained", "circles")
     if "table" in settings.cases:
-        cases += [table(width=width) for width in WIDTHS]
+        cases += [table(width=width) for width in ROOFLINE_TABLE_WIDTHS]
     for case in cases:
         title = f"roofline: {case.title}, batch {case.batch}"
         results = roofline.run(case, settings.rounds, settings.seconds, rate)
@@ -156,7 +168,7 @@ def _roofline(settings, run_dir, ratios):
 def _points(time_points, what):
     def section(settings, run_dir, ratios):
         found = {}
-        for case in _chosen(settings, *EVALUATED):
+        for case in _chosen(settings, *EVALUATED_CASES):
             limits = (settings.rounds, settings.seconds)
             by_error = time_points(case, settings.points, *limits, settings.peers)
             for error, results in by_error.items():

@@ -1,4 +1,4 @@
-"""Learn p(x | class) of two moons, and sample it with classifier-free guidance."""
+"""Learn p(x | class) of two moons, and draw samples with classifier-free guidance."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, preset
+from experiments._runner.config import MAX_COUNT, preset
 from experiments._runner.flow_config import FitSettings
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
@@ -17,51 +17,55 @@ from jcnf import evaluate, fields, plot
 from jcnf._checks import InputError
 from jcnf.data import classes
 
-SHOWN = 2000  # samples of each class in the picture
+SAMPLES_SHOWN = 2000  # in each class
 
 
 @preset
 class Conditional(FitSettings):
-    """Two moons by class, and the conditional flow that learns them."""
+    """Conditional flow of two moons, its training, and the guidance to draw."""
 
-    # fresh points of each class for the held-out NLL
+    # fresh points in each class for the held-out NLL
     test_points: int = 10_000
-    # strengths of guidance to draw: 0 leaves the class out, 1 is p(x | class)
+    # guidance scales to draw: 0 ignores the class, 1 samples p(x | class)
     guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
 
     drop_context = 0.1
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         if self.objective == "likelihood" and set(self.guidance) - {1.0}:
-            raise InputError("likelihood always knows the class: add --guidance 1")
+            raise InputError(
+                "--guidance other than 1 needs a flow also trained without the class, which "
+                "--objective likelihood does not do: pass --guidance 1"
+            )
         super().check()
-        self.at_least(2, "test_points", most=MANY)
+        self.at_least(2, "test_points", most=MAX_COUNT)
         if not self.guidance or not all(abs(scale) <= 1e3 for scale in self.guidance):
-            raise InputError(f"--guidance must be numbers up to 1000; got {self.guidance}")
+            raise InputError(
+                f"--guidance must be numbers from -1000 to 1000, at least one; got {self.guidance}"
+            )
         if not self.drop_context and set(self.guidance) - {1.0}:
             raise InputError(
-                "guidance needs a flow that knows what to do without the class: give "
-                "--drop-context with --objective flow_matching, or --guidance 1"
+                "--guidance other than 1 needs a flow also trained without the class: set "
+                "--drop-context above 0 (with --objective flow_matching), or pass --guidance 1"
             )
         self.check_objective(dim=2, context_dim=classes.CLASSES)
 
 
 def run(settings: Conditional) -> None:
-    """Train, measure on fresh points of each class, draw guided samples."""
+    """Train the flow, measure it on fresh points of each class, and draw guided samples."""
     run_dir = RunDir("conditional", settings, resume=settings.resume)
     val_key, test_key, sample_key, data_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
 
-    def labelled(key, num):
+    def labeled(key, num):
         label_key, point_key = jr.split(key)
         labels = jr.randint(label_key, (num,), 0, classes.CLASSES)
         return classes.sample(point_key, labels), labels
 
     def with_classes(key, num):
-        x, labels = labelled(key, num)
+        x, labels = labeled(key, num)
         return x, classes.one_hot(labels)
 
-    validation, val_labels = labelled(val_key, VALIDATION_POINTS)
+    validation, val_labels = labeled(val_key, VALIDATION_POINTS)
     val_context = classes.one_hot(val_labels)
     solve, quick = settings.make_test_solve(), settings.make_validation_solve()
     fitted = fit(
@@ -71,7 +75,7 @@ def run(settings: Conditional) -> None:
         draw_of=drawing(with_classes),
         data=None,
         validate=lambda flow: (
-            evaluate.score(flow, validation, context=val_context, solve=quick).nll
+            evaluate.log_prob(flow, validation, context=val_context, solve=quick).nll
         ),
     )
     flow = fitted.flow
@@ -80,7 +84,7 @@ def run(settings: Conditional) -> None:
     labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.test_points)
     test, context = classes.sample(test_key, labels), classes.one_hot(labels)
     with progress(f"measuring on {len(test)} fresh points"):
-        certificate = evaluate.certify(flow, test, context=context, solve=solve)
+        certificate = evaluate.accuracy_report(flow, test, context=context, solve=solve)
     log_prob = certificate.scores.log_prob
     gaps = np.asarray(classes.log_prob(test, labels)) - log_prob
     metrics = {
@@ -94,16 +98,16 @@ def run(settings: Conditional) -> None:
         of_class = np.asarray(labels) == label
         metrics[f"test_nll_class{label}"] = float(-np.mean(log_prob[of_class]))
         metrics[f"nll_gap_class{label}"] = float(np.mean(gaps[of_class]))
-    shown = jnp.repeat(jnp.arange(classes.CLASSES), SHOWN)
+    shown = jnp.repeat(jnp.arange(classes.CLASSES), SAMPLES_SHOWN)
     z = flow.base.sample(sample_key, len(shown))
     clouds = []
     for scale in settings.guidance:
-        # An array: another scale is the same program.
+        # The scale is an array, so that all scales share one compiled program.
         guided = eqx.tree_at(
             lambda flow: flow.field, flow, fields.Guided(flow.field, jnp.asarray(scale, float))
         )
         times = jnp.array([0.0, flow.t1])
-        paths = evaluate.transport(
+        paths = evaluate.trajectory(
             guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
         )
         clouds.append((f"guidance {scale:g}", paths.x[-1], np.asarray(shown)))

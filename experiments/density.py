@@ -1,6 +1,7 @@
-"""Learn the density of a table of numbers; score, sample and fill in rows, now or from a saved run.
+"""Learn the density of a table of numbers; score rows, draw samples and fill in missing entries.
 
-With --context, the density of the other columns given these.
+Train a flow with --data, or use a finished run with --from. With --context, learn the density of
+the other columns given the named ones.
 """
 
 import dataclasses
@@ -35,37 +36,37 @@ from jcnf import CNF, evaluate, plot, training
 from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, Table, load_table, read_rows
 
-# What --from goes with.
-WITH_FROM = {"from_run", "out", "seed", "x64", "devices", "test_tolerance"}
-WITH_FROM |= {"score", "samples", "given", "impute"}
+# The settings that may be given with --from.
+ALLOWED_WITH_FROM = {"from_run", "out", "seed", "x64", "devices", "test_tolerance"}
+ALLOWED_WITH_FROM |= {"score", "samples", "given", "impute"}
 
 
 @preset
 class Density(FitSettings):
-    """A table, the flow that learns it, and what is wanted of it."""
+    """A table, the flow that learns its density, and the outputs to write."""
 
-    # the table: .csv, .csv.gz, .npy, or .npz (arrays train, val and test keep their split)
+    # table to learn: .csv, .csv.gz, .npy or .npz (arrays train, val and test keep their split)
     data: Path | None = None
-    # columns to leave out, by name or number
+    # columns to leave out, by name or number (from 1)
     drop: tuple[str, ...] = ()
-    # columns that are given, by name or number (after --drop): the density is that of the others
-    # (numbers all: give classes as columns of zeros and ones)
+    # columns to condition on, by name or number (counted after --drop): learn the density of the
+    # others given these (encode classes as columns of zeros and ones)
     context: tuple[str, ...] = ()
-    # add uniform noise of one step to columns whose values repeat
-    dequantise: bool = False
-    # table whose rows' log-densities go to log_prob.csv, in the units of the data
+    # dequantize columns whose values repeat: add uniform noise as wide as one step
+    dequantize: bool = False
+    # table to score: its rows' log-densities, nats in the units of the data, go to log_prob.csv
     score: Path | None = None
-    # rows to sample to samples.csv, others for another --seed (default: 10000 after training)
+    # samples to write to samples.csv; they depend on --seed (default: 10000 after training)
     samples: int | None = None
-    # with --context: table whose rows give it to the samples in turn (default: the test rows, after
-    # training)
+    # with --context: table whose rows are the contexts of the samples, in turn (default: the test
+    # rows, after training)
     given: Path | None = None
-    # table whose empty cells (or NaN) are filled in, to imputed.csv: means of draws given the rest
-    # of their row; their standard deviations go to imputed_std.csv
+    # table whose empty or NaN cells are filled in by means of draws given the rest of the row, in
+    # imputed.csv; the standard deviations of the draws go to imputed_std.csv
     impute: Path | None = None
-    # finished run to score with, sample from and fill in by, without training
+    # finished run to use for --score, --samples and --impute, instead of training
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # rows of the validation part by which the parameters to keep are chosen
+    # validation rows that decide which parameters are kept
     validation_rows: int = 2000
 
     widths = (128, 128)
@@ -77,47 +78,50 @@ class Density(FitSettings):
     patience = 8
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         if self.needs_data() == (self.data is None):
-            raise InputError("give --data PATH to train, or --from RUN_DIR to use a trained run")
+            raise InputError(
+                "give either --data PATH to train, or --from RUN_DIR to use a finished run"
+            )
         self.at_least(1, "validation_rows", *(["samples"] if self.samples is not None else []))
         if self.from_run is not None and self.score is self.samples is self.impute is None:
             raise InputError(
-                "--from needs --score PATH, --samples N or --impute PATH: say what is wanted"
+                "--from needs an output to write: add --score PATH, --samples N or --impute PATH"
             )
         if self.from_run is not None:
             defaults = type(self)()
-            names = {field.name for field in dataclasses.fields(self)} - WITH_FROM
+            names = {field.name for field in dataclasses.fields(self)} - ALLOWED_WITH_FROM
             given = [n for n in names if getattr(self, n) != getattr(defaults, n)]
             if given:
                 flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
-                raise InputError(f"--from takes everything from its run: leave out {flags}")
+                raise InputError(f"--from takes these settings from the run: leave out {flags}")
         if self.from_run is not None and jax.process_count() > 1:
-            raise InputError("--from runs in one process only: unset JAX_COORDINATOR_ADDRESS")
+            raise InputError("--from works in one process only: unset JAX_COORDINATOR_ADDRESS")
         if self.from_run is not None and self.given is not None and self.samples is None:
-            raise InputError("--given is for samples: add --samples N")
+            raise InputError("--given only serves sampling: add --samples N")
         if self.drop_context:
-            raise InputError("--drop-context is for guidance, which tables have none of: leave it")
+            raise InputError(
+                "--drop-context serves guidance, which tables do not use: leave it out"
+            )
         if self.impute is not None and self.context:
             raise InputError("--impute needs the density of all columns: leave out --context")
 
     def batches(self) -> tuple[str, ...]:
-        """The settings that are sizes of batches, which the devices must divide."""
+        """Names of the batch-size settings that the devices must divide."""
         return super().batches() if self.from_run is None else ()
 
     def needs_data(self) -> bool:
-        """Whether a table has to be named."""
+        """Return whether --data is required."""
         return self.from_run is None
 
     def load(self) -> Table:
-        """The table, in its three parts."""
+        """Load the table, split into training, validation and test parts."""
         assert self.data is not None  # by `check`
-        return load_table(self.data, seed=self.seed, drop=self.drop, dequantise=self.dequantise)
+        return load_table(self.data, seed=self.seed, drop=self.drop, dequantize=self.dequantize)
 
 
 def run(settings: Density) -> None:
-    """Train and measure, or load a trained run; then score, sample, fill in."""
+    """Train and measure, or load a finished run; then score, sample and fill in rows."""
     if settings.from_run is None:
         train_and_measure("density", settings, settings.load())
         return
@@ -133,13 +137,13 @@ def run(settings: Density) -> None:
     context = _context_rows(settings, columns)
     if settings.samples is not None and trained.context and context is None:
         raise InputError(
-            f"{settings.from_run} is a density given {', '.join(trained.context)}: name a table of "
-            "them with --given"
+            f"{settings.from_run} learned a density given {', '.join(trained.context)}: "
+            "name a table of these columns with --given PATH"
         )
     if settings.impute is not None and trained.context:
         raise InputError(
-            f"{settings.from_run} is a density given {', '.join(trained.context)}: --impute needs "
-            "one of all columns"
+            f"--impute needs the density of all columns, and {settings.from_run} learned one given "
+            f"{', '.join(trained.context)}: give a run trained without --context"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +155,7 @@ def run(settings: Density) -> None:
         rows = read_rows(settings.score, columns.scale.columns)
         score_rows(trained, flow, columns, rows, out)
     if settings.samples is not None:
-        # Not the key of training's samples: these are others.
+        # A different key from that of the samples drawn after training, so that these differ.
         key = jr.fold_in(jr.key(settings.seed), 5)
         sample_rows(trained, flow, columns, key, settings.samples, context, out)
     if settings.impute is not None:
@@ -169,7 +173,7 @@ def _context_rows(settings: Density, columns: Columns) -> np.ndarray | None:
         return None
     scale = columns.scale.take(columns.given)
     if not columns.given:
-        raise InputError("--given is of no use to a density without --context: drop it")
+        raise InputError("--given needs a density learned with --context: leave out --given")
     return scale.standardize(read_rows(settings.given, scale.columns))
 
 
@@ -179,14 +183,14 @@ def train_and_measure(
     table: Table,
     peers: Callable[[], dict[str, float]] = dict,
 ) -> None:
-    """Train on the table's training part, keep the best of validation, measure on the test.
+    """Train on the training part, keep the parameters best on validation, measure on the test part.
 
-    `peers()` gives figures of other models, to stand beside.
+    `peers()` returns further metrics, of other models, for the summary.
     """
     columns = Columns.of(table.scale, settings.context)
-    scale = columns.modelled
+    scale = columns.modeled
     settings.check_objective(len(columns.places), len(columns.given))
-    # Read before training: a table that cannot be scored is better known now.
+    # Read these tables before training, so that a bad one is found at once.
     to_score = read_rows(settings.score, table.scale.columns) if settings.score else None
     to_fill = None
     if settings.impute is not None:
@@ -211,7 +215,7 @@ def train_and_measure(
         draw_of=training.draw_rows,
         data=columns.split(table.train),
         validate=lambda flow: (
-            evaluate.score(flow, validation, context=val_context, solve=quick).nll
+            evaluate.log_prob(flow, validation, context=val_context, solve=quick).nll
         ),
     )
     flow = fitted.flow
@@ -228,7 +232,7 @@ def train_and_measure(
     with progress(f"drawing {count} samples"):
         samples = sample_rows(settings, flow, columns, key, count, context_rows, run_dir.path)
     with progress(f"measuring on {len(test)} test rows"):
-        certificate = evaluate.certify(flow, test, context=context, solve=solve)
+        certificate = evaluate.accuracy_report(flow, test, context=context, solve=solve)
     scores = certificate.scores
     metrics = {
         "test_nll": scores.nll,
@@ -254,15 +258,15 @@ def draw_figures(
     drawn: np.ndarray,
     test_nll: float,
 ) -> None:
-    """One column: a histogram; two: the figures of the plane; more: pair plots of samples.
+    """Draw a histogram of one column, the figures of the plane for two, or pair plots of more.
 
-    `drawn` are whole rows in the units of the data.
+    `drawn` holds whole sampled rows in the units of the data.
     """
     scale, solve = table.scale, settings.make_test_solve()
     data = scale.unstandardize(table.test)
     if len(scale.columns) == 1:
         line = np.linspace(table.test.min() - 0.5, table.test.max() + 0.5, 1000)[:, None]
-        log_prob = evaluate.score(flow, jnp.asarray(line, float), solve=solve).log_prob
+        log_prob = evaluate.log_prob(flow, jnp.asarray(line, float), solve=solve).log_prob
         figure = plot.histogram(
             data,
             drawn,
@@ -272,7 +276,7 @@ def draw_figures(
         )
         run_dir.save_figures(density=figure)
     elif len(scale.columns) == 2 and not settings.context:
-        # Standardized: equal axes suit columns of unequal units.
+        # Draw standardized columns: their units may differ, and both axes have one scale.
         (x0, y0), (x1, y1) = np.quantile(table.test, [0.001, 0.999], axis=0)
         grid = evaluate.grid(flow, (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5), solve=solve)
         plane(

@@ -1,6 +1,7 @@
-"""Match a density that is known but for its scale, exp(-U) / Z, without a sample of it.
+"""Learn a density from its energy U alone: exp(-U) / Z with unknown Z, and no samples of it.
 
-By reverse KL (Chen et al. 2018, section 5.1 and figure 4), a planar flow unless told otherwise.
+Training minimizes the reverse KL divergence (Chen et al. 2018, section 5.1 and figure 4), by
+default with a planar flow.
 """
 
 import functools
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, preset
+from experiments._runner.config import MAX_COUNT, preset
 from experiments._runner.flow_config import FitSettings, FlowSettings
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
@@ -28,26 +29,27 @@ from jcnf.data import energies
 from jcnf.data.energies import Energy, Integral
 
 VALIDATION_POINTS = 5000
-CELLS = 300  # an axis, of the grid on which densities are integrated
-MARGIN = 0.25  # of the extent at each side, where a flow may have mass that the target has not
-# A KL is not negative. One that is, by more than sampling explains, is of a flow too stiff for its
-# solve, whose log-densities are wrong.
-NOISE = 0.1  # nats, of a validation
-STDERRS, ROUNDING = 5, 1e-3  # standard errors and nats, of the final figure
-BORDER = 1e-4  # share of a density near its window's border, above which some is outside
+CELLS = 300  # along each axis of the grid on which densities are integrated
+# Share of the extent added at each side, where a flow may put mass that the target does not have.
+MARGIN_SHARE = 0.25
+# A KL divergence is never negative. An estimate further below 0 than sampling explains means that
+# the flow is too stiff for its solve, so that its log-densities are wrong.
+VALIDATION_KL_NOISE = 0.1  # nats
+KL_STDERRS, KL_ROUNDING = 5, 1e-3  # of the final figure: standard errors, and nats
+# A larger share of the density near the border of its window means that some lies outside.
+MAX_BORDER_SHARE = 1e-4
 
 
 @preset
 class EnergySettings(FlowSettings):
-    """The flow that learns a density from its energy, and how it is measured: a planar one by the
-    one objective reverse_kl."""
+    """Settings of a planar flow that learns a density from its energy by reverse KL."""
 
-    # fresh samples of the flow that are measured
+    # fresh samples of the flow to measure
     test_points: int = 20_000
-    # steps before the others by the energy U / --temperature, whose modes hang together: what a
-    # flow leaves out of the density at first it does not find later
+    # first steps, by the energy U / --temperature, whose modes are connected: a mode that a flow
+    # misses at first it does not find later
     hot_steps: int = 1000
-    # that of the steps of --hot-steps
+    # temperature of the first --hot-steps
     temperature: float = 5.0
 
     objective = "reverse_kl"
@@ -59,48 +61,50 @@ class EnergySettings(FlowSettings):
     learning_rate = 3e-3
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         if self.steer or self.finetune_steps:
-            raise InputError("--steer and --finetune-steps are of likelihood: there are no data")
+            raise InputError(
+                "--steer and --finetune-steps need data for likelihood, and an energy has none: "
+                "leave them out"
+            )
         self.at_least(0, "hot_steps")
         self.positive("temperature")
         super().check()
-        self.at_least(2, "test_points", most=MANY)
+        self.at_least(2, "test_points", most=MAX_COUNT)
         self.check_objective(dim=2)
         if self.temperature != type(self)().temperature and not self.hot_steps:
-            raise InputError("--temperature would change nothing: of use with --hot-steps alone")
+            raise InputError(
+                "--temperature has no effect without --hot-steps: raise --hot-steps above 0, or "
+                "leave it out"
+            )
 
     def uses(self) -> set[str]:
-        """The parts of the settings that these ones put to use."""
-        # Solves, divergence and penalties are those of likelihood.
+        # Reverse KL uses the same solve, divergence and regularizers as likelihood.
         return super().uses() | {"likelihood"}
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "nats"
 
     def make_energy(self) -> Energy:
-        """What is learnt."""
+        """Return the energy to learn."""
         raise NotImplementedError
 
     def make_objectives(self) -> dict[str, Callable]:
-        """What --objective can name."""
         return {"reverse_kl": self.make_reverse_kl()}
 
     def make_reverse_kl(self, temperature: float = 1.0) -> Callable:
-        """Reverse KL to exp(-U / temperature) by the training solve."""
+        """Return the reverse KL to exp(-U / temperature), with the training solve."""
         function = self.make_energy().function
         return functools.partial(
             objectives.reverse_kl,
             energy=lambda x: function(x) / temperature,
             solve=self.make_solve(),
             divergence=self.make_divergence(),
-            penalties=self.make_penalties(),
+            regularizers=self.make_regularizers(),
         )
 
     def make_stages(self) -> list[Stage]:
-        """Training by a tempered energy, by the energy, and by L-BFGS."""
+        """Return the stages: the tempered energy, the energy, then L-BFGS; unused ones left out."""
         stages = super().make_stages()
         if not self.hot_steps:
             return stages
@@ -114,12 +118,13 @@ class EnergySettings(FlowSettings):
 
 @preset
 class MatchEnergy(EnergySettings, FitSettings):
-    """An energy, and the flow that learns its density."""
+    """An energy and the flow that learns its density."""
 
-    # u1, u2, u3, u4, or module:function: one of yours, of x (batch, 2), giving U in nats (batch,)
-    # by operations of jax.numpy
+    # energy to learn: u1, u2, u3, u4, or your own as module:function, which maps x (batch, 2) to U
+    # (batch,) in nats by operations of jax.numpy
     target: str = "u1"
-    # module:function: lowest and highest z1, lowest and highest z2 of a window that holds its mass
+    # for your own energy: lowest and highest z1, then lowest and highest z2, of a window that holds
+    # its mass
     extent: tuple[float, float, float, float] | None = None
 
     validate_every = 500
@@ -129,22 +134,21 @@ class MatchEnergy(EnergySettings, FitSettings):
         return energies.energy(self.target, self.extent)
 
     def make_energy(self) -> Energy:
-        """What is learnt."""
         return self._energy
 
 
 class Matched(NamedTuple):
-    """How near a flow has come to a density."""
+    """Measurements of how near a flow is to its target density."""
 
     metrics: dict[str, float]
-    samples: np.ndarray  # of the flow, those that arrived
-    certificate: evaluate.Certificate  # of its log-densities at them
-    failures: int  # samples that did not arrive
-    warnings: list[str]  # what is wrong with these numbers
+    samples: np.ndarray  # of the flow, without those whose solve failed
+    certificate: evaluate.AccuracyReport  # of the log-densities of the samples
+    failures: int  # samples whose solve failed
+    warnings: list[str]  # reasons not to trust these numbers
 
 
 def run(settings: MatchEnergy) -> None:
-    """Train, measure on fresh samples and on a grid, draw the figures."""
+    """Train the flow, measure it on fresh samples and on a grid, and draw the figures."""
     energy = settings.make_energy()
     integral = integrated(energy)
     run_dir = RunDir("energy", settings, resume=settings.resume)
@@ -159,7 +163,7 @@ def run(settings: MatchEnergy) -> None:
         draw_of=base_samples(flow),
         data=None,
         validate=lambda flow: possible(
-            float(free_energy(flow, validation, energy, quick)) + integral.log, NOISE
+            float(free_energy(flow, validation, energy, quick)) + integral.log, VALIDATION_KL_NOISE
         ),
         score="val_kl",
     )
@@ -192,30 +196,33 @@ def run(settings: MatchEnergy) -> None:
         **fitted.numerics(),
     }
     warnings = matched.warnings
-    if integral.border > BORDER:
+    if integral.border > MAX_BORDER_SHARE:
         warnings.append(
-            f"a share of {integral.border:.1e} of exp(-U) is near the border of the extent: what "
-            "is outside is missing in Z; widen --extent"
+            f"a share of {integral.border:.1e} of the mass of exp(-U) lies near the border of its "
+            "extent, so Z may miss mass outside it: widen --extent"
         )
     run_dir.finish(metrics, numerics, fitted.timing, warnings)
 
 
 def integrated(energy: Energy) -> Integral:
-    """log Z by quadrature; raises `InputError` where it is not finite."""
+    """Integrate exp(-U) by quadrature; raise `InputError` if log Z is not finite."""
     integral = energies.integrate(energy)
     if not math.isfinite(integral.log):
-        raise InputError(f"{energy.name} is not finite all over its extent: give it a steep wall")
+        raise InputError(
+            f"log Z of {energy.name} is {integral.log}: make its energy finite everywhere in "
+            "--extent, with a steep wall where the density should end"
+        )
     return integral
 
 
 def base_samples(flow: CNF) -> DrawOf:
-    """Batches of fresh samples of the base."""
+    """Return a function that draws batches of fresh base samples."""
     return drawing(lambda key, num: flow.base.sample(key, num))
 
 
 @eqx.filter_jit
 def free_energy(flow: CNF, z: Array, energy: Energy, solve: Solve) -> Array:
-    """E_q[log q + U] at base samples `z`, nats; NaN where their solve failed."""
+    """Estimate E_q[log q + U], nats, from base samples `z`; NaN if the solve of any failed."""
     value, metrics = objectives.reverse_kl(flow, z, energy=energy.function, solve=solve)
     return jnp.where(metrics["failed_rows"] > 0, jnp.nan, value)
 
@@ -228,25 +235,25 @@ def measure(
     num: int,
     solve: Solve,
 ) -> Matched:
-    """KL, effective sample size and importance weights of `num` fresh samples; KL of the target.
+    """Measure KL in both directions, effective sample size and log Z with `num` fresh samples.
 
-    What the flow misses is in no sample of it: `forward_kl` is an integral over a grid, of the
-    target's density times its log-ratio to the flow's. Consumes `key`.
+    Mass that the flow misses is in none of its samples. So `forward_kl`, the mean under the target
+    of the log-ratio of its density to the flow's, is an integral over a grid. Consumes `key`.
     """
-    drawn = evaluate.draw(flow, key, num, solve=solve)
+    drawn = evaluate.sample(flow, key, num, solve=solve)
     x = drawn.x[-1][~drawn.failed]
-    certificate = evaluate.certify(
+    certificate = evaluate.accuracy_report(
         flow, jnp.asarray(x), solve=solve, extent=widened(energy.extent), cells=CELLS
     )
     log_q = certificate.scores.log_prob.astype(np.float64)
     u = np.asarray(energy.function(jnp.asarray(x)), np.float64)
     known = ~certificate.scores.failed
-    log_w = (-u - integral.log - log_q)[known]  # of the density ratio p / q
+    log_w = (-u - integral.log - log_q)[known]  # log p / q
     top = log_w.max()
     w = np.exp(log_w - top)
     stderr = evaluate.standard_error(log_w)
     metrics = {
-        "reverse_kl": possible(float(-np.mean(log_w)), STDERRS * stderr + ROUNDING),
+        "reverse_kl": possible(float(-np.mean(log_w)), KL_STDERRS * stderr + KL_ROUNDING),
         "reverse_kl_stderr": stderr,
         "forward_kl": forward_kl(certificate.grid, energy, integral),
         "ess": float(np.sum(w) ** 2 / (len(w) * np.sum(w**2))),
@@ -258,27 +265,28 @@ def measure(
     if math.isnan(metrics["reverse_kl"]):
         metrics |= dict.fromkeys(("forward_kl", "ess", "log_z_importance"), math.nan)
         warnings.append(
-            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, and no KL: the flow is too stiff "
-            "for its solve; train with a smaller --clip, or smaller --rtol and --atol"
+            f"E_q[log q + U] + log Z is {-np.mean(log_w):.3g}, which no KL divergence can be: the "
+            "flow is too stiff for its solve; train with a smaller --clip, or smaller --rtol and "
+            "--atol"
         )
     return Matched(metrics, x, certificate, drawn.failures, warnings)
 
 
 def possible(kl: float, noise: float) -> float:
-    """A KL, nats, or NaN where it is more negative than noise makes it."""
+    """Return an estimated KL, nats, or NaN if it is more negative than noise explains."""
     return kl if kl >= -noise else math.nan
 
 
 def widened(extent: energies.Extent) -> energies.Extent:
-    """The extent with a margin on each side."""
+    """Add a margin to each side of an extent."""
     a, b, c, d = extent
-    across, up = MARGIN * (b - a), MARGIN * (d - c)
+    across, up = MARGIN_SHARE * (b - a), MARGIN_SHARE * (d - c)
     return a - across, b + across, c - up, d + up
 
 
 def forward_kl(grid: evaluate.Grid | None, energy: Energy, integral: Integral) -> float:
-    """KL(p || q) in nats, by the midpoint rule; NaN where q is not known though p has mass."""
-    assert grid is not None  # in two dimensions there is one
+    """KL(p || q), nats, by the midpoint rule; NaN if q is unknown anywhere that p has mass."""
+    assert grid is not None  # there always is one in two dimensions
     a, b, c, d = grid.extent
     area = (b - a) * (d - c) / grid.log_prob.size
     log_p = -np.asarray(energy.function(grid.points), np.float64) - integral.log
@@ -288,7 +296,7 @@ def forward_kl(grid: evaluate.Grid | None, energy: Energy, integral: Integral) -
 
 
 def target_samples(energy: Energy, num: int, seed: int) -> np.ndarray:
-    """Samples (num, 2) of the target for a picture: of cells by their mass, uniform in each."""
+    """Draw target samples (num, 2) for figures: grid cells by their mass, uniform within each."""
     points = energies.cell_grid(energy.extent, CELLS).reshape(-1, 2)
     log_p = -np.asarray(energy.function(jnp.asarray(points, float)), np.float64)
     p = np.exp(log_p - log_p.max())

@@ -1,4 +1,4 @@
-"""Reverse KL against the number of units of a planar flow (Chen et al. 2018, figure 4)."""
+"""Measure KL against the number of units of a planar flow (Chen et al. 2018, figure 4)."""
 
 import dataclasses
 
@@ -19,44 +19,48 @@ NUMERICS = ("mass", "nfe_backward", "solver_failures", "skipped_updates")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnergySweep(EnergySettings):
-    """Energies, numbers of units, and what is the same for all of them."""
+    """Energies, numbers of units, and the settings that all their flows share."""
 
-    # u1, u2, u3, u4
+    # energies to learn: u1, u2, u3, u4
     targets: tuple[str, ...] = tuple(ENERGIES)
-    # numbers M of units, in place of the first of --widths
+    # numbers of units M, each in turn the first of the two --widths
     units: tuple[int, ...] = (2, 8, 32)
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         for name, values in (("targets", self.targets), ("units", self.units)):
             if not values or len(set(values)) < len(values):
-                raise InputError(f"--{name} must be some, none of them twice")
+                raise InputError(f"--{name} needs at least one value, none twice; got {values}")
         unknown = set(self.targets) - ENERGIES.keys()
         if unknown:
             raise InputError(
-                f"unknown target '{min(unknown)}': use some of {', '.join(ENERGIES)}, or "
-                "experiments.energy for one of yours"
+                f"unknown target '{min(unknown)}' in --targets: use {', '.join(ENERGIES)}, or "
+                "experiments.energy for your own energy"
             )
         if self.field != "planar" or len(self.widths) != 2:
-            raise InputError("--units are those of the planar field, of two --widths: use these")
+            raise InputError(
+                "--units vary the planar field, which has two --widths; got "
+                f"--field {self.field} --widths {' '.join(map(str, self.widths))}"
+            )
         self.sizes("units", fewest=1)
         if self.widths[0] != type(self)().widths[0]:
-            raise InputError("give the numbers of units, at least 1, by --units")
+            raise InputError(
+                "--units replace the first of --widths: leave it at its default and give --units"
+            )
         super().check()
 
     def make_energy(self) -> Energy:
-        """The first of those that are learnt: what goes for it goes for all."""
+        """Return the first energy: `check` needs one, and all have the same form."""
         return energy(self.targets[0])
 
     def of(self, target: str, units: int) -> MatchEnergy:
-        """The settings of one flow."""
+        """Return the settings of the flow of one target and number of units."""
         names = {field.name for field in dataclasses.fields(EnergySettings)}
         settings = {name: getattr(self, name) for name in names}
         return MatchEnergy(**settings | {"target": target, "widths": (units, self.widths[1])})
 
 
 def run(settings: EnergySweep) -> None:
-    """Train a flow for each target and number of units; measure; draw KL against units."""
+    """Train and measure a flow for each target and number of units; draw KL against units."""
     run_dir = RunDir("energy_sweep", settings)
     log = MetricsLog(run_dir.log, [], 0)
     key = jr.fold_in(jr.key(settings.seed), 2)

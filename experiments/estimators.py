@@ -1,10 +1,10 @@
-"""Estimated divergences: variance for a budget of products, and the time of the exact ones.
+"""Measure the variance of estimated divergences for a budget of products, and time exact ones.
 
-Variances are of the trace at points along trajectories, and of the log-density that a solve makes
-of it (noise fixed within a solve), on a trained field: a run of `experiments.density` by --from, or
-a mixture of Gaussians in --dim dimensions, learnt on the spot. Times are of a loss and its
-gradient through one evaluation of a field 2 x 256 wide for a batch of 512, in ratios to one
-Hutchinson probe.
+The variances are of the trace at points along trajectories, and of the log-density that a solve
+computes from it (with noise fixed within a solve). The field is trained: give a finished run of
+`experiments.density` by --from, or a field learns a mixture of Gaussians in --dim dimensions first.
+The times are of a loss and its gradient through one evaluation of a field with two layers of width
+256 at batch 512, as ratios to the time with one Hutchinson probe.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import tyro
 from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, WIDEST, RunSettings
+from experiments._runner.config import MAX_COUNT, MAX_WIDTH, RunSettings
 from experiments._runner.run_dir import RunDir, load_flow, read_flow_notes
 from experiments._tasks.pretrained import train_quickly
 from experiments.density import Density
@@ -53,28 +53,27 @@ MAKERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimators(RunSettings):
-    """What to measure."""
+    """The field to measure, and how many points, draws and rounds to measure with."""
 
-    # finished density run whose field is measured; by default one is trained on a mixture
+    # finished run of density whose field to measure (default: train one on a mixture of Gaussians)
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # dimension of that mixture
+    # dimension of the mixture
     dim: int = 24
-    # optimiser steps on it
+    # optimizer steps on the mixture
     steps: int = 600
     # points at which variances are measured
     points: int = 64
-    # draws of each estimated trace; of log p a fifth of them
+    # draws of each estimated trace; log p gets a fifth as many
     draws: int = 100
-    # dimensions in which divergences are timed; none to skip
+    # dimensions in which to time the divergences; none to skip
     time_dims: tuple[int, ...] = (43, 784)
-    # timed rounds
+    # timed rounds of each divergence
     rounds: int = 9
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(2, "dim", most=WIDEST)
-        self.at_least(2, "points", "draws", most=MANY)
+        self.at_least(2, "dim", most=MAX_WIDTH)
+        self.at_least(2, "points", "draws", most=MAX_COUNT)
         self.at_least(0, "steps")
         self.at_least(1, "rounds")
         self.sizes("time_dims")
@@ -83,9 +82,9 @@ class Estimators(RunSettings):
 
 
 def mixture(dim: int):
-    """`draw(key, n)` of 8 Gaussians, each with its own directions, of scales that fall as 1/k."""
+    """Return `draw(key, n)` for 8 Gaussians with random axes and variances that fall as 1/k."""
     rng = np.random.default_rng(0)
-    centres = jnp.asarray(rng.normal(size=(8, dim)), float)
+    centers = jnp.asarray(rng.normal(size=(8, dim)), float)
     turns = np.stack([np.linalg.qr(rng.normal(size=(dim, dim)))[0] for _ in range(8)])
     factors = jnp.asarray(turns / np.sqrt(1 + np.arange(dim)), float)
 
@@ -93,19 +92,21 @@ def mixture(dim: int):
         which_key, noise_key = jr.split(key)
         which = jr.randint(which_key, (n,), 0, 8)
         noise = jr.normal(noise_key, (n, dim))
-        return centres[which] + jnp.einsum("nij,nj->ni", factors[which], noise)
+        return centers[which] + jnp.einsum("nij,nj->ni", factors[which], noise)
 
     return draw
 
 
 def subject(settings: Estimators) -> tuple[CNF, Array]:
-    """The flow measured, and its points at the end of the data."""
+    """Return the flow to measure and points (n, dim) at its data end."""
     key = jr.fold_in(jr.key(settings.seed), 2)
     if settings.from_run is not None:
         flow, _, notes = load_flow(settings.from_run, Density)
         if notes["context_dim"]:
-            raise InputError(f"{settings.from_run} is a density with a --context: give another")
-        return flow, jnp.asarray(evaluate.draw(flow, key, settings.points).x[-1])
+            raise InputError(
+                f"{settings.from_run} was trained with --context: give --from a run without it"
+            )
+        return flow, jnp.asarray(evaluate.sample(flow, key, settings.points).x[-1])
     draw = mixture(settings.dim)
     field = fields.MLP(settings.dim, (128, 128), time="concat", key=jr.key(settings.seed))
     flow = CNF(field, distributions.StandardNormal(settings.dim))
@@ -114,13 +115,13 @@ def subject(settings: Estimators) -> tuple[CNF, Array]:
 
 
 def budgets(dim: int) -> list[int]:
-    """Numbers of probes, doubling, as far as orthogonal directions go."""
+    """Return the numbers of probes to measure: powers of two up to 32, at most `dim`."""
     return [k for k in (1, 2, 4, 8, 16, 32) if k <= dim]
 
 
 @eqx.filter_jit
 def trace_variance(flow: CNF, times: Array, x: Array, strategy: Estimator, keys: Array) -> Array:
-    """Variance of the estimate over keys, averaged over points `x` (n, dim) at `times` (n,)."""
+    """Variance of the estimated trace over keys; mean over points `x` (n, dim) at `times` (n,)."""
 
     def at(key):
         noise = strategy.draw(key, len(x), x.shape[1], x.dtype)
@@ -132,7 +133,7 @@ def trace_variance(flow: CNF, times: Array, x: Array, strategy: Estimator, keys:
 
 @eqx.filter_jit
 def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> Array:
-    """Variance of the log-density over keys, averaged over points `x` (n, dim), nats^2."""
+    """Variance of the log-density over keys, nats^2; mean over points `x` (n, dim)."""
 
     def at(key):
         result = transform(flow, x, key=key, solve=SOLVE, divergence=strategy)
@@ -142,10 +143,10 @@ def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> 
 
 
 def variances(settings: Estimators) -> dict[str, Any]:
-    """Variances by strategy, against products."""
+    """Measure both variances for each strategy and number of products."""
     flow, x = subject(settings)
     times = jnp.linspace(0.0, flow.t1, len(x))
-    paths = evaluate.transport(flow, x, times[::-1]).x[::-1]
+    paths = evaluate.trajectory(flow, x, times[::-1]).x[::-1]
     along = jnp.asarray(paths[np.arange(len(x)), np.arange(len(x))])
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 3), settings.draws)
     fewer = keys[: max(2, len(keys) // 5)]
@@ -166,7 +167,7 @@ def variances(settings: Estimators) -> dict[str, Any]:
 
 
 def seconds(dim: int, rounds: int, key: Key[Array, ""]) -> dict[str, float]:
-    """Median seconds of loss and gradient through one evaluation, by divergence."""
+    """Median seconds of a loss and its gradient through one evaluation, by divergence."""
     field = fields.MLP(dim, (256, 256), time="concat", activation="softplus", key=key)
     params, static = training.partition(CNF(field, distributions.StandardNormal(dim)))
     x, solve = jr.normal(key, (512, dim)), Solve(solver="euler", step=1.0)
@@ -183,7 +184,7 @@ def seconds(dim: int, rounds: int, key: Key[Array, ""]) -> dict[str, float]:
     for turn in range(rounds):
         for name, program in programs.items():
             if name == "ForwardMode" and turn >= 2:
-                continue  # slow enough to be told from two rounds
+                continue  # slow: two rounds are enough
             tic = time.perf_counter()
             jax.block_until_ready(program(params, x))
             series[name].append(time.perf_counter() - tic)
@@ -191,7 +192,7 @@ def seconds(dim: int, rounds: int, key: Key[Array, ""]) -> dict[str, float]:
 
 
 def run(settings: Estimators) -> None:
-    """Measure, draw, print."""
+    """Measure variances and times; print and draw them."""
     run_dir = RunDir("estimators", settings)
     found = variances(settings)
     panels = [

@@ -1,7 +1,7 @@
-"""One flow on a toy, trained in four ways by the clock.
+"""Train one flow on a toy density in four ways, and compare them after equal training times.
 
-They are likelihood, flow matching, flow matching with pairs by optimal transport, and flow matching
-followed by likelihood.
+The ways are likelihood, flow matching, flow matching with pairs by optimal transport, and flow
+matching followed by likelihood. A spline flow can be trained beside them.
 """
 
 import dataclasses
@@ -27,58 +27,60 @@ from jcnf.plot import CurvePanel, scaling
 
 MMD_POINTS = 5000
 SAMPLING_TOLERANCE = 1e-3
-LONGEST = 100_000  # seconds
-# An average step of likelihood over one at first: a trained flow takes longer to solve.
-GROWTH = 3.0
-FINETUNE_SHARE = 0.4  # of the budget, by likelihood after flow matching
+MAX_BUDGET_SECONDS = 100_000
+# Time of an average likelihood step over a first one: trained flows take longer to solve.
+LIKELIHOOD_STEP_GROWTH = 3.0
+FINETUNE_SHARE = 0.4  # share of the budget for likelihood after flow matching
 
-# What a way to train changes in the settings of its first part.
+# Each way to train, with the settings that it changes for its first stage.
 WAYS: dict[str, dict[str, Any]] = {
-    # Its steps are dear: smaller batches, at the rate that suits them, make the most of them.
+    # Steps are expensive here, so smaller batches at a lower rate make better use of the time.
     "likelihood": {"objective": "likelihood", "batch": 256, "learning_rate": 5e-3, "clip": 2.0},
     "flow_matching": {"objective": "flow_matching", "coupling": "independent"},
     "transport": {"objective": "flow_matching", "coupling": "exact"},
     "finetuned": {"objective": "flow_matching", "coupling": "independent"},
 }
 PEER = "spline_flow"
-# Settings that the ways and budgets decide on.
-DECIDED = ("objective", "steps", "finetune_steps", "coupling")
+# Settings that each way and budget chooses.
+SET_BY_WAYS = ("objective", "steps", "finetune_steps", "coupling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatching(ToySettings, PlaneFlow):
-    """A toy, a network, budgets of training time, and the ways to train."""
+    """A toy density, a flow, the ways to train it, and their budgets of time."""
 
-    # seconds of training, each a run of its own with a schedule that ends there
+    # seconds of training; each budget is a separate training, whose schedule ends with it
     budgets: tuple[float, ...] = (5.0, 15.0, 60.0)
-    # the ways: likelihood (by batches of 256 at a rate of 5e-3), flow_matching, transport (its
-    # pairs), finetuned (by likelihood in the end), and spline_flow, a peer (flowjax)
+    # ways to train: likelihood (batches of 256, learning rate 5e-3), flow_matching, transport (flow
+    # matching with optimal-transport pairs), finetuned (flow matching, then likelihood), and
+    # spline_flow (a neural spline flow by flowjax)
     ways: tuple[str, ...] = tuple(WAYS)
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         for way in self.ways:
             if way not in (*WAYS, PEER):
-                raise InputError(f"unknown way '{way}': use some of {', '.join(WAYS)}, {PEER}")
-        if not self.budgets or not all(0 < budget <= LONGEST for budget in self.budgets):
-            raise InputError(f"--budgets must be positive numbers of seconds, up to {LONGEST}")
+                raise InputError(f"unknown way '{way}' in --ways: use {', '.join(WAYS)}, {PEER}")
+        if not self.budgets or not all(0 < b <= MAX_BUDGET_SECONDS for b in self.budgets):
+            raise InputError(
+                f"--budgets must be seconds above 0 and up to {MAX_BUDGET_SECONDS}, at least one; "
+                f"got {self.budgets}"
+            )
         if len(set(self.budgets)) < len(self.budgets) or len(set(self.ways)) < len(self.ways):
             raise InputError("--budgets and --ways must not repeat a value")
         if not self.ways:
-            raise InputError(f"--ways must be some of {', '.join(WAYS)}, {PEER}")
+            raise InputError(f"--ways needs at least one of {', '.join(WAYS)}, {PEER}")
         defaults = FlowMatching()
-        given = {n for n in DECIDED if getattr(self, n) != getattr(defaults, n)}
+        given = {n for n in SET_BY_WAYS if getattr(self, n) != getattr(defaults, n)}
         if given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
-            raise InputError(f"--budgets and --ways decide on {names}: leave them out")
+            raise InputError(f"--budgets and --ways determine {names}: leave out {names}")
         if PEER in self.ways:
             require_flowjax()
         for way in set(WAYS) & set(self.ways):
             dataclasses.replace(self, **WAYS[way]).check_objective(dim=2)
 
     def uses(self) -> set[str]:
-        """What the ways put to use."""
         parts = {WAYS[way]["objective"] for way in self.ways if way in WAYS}
         if "finetuned" in self.ways:
             parts |= {"likelihood", "--finetune-steps"}
@@ -86,7 +88,7 @@ class FlowMatching(ToySettings, PlaneFlow):
 
 
 def run(settings: FlowMatching) -> None:
-    """Train in each way for each budget; measure; draw gap against seconds."""
+    """Train in each way for each budget, measure the flows, and draw gap against seconds."""
     density = settings.make_density()
     run_dir = RunDir("flow_matching", settings)
     log = MetricsLog(run_dir.log, [], 0)
@@ -130,7 +132,7 @@ Measure = Callable[[float, Any], tuple[np.ndarray, dict[str, float]]]
 
 
 def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
-    """`measure(budget, test) -> (log-densities, figures)` of a flow of ours trained in a `way`."""
+    """Return `measure(budget, test) -> (log-densities, figures)` for our flow, trained by `way`."""
     first = dataclasses.replace(settings, **WAYS[way], finetune_steps=0)
     flow = settings.make_flow(2)
     test_solve = settings.make_test_solve()
@@ -142,7 +144,7 @@ def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
         by_likelihood = settings.objective == "likelihood"
         steps = 20 if by_likelihood else 200
         seconds = step_seconds(flow, settings.make_stages()[0], draw_of, steps)
-        return seconds * (GROWTH if by_likelihood else 1)
+        return seconds * (LIKELIHOOD_STEP_GROWTH if by_likelihood else 1)
 
     likelihood = dataclasses.replace(first, objective="likelihood")
     first_seconds = seconds_of(first)
@@ -156,9 +158,9 @@ def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
 
     def measure(budget, test):
         trained = train_stages(flow, stages(budget), draw_of, seed=settings.seed)
-        scores = evaluate.score(trained.flow, test, solve=test_solve)
+        scores = evaluate.log_prob(trained.flow, test, solve=test_solve)
         key, noise_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))
-        samples = evaluate.draw(trained.flow, key, MMD_POINTS, solve=quick)
+        samples = evaluate.sample(trained.flow, key, MMD_POINTS, solve=quick)
         fresh = density.sample(noise_key, MMD_POINTS)
         return scores.log_prob, {
             "seconds": trained.seconds,
@@ -173,14 +175,14 @@ def ours(settings: FlowMatching, density: Toy, way: str) -> Measure:
     return measure
 
 
-def mmd_of(samples: evaluate.Transport, fresh: Array) -> float:
-    """MMD between the samples that arrived and `fresh` ones of the data; NaN where none did."""
+def mmd_of(samples: evaluate.Trajectories, fresh: Array) -> float:
+    """MMD of the samples that did not fail to `fresh` data; NaN if fewer than two are left."""
     arrived = samples.x[-1][~samples.failed]
     return evaluate.mmd(jnp.asarray(arrived), fresh) if len(arrived) > 1 else math.nan
 
 
 def peer(settings: FlowMatching, density: Toy) -> Measure:
-    """The same of a neural spline flow."""
+    """Return `measure(budget, test) -> (log-densities, figures)` for a neural spline flow."""
 
     def measure(budget, test):
         trained = train_spline_flow(

@@ -1,4 +1,8 @@
-"""Learn a Gaussian on the line from 100 points, by a field of 10 parameters and L-BFGS."""
+"""Learn a one-dimensional Gaussian from 100 points, with a field of 10 parameters and L-BFGS.
+
+The defaults reproduce the problem of DiffEqFlux's FFJORD tutorial. Its `monte_carlo=True` is
+--divergence hutchinson --noise gaussian (Rademacher noise is exact in one dimension).
+"""
 
 import math
 
@@ -7,7 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, preset
+from experiments._runner.config import MAX_COUNT, preset
 from experiments._runner.flow_config import FitSettings
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
@@ -17,22 +21,18 @@ from jcnf import evaluate, plot, training
 from jcnf.distributions import ScaledNormal
 
 MEAN, STD = 6.0, 0.7
-EXTENT = (0.0, 12.0)  # over 8 standard deviations to each side
+EXTENT = (0.0, 12.0)  # more than 8 standard deviations to each side
 
 
 @preset
 class Gaussian1D(FitSettings):
-    """Points of N(6, 0.7^2), and the flow that learns their density.
+    """Points of N(6, 0.7^2) and the flow that learns their density."""
 
-    The defaults are the problem of DiffEqFlux's FFJORD tutorial, whose `monte_carlo=True` is
-    `--divergence hutchinson --noise gaussian` (Rademacher noise is exact in one dimension).
-    """
-
-    # points to learn from
+    # training points
     points: int = 100
-    # seed of the points, apart from that of all else
+    # seed of the training points; --seed is the seed of everything else
     data_seed: int = 0
-    # fresh points for the held-out NLL, and samples of the trained flow
+    # fresh points for the held-out NLL, and the number of samples of the trained flow
     test_points: int = 10_000
 
     objective = "likelihood"
@@ -42,7 +42,7 @@ class Gaussian1D(FitSettings):
     activation = "tanh"
     t1 = 10.0
     solver = "tsit5"
-    # A line search compares losses that hardly differ.
+    # The line search of L-BFGS compares losses that hardly differ, so they must be accurate.
     rtol = 1e-5
     atol = 1e-5
     steps = 20
@@ -50,22 +50,21 @@ class Gaussian1D(FitSettings):
     learning_rate = 1e-2
     warmup = 0
     average = 0.0
-    # Three for each parameter find the Gaussian of the points; many more fit their noise, unless
-    # --penalties jacobian 1 keeps the density smooth.
+    # Three steps for each parameter find the Gaussian of the points. Many more fit the noise of the
+    # points, unless --regularizers jacobian 1 keeps the density smooth.
     lbfgs_steps = 30
     has_table = True
     log_every = 1
     validate_every = 10
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
-        self.at_least(2, "points", "test_points", most=MANY)
+        self.at_least(2, "points", "test_points", most=MAX_COUNT)
         self.at_least(0, "data_seed")
         self.check_objective(dim=1)
 
     def make_stages(self) -> list[Stage]:
-        """The parts of the training, on all the points where a batch is as large."""
+        """Return the stages; a batch as large as the points becomes all of them."""
         return [
             stage._replace(batch=None) if (stage.batch or 0) >= self.points else stage
             for stage in super().make_stages()
@@ -73,7 +72,7 @@ class Gaussian1D(FitSettings):
 
 
 def run(settings: Gaussian1D) -> None:
-    """Train on the points, measure on fresh ones and against the true density, draw."""
+    """Train on the points, measure on fresh points and against the true density, and draw."""
     run_dir = RunDir("gaussian_1d", settings, resume=settings.resume)
     truth = ScaledNormal(1, STD, MEAN)
     points = truth.sample(jr.fold_in(jr.key(settings.data_seed), 3), settings.points)
@@ -85,8 +84,8 @@ def run(settings: Gaussian1D) -> None:
         settings.make_flow(1),
         draw_of=training.draw_rows,
         data=points,
-        # Of the points themselves: there are no others to choose by.
-        validate=lambda flow: evaluate.score(flow, points, solve=quick).nll,
+        # Validation is on the training points: there are no others.
+        validate=lambda flow: evaluate.log_prob(flow, points, solve=quick).nll,
         score="train_nll",
     )
     flow = fitted.flow
@@ -94,14 +93,14 @@ def run(settings: Gaussian1D) -> None:
 
     test = truth.sample(test_key, settings.test_points)
     with progress(f"measuring on {len(test)} fresh points"):
-        certificate = evaluate.certify(flow, test, solve=solve, extent=EXTENT)
+        certificate = evaluate.accuracy_report(flow, test, solve=solve, extent=EXTENT)
     scores, view = certificate.scores, certificate.grid
     assert view is not None
     gaps = np.asarray(truth.log_prob(test)) - scores.log_prob
-    drawn = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
+    drawn = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
     samples = drawn.x[-1][~drawn.failed]
     at_points = np.asarray(truth.log_prob(points))
-    learnt = evaluate.score(flow, points, solve=solve).log_prob
+    learned = evaluate.log_prob(flow, points, solve=solve).log_prob
     fitted_normal = ScaledNormal(1, float(jnp.std(points)), float(jnp.mean(points)))
     axis = np.asarray(view.points)[:, 0]
     density, true_density = np.exp(view.log_prob), np.exp(truth.log_prob(view.points))
@@ -113,9 +112,9 @@ def run(settings: Gaussian1D) -> None:
         "nll_gap_stderr": evaluate.standard_error(gaps),
         "entropy": math.log(STD * math.sqrt(2 * math.pi * math.e)),
         "train_nll": fitted.score,
-        # As published, of the points alone; then the integral of |p - q| / 2 itself; and what
-        # the points' own mean and standard deviation come to.
-        "total_variation": half_difference(at_points, learnt),
+        # As published, over the training points only; then the integral of |p - q| / 2 itself;
+        # then the published measure for a Gaussian with the points' mean and standard deviation.
+        "total_variation": half_difference(at_points, learned),
         "total_variation_integral": float(np.sum(np.abs(density - true_density)) * cell / 2),
         "gaussian_total_variation": half_difference(at_points, fitted_normal.log_prob(points)),
         "gaussian_nll": evaluate.gaussian_nll(np.asarray(points), np.asarray(test)),
@@ -136,12 +135,12 @@ def run(settings: Gaussian1D) -> None:
 
 
 def half_difference(log_p, log_q) -> float:
-    """The mean of |p - q| / 2 over points."""
+    """Mean of |p - q| / 2 over points, from log-densities."""
     return float(np.mean(np.abs(np.exp(log_p) - np.exp(log_q))) / 2)
 
 
 def moments(name: str, x) -> dict[str, float]:
-    """Mean and standard deviation."""
+    """Return the mean and standard deviation of `x`, with keys that start with `name`."""
     return {f"{name}_mean": float(np.mean(x)), f"{name}_std": float(np.std(x))}
 
 

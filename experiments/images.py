@@ -1,10 +1,11 @@
-"""Learn the density of pictures by a CNF: FFJORD's multiscale one by likelihood, or flow matching.
+"""Learn the density of images: FFJORD's multiscale CNF by likelihood, or a CNF by flow matching.
 
-Presets: digits (the 8x8 digits that always work), ffjord-mnist and ffjord-cifar10 (Grathwohl et al.
-2019), rnode-mnist (Finlay et al. 2020: kinetic and Jacobian penalties, four steps of rk4 a block),
-flow-mnist (a U-Net by flow matching, given the class). Files of MNIST are named by --path. Test
-log-densities are of x = (pixel + u) / levels, with --conditional given the class, their divergence
-exact or by probes, with the estimator's standard error.
+Presets: digits (8x8, no download), ffjord-mnist and ffjord-cifar10 (Grathwohl et al. 2019),
+rnode-mnist (Finlay et al. 2020: kinetic and Jacobian regularizers, 4 rk4 steps per block) and
+flow-mnist (a U-Net by flow matching, given the class). Name files of MNIST by --path.
+
+Test log-densities are of x = (pixel + u) / levels, given the class with --conditional. Their
+divergence is exact, or estimated by probes and reported with the estimator's standard error.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.random as jr
 
 from experiments._runner import likelihood_config
 from experiments._runner.cli import main
-from experiments._runner.config import WIDEST, preset
+from experiments._runner.config import MAX_WIDTH, preset
 from experiments._runner.likelihood_config import LikelihoodSettings, named
 from experiments._runner.stages import Stage
 from experiments._tasks.images import ImageLoop, Measure, learn_pictures
@@ -40,60 +41,65 @@ USERS = likelihood_config.USERS | {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFlow(LikelihoodSettings, ImageLoop):
-    """Pictures and the CNF that learns them."""
+    """Images and the CNF that learns them."""
 
-    # what is trained by: likelihood, flow_matching (of one scale and one block)
+    # training objective: likelihood, flow_matching (needs one scale and one block)
     objective: str = "likelihood"
-    # field of each block: conv (3 x 3 kernels), unet
+    # field of each block: conv (3 x 3 convolutions), unet
     field: str = "conv"
-    # hidden channels of the field; unet: those of each level
+    # hidden channels of the field; unet: channels of each level
     channels: tuple[int, ...] = (64, 64, 64)
-    # conv: how time enters, ignore, concat, squash, concatsquash, hyper, blend
+    # conv: how time enters the layers: ignore, concat, squash, concatsquash, hyper, blend
     time: str = "concat"
-    # unet: pairs of a sine and a cosine of time beside the time itself
+    # unet: sine and cosine pairs of time, as inputs beside the time itself
     frequencies: int = 4
-    # tanh, softplus, silu, elu, sine, identity, logcosh
+    # activation: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "softplus"
-    # scales: after each but the last the picture is squeezed, and half of the channels end
+    # scales; after each but the last the image is squeezed and half of the channels leave the flow
     scales: int = 1
-    # ODEs at each place of a scale
+    # ODEs in a row at each place within a scale
     blocks: int = 1
-    # pixels x become logit(alpha + (1 - 2 alpha) x)
+    # alpha of the logit of pixels, logit(alpha + (1 - 2 alpha) x)
     alpha: float = 0.05
     # learn the density given the class
     conditional: bool = False
-    # share of flow matching's classes that are left out, for guidance
+    # flow matching: share of samples trained without their class, for guidance
     drop_context: float = 0.0
-    # scale of classifier-free guidance of the samples; 1 for none
+    # scale of classifier-free guidance for the samples; 1 for none
     guidance: float = 1.0
-    # what fields are computed in while training: float32, bfloat16 (states are float32 either way)
+    # precision of fields in training: float32, bfloat16 (states are float32 either way)
     precision: str = "float32"
-    # divergence of held-out numbers: probes of Hutchinson's estimator, 0 for the exact one
+    # probes of Hutchinson's estimator for held-out numbers; 0 for the exact divergence
     test_probes: int = 0
-    # draws of those probes, whose spread gives the estimator's standard error
+    # draws of the test probes; their spread gives the estimator's standard error
     test_draws: int = 4
-    # test pictures whose log-density is held against float64
+    # test images whose log-densities are compared with float64
     reference_images: int = 20
-    # pictures in one solve of held-out numbers and samples
+    # images in one solve for held-out numbers and samples
     chunk: int = 500
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.sizes("channels", fewest=1)
         self.at_least(1, "scales", "blocks", most=100)
         self.at_least(1, "chunk", "reference_images")
         self.at_least(2, "test_draws")
-        self.at_least(0, "test_probes", "frequencies", most=WIDEST)
+        self.at_least(0, "test_probes", "frequencies", most=MAX_WIDTH)
         self.at_least(0, "guidance", most=1e3)
         self.check_steps(1.0)
         if self.steer:
-            raise InputError("--steer is for a flow of one ODE, and a logit is part of these")
+            raise InputError(
+                "--steer needs a flow that is a single ODE, and flows of images have a logit too: "
+                "leave out --steer"
+            )
         self.check_use(USERS)
         if self.drop_context and not 0 < self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
         if self.guidance != 1 and not self.drop_context:
-            raise InputError("--guidance needs a flow that knows no class as well: --drop-context")
+            raise InputError(
+                "--guidance other than 1 needs a flow also trained without the class: set "
+                "--drop-context above 0"
+            )
         try:
             x = jax.ShapeDtypeStruct((2, self.dim), float)
             context = jax.ShapeDtypeStruct((2, self.classes), float)
@@ -106,25 +112,22 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
             raise InputError(str(error)) from None
 
     def uses(self) -> set[str]:
-        """The parts of the settings that these ones put to use."""
         flags = {"--conditional": self.conditional, "--test-probes": self.test_probes}
         given = {flag for flag, value in flags.items() if value}
         return super().uses() | {self.objective, self.field} | given
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "nats" if self.objective == "likelihood" else "no unit"
 
     def make_field(self, shape: tuple[int, int, int], context_dim: int, key: Any) -> Any:
-        """An untrained field of pictures of that shape."""
+        """Return an untrained field of images of that shape."""
         shared: Any = {"activation": self.activation, "context_dim": context_dim, "key": key}
         if named("field", self.field, {"conv": 0, "unet": 1}):
             return fields.UNet(shape, self.channels, frequencies=self.frequencies, **shared)
         return fields.Conv(shape, self.channels, time=self.time, **shared)
 
     def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
-        """The untrained flow."""
         keys = iter(jr.split(jr.fold_in(jr.key(self.seed), 0), 2 * self.scales * self.blocks))
 
         def blocks(shape):
@@ -137,18 +140,17 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         return Chain(parts, distributions.StandardNormal(dim))
 
     def make_stages(self) -> list[Stage]:
-        """Training by `objective`, and by L-BFGS where there are steps for it."""
         matching = functools.partial(objectives.flow_matching, drop_context=self.drop_context)
         table: dict[str, Callable] = {
             "likelihood": self.make_likelihood(),
-            "flow_matching": objectives.of_inner(matching),
+            "flow_matching": objectives.for_first_ode(matching),
         }
         objective = named("objective", self.objective, table)
         if self.objective == "flow_matching" and self.scales * self.blocks > 1:
-            raise ValueError("flow matching is for one ODE: --scales 1 --blocks 1")
+            raise ValueError("flow matching trains one ODE: give --scales 1 --blocks 1")
         dtype = named("precision", self.precision, PRECISIONS)
         if dtype is not None:
-            objective = objectives.in_precision(objective, dtype)
+            objective = objectives.cast_fields(objective, dtype)
         solved = self.objective == "likelihood"
         return self.then_lbfgs(
             [
@@ -165,17 +167,16 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
 
     @property
     def classes(self) -> int:
-        """How many there are where the density is that of pictures given their class; 0 if not."""
+        """Return the number of classes to condition on, 0 without --conditional."""
         return CLASSES if self.conditional else 0
 
     def make_sampler(self, flow: Flow) -> Flow:
-        """The flow that samples are drawn from: guided, where guidance is asked for."""
+        """Return the flow to draw samples from, with the guidance of --guidance."""
         if self.guidance == 1:
             return flow
         return with_fields(flow, lambda field: fields.Guided(field, self.guidance))
 
     def make_measure(self) -> Measure:
-        """How log-densities are had."""
         return Measure(
             solve=self.make_test_solve(),
             quick=self.make_validation_solve(),
@@ -188,7 +189,7 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
 
 @preset
 class Digits(ImageFlow):
-    """The 8x8 digits."""
+    """Multiscale CNF of the 8x8 digits."""
 
     channels = (32, 32)
     scales = 2
@@ -200,13 +201,13 @@ class Digits(ImageFlow):
     log_every = 20
     solver = "rk4"
     fixed_step = 0.25
-    penalties = (("kinetic", 0.01), ("jacobian", 0.01))
+    regularizers = (("kinetic", 0.01), ("jacobian", 0.01))
     divergence = "hutchinson"
 
 
 @preset
 class FFJORDMnist(ImageFlow):
-    """FFJORD's MNIST: 0.99 bits/dim."""
+    """FFJORD's flow of MNIST; the paper has 0.99 bits/dim."""
 
     data = "mnist"
     scales = 3
@@ -224,18 +225,18 @@ class FFJORDMnist(ImageFlow):
 
 @preset
 class RNODEMnist(FFJORDMnist):
-    """RNODE's MNIST: 0.97 bits/dim, in a third of the time."""
+    """RNODE's flow of MNIST; the paper has 0.97 bits/dim, in a third of FFJORD's time."""
 
     solver = "rk4"
     fixed_step = 0.25
     rtol = ImageFlow.rtol
     atol = ImageFlow.atol
-    penalties = (("kinetic", 0.01), ("jacobian", 0.01))
+    regularizers = (("kinetic", 0.01), ("jacobian", 0.01))
 
 
 @preset
 class FFJORDCifar10(FFJORDMnist):
-    """FFJORD's CIFAR-10: 3.40 bits/dim."""
+    """FFJORD's flow of CIFAR-10; the paper has 3.40 bits/dim."""
 
     data = "cifar10"
     scales = 4
@@ -244,7 +245,7 @@ class FFJORDCifar10(FFJORDMnist):
 
 @preset
 class FlowMnist(ImageFlow):
-    """MNIST given the class, by flow matching."""
+    """U-Net of MNIST given the class, trained by flow matching."""
 
     data = "mnist"
     objective = "flow_matching"
@@ -264,7 +265,7 @@ class FlowMnist(ImageFlow):
 
 
 def run(settings: ImageFlow) -> None:
-    """Train, measure on the test part, draw the figures."""
+    """Train the flow, measure it on the test part, and draw the figures."""
     learn_pictures("images", settings, lambda _: settings.make_flow(settings.dim, settings.classes))
 
 

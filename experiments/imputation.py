@@ -1,4 +1,4 @@
-"""Hide entries of a table's test rows, fill them in by a flow, and hold that against the truth."""
+"""Hide entries of a table's test rows, fill them in by a flow, and compare with the truth."""
 
 import dataclasses
 import time
@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, RunSettings
+from experiments._runner.config import MAX_COUNT, RunSettings
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments.density import Density, train_and_measure
 from jcnf import Solve, plot
@@ -20,52 +20,57 @@ from jcnf.data.tables import Table, load_table
 from jcnf.inference import impute
 from jcnf.inference.gaussian import Gaussian
 
-POOR = 0.1  # share of effective importance samples below which a row is counted
+# A row has few effective importance samples below this share of them.
+LOW_ESS = 0.1
+MAX_LOW_ESS_ROWS = 0.1  # share of such rows above which the run warns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imputation(RunSettings):
-    """A table, the flow that fills it in, and how."""
+    """A table, the flow that fills it in, and the settings of the sampler."""
 
-    # the table; with --from by default that of its run
+    # table of numbers (default with --from: the table of that run)
     data: Path | None = None
-    # finished run of density or tabular, without --context; by default density is trained first
+    # finished run of density or tabular, without --context (default: train a density first)
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # steps of that training
+    # steps of that training, without --from
     train_steps: int = 20_000
-    # share of the entries to hide, each by itself
+    # share of the entries to hide, each independently
     hide: float = 0.2
-    # test rows
+    # test rows to fill in, at most
     rows: int = 1000
-    # draws of each row that are kept, at even distances of its chain
+    # draws to keep for each row, evenly spaced along its chain
     draws: int = 50
-    # steps of the chain after the burn-in, and of the burn-in
+    # steps of each chain after the burn-in
     chain_steps: int = 100
+    # steps of the burn-in
     burn_in: int = 50
-    # importance samples of each row, for the predictive density
+    # importance samples for the predictive density of each row
     importance: int = 64
-    # both tolerances of the solves
+    # relative and absolute tolerance of the solves
     tolerance: float = 1e-3
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         if self.data is None and self.from_run is None:
-            raise InputError("give --data PATH, or --from RUN_DIR, or both")
+            raise InputError("give --data PATH, --from RUN_DIR, or both")
         if self.from_run is not None and self.train_steps != type(self).train_steps:
-            raise InputError("--train-steps would change nothing with --from: drop it")
+            raise InputError("--train-steps has no effect with --from: leave it out")
         self.at_least(1, "train_steps", "draws", "chain_steps")
-        self.at_least(2, "rows", "importance", most=MANY)
+        self.at_least(2, "rows", "importance", most=MAX_COUNT)
         self.at_least(0, "burn_in")
         self.reachable("tolerance")
         if not 0 < self.hide < 1:
             raise InputError(f"--hide must be between 0 and 1; got {self.hide}")
         if self.draws > self.chain_steps:
-            raise InputError("--draws are of the chain's steps: raise --chain-steps, or keep fewer")
+            raise InputError(
+                f"--draws {self.draws} is more than --chain-steps {self.chain_steps}: raise "
+                "--chain-steps, or keep fewer draws"
+            )
 
 
 def run(settings: Imputation) -> None:
-    """Train or load, hide, fill in, measure."""
+    """Train or load a flow, hide entries, fill them in, and measure the errors."""
     if settings.from_run is not None:
         flow, table = _trained(settings.from_run, settings.data)
         run_dir = RunDir("imputation", settings)
@@ -84,7 +89,9 @@ def run(settings: Imputation) -> None:
     hidden = np.random.default_rng([settings.seed, 2]).random(truth.shape) < settings.hide
     x = np.where(hidden, np.nan, truth).astype(truth.dtype)
     if not hidden.any():
-        raise InputError("no entry was hidden: raise --hide or --rows")
+        raise InputError(
+            f"--hide {settings.hide} of {len(truth)} rows hid no entry: raise --hide or --rows"
+        )
 
     gaussian = Gaussian.fit(table.train)
     draw_key, weigh_key = jr.split(jr.fold_in(jr.key(settings.seed), 6))
@@ -130,15 +137,18 @@ def run(settings: Imputation) -> None:
         "failed_proposals": int(filled.failed.sum()),
         "failed_rows": int(np.isnan(found.log_prob).sum()),
         "ess": float(np.median(found.ess[part])) if part.any() else 1.0,
-        "ess_poor_rows": float(np.mean(found.ess[part] < POOR)) if part.any() else 0.0,
-        # What the logarithm of an estimate adds on average to the flow's log-densities.
+        "ess_poor_rows": float(np.mean(found.ess[part] < LOW_ESS)) if part.any() else 0.0,
+        # log p(x_known) is subtracted, and its estimate is too low on average by half its variance.
         "log_prob_bias": float(np.sum(found.stderr**2) / 2 / hidden.sum()),
     }
     warnings = []
     if numerics["failed_rows"]:
-        warnings.append(f"{numerics['failed_rows']} rows whose solve failed are left out")
-    if numerics["ess_poor_rows"] > POOR:
-        warnings.append("many rows have few effective importance samples: raise --importance")
+        warnings.append(f"{numerics['failed_rows']} rows were left out because their solve failed")
+    if numerics["ess_poor_rows"] > MAX_LOW_ESS_ROWS:
+        warnings.append(
+            f"{100 * numerics['ess_poor_rows']:.0f} % of the rows have few effective importance "
+            "samples: raise --importance"
+        )
     metrics = measure(truth, hidden, estimates, log_probs)
     run_dir.save_figures(
         imputed=plot.scatter_against_truth(
@@ -159,10 +169,10 @@ def measure(
     estimates: dict[str, np.ndarray],
     log_probs: dict[str, np.ndarray],
 ) -> dict[str, float]:
-    """RMSE of the estimates, mean log-density a hidden entry in nats, and gaps to the Gaussian's.
+    """Return RMSE, mean log-density per hidden entry (nats), and the flow's gains on the Gaussian.
 
-    All with standard errors over rows, which are what is independent; those of the gaps are paired.
-    Positive gaps are in favour of the first named.
+    Each has a standard error over rows, which are independent (entries of one row are not); those
+    of the gains are paired. Gains are positive where the flow is better.
     """
     good = np.isfinite(np.sum(list(log_probs.values()), axis=0)) & hidden.any(axis=1)
     count = hidden[good].sum(axis=1)
@@ -190,26 +200,29 @@ def measure(
 
 
 def _ratio(values: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-    """Sum of the rows' values over that of their counts, and its standard error."""
+    """Ratio of the sums of the rows' values and counts, with its standard error over rows."""
     ratio = values.sum() / count.sum()
     rest = values - ratio * count
     return float(ratio), float(np.sqrt(np.sum(rest**2)) / count.sum())
 
 
 def _trained(path: Path, data: Path | None) -> tuple:
-    """The flow of a run, and the table it was trained on, in its parts."""
+    """Load the flow of a run and the table that it was trained on, split into parts."""
     kind = kind_of(path)
     if not issubclass(kind, Density):
-        raise InputError(f"{path} is no run of density or tabular: give one of these")
+        raise InputError(f"{path} is not a run of density or tabular: give --from one of these")
     flow, trained, notes = load_flow(path, kind)
     if trained.context:
-        raise InputError(f"{path} is a density given columns: train one without --context")
+        raise InputError(
+            f"{path} was trained with --context {' '.join(trained.context)}: give --from a run "
+            "without it"
+        )
     if data is not None:
         trained = dataclasses.replace(trained, data=data)
     table: Table = trained.load()
     if table.scale.to_json() != notes["table"]:
         raise InputError(
-            f"{trained.data} is not the table that {path} was trained on: give that one by --data"
+            f"{trained.data} is not the table that {path} was trained on: name that table by --data"
         )
     return flow, table
 

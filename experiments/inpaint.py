@@ -1,10 +1,10 @@
-"""Fill in the covered half of test pictures, by the density a run has learnt of pictures.
+"""Fill in the covered half of test images by the density that a run of nice or images learned.
 
-Of a run of nice or images: the known pixels are held, and the others go up the log-density with
-noise (--way ascend, NICE's rule) or are sampled given the known ones (--way langevin, Metropolis-
-adjusted). Of images all this is in the logits of the pixels, of which the log-densities of the
-summary are too; an estimated divergence keeps one draw of its noise. The figure has the pictures at
-several stages. Missing entries of tables are filled in by `experiments.density --impute`.
+The known pixels are kept. The covered ones climb the log-density with noise (--way ascend, NICE's
+rule) or are sampled given the known ones (--way langevin, Metropolis-adjusted). For a run of images
+the pixels are updated as logits, and an estimated divergence keeps one draw of its noise; the
+log-densities of the summary are of pixels. The figure shows the images at several stages. To fill
+in missing entries of tables, use `experiments.density --impute`.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, RunSettings, SolveSettings
+from experiments._runner.config import MAX_COUNT, RunSettings, SolveSettings
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments._tasks.image_data import held_out, some
 from experiments._tasks.images import ImageLoop, one_hot
 from jcnf import Solve, evaluate, plot
 from jcnf._checks import InputError
-from jcnf.divergence import Drawn
+from jcnf.divergence import FixedNoise
 from jcnf.evaluate.log_prob import full_precision
 from jcnf.flows import Chain, Logit
 from jcnf.inference import inpaint
@@ -34,40 +34,43 @@ WAYS = ("ascend", "langevin")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inpaint(RunSettings):
-    """A trained run, and how its pictures are covered and filled in."""
+    """A finished run, and how to cover and fill in its test images."""
 
-    # finished run of nice or images on pictures
+    # finished run of nice on images, or of images
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # the half that is known: top, bottom, left, right
+    # half that stays known: top, bottom, left, right
     known: str = "top"
-    # ascend (NICE's: the log-density's gradient and noise, step 10 / (100 + i) in units of the
-    # pixels' spread), langevin (samples of the covered half given the known one)
+    # way to fill in: ascend (NICE's rule: gradient of the log-density plus noise, in steps of
+    # 10 / (100 + i) of each pixel's spread), langevin (samples of the covered half given the known)
     way: str = "ascend"
-    # test pictures
+    # test images to fill in
     count: int = 10
-    # steps; of langevin, as many before them to find its step sizes
+    # steps; langevin first takes as many again to tune its step sizes
     steps: int = 1000
-    # stages drawn
+    # stages to draw
     stages: int = 6
-    # ascend: deviation of the noise
+    # ascend: standard deviation of the noise
     noise: float = 1.0
-    # tolerance of the solves; NICE has none
+    # relative and absolute tolerance of the solves; NICE has no solves
     tolerance: float = 1e-3
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "count", "steps", "stages", most=MANY)
+        self.at_least(1, "count", "steps", "stages", most=MAX_COUNT)
         self.at_least(0, "noise")
         self.reachable("tolerance")
         if self.from_run is None:
-            raise InputError("give --from RUN_DIR: a finished run of nice or images")
+            raise InputError("--from RUN_DIR is missing: name a finished run of nice or images")
         if self.way not in WAYS:
             raise InputError(f"unknown way '{self.way}': use one of {', '.join(WAYS)}")
         if self.stages > self.steps:
-            raise InputError(f"--stages {self.stages} of --steps {self.steps}: ask for fewer")
+            raise InputError(
+                f"--stages {self.stages} is more than --steps {self.steps}: ask for fewer stages"
+            )
         if self.noise != type(self).noise and self.way != "ascend":
-            raise InputError("--noise would change nothing: of use with --way ascend alone")
+            raise InputError(
+                f"--noise only affects --way ascend: leave it out with --way {self.way}"
+            )
         try:
             inpaint.half((2, 2, 1), self.known)
         except ValueError as error:
@@ -75,17 +78,19 @@ class Inpaint(RunSettings):
 
 
 def run(settings: Inpaint) -> None:
-    """Cover, fill in, compare with what was there, draw."""
+    """Cover halves of test images, fill them in, compare with the truth, and draw the stages."""
     assert settings.from_run is not None  # by `check`
     kind = kind_of(settings.from_run)
     if not issubclass(kind, ImageLoop):
         raise InputError(
-            f"{settings.from_run} is no run on pictures; fill in a table's missing entries by "
-            "experiments.density --from RUN_DIR --impute TABLE"
+            f"{settings.from_run} is not a run on images; to fill in missing entries of a table, "
+            "use experiments.density --from RUN_DIR --impute TABLE"
         )
     flow, trained, _ = load_flow(settings.from_run, kind)
     if settings.tolerance != type(settings).tolerance and not isinstance(trained, SolveSettings):
-        raise InputError(f"--tolerance would change nothing: {settings.from_run} has no solves")
+        raise InputError(
+            f"--tolerance has no effect: {settings.from_run} solves no ODE; leave out --tolerance"
+        )
     images, measure = trained.load(), trained.make_measure()
     run_dir = RunDir("inpaint", settings)
     root = jr.fold_in(jr.key(settings.seed), 6)
@@ -94,18 +99,18 @@ def run(settings: Inpaint) -> None:
     rows = some(len(images.test), settings.count)
     known = jnp.asarray(inpaint.half(images.shape, settings.known))
     context = one_hot(images, "test", trained.classes, rows)
-    # Covered halves start from the flow's own samples, where its density is neither 0 nor flat.
-    sampled = evaluate.draw(flow, start_key, len(truth), context=context, solve=measure.quick)
+    # Start covered halves from samples of the flow, where its density is neither 0 nor flat.
+    sampled = evaluate.sample(flow, start_key, len(truth), context=context, solve=measure.quick)
     start = jnp.where(known[None], truth, jnp.clip(np.nan_to_num(sampled.x[-1]), 1e-3, 1 - 1e-3))
     noise = flow.draw_noise(measure.divergence, noise_key, *truth.shape, truth.dtype)
     tolerance = settings.tolerance
-    # Most pixels are black or white: steps there would end at a bound, and logits have none.
+    # Most pixels are black or white, where steps would stop at a bound. Logits have no bounds.
     inner, there, back = _unbounded(flow)
     log_prob = inpaint.Density(
         inner,
         context,
         dataclasses.replace(measure.quick, rtol=tolerance, atol=tolerance),
-        Drawn(measure.divergence, noise),
+        FixedNoise(measure.divergence, noise),
     )
     few = held_out(images.train, images.levels, 1000, spread_key)
     shared: Any = {
@@ -123,8 +128,8 @@ def run(settings: Inpaint) -> None:
     filled: Any = march(log_prob, there(start), known, key, **shared)
     ends = [jnp.where(known[None], truth, back(x)) for x in filled.x]
 
-    def mean_log_prob(x):  # of pixels, with other noise than that of the way there
-        scored = evaluate.score(
+    def mean_log_prob(x):  # of pixels, with fresh noise
+        scored = evaluate.log_prob(
             flow,
             x,
             key=score_key,
@@ -142,7 +147,7 @@ def run(settings: Inpaint) -> None:
     steps = inpaint.kept_steps(settings.steps, settings.stages)
     columns = [truth, covered, start, *ends]
     sheet = np.stack([np.asarray(x) for x in columns], axis=1).reshape(-1, truth.shape[1])
-    title = f"test picture, what is known, start, steps {', '.join(map(str, steps))}"
+    title = f"test image, known half, start, steps {', '.join(map(str, steps))}"
     figure = plot.gallery([(title, sheet)], images.shape, columns=len(columns))
     run_dir.save_figures(stages=figure)
     metrics = {
@@ -159,13 +164,13 @@ def run(settings: Inpaint) -> None:
 
 
 def _unbounded(flow):
-    """The flow without the logit that it ends in, if any, and the ways into its space and back."""
+    """Split off the logit that a flow ends with: the rest, and the maps to and from logits."""
     if not (isinstance(flow, Chain) and isinstance(flow.parts[-1], Logit)):
         return flow, jnp.asarray, jnp.asarray
     *parts, logit = flow.parts
 
     def along(direction):
-        return lambda x: logit.carry(jnp.asarray(x), direction, None, Solve())[0]
+        return lambda x: logit.transform(jnp.asarray(x), direction, None, Solve())[0]
 
     return Chain(parts, flow.base), along("to_base"), along("to_data")
 

@@ -1,15 +1,17 @@
-"""A variational autoencoder of 8x8 digits, its posterior refined by a CNF or not (FFJORD, 4.3).
+"""Train variational autoencoders of 8x8 digits, with and without a CNF posterior (FFJORD, 4.3).
 
-For each seed four models p(x | z), q(z | x), by the same steps on the same batches. "gaussian": q
-is N(mean, diag scale^2). "flow": the same networks from the same initial weights, and a CNF that
-makes of the Gaussian what it can. "wider": a Gaussian whose encoder has about as many parameters as
-that. "refined": the trained "gaussian" as it is, whose CNF alone is trained; its decoder, and with
-it log p(x), is fixed, so that what its bound gains is what KL(q || p(z | x)) loses.
+For each seed, four models p(x | z), q(z | x) take the same steps on the same batches:
 
-Bounds are in nats a picture. Pixels are binary, drawn with their grey value for probability, and
-the likelihood Bernoulli, as of MNIST; fresh ones for each batch keep 1,079 pictures from being
-learnt by heart. Or (--no-binary) they are what they were made as, the number of black ones among 16
-pixels of a scanned digit, and the likelihood Binomial.
+- gaussian: q is N(mean, diag scale^2)
+- flow: the same networks from the same initial weights, and a CNF that transforms the Gaussian
+- wider: a Gaussian whose encoder has about as many parameters as the posterior of "flow"
+- refined: the trained "gaussian", frozen, with a CNF trained on top; its decoder, and with it
+  log p(x), is fixed, so that the bound gains exactly what KL(q || p(z | x)) loses
+
+Bounds are in nats per image. Pixels are binary, as is usual with MNIST: each is 1 with its gray
+value as probability, and the likelihood is Bernoulli. Fresh draws for each batch keep the models
+from memorizing the 1,079 training images. With --no-binary a pixel is its original value, the
+number of black pixels among 16 of the scanned digit, and the likelihood is binomial.
 """
 
 import dataclasses
@@ -26,8 +28,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import WIDEST, LoopSettings, SolveSettings, preset
-from experiments._runner.loop import Fitted, fit
+from experiments._runner.config import MAX_WIDTH, LoopSettings, SolveSettings, preset
+from experiments._runner.loop import FitResult, fit
 from experiments._runner.run_dir import RunDir
 from experiments._runner.stages import Stage
 from experiments._tasks.vae_figures import Measured, draw
@@ -41,40 +43,41 @@ from jcnf.training import checkpoint
 
 MODELS = ("gaussian", "wider", "flow", "refined")
 PAIRS = [("wider", "gaussian"), ("flow", "gaussian"), ("refined", "gaussian"), ("flow", "wider")]
-TRIALS = 16
+TRIALS = 16  # of the binomial likelihood: a gray value counts black pixels among 16
 SCORE = "val_negative_elbo"
-VALIDATION_SAMPLES = 16  # of z for each picture
-ACTIVE = 0.01  # variance over pictures of E[z | x] in an active unit (Burda et al. 2016, 4.2)
+VALIDATION_SAMPLES = 16  # of z for each image
+# A latent unit is active if E[z | x] varies more over images (Burda et al. 2016, section 4.2).
+ACTIVE_UNIT_VARIANCE = 0.01
 
 
 @preset
 class Latent(LoopSettings, SolveSettings):
-    """The autoencoder, its posterior, and how often all is done.
+    """The autoencoder, its posterior, and how many seeds to compare.
 
-    Train by solves to a tolerance: with two fixed steps of rk4 a flow learnt to profit by their
-    error, and its ELBO in training was no bound.
+    Solve to a tolerance in training. With two fixed steps of rk4 a flow learned to exploit their
+    error, and its training ELBO was not a bound.
     """
 
-    # seeds compared, from --seed on
+    # number of seeds to compare, from --seed on
     seeds: int = 3
     # dimension of z
     latent: int = 8
-    # width of the two hidden layers of the encoder, and so the number of its features
+    # width of the two hidden layers of the encoder, which is also the number of its features
     hidden: int = 128
-    # the same of the encoder of "wider"
+    # width of the encoder of the model "wider"
     wider: int = 216
     # width of the two hidden layers of the decoder
     decoder: int = 128
     # hidden widths of the posterior's field
     widths: tuple[int, ...] = (64, 64)
-    # how time enters it: ignore, concat, squash, concatsquash, hyper, blend
+    # how time enters the field: ignore, concat, squash, concatsquash, hyper, blend
     time: str = "concatsquash"
-    # how the encoder's features enter it: concat, modulate
+    # how the encoder's features enter the field: concat, modulate
     conditioning: str = "modulate"
-    # pixels are 1 with the grey value for probability, drawn anew for each training batch and once
-    # for validation and test, as is usual with MNIST; otherwise a grey value is a count of 16
+    # make a pixel 1 with its gray value as probability, drawn anew for each training batch and once
+    # for validation and test; otherwise it is a count out of 16
     binary: bool = True
-    # samples of z for each picture of the test part
+    # samples of z for each test image
     samples: int = 128
 
     has_table = True
@@ -88,15 +91,17 @@ class Latent(LoopSettings, SolveSettings):
     validate_every = 250
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.at_least(1, "seeds", "samples")
-        self.at_least(1, "latent", "hidden", "wider", "decoder", most=WIDEST)
+        self.at_least(1, "latent", "hidden", "wider", "decoder", most=MAX_WIDTH)
         self.sizes("widths", fewest=1)
         if self.seed + self.seeds > 2**31:
-            raise InputError("--seed and --seeds go beyond 2147483647: lower one of them")
+            raise InputError(
+                f"the last seed, --seed {self.seed} plus --seeds {self.seeds}, exceeds 2147483647: "
+                "lower one of them"
+            )
         if self.lbfgs_steps and self.adjoint == "forward":
-            raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
+            raise InputError("L-BFGS needs reverse-mode gradients: choose another --adjoint")
         self.check_steps(1.0)
         try:
             self.make_stages()
@@ -105,14 +110,14 @@ class Latent(LoopSettings, SolveSettings):
             raise InputError(str(error)) from None
 
     def of_seed(self, seed: int, folder: Path) -> "Latent":
-        """The settings of one seed, in a folder of its own."""
+        """Return the settings of one seed, whose run directory is a subfolder."""
         return dataclasses.replace(self, seed=seed, out=folder / f"seed{seed}")
 
     def _key(self, part: int):
         return jr.fold_in(jr.fold_in(jr.key(self.seed), 0), part)
 
     def make_vae(self, dim: int, refine: ODE | None = None, *, wider: bool = False) -> VAE:
-        """The untrained model of pictures of `dim` pixels."""
+        """Return an untrained model of images of `dim` pixels."""
         trunk_key, head_key, decoder_key = (self._key(part) for part in range(3))
         mlp = functools.partial(eqx.nn.MLP, activation=jax.nn.silu)
         width = self.wider if wider else self.hidden
@@ -124,7 +129,7 @@ class Latent(LoopSettings, SolveSettings):
         )
 
     def make_refinement(self) -> ODE:
-        """A field at rest: at first it leaves the Gaussian posterior as it is."""
+        """Return a CNF that starts as the identity: the last layer of its field is 0."""
         field = fields.MLP(
             self.latent,
             self.widths,
@@ -137,21 +142,20 @@ class Latent(LoopSettings, SolveSettings):
         return ODE(eqx.tree_at(lambda field: field.layers[-1], field, last))
 
     def draw_of(self, num: int | None) -> training.DrawBatch:
-        """So many pictures."""
+        """Return a function that draws batches of `num` images; None for all."""
         rows = training.draw_rows(num)
 
         def binary_rows(key, pictures):
             row_key, pixel_key = jr.split(key)
-            return binarised(pixel_key, rows(row_key, pictures))
+            return binarized(pixel_key, rows(row_key, pictures))
 
         return binary_rows if self.binary else rows
 
     def make_stages(self) -> list[Stage]:
-        """The ELBO, and L-BFGS where there are steps for it."""
         return self.stages_of(objectives.elbo)
 
     def stages_of(self, objective: Any) -> list[Stage]:
-        """Training by an objective that takes a `solve`."""
+        """Return the stages of training by `objective`, which takes a `solve`."""
         solve = self.make_solve()
         stage = Stage(
             functools.partial(objective, solve=solve),
@@ -165,18 +169,17 @@ class Latent(LoopSettings, SolveSettings):
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "nats"
 
 
 def run(settings: Latent) -> None:
-    """Train the models for each seed, measure their bounds, draw what they make."""
+    """Train the models for each seed, measure their bounds, and draw their images."""
     images = load_images("digits")
     parts = {"train": images.train, "val": images.val, "test": images.test}
     pictures = {part: jnp.asarray(rows / TRIALS, float) for part, rows in parts.items()}
     if settings.binary:
         for part, seed in {"val": 0, "test": 1}.items():
-            pictures[part] = binarised(jr.key(seed), pictures[part])
+            pictures[part] = binarized(jr.key(seed), pictures[part])
     run_dir = RunDir("latent", settings, resume=settings.resume)
     solve = settings.make_test_solve()
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -185,7 +188,7 @@ def run(settings: Latent) -> None:
         one = settings.of_seed(seed, run_dir.path)
         fits = train_models(one, pictures, run_dir)
         key = jr.fold_in(jr.key(seed), 2)
-        print(f"seed {seed}: bounds by {settings.samples} samples of z a picture")
+        print(f"seed {seed}: bounds by {settings.samples} samples of z per image")
         found.append({})
         for name, fitted in fits.items():
             bounds = evaluate.bounds(
@@ -206,29 +209,31 @@ def run(settings: Latent) -> None:
         numerics[f"nfe_{model}"] = mean_of(model, found, lambda m: m.bounds.nfe)
         timing[f"train_s_{model}"] = mean_of(model, found, lambda m: m.fitted.timing["train_s"])
     draw(run_dir, settings, found[0], images.shape, pictures["test"])
-    warning = "some solves of the bounds failed: their numbers are missing"
+    warning = "some solves of the bounds failed, so the metrics that need them are NaN"
     run_dir.finish(metrics, numerics, timing, [warning] if numerics["solver_failures"] else [])
 
 
-def binarised(key: Key[Array, ""], pictures: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-    """0 or 1, the latter with the probability that a grey value in [0, 1] is; consumes `key`."""
+def binarized(key: Key[Array, ""], pictures: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
+    """Draw 1 with a gray value in [0, 1] as its probability, else 0; consumes `key`."""
     return jr.bernoulli(key, pictures).astype(pictures.dtype)
 
 
-def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) -> dict[str, Fitted]:
-    """The models of one seed, in run directories of their own."""
+def train_models(
+    settings: Latent, pictures: dict[str, Array], whole: RunDir
+) -> dict[str, FitResult]:
+    """Train the four models of one seed, each in its own run directory."""
     dim = pictures["train"].shape[1]
     key, quick = jr.fold_in(jr.key(settings.seed), 3), settings.make_validation_solve()
 
-    def trained(name, model, whole=lambda model: model):
-        """`model` trained as a part of the VAE that `whole` makes of it."""
+    def trained(name, model, make_vae=lambda model: model):
+        """Train `model`, from which `make_vae` makes the VAE that the result holds."""
 
         def objective(model, x, key, solve):
-            return objectives.elbo(whole(model), x, key, solve=solve)
+            return objectives.elbo(make_vae(model), x, key, solve=solve)
 
         def validate(model):
             found = evaluate.bounds(
-                whole(model), pictures["val"], key, samples=VALIDATION_SAMPLES, solve=quick
+                make_vae(model), pictures["val"], key, samples=VALIDATION_SAMPLES, solve=quick
             )
             return -float(np.mean(found.elbo))
 
@@ -245,7 +250,7 @@ def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) ->
             score=SCORE,
             stages=own.stages_of(objective),
         )
-        fitted = fitted._replace(flow=whole(fitted.flow))
+        fitted = fitted._replace(flow=make_vae(fitted.flow))
         checkpoint.save(
             run_dir.path / "vae.jcnf", training.partition(fitted.flow)[0], {"model": name}
         )
@@ -263,25 +268,25 @@ def train_models(settings: Latent, pictures: dict[str, Array], whole: RunDir) ->
 
 
 def refined_by(model: VAE, refine: ODE) -> VAE:
-    """`model`, its Gaussian posterior refined."""
+    """Return `model` with its Gaussian posterior refined by an ODE."""
     return eqx.tree_at(
         lambda model: model.posterior.refine, model, refine, is_leaf=lambda leaf: leaf is None
     )
 
 
 def mean_of(model: str, found: list[dict[str, Measured]], figure: Callable) -> float:
-    """The mean over seeds of a figure of one model."""
+    """Mean over seeds of a figure of one model."""
     return float(np.mean([figure(each[model]) for each in found]))
 
 
 def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[str, float]]:
-    """Means over seeds of a model's figures, in nats a picture."""
+    """Yield names and means over seeds of a model's figures; bounds are in nats per image."""
     figures = {
         "elbo": lambda m: np.mean(m.bounds.elbo),
         "reconstruction": lambda m: -np.mean(m.bounds.log_likelihood),
         "kl": lambda m: np.mean(m.bounds.log_ratio),
         "iwae": lambda m: np.mean(iwae(m.bounds)),
-        "active": lambda m: np.sum(np.var(m.bounds.mean, axis=0) > ACTIVE),
+        "active": lambda m: np.sum(np.var(m.bounds.mean, axis=0) > ACTIVE_UNIT_VARIANCE),
         "parameters": lambda m: sum(
             leaf.size for leaf in jax.tree.leaves(training.partition(m.fitted.flow)[0])
         ),
@@ -291,14 +296,14 @@ def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[s
 
 
 def iwae(bounds: evaluate.Bounds) -> np.ndarray:
-    """By all samples."""
+    """Importance-weighted bounds of each image from all samples, nats."""
     return bounds.iwae(bounds.log_ratio.shape[1])
 
 
 def gains(
     model: str, other: str, found: list[dict[str, Measured]], seeds: Iterable[int]
 ) -> dict[str, float]:
-    """Bounds of a model less those of another, picture by picture, with standard errors."""
+    """Mean differences of two models' bounds, paired by image, nats, with standard errors."""
     result = {}
     for name, bound in {"elbo": lambda bounds: bounds.elbo, "iwae": iwae}.items():
         name = f"{name}_{model}_over_{other}"
@@ -307,7 +312,7 @@ def gains(
             result[f"{name}_seed{seed}"] = float(np.mean(each))
             result[f"{name}_seed{seed}_stderr"] = standard_error(each)
         result[name] = float(np.mean(gain))
-        # Over pictures, for these seeds.
+        # Over images, for these seeds.
         result[f"{name}_stderr"] = standard_error(np.mean(gain, axis=0))
     return result
 

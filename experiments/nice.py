@@ -1,13 +1,13 @@
-"""Learn a density by NICE (Dinh et al. 2014), couplings and no ODE: in the plane, or of pictures.
+"""Learn a density in the plane, or of images, by NICE (Dinh et al. 2014): couplings, no ODE.
 
-The parabola is one exactly, with a normal prior (the paper's is --base logistic): a coupling with
-m(x1) = (1 - x1^2) / 2 leaves two normals to scale. So what there is of `nll_gap` is the networks'
-and the training's, and `inverse_error`, the largest |x - to_data(to_base(x))| over as many fresh
-points, is rounding.
+The default toy, the parabola, is a NICE exactly if the prior is normal (the paper's is
+--base logistic): a coupling with m(x1) = (1 - x1^2) / 2 leaves two normals to scale. So any
+`nll_gap` comes from the networks and their training, and `inverse_error`, the largest
+|x - to_data(to_base(x))| over fresh points, is rounding.
 
-Pictures (--data digits, --data mnist --path FILE) are x = (pixel + u) / levels: `test_nll` is that
-of x in [0, 1]^dim, minus the paper's test log-likelihood. The preset mnist-paper has its
-networks, of five layers of 1000; mnist has quicker ones.
+Images (--data digits, or --data mnist --path FILE) are x = (pixel + u) / levels in [0, 1]^dim, and
+`test_nll` is the negative of the paper's test log-likelihood. The preset mnist-paper has the
+paper's networks, five layers of width 1000; mnist has smaller ones.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import equinox as eqx
 import jax.random as jr
 
 from experiments._runner.cli import main
-from experiments._runner.config import LAYERS, TrainingSettings, preset
+from experiments._runner.config import MAX_LAYERS, TrainingSettings, preset
 from experiments._runner.stages import Stage
 from experiments._tasks.density2d import PlaneLoop, ToySettings, learn
 from experiments._tasks.image_data import held_out
@@ -24,27 +24,26 @@ from experiments._tasks.images import ImageLoop, learn_pictures
 from jcnf import NICE, distributions, evaluate, objectives
 from jcnf._checks import InputError
 
-CALIBRATION = 10_000  # training pictures by which the flow is calibrated
+CALIBRATION_IMAGES = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NICESettings(TrainingSettings):
-    """NICE, trained by maximum likelihood."""
+    """Settings of a NICE trained by maximum likelihood."""
 
     # hidden widths of the network of each coupling
     widths: tuple[int, ...] = (64, 64)
-    # additive couplings, whose parts take turns
+    # additive couplings, which change the two parts in turn
     couplings: int = 4
-    # the two parts of the components: halves, odd_even
+    # how to split the components into two parts: halves, odd_even
     split: str = "halves"
-    # prior: normal, logistic
+    # base distribution (prior): normal, logistic
     base: str = "normal"
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.sizes("widths")
-        self.at_least(1, "couplings", most=LAYERS)
+        self.at_least(1, "couplings", most=MAX_LAYERS)
         try:
             self.make_stages()
             eqx.filter_eval_shape(self.make_flow, 2)
@@ -53,11 +52,10 @@ class NICESettings(TrainingSettings):
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "nats"
 
     def make_flow(self, dim: int, context_dim: int = 0) -> NICE:
-        """The untrained flow, which takes no context."""
+        """Return the untrained flow; raise `ValueError` for a context, which it cannot take."""
         if context_dim:
             raise ValueError(f"NICE takes no context; got one of size {context_dim}")
         bases = distributions.BASES
@@ -73,7 +71,6 @@ class NICESettings(TrainingSettings):
         )
 
     def make_stages(self) -> list[Stage]:
-        """Maximum likelihood, and L-BFGS where there are steps for it."""
         return self.then_lbfgs(
             [
                 Stage(
@@ -99,7 +96,7 @@ class PlaneNICE(ToySettings, NICESettings, PlaneLoop):
 
 @preset
 class DigitsNICE(NICESettings, ImageLoop):
-    """Pictures and the NICE that learns them."""
+    """Images and the NICE that learns them."""
 
     split = "odd_even"
     base = "logistic"
@@ -112,7 +109,7 @@ class DigitsNICE(NICESettings, ImageLoop):
 
 @preset
 class MNISTNICE(DigitsNICE):
-    """MNIST, in minutes."""
+    """NICE of MNIST that trains in minutes."""
 
     data = "mnist"
     widths = (512, 512)
@@ -122,27 +119,27 @@ class MNISTNICE(DigitsNICE):
 
 @preset
 class PaperNICE(MNISTNICE):
-    """MNIST by the paper's networks (section 5.1)."""
+    """NICE of MNIST with the paper's networks (section 5.1)."""
 
     widths = (1000,) * 5
 
 
 def run(settings: PlaneNICE | DigitsNICE) -> None:
-    """Train, measure on fresh points or on the test part, draw the figures."""
+    """Train the flow, measure it on fresh points or on the test part, and draw the figures."""
     if isinstance(settings, PlaneNICE):
         learn_plane(settings)
         return
 
     def calibrated(images):
         key = jr.fold_in(jr.key(settings.seed), 4)
-        x = held_out(images.train, images.levels, CALIBRATION, key)
+        x = held_out(images.train, images.levels, CALIBRATION_IMAGES, key)
         return settings.make_flow(settings.dim).calibrated(x)
 
     learn_pictures("nice", settings, calibrated)
 
 
 def learn_plane(settings: PlaneNICE) -> None:
-    """Train on a toy, measure on fresh points, draw the figures."""
+    """Train on a toy density, measure on fresh points, and draw the figures."""
     key = jr.fold_in(jr.key(settings.seed), 3)
     points = settings.make_density().sample(key, settings.test_points)
 

@@ -1,10 +1,10 @@
-"""Tell strange data from a trained run's own, by every score there is; and say where that fails.
+"""Detect out-of-distribution data with a finished run, by several scores, and say where they fail.
 
-Inside is the run's own test part. Outside are the files of --outside, and always uniform noise, and
-test pictures whose pixels are shuffled or, of a table, test rows whose columns are permuted each by
-itself. Scores are those of jcnf.evaluate.ood: likelihood, typicality, of pictures
-complexity, and with --background ratio; an AUROC of 1 tells the sets apart, 1/2 does not. A point
-that has no density, for its solve failed, counts as the strangest, and is counted.
+Inside is the run's own test part. Outside are the files of --outside, uniform noise, and shuffled
+test data: images with shuffled pixels, or table rows with each column permuted independently. The
+scores are those of jcnf.evaluate.ood: likelihood, typicality, complexity (images only) and ratio
+(with --background). An AUROC of 1 separates the sets perfectly, and 1/2 not at all. A point without
+a density, because its solve failed, counts as the most unusual one, and the summary counts it.
 """
 
 import dataclasses
@@ -35,45 +35,45 @@ from jcnf._checks import InputError
 from jcnf.evaluate import Auroc, ood
 from jcnf.evaluate.log_prob import bits_per_dim
 
-TOLD = 0.8  # below it more than a fifth of the pairs are ranked the wrong way round
+# Below this AUROC a score does not detect a set: it ranks over a fifth of the pairs wrongly.
+MIN_AUROC = 0.8
 UNITS = {
     "likelihood": "-log p(x), nats",
     "typicality": "|log p(x) - mean of training points|, nats",
     "complexity": "-log2 P(x) - L(x), bits",
     "ratio": "log p_background(x) - log p(x), nats",
 }
-Values = dict[str, np.ndarray]  # (n,) of each set, by its name
+Values = dict[str, np.ndarray]  # name of a set: values (n,) of its points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OOD(RunSettings):
-    """A trained run, and what is to be told from its data."""
+    """A finished run, and the data to compare with its own."""
 
-    # finished run of images, density or tabular, or of nice on pictures
+    # finished run of images, density or tabular, or of nice on images
     from_run: Annotated[Path, tyro.conf.arg(name="from")]
-    # tables with the run's columns, or pictures of its size as --path of images takes them, 0
-    # (black) to 255, of which the test part is read; named by their file
+    # files of outside data: tables with the run's columns, or images of its size with values from 0
+    # (black) to 255, in the formats of --path of experiments.images (the test part is read)
     outside: tuple[Path, ...] = ()
-    # another run of the same pictures or columns, trained on perturbed data: adds the score ratio
+    # run on the same kind of images or columns but perturbed data; adds the score ratio
     background: Path | None = None
-    # points of each set, at most
+    # points in each set, at most
     count: int = 1000
-    # both tolerances of the solves: ranks need fewer digits than held-out numbers
+    # relative and absolute tolerance of the solves; ranks need fewer digits than held-out numbers
     test_tolerance: float = 1e-3
-    # where it goes; by default RUN_DIR/ood
+    # output directory (default: RUN_DIR/ood)
     out: Path | None = None
-    # seed of the noise
+    # seed of the noise and shuffling
     seed: int = 0
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         self.at_least(2, "count")
         self.reachable("test_tolerance")
 
 
 def run(settings: OOD) -> None:
-    """Score all sets, hold each against the run's own test part, draw the scores."""
+    """Score all sets, compare each with the run's own test part, and draw the scores."""
     source = settings.from_run
     model, trained = load_model(source)
     background = None
@@ -81,8 +81,8 @@ def run(settings: OOD) -> None:
         background, _ = load_model(settings.background)
         if background.form != model.form:
             raise InputError(
-                f"{settings.background} is of pictures of another size, or of other columns, than "
-                f"{source}: give a --background of the same"
+                f"--background {settings.background} does not match {source}: give a run on images "
+                "of the same size, or on the same columns"
             )
     sets = load_sets(source, model, trained, settings.outside, settings.count, settings.seed)
     out = settings.out or source / "ood"
@@ -96,8 +96,8 @@ def run(settings: OOD) -> None:
     reference = log_prob.pop("training")
     if np.isnan(reference).all():
         raise InputError(
-            f"{source} has no density at any training point: every solve failed; give another "
-            "--test-tolerance, or train it anew"
+            f"the solve of {source} failed at every training point: try another --test-tolerance, "
+            "or train the run again"
         )
     scores = scores_of(sets, log_prob, reference[~np.isnan(reference)], other)
     aurocs = aurocs_of(scores)
@@ -127,7 +127,7 @@ def run(settings: OOD) -> None:
 def log_probs(
     settings: OOD, model: PictureModel | TableModel, sets: Sets, key: Key[Array, ""]
 ) -> Values:
-    """Log-densities, nats, of each set and of "training", its reference; consumes `key`."""
+    """Log-densities, nats, of each set and of "training", the reference; consumes `key`."""
     tolerance = settings.test_tolerance
     solve = dataclasses.replace(evaluate.ACCURATE, rtol=tolerance, atol=tolerance)
     every = {"training": sets.reference, **sets.x}
@@ -143,7 +143,7 @@ def scores_of(
     reference: np.ndarray,
     background: Values | None = None,
 ) -> dict[str, Values]:
-    """Each score's values by the name of the set; infinite where there is no density."""
+    """Values of each score, by score and set; infinite where a point has no density."""
     scores: dict[str, Values] = {score: {} for score in UNITS}
     for name, x in log_prob.items():
         scores["likelihood"][name] = ood.likelihood(x)
@@ -162,7 +162,7 @@ def scores_of(
 
 
 def aurocs_of(scores: Mapping[str, Values]) -> dict[str, dict[str, Auroc]]:
-    """Each score's AUROC of every set outside against the one inside."""
+    """AUROC of each score for every outside set against the inside one, by score and set."""
     return {
         score: {
             name: evaluate.auroc(values[INSIDE], x) for name, x in values.items() if name != INSIDE
@@ -172,41 +172,41 @@ def aurocs_of(scores: Mapping[str, Values]) -> dict[str, dict[str, Auroc]]:
 
 
 def mean_of(sets: Sets, log_prob: np.ndarray) -> float:
-    """Bits a dimension of pictures, nats of rows: the mean over the points that have a density."""
+    """Mean over points with a density: bits per dimension of images, log-density (nats) of rows."""
     known = log_prob[~np.isnan(log_prob)]
     mean = float(known.mean()) if len(known) else float("nan")
     return bits_per_dim(mean, math.prod(sets.shape), sets.levels) if sets.pixels else mean
 
 
 def lost(log_prob: Values) -> list[str]:
-    """A line for each set with points that have no density."""
+    """Return a warning for each set with points that have no density."""
     return [
-        f"{np.isnan(x).sum()} of {len(x)} points of {name} have no density, for their solve "
-        "failed: they count as the strangest"
+        f"the solve failed for {np.isnan(x).sum()} of {len(x)} points of {name}: they have no "
+        "density and count as the most unusual"
         for name, x in log_prob.items()
         if np.isnan(x).any()
     ]
 
 
 def verdicts(aurocs: Mapping[str, Mapping[str, Auroc]]) -> list[str]:
-    """A line for each set that likelihood does not tell from the inside, and what does."""
+    """Return a warning for each set that likelihood does not detect, with the best other score."""
     lines = []
     for name, found in aurocs["likelihood"].items():
-        if found.value >= TOLD:
+        if found.value >= MIN_AUROC:
             continue
         others = {s: sets[name].value for s, sets in aurocs.items() if s != "likelihood"}
         best = max(others, key=lambda score: others[score])
-        remedy = f"{best} does ({others[best]:.2f})"
-        if others[best] < TOLD:
-            remedy = f"no other score does (the best is {best}, {others[best]:.2f})"
+        remedy = f"{best} can ({others[best]:.2f})"
+        if others[best] < MIN_AUROC:
+            remedy = f"no other score can (the best is {best}, {others[best]:.2f})"
         if found.value + 2 * found.stderr < 0.5:
             lines.append(
                 f"likelihood ranks {name} as MORE likely than the run's own test data (AUROC "
-                f"{found.value:.2f}): it cannot tell them; {remedy}"
+                f"{found.value:.2f}): it cannot tell them apart; {remedy}"
             )
         else:
             lines.append(
-                f"likelihood hardly tells {name} from the run's own test data (AUROC "
+                f"likelihood can hardly tell {name} from the run's own test data (AUROC "
                 f"{found.value:.2f}); {remedy}"
             )
     return lines
@@ -218,7 +218,7 @@ def print_table(
     log_prob: Values,
     aurocs: Mapping[str, Mapping[str, Auroc]],
 ) -> None:
-    """A row for each set: its points, its mean log-density, and the AUROC of each score."""
+    """Print a row for each set: its number of points, mean log-density, and AUROC by each score."""
     width = max(map(len, means))
     print(f"{'AUROC':{width}} {'points':>7} {unit:>13}" + "".join(f"{s:>16}" for s in aurocs))
     for name, mean in means.items():

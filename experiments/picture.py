@@ -1,4 +1,4 @@
-"""Learn a picture: its darkness as a density in the plane (FFJORD's img2d)."""
+"""Learn an image's darkness as a density in the plane (FFJORD's img2d)."""
 
 from pathlib import Path
 
@@ -14,37 +14,40 @@ TEXT = "jcnf"
 
 @preset
 class Picture(PlaneFit):
-    """A picture, and a flow with waves for its edges, which are dear to solve: held-out numbers are
-    by a looser tolerance and on coarser cells than a toy's."""
+    """An image, and a flow with waves for its edges.
 
-    # file of a picture (.png, .jpg, ...) to learn; by default the letters jcnf
+    Waves are expensive to solve, so held-out numbers use a looser tolerance and coarser cells than
+    those of a toy.
+    """
+
+    # image file to learn (.png, .jpg, ...; default: the letters jcnf)
     image: Path | None = None
-    # learn what is bright in place of what is dark
+    # learn the brightness instead of the darkness
     invert: bool = False
-    # pixels that a longer side is scaled down to
+    # pixels of the longer side, to which larger images are scaled down
     side: int = 200
 
     waves = 64
     test_tolerance = 1e-4
     test_points = 10_000
     cells = 100
-    margin = 1.0  # nothing is beyond the picture, where waves were not trained: 1000 evaluations
+    # Seek mass only within the image: none lies beyond, and there the waves are untrained, so that
+    # a solve takes 1000 evaluations.
+    margin = 1.0
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         if not 2 <= self.side <= LONGEST:
-            raise InputError(f"--side must be from 2 to {LONGEST} pixels")
+            raise InputError(f"--side must be from 2 to {LONGEST} pixels; got {self.side}")
         super().check()
 
     def make_density(self) -> Toy:
-        """What is learnt."""
         image = draw_text(TEXT) if self.image is None else read_picture(self.image)
         name = TEXT if self.image is None else self.image.name
         return picture(image, name, invert=self.invert, side=self.side)
 
 
 def run(settings: Picture) -> None:
-    """Train, measure on fresh points, draw the figures."""
+    """Train the flow, measure it on fresh points, and draw the figures."""
     learn_flow("picture", settings)
 
 

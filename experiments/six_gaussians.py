@@ -1,4 +1,13 @@
-"""Six Gaussians by torchdyn's continuous normalizing flow, augmented if wanted."""
+"""Learn six Gaussians by torchdyn's continuous normalizing flow, augmented or not.
+
+The network, solver, batch and weight decay are the source's. The samples are fresh at every step,
+the learning rate decays as a cosine, and training takes a fifth of its 300 epochs of 16 batches.
+
+The source's own settings: --steps 4800 --learning-rate 2e-3 --schedule constant --average 0
+--clip 1e9 --warmup 0 --adjoint backsolve; its FFJORD variant adds
+--divergence hutchinson --noise gaussian. Here --augment 1 learns a density of the extra dimension
+too (Huang et al. 2020), where the source appends zeros.
+"""
 
 from experiments._runner.cli import main
 from experiments._runner.config import preset
@@ -7,14 +16,7 @@ from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
 
 @preset
 class SixGaussians(ToySettings, PlaneFit):
-    """Six Gaussians, and a softplus network that does not know the time: the source's network,
-    solver, batch and weight decay; fresh samples, a learning rate that falls as a cosine, and a
-    fifth of its 300 epochs of 16 batches.
-
-    The source's own: --steps 4800 --learning-rate 2e-3 --schedule constant --average 0 --clip 1e9
-    --warmup 0 --adjoint backsolve; its FFJORD variant: --divergence hutchinson --noise gaussian.
-    --augment 1 augments as a density does (Huang et al. 2020), where the source appends zeros.
-    """
+    """Six Gaussians, and a softplus network without time as an input."""
 
     data = "6gaussians"
     objective = "likelihood"
@@ -35,7 +37,7 @@ class SixGaussians(ToySettings, PlaneFit):
 
 
 def run(settings: SixGaussians) -> None:
-    """Train, measure on fresh points, draw the figures."""
+    """Train the flow, measure it on fresh points, and draw the figures."""
     learn_flow("six_gaussians", settings)
 
 

@@ -1,4 +1,10 @@
-"""A neural ODE learnt from one noisy trajectory: spirals of known motion, or a table in time."""
+"""Learn a neural ODE from one noisy trajectory: a spiral of known motion, or a table of times.
+
+The data, network and Euler steps are the source's (see `jcnf.data.series`), with more windows in a
+batch and a higher learning rate, which decays as a cosine. The source's own settings:
+--batch 1 --learning-rate 5e-4 --schedule constant --warmup 0 --average 0 --clip 1e9. With
+--solver rk4 --fixed-step 0.2 a solve takes as many evaluations and has none of Euler's error.
+"""
 
 import functools
 from pathlib import Path
@@ -8,7 +14,7 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import MANY, LoopSettings, SolveSettings, preset
+from experiments._runner.config import MAX_COUNT, LoopSettings, SolveSettings, preset
 from experiments._runner.loop import fit
 from experiments._runner.run_dir import RunDir
 from experiments._runner.stages import Stage
@@ -18,49 +24,45 @@ from jcnf._checks import InputError
 from jcnf.data.series import TARGETS, Series, load_series, spiral
 from jcnf.training import checkpoint
 
-GAP = 1000.0  # in t, where velocities are of the order of 1
+# Between observations, in t, where velocities are of the order of 1.
+MAX_TIME_GAP = 1000.0
 
 
 @preset
 class Spiral(LoopSettings, SolveSettings):
-    """A series, and the field that learns to follow it: the source's data, network and Euler steps
-    (see `jcnf.data.series`); more windows in a batch and a higher rate, that falls as a cosine.
+    """A series and the field that learns to follow it."""
 
-    The source's own: --batch 1 --learning-rate 5e-4 --schedule constant --warmup 0 --average 0
-    --clip 1e9. In as many evaluations, --solver rk4 --fixed-step 0.2 has none of Euler's error.
-    """
-
-    # linear (dz/dt = W z), cubic (dz/dt = W' z^3)
+    # spiral to learn: linear (dz/dt = W z), cubic (dz/dt = W' z^3)
     target: str = "linear"
-    # a table in place of a target: a column of times, then the values, which are standardised
+    # table to learn instead of a target: a column of times, then the values (they are standardized)
     data: Path | None = None
-    # the file's time that is a unit of t; by default the velocity gets the size 1
+    # unit of t in the times of the table (default: chosen to make velocities about 1)
     time_unit: float | None = None
-    # last observations of a table that are not trained on
+    # last observations of the table to hold out from training
     held_out: int = 0
-    # observations of a target
+    # number of observations of the target
     points: int = 200
-    # standard deviation of their noise
+    # standard deviation of the noise on the observations of the target
     noise: float = 0.01
-    # observe a target at random times
+    # observe the target at random times
     irregular: bool = False
-    # length in t of the shortest windows trained on
+    # length in t of the shortest training windows
     shortest: float = 1.0
-    # and of the longest
+    # length in t of the longest training windows
     longest: float = 5.0
-    # most observations in a window
+    # observations in a window, at most
     rows: int = 32
-    # hidden widths of the mlp
+    # hidden widths of the field, an mlp
     widths: tuple[int, ...] = (16, 16)
-    # tanh, softplus, silu, elu, sine, identity, logcosh
+    # activation: tanh, softplus, silu, elu, sine, identity, logcosh
     activation: str = "elu"
-    # how time enters: ignore, concat, squash, concatsquash, hyper, blend
+    # how time enters the field: ignore, concat, squash, concatsquash, hyper, blend
     time: str = "ignore"
     # windows in a training batch
     batch: int = 32
-    # windows in L-BFGS's batch; 0 for the longest from each observation
+    # windows in the batch of L-BFGS; 0 for the longest window from each observation
     lbfgs_batch: int = 0
-    # fixed step in t; None for the tolerances
+    # fixed step in t; None to use the tolerances
     fixed_step: float | None = 0.05
 
     has_table = True
@@ -74,24 +76,25 @@ class Spiral(LoopSettings, SolveSettings):
     validate_every = 20
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(3, "points", most=MANY)
-        self.at_least(2, "rows", most=MANY)
+        self.at_least(3, "points", most=MAX_COUNT)
+        self.at_least(2, "rows", most=MAX_COUNT)
         self.at_least(0, "held_out", "noise")
         self.positive("shortest", "longest")
         self.sizes("widths")
         if self.lbfgs_steps and self.adjoint == "forward":
-            raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
+            raise InputError("L-BFGS needs reverse-mode gradients: choose another --adjoint")
         if self.time_unit is not None:
             self.positive("time_unit")
         if self.data is None and (self.held_out or self.time_unit is not None):
-            raise InputError("--held-out and --time-unit are of use with --data alone")
+            raise InputError("--held-out and --time-unit only apply to --data: leave them out")
         of_target = ("target", "points", "noise", "irregular")
         if self.data is not None and any(
             getattr(self, name) != getattr(type(self), name) for name in of_target
         ):
-            raise InputError("--data has times and values of its own: leave out those of a target")
+            raise InputError(
+                "--data replaces the target: leave out --target, --points, --noise and --irregular"
+            )
         if self.target not in TARGETS:
             raise InputError(f"unknown target '{self.target}': use one of {', '.join(TARGETS)}")
         self.check_steps(self.longest)
@@ -103,7 +106,7 @@ class Spiral(LoopSettings, SolveSettings):
             raise InputError(str(error)) from None
 
     def make_series(self) -> Series:
-        """What is learnt from."""
+        """Return the series to learn from."""
         if self.data is not None:
             return load_series(self.data, unit=self.time_unit, held_out=self.held_out)
         return spiral(
@@ -115,17 +118,15 @@ class Spiral(LoopSettings, SolveSettings):
         )
 
     def make_field(self, dim: int) -> fields.MLP:
-        """The untrained field."""
         key = jr.fold_in(jr.key(self.seed), 0)
         return fields.MLP(dim, self.widths, time=self.time, activation=self.activation, key=key)
 
     def draw_of(self, num: int | None) -> training.DrawBatch:
-        """So many windows."""
+        """Return a function that draws `num` windows, or with None the longest from each row."""
         lengths = {"shortest": self.shortest, "longest": self.longest}
-        return objectives.draw_windows(num, **lengths, rows=self.rows)
+        return objectives.sample_windows(num, **lengths, rows=self.rows)
 
     def make_stages(self) -> list[Stage]:
-        """Fitting windows, and L-BFGS where there are steps for it."""
         solve = self.make_solve()
         stage = Stage(
             functools.partial(objectives.trajectory_fit, solve=solve),
@@ -139,18 +140,17 @@ class Spiral(LoopSettings, SolveSettings):
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "mean squared error"
 
 
 def run(settings: Spiral) -> None:
-    """Train, compare with the truth, draw the trajectories as they were learnt."""
+    """Train the field, compare it with the truth, and draw the trajectories as it learned them."""
     series = settings.make_series()
     gap = float(np.max(np.diff(series.times)))
-    if not gap <= GAP:
+    if not gap <= MAX_TIME_GAP:
         raise InputError(
-            f"the widest gap in time is {gap:.3g} in units of t, too far to follow: give a larger "
-            f"--time-unit than {series.unit:.3g}"
+            f"the widest gap between times is {gap:.3g} units of t, more than {MAX_TIME_GAP:g}: "
+            f"give a larger --time-unit than {series.unit:.3g}"
         )
     settings.check_steps(max(settings.longest, gap))
     run_dir = RunDir("spiral", settings, resume=settings.resume)
@@ -179,21 +179,24 @@ def run(settings: Spiral) -> None:
     spread = root_mean_square(np.std(series.values[: learner.known], axis=0))
     metrics["r_squared"] = 1 - (metrics["fit_rmse"] / spread) ** 2
     if metrics["r_squared"] < 0.5:
-        warnings.append("no good fit: less than half of the variance is explained")
-    title = f"learnt, from the first observation: {learner.caption(curve)}"
+        warnings.append(
+            f"poor fit: the field explains less than half of the variance (R^2 is "
+            f"{metrics['r_squared']:.2f})"
+        )
+    title = f"learned, from the first observation: {learner.caption(curve)}"
     if settings.held_out:
         metrics["rmse"] = root_mean_square(held_out)
     truth = learner.truth
     if truth is not None:
         curve, stats = learner.follow(field, truth[0])
         metrics["rmse"] = root_mean_square(curve - truth)
-        title = f"learnt, from the true start: RMSE {metrics['rmse']:.3g} to the truth"
-        # By the steps trained with, whose error the field has learnt to make up for.
+        title = f"learned, from the true start: RMSE {metrics['rmse']:.3g} to the truth"
+        # Solve with the training steps too: the field has learned to make up for their error.
         as_trained, own = learner.follow(field, truth[0], settings.make_solve())
         metrics["rmse_as_trained"] = root_mean_square(as_trained - truth)
         failures += int(stats.failed.sum() + own.failed.sum())
     if failures:
-        warnings.append("a trajectory did not reach its end: its numbers are missing")
+        warnings.append("the solve of a trajectory failed, so its metrics are NaN")
     numerics = {
         "nfe": int(stats.nfe),
         "solver_failures": failures,

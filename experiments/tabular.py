@@ -1,4 +1,4 @@
-"""Held-out likelihood of a real table: the MAF suite as published, or any table."""
+"""Measure held-out likelihood on real tables: the MAF suite as published, digits, or any table."""
 
 import dataclasses
 import functools
@@ -16,23 +16,22 @@ from jcnf.data.tables import MAF_SUITE, Table, load_maf_suite
 
 DIGITS = "digits"
 PEER_BATCH = 512
-LONGEST = 100_000  # seconds
+MAX_PEER_SECONDS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tabular(Density):
-    """A table, the flow that learns it, and the spline flow it is compared with."""
+    """A table, the flow that learns it, and the spline flow to compare with."""
 
-    # digits (scikit-learn's, 8x8), or one of the MAF suite, whose raw files are in --data: power,
-    # gas, hepmass, miniboone, bsds300
+    # table to measure: digits (scikit-learn's, 8x8), or one of the MAF suite, with its raw files in
+    # the folder --data: power, gas, hepmass, miniboone, bsds300
     suite: str | None = None
-    # seconds for a neural spline flow on the same split, a peer (flowjax); 0 for none
+    # training seconds of a neural spline flow (flowjax) on the same split; 0 for none
     peer_seconds: float = 0.0
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         if self.from_run is not None:
-            raise InputError("--from is for experiments.density, which reads these runs too")
+            raise InputError("give --from to experiments.density, which reads runs of tabular too")
         known = (DIGITS, *MAF_SUITE)
         if self.suite is not None and self.suite not in known:
             raise InputError(f"unknown suite '{self.suite}': use one of {', '.join(known)}")
@@ -41,21 +40,24 @@ class Tabular(Density):
         if self.suite == DIGITS and self.data is not None:
             raise InputError("--suite digits comes with scikit-learn: leave out --data")
         super().check()
-        if not 0 <= self.peer_seconds <= LONGEST:
-            raise InputError(f"--peer-seconds must be from 0 to {LONGEST}")
+        if not 0 <= self.peer_seconds <= MAX_PEER_SECONDS:
+            raise InputError(
+                f"--peer-seconds must be from 0 to {MAX_PEER_SECONDS}; got {self.peer_seconds}"
+            )
         if self.peer_seconds:
             require_flowjax()
             if self.context:
-                raise InputError("the spline flow takes no context: leave out --peer-seconds")
-        if self.suite is not None and (self.drop or self.dequantise):
-            raise InputError("--suite has a preprocessing of its own: leave --drop, --dequantise")
+                raise InputError(
+                    "--peer-seconds trains a spline flow, which takes no context: leave it out, or "
+                    "leave out --context"
+                )
+        if self.suite is not None and (self.drop or self.dequantize):
+            raise InputError("--suite has its own preprocessing: leave out --drop and --dequantize")
 
     def needs_data(self) -> bool:
-        """Whether a table has to be named."""
         return self.suite != DIGITS
 
     def load(self) -> Table:
-        """The table, in its three parts."""
         if self.suite == DIGITS:
             return load_digits_table()
         if self.suite is None:
@@ -65,14 +67,14 @@ class Tabular(Density):
 
 
 def run(settings: Tabular) -> None:
-    """Train, measure; then the peer."""
+    """Train and measure the flow, then the spline flow if asked for."""
     table = settings.load()
     peers = functools.partial(peer, settings, table) if settings.peer_seconds else dict
     density.train_and_measure("tabular", settings, table, peers)
 
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:
-    """Test NLL, nats, of a neural spline flow on the table, and what it took."""
+    """Train a neural spline flow on the table; return its test NLL (nats), time and size."""
     rows, val, test = (jnp.asarray(part, float) for part in (table.train, table.val, table.test))
     trained = train_spline_flow(
         training.draw_rows(PEER_BATCH),

@@ -1,4 +1,4 @@
-"""Learn a density in the plane: the eight toy sets of FFJORD, and more."""
+"""Learn a toy density in the plane: the eight of FFJORD, and more."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ class Toy2D(ToySettings, PlaneFit):
 
 
 def run(settings: Toy2D) -> None:
-    """Train, measure on fresh points, draw the figures."""
+    """Train the flow, measure it on fresh points, and draw the figures."""
     learn_flow("toy2d", settings)
 
 

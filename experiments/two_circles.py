@@ -1,4 +1,9 @@
-"""Two circles by the planar continuous flow of Chen et al. (2018), as in torchdiffeq's example."""
+"""Learn two circles by the planar CNF of Chen et al. (2018), as in torchdiffeq's example.
+
+The settings are the source's but for the learning rate, the tolerances and the regularizer, without
+which the flow becomes stiff. The source's own settings: --learning-rate 1e-3 --schedule constant
+--average 0 --rtol 1e-5 --atol 1e-5 --clip 1e9 --regularizers
+"""
 
 from experiments._runner.cli import main
 from experiments._runner.config import preset
@@ -7,12 +12,7 @@ from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
 
 @preset
 class TwoCircles(ToySettings, PlaneFit):
-    """Two circles, and the planar flow with a gated hypernet: the source's settings, but for the
-    learning rate, the tolerance and the penalty, without which paths become stiff.
-
-    The source's own: --learning-rate 1e-3 --schedule constant --average 0 --rtol 1e-5 --atol 1e-5
-    --clip 1e9 --penalties
-    """
+    """Two circles, and the planar flow with a gated hypernet that learns them."""
 
     data = "2circles"
     objective = "likelihood"
@@ -22,7 +22,7 @@ class TwoCircles(ToySettings, PlaneFit):
     t1 = 10.0
     rtol = 1e-4
     atol = 1e-4
-    penalties = (("kinetic", 0.01),)
+    regularizers = (("kinetic", 0.01),)
     batch = 512
     steps = 1000
     learning_rate = 3e-2
@@ -32,7 +32,7 @@ class TwoCircles(ToySettings, PlaneFit):
 
 
 def run(settings: TwoCircles) -> None:
-    """Train, measure on fresh points, draw the figures."""
+    """Train the flow, measure it on fresh points, and draw the figures."""
     learn_flow("two_circles", settings)
 
 

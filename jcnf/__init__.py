@@ -1,5 +1,7 @@
 """jcnf: continuous normalizing flows in JAX, as pure functions over Equinox modules."""
 
+from importlib.metadata import version
+
 from jcnf import distributions as distributions
 from jcnf import fields as fields
 from jcnf import objectives as objectives
@@ -24,3 +26,6 @@ from jcnf.objectives import couplings as couplings
 from jcnf.objectives import paths as paths
 from jcnf.objectives import times as times
 from jcnf.ode import Solve as Solve
+from jcnf.training import fit as fit
+
+__version__ = version("jcnf")

@@ -13,11 +13,11 @@ class InputError(ValueError):
     """Bad input from a person: a file, a setting, a run directory.
 
     Its message is one line that says what was found, where, and what to do. The experiments print
-    it and exit with code 2; in Python it is an ordinary `ValueError`.
+    the message and exit with code 2; in Python it is an ordinary `ValueError`.
     """
 
 
-SHOWN_ROWS = 3  # of those that an error counts, how many it names
+MAX_LISTED_ROWS = 3
 
 _IN_WORDS = {
     "(0, inf)": "positive and finite",
@@ -27,7 +27,7 @@ _IN_WORDS = {
 
 
 def check_int(lowest: int = 1, highest: int | None = None, **given: Any) -> None:
-    """Whole numbers from `lowest` to `highest`; True is none."""
+    """Check for whole numbers from `lowest` to `highest`; a bool is not one."""
     upto = "" if highest is None else f" and at most {highest}"
     for name, value in given.items():
         if not _is_whole(value) or value < lowest or (highest is not None and value > highest):
@@ -37,7 +37,7 @@ def check_int(lowest: int = 1, highest: int | None = None, **given: Any) -> None
 
 
 def check_ints(lowest: int = 1, **given: Any) -> None:
-    """Sequences of whole numbers from `lowest` on; they may be empty."""
+    """Check for sequences of whole numbers, each at least `lowest`; they may be empty."""
     for name, values in given.items():
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise ValueError(f"{name} must be a tuple of whole numbers; got {name}={values!r}")
@@ -48,7 +48,7 @@ def check_ints(lowest: int = 1, **given: Any) -> None:
 
 
 def check_number(interval: str, **given: Any) -> None:
-    """Real numbers in an interval, as "[0, 1)"; True is none, nor is an array but a scalar one."""
+    """Check for real scalars in an interval such as "[0, 1)"; a bool is not one. Skips tracers."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     for name, value in given.items():
         if isinstance(value, Tracer):
@@ -65,39 +65,39 @@ def check_number(interval: str, **given: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """A single typed key."""
-    dtype, check_shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    """Check for a single typed key."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        got = repr(key) if dtype is None else f"{dtype} of shape {check_shape}"
-        raise ValueError(f"expected a typed key; got {got}: make one by jax.random.key(seed)")
-    if check_shape != ():
-        raise ValueError(f"expected one key; got keys of shape {check_shape}: take one of them")
+        got = repr(key) if dtype is None else f"{dtype} of shape {shape}"
+        raise ValueError(f"expected a typed key; got {got}: make one with jax.random.key(seed)")
+    if shape != ():
+        raise ValueError(f"expected one key; got keys of shape {shape}: pass one of them")
 
 
 def check_instance(kind: type | tuple[type, ...], hint: str, **given: Any) -> None:
-    """Instances of `kind`; `hint` says which there are."""
+    """Check for instances of `kind`, which `hint` describes."""
     for name, value in given.items():
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be {hint}; got {_shown(value)}")
 
 
 def check_callable(hint: str, **given: Any) -> None:
-    """Functions, or instances that can be called: no classes and no names of any."""
+    """Check for functions or callable instances, not classes or names; `hint` describes them."""
     for name, value in given.items():
         if not callable(value) or isinstance(value, type):
             raise ValueError(f"{name} must be {hint}; got {_shown(value)}")
 
 
 def check_field(field: Any) -> None:
-    """A velocity field: something to call, with an integer `dim`."""
-    hint = "an instance, field(t, x, context) of one sample with an integer dim"
-    check_callable(hint, field=check_field)
-    if not _is_whole(getattr(check_field, "dim", None)):
-        raise ValueError(f"field must be {hint}; got {_shown(check_field)}")
+    """Check for a velocity field, a callable with an integer `dim`."""
+    hint = "a callable field(t, x, context) of one sample, with an integer dim"
+    check_callable(hint, field=field)
+    if not _is_whole(getattr(field, "dim", None)):
+        raise ValueError(f"field must be {hint}; got {_shown(field)}")
 
 
 def check_finite(**given: Any) -> None:
-    """Arrays without NaN and infinities, where they are concrete; names the first bad rows."""
+    """Check for arrays without NaN or inf, and name the first bad rows. Skips None and tracers."""
     for name, values in given.items():
         if values is None or isinstance(values, Tracer):
             continue
@@ -113,13 +113,13 @@ def check_finite(**given: Any) -> None:
 
 def list_rows(some: np.ndarray, number: int, unit: str = "rows") -> str:
     """Describe some of `number` indices, as "3 of 500 rows (first: 12, 77, 140)"."""
-    first = ", ".join(str(index) for index in some[:SHOWN_ROWS])
-    more = ", ..." if len(some) > SHOWN_ROWS else ""
-    return f"{len(some)} of {check_number} {unit} (first: {first}{more})"
+    first = ", ".join(str(index) for index in some[:MAX_LISTED_ROWS])
+    more = ", ..." if len(some) > MAX_LISTED_ROWS else ""
+    return f"{len(some)} of {number} {unit} (first: {first}{more})"
 
 
 def check_floats(length: int, **given: Any) -> None:
-    """Vectors of so many floating-point numbers, traced ones too; their values may be any."""
+    """Check for vectors of `length` floating-point numbers of any value; they may be traced."""
     for name, values in given.items():
         is_array = isinstance(values, jax.Array | np.ndarray)
         if is_array and jnp.issubdtype(values.dtype, jnp.floating) and values.shape == (length,):
@@ -129,7 +129,7 @@ def check_floats(length: int, **given: Any) -> None:
 
 
 def check_shape(what: str, given: Any) -> None:
-    """Height, width and channels of a picture."""
+    """Check for the height, width and channels of an image."""
     if not isinstance(given, Sequence) or len(given) != 3:
         raise ValueError(f"{what} must be (height, width, channels); got {given!r}")
     check_ints(1, **{what: given})

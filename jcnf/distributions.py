@@ -1,7 +1,7 @@
-"""Base distributions: arrays in a module, a distrax distribution built from them when asked.
+"""Base distributions: modules of arrays that build a distrax distribution when asked.
 
-distrax is imported when used, for it brings TensorFlow Probability along. A distrax object is never
-stored: inside an Equinox module it would break `eqx.filter`.
+distrax is imported only when used, because it imports TensorFlow Probability. No module stores a
+distrax object: it would break `eqx.filter`.
 """
 
 from abc import abstractmethod
@@ -17,29 +17,29 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_finite, check_int, check_key
 
 
-class Base(eqx.Module):
-    """A distribution over (dim,) vectors. Subclass it and give `distribution`.
+class BaseDistribution(eqx.Module):
+    """A distribution over vectors of shape (dim,). Subclass it and define `distribution`.
 
-    A base is not trained: `jcnf.training.loop` leaves its arrays as they are.
+    A base is not trained: `jcnf.training.loop` leaves its arrays unchanged.
     """
 
     dim: eqx.AbstractVar[int]
 
     @abstractmethod
     def distribution(self, dtype=None) -> Any:
-        """The distrax distribution, event shape (dim,), computing in `dtype`."""
+        """Return the distrax distribution with event shape (dim,) that computes in `dtype`."""
 
     def log_prob(self, z: Float[Array, "batch dim"]) -> Float[Array, " batch"]:
-        """Log-density in nats, per sample."""
+        """Return the log-density of each sample, in nats."""
         with _rank_promotion():
             return self.distribution(z.dtype).log_prob(z)
 
     def sample(
         self, key: Key[Array, ""], num_samples: int, dtype=None
     ) -> Float[Array, "num_samples dim"]:
-        """Independent draws; consumes `key`.
+        """Draw independent samples; consumes `key`.
 
-        **Raises:** `ValueError` for fewer than 1 sample, and for what is no key.
+        **Raises:** `ValueError` if `num_samples` is below 1 or `key` is not a single typed key.
         """
         check_key(key)
         check_int(num_samples=num_samples)
@@ -48,19 +48,19 @@ class Base(eqx.Module):
 
 
 def _rank_promotion():
-    # distrax broadcasts (batch, dim) with (dim,), even where people have made that an error.
+    # distrax broadcasts (batch, dim) with (dim,), which jax may be configured to refuse.
     return jax.numpy_rank_promotion("allow")
 
 
 def _independent(family, loc, scale):
     import distrax
 
-    # Independent(Normal), not MultivariateNormalDiag: a fresh one of those retraces each call.
+    # Independent(Normal), because every new MultivariateNormalDiag object is traced again.
     return distrax.Independent(getattr(distrax, family)(loc, scale), 1)
 
 
-class StandardNormal(Base):
-    """N(0, I)."""
+class StandardNormal(BaseDistribution):
+    """The standard normal distribution N(0, I)."""
 
     dim: int = eqx.field(static=True)
 
@@ -68,12 +68,15 @@ class StandardNormal(Base):
         check_int(dim=self.dim)
 
     def distribution(self, dtype=None):
-        """Independent normals."""
         return _independent("Normal", jnp.zeros(self.dim, dtype), jnp.ones(self.dim, dtype))
 
 
-class ScaledNormal(Base):
-    """N(loc, diag(scale^2)); `loc` and `scale` broadcast to (dim,)."""
+class ScaledNormal(BaseDistribution):
+    """The normal distribution N(loc, diag(scale^2)); `loc` and `scale` broadcast to (dim,).
+
+    **Raises:** `ValueError` if `loc` or `scale` does not broadcast or is not finite, or if `scale`
+    is not positive.
+    """
 
     loc: Float[Array, " dim"]
     scale: Float[Array, " dim"]
@@ -83,7 +86,9 @@ class ScaledNormal(Base):
         check_int(dim=dim)
         for name, value in (("loc", loc), ("scale", scale)):
             if jnp.shape(value) not in ((), (1,), (dim,)):
-                raise ValueError(f"expected {name} of shape ({dim},); got {jnp.shape(value)}")
+                raise ValueError(
+                    f"expected {name} to be a scalar or of shape ({dim},); got {jnp.shape(value)}"
+                )
         self.dim = dim
         self.loc = jnp.broadcast_to(jnp.asarray(loc, float), (dim,))
         self.scale = jnp.broadcast_to(jnp.asarray(scale, float), (dim,))
@@ -92,12 +97,14 @@ class ScaledNormal(Base):
             raise ValueError(f"scale must be positive; got {scale}")
 
     def distribution(self, dtype=None):
-        """Independent normals."""
         return _independent("Normal", self.loc.astype(dtype), self.scale.astype(dtype))
 
 
-class Logistic(Base):
-    """Independent standard logistics: log p = -sum_i [log(1 + e^z_i) + log(1 + e^-z_i)]."""
+class Logistic(BaseDistribution):
+    """Independent standard logistic components.
+
+    log p = -sum_i [log(1 + e^z_i) + log(1 + e^-z_i)].
+    """
 
     dim: int = eqx.field(static=True)
 
@@ -105,11 +112,10 @@ class Logistic(Base):
         check_int(dim=self.dim)
 
     def distribution(self, dtype=None):
-        """Independent logistics."""
         return _independent("Logistic", jnp.zeros(self.dim, dtype), jnp.ones(self.dim, dtype))
 
 
-BASES: dict[str, type[Base]] = {
+BASES: dict[str, type[BaseDistribution]] = {
     "normal": StandardNormal,
     "logistic": Logistic,
 }

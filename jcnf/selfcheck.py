@@ -1,7 +1,7 @@
 """Check jcnf against known answers on this machine: `python -m jcnf.selfcheck`.
 
-Compilers and devices are sometimes wrong silently, and only for some shapes. Each check computes
-something whose value is known, at the compile options of this process, and prints one line. The
+Compilers and devices are sometimes silently wrong, and only for some shapes. Each check computes
+something whose value is known, with the compile options of this process, and prints one line. The
 exit code is 1 if any check fails.
 """
 
@@ -26,42 +26,40 @@ from jcnf.divergence import ForwardMode
 from jcnf.flows import CNF, log_prob, sample
 from jcnf.ode import Solve
 
-SHAPES = (10_000, 2), (20_000, 3), (8192, 8)  # of batches: jaxlib 0.10.2 gets each of them wrong
-ROWS = max(batch for batch, _ in SHAPES)
+BATCH_SHAPES = (10_000, 2), (20_000, 3), (8192, 8)  # jaxlib 0.10.2 is wrong for each of them
+ROWS = max(batch for batch, _ in BATCH_SHAPES)
 MATRIX = np.array([[0.7, -0.9], [0.0, -0.3]])  # upper triangular: its exponential is elementary
 
 
 class Linear(eqx.Module):
-    """v = A x, div v = tr A: it carries the standard normal to N(0, e^A e^A')."""
+    """Field v = A x with div v = tr A, which carries the standard normal to N(0, e^A e^A')."""
 
     matrix: Float[Array, "dim dim"]
     dim: int = eqx.field(static=True, default=2)
 
     def __call__(self, t, x, context=None):
-        """Return A x of one sample."""
         return self.matrix.astype(x.dtype) @ x
 
 
 class Normalizing(eqx.Module):
-    """v = x / sqrt(1 + |x|^2), whose divergence is d / r - |x|^2 / r^3 with r the root."""
+    """Field v = x / r with r = sqrt(1 + |x|^2), whose divergence is d / r - |x|^2 / r^3."""
 
     dim: int = eqx.field(static=True)
 
     def __call__(self, t, x, context=None):
-        """Return the velocity of one sample."""
         return x / jnp.sqrt(1 + jnp.sum(x**2))
 
 
 class Outcome(NamedTuple):
-    """What a check found."""
+    """Result of a check."""
 
     error: float
-    bound: float  # largest error of a sound machine
+    bound: float  # largest error on a sound machine
     what: str
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within its bound; NaN is not."""
+        """Return whether the error is within its bound; NaN is not."""
         return self.error <= self.bound
 
 
@@ -69,7 +67,7 @@ def rows_of_a_divergence() -> Outcome:
     """Compare the divergence of a normalizing field with its closed form, in float32."""
     bound, worst, wrong, rng = 1e-4, [], "", np.random.default_rng(0)
     program = jax.jit(jax.vmap(_divergence, in_axes=(None, 0)), static_argnums=0)
-    for batch, dim in SHAPES:
+    for batch, dim in BATCH_SHAPES:
         x = rng.normal(size=(batch, dim)).astype(np.float32)
         square = np.sum(x.astype(float) ** 2, axis=1)
         known = dim / np.sqrt(1 + square) - square / (1 + square) ** 1.5
@@ -167,7 +165,7 @@ CHECKS: tuple[Callable[[], Outcome], ...] = (
 
 
 def run() -> bool:
-    """Print one line for each check, as it ends; return whether all passed."""
+    """Print a line as each check ends; return whether all passed."""
     [device, *_] = devices = jax.devices()
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("jax", "jaxlib", "equinox", "diffrax")
@@ -179,13 +177,13 @@ def run() -> bool:
             found = check()
             passed.append(found.passed)
             text = f"{found.what}: error {found.error:.1e}, at most {found.bound:.0e} expected"
-        except Exception as error:  # whatever it is, the other checks are still of use
+        except Exception as error:  # whatever the error is, the other checks are still useful
             passed.append(False)
             reason = (str(error).splitlines() or [""])[0]
             text = f"{check.__name__}: {type(error).__name__}: {reason}"
         print(f"{'ok  ' if passed[-1] else 'FAIL'}  {text}", flush=True)
     if not all(passed):
-        print("Do not trust results of this machine, device and versions: try another jaxlib.")
+        print("Do not trust results from this machine, device and versions: try another jaxlib.")
     return all(passed)
 
 

@@ -1,9 +1,9 @@
-"""Several devices, of one process or of many: an ambient mesh with one axis, the batch.
+"""Several devices, in one process or many: an ambient mesh with one axis, the batch.
 
-Under `with jax.set_mesh(parallel.make_mesh()):` every array is on every device but for batches,
-which are split among them. XLA partitions the programs (one ODE for the whole batch stays one: its
-error norm becomes a sum over the devices), so that numbers of devices agree but for rounding.
-Outside a mesh the functions here do nothing, and programs are what they would be without them.
+Under `with jax.set_mesh(jcnf.sharding.make_mesh()):` batches are split among the devices, and every
+other array is on every device. XLA partitions the programs, and the ODE of a batch remains one ODE:
+its error norm becomes a sum over the devices. Results therefore do not depend on the number of
+devices, up to rounding. Outside a mesh, the functions here do nothing.
 """
 
 import os
@@ -23,13 +23,14 @@ from jcnf._checks import InputError
 AXIS = "batch"
 
 
-def join() -> None:
-    """Join the processes that the environment names, before anything touches a device.
+def initialize() -> None:
+    """Join this process to the others that the environment names.
 
-    `JAX_COORDINATOR_ADDRESS` (host:port of the first process) asks for it; `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` (from 0) are found out by `jax.distributed` where a cluster's scheduler tells.
+    Call it before anything touches a device. It does nothing unless `JAX_COORDINATOR_ADDRESS`, the
+    host:port of the first process, is set. On a cluster whose scheduler is known to
+    `jax.distributed`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) may be left unset.
 
-    **Raises:** `InputError` where they are missing, or make no sense.
+    **Raises:** `InputError` if a variable is missing or invalid.
     """
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return
@@ -48,9 +49,11 @@ def join() -> None:
 
 
 def make_mesh(devices: int = 0) -> Mesh:
-    """A mesh for `jax.set_mesh`: so many devices, as many of every process; 0 for all there are.
+    """Return a mesh of `devices` devices, or of all with 0, for `jax.set_mesh`.
 
-    **Raises:** `ValueError` for more than there are, or a number that the processes cannot share.
+    Every process contributes the same number.
+
+    **Raises:** `ValueError` if there are fewer devices, or the processes cannot share them evenly.
     """
     of_process: dict[int, list] = {}
     for device in jax.devices():
@@ -58,67 +61,72 @@ def make_mesh(devices: int = 0) -> Mesh:
     processes, there = len(of_process), min(map(len, of_process.values()))
     each, rest = divmod(devices or processes * there, processes)
     if rest or not 0 < each <= there:
-        among = f" in {processes} processes, which need as many each" if processes > 1 else ""
+        among = f" in {processes} processes, the same number in each" if processes > 1 else ""
         raise ValueError(f"expected 1 to {processes * there} devices{among}; got {devices}")
     chosen = [device for own in of_process.values() for device in own[:each]]
     return Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def devices() -> int:
-    """How many share a batch: 1 outside a mesh.
+def num_devices() -> int:
+    """Return the number of devices that share a batch, 1 outside a mesh.
 
-    **Raises:** `ValueError` in a mesh where XLA may not choose how arrays are split.
+    **Raises:** `ValueError` in a mesh whose batch axis is not of type Auto, in which XLA chooses
+    how arrays are split.
     """
     mesh = get_abstract_mesh()
     if AXIS in mesh.explicit_axes:
-        raise ValueError("the mesh's axis 'batch' must be of type Auto: see parallel.make_mesh")
+        raise ValueError(
+            "expected the mesh's axis 'batch' to be of type Auto; got Explicit: make the mesh by "
+            "jcnf.sharding.make_mesh"
+        )
     return mesh.shape[AXIS] if AXIS in mesh.auto_axes else 1
 
 
-def split(batch: PyTree) -> PyTree:
-    """Arrays with the batch as their first axis, or as `batch.batch_axis`, split among the devices.
+def shard(batch: PyTree) -> PyTree:
+    """Split the arrays of `batch` among the devices along `batch.batch_axis`, by default axis 0.
 
-    **Raises:** `InputError` for a batch that the devices do not divide.
+    **Raises:** `InputError` if the batch size is not a multiple of the number of devices.
     """
-    number, axis = devices(), getattr(batch, "batch_axis", 0)
+    number, axis = num_devices(), getattr(batch, "batch_axis", 0)
     if number == 1:
         return batch
     sizes = {leaf.shape[axis] for leaf in jax.tree.leaves(batch)}
     if any(size % number for size in sizes):
         raise InputError(
-            f"{number} devices cannot share a batch of {max(sizes)} evenly: make it a multiple"
+            f"expected a batch size that is a multiple of the {number} devices; got {max(sizes)}"
         )
     return _placed(batch, PartitionSpec(*[None] * axis, AXIS))
 
 
-def split_where_even(batch: PyTree) -> PyTree:
-    """The same of a batch that they divide; any other is on every device."""
+def shard_if_even(batch: PyTree) -> PyTree:
+    """Split `batch` along axis 0 if the devices can share it evenly; otherwise return it as is."""
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-    return batch if any(size % devices() for size in sizes) else split(batch)
+    return batch if any(size % num_devices() for size in sizes) else shard(batch)
 
 
-def everywhere(tree: PyTree) -> PyTree:
-    """Arrays, random keys too, whole on every device."""
-    return tree if devices() == 1 else _placed(tree, PartitionSpec())
+def replicate(tree: PyTree) -> PyTree:
+    """Copy all arrays, including random keys, to every device."""
+    return tree if num_devices() == 1 else _placed(tree, PartitionSpec())
 
 
+# Jitted so that it also accepts arrays that were made outside the mesh.
 @partial(jax.jit, static_argnums=1, inline=True)
-def _placed(tree, spec):  # jitted, for arrays that were made outside the mesh
+def _placed(tree, spec):
     return jax.lax.with_sharding_constraint(tree, spec)
 
 
-def on_host(tree: PyTree) -> PyTree:
-    """Whole numpy arrays, in every process."""
-    return jax.device_get(everywhere(tree))
+def to_host(tree: PyTree) -> PyTree:
+    """Return the whole arrays as numpy arrays, in every process."""
+    return jax.device_get(replicate(tree))
 
 
-def first(function: Callable[[], Any]) -> Any:
-    """What `function` gives in the first process, where alone it is called, in all processes.
+def on_process_zero(function: Callable[[], Any]) -> Any:
+    """Call `function` in the first process only, and return its result in all processes.
 
-    It goes from one to the others pickled.
+    The result is sent to the others pickled.
 
-    **Raises:** in all of them the `InputError` or `OSError` that it raises; where it raises another
-    error, that one in the first and `RuntimeError` in the others.
+    **Raises:** in all processes, an `InputError` or `OSError` that `function` raises; any other
+    error in the first process, and a `RuntimeError` in the others.
     """
     if jax.process_count() == 1:
         return function()
@@ -136,8 +144,8 @@ def first(function: Callable[[], Any]) -> Any:
     return value
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process."""
+def any_process(flag: bool) -> bool:
+    """Return whether `flag` is true in any process."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -70,7 +70,7 @@ def draw(key, _):
 
 
 def make_run(flow=FLOW, objective=objectives.likelihood, draw=draw, optimizer=OPTIMIZER, **more):
-    return lambda: training.make_run(flow, objective, draw, optimizer, **more)
+    return lambda: training.make_train_loop(flow, objective, draw, optimizer, **more)
 
 
 def langevin(x=X, known=KNOWN, key=KEY, **settings):
@@ -175,13 +175,13 @@ FLOWS = {
     ),
     "log_prob: a tolerance beyond float64": (
         of(jcnf.log_prob, FLOW, X, solve=Solve(rtol=1e-17, atol=1e-17)),
-        ["tolerance", "float64"],
+        ["rtol and atol", "float64", "got 1e-17"],
     ),
     "transform: a tolerance beyond float32": (
         lambda: jcnf.transform(
             evaluate_in_float32(FLOW), X.astype(jnp.float32), solve=Solve(rtol=1e-9, atol=1e-9)
         ),
-        ["tolerance 1e-09", "float32", "--x64"],
+        ["got 1e-09", "float32", "JAX_ENABLE_X64=1"],
     ),
     "transform: unknown direction": (
         of(jcnf.transform, FLOW, X, direction="forward"),
@@ -197,7 +197,7 @@ FLOWS = {
     ),
     "transform: a regularizer twice": (
         of(jcnf.transform, FLOW, X, regularizers=(regularizers.kinetic,) * 2),
-        ["names of their own"],
+        ["distinct names"],
     ),
     "transform: products of none": (
         of(jcnf.transform, FLOW, X, regularizers=(regularizers.jacobian,)),
@@ -259,7 +259,7 @@ FLOWS = {
     "CNF: t1 a string": (of(CNF, FLOW.field, FLOW.base, "1"), ["t1", "'1'"]),
     "CNF: t1 a bool": (of(CNF, FLOW.field, FLOW.base, True), ["t1", "True"]),
     "ODE: a number": (of(flows.ODE, 3), ["field", "3"]),
-    "Chain: no parts": (of(Chain, [], StandardNormal(2)), ["needs parts"]),
+    "Chain: no parts": (of(Chain, [], StandardNormal(2)), ["at least one part"]),
     "Chain: fields": (of(Chain, [FLOW.field], StandardNormal(2)), ["ODE(field)"]),
     "Chain: classes": (of(Chain, [CNF], StandardNormal(2)), ["Bijection"]),
     "Chain: two contexts": (
@@ -292,7 +292,7 @@ FLOWS = {
     "Logit: a string": (of(flows.Logit, "0.1"), ["alpha"]),
     "Squeeze: odd": (of(flows.Squeeze, (3, 4, 1)), ["even"]),
     "Squeeze: nothing": (of(flows.Squeeze, (0, 4, 1)), ["shape"]),
-    "OnChannels: all": (of(flows.OnChannels, FLOW, (2, 2, 1), 1), ["channels"]),
+    "OnChannels: all": (of(flows.ChannelSplit, FLOW, (2, 2, 1), 1), ["channels"]),
     "NICE: one dimension": (of(NICE, 1, key=KEY), ["dim", "2"]),
     "NICE: no couplings": (of(NICE, 2, couplings=0, key=KEY), ["couplings"]),
     "NICE: half a coupling": (of(NICE, 2, couplings=1.5, key=KEY), ["couplings", "1.5"]),
@@ -441,12 +441,12 @@ SETTINGS = {
     "Cast: whole numbers": (of(fields.Cast, FLOW.field, int), ["floating dtype"]),
     "Cast: unknown": (of(fields.Cast, FLOW.field, "float12"), ["floating dtype", "float12"]),
     "Cast: a class": (of(fields.Cast, fields.MLP, "bfloat16"), ["field", "instance"]),
-    "Residual: no field": (of(fields.Residual, 3), ["field", "3"]),
-    "TimeChange: rate 0": (of(fields.TimeChange, FLOW.field, 0.0), ["rate"]),
-    "TimeChange: rate NaN": (of(fields.TimeChange, FLOW.field, np.nan), ["rate"]),
-    "TimeChange: rate 'fast'": (of(fields.TimeChange, FLOW.field, "fast"), ["rate"]),
-    "TimeChange: start NaN": (of(fields.TimeChange, FLOW.field, 1.0, np.nan), ["start"]),
-    "Mixture: none": (of(fields.Mixture, [], key=KEY), ["needs fields"]),
+    "Residual: no field": (of(fields.MinusIdentity, 3), ["field", "3"]),
+    "TimeChange: rate 0": (of(fields.TimeRescaling, FLOW.field, 0.0), ["rate"]),
+    "TimeChange: rate NaN": (of(fields.TimeRescaling, FLOW.field, np.nan), ["rate"]),
+    "TimeChange: rate 'fast'": (of(fields.TimeRescaling, FLOW.field, "fast"), ["rate"]),
+    "TimeChange: start NaN": (of(fields.TimeRescaling, FLOW.field, 1.0, np.nan), ["start"]),
+    "Mixture: none": (of(fields.Mixture, [], key=KEY), ["at least one field"]),
     "Mixture: two dims": (of(fields.Mixture, [FLOW.field, WIDE.field], key=KEY), ["one dim"]),
     "Mixture: classes": (of(fields.Mixture, [fields.MLP], key=KEY), ["field", "instance"]),
     "Guided: NaN": (of(fields.Guided, GIVEN.field, np.nan), ["scale", "finite"]),
@@ -465,15 +465,15 @@ SETTINGS = {
     "VariancePreserving: end 0": (of(paths.VariancePreserving, end=0.0), ["end"]),
     "Stochastic: negative": (of(paths.Stochastic, -1.0), ["sigma"]),
     "Stochastic: no path": (of(paths.Stochastic, 0.1, "linear"), ["path", "'linear'"]),
-    "times: none": (of(times.late, KEY, 0), ["num", "0"]),
+    "times: none": (of(times.data_biased, KEY, 0), ["num", "0"]),
     "times: a seed": (of(times.uniform, 0, 4), ["key", "jax.random.key"]),
-    "times: half": (of(times.lattice, KEY, 2.5), ["num", "2.5"]),
-    "coupling: group 1": (of(couplings.Exact, 1), ["group"]),
-    "coupling: group 2.5": (of(couplings.Exact, 2.5), ["group", "2.5"]),
-    "coupling: weight NaN": (of(couplings.Exact, 8, np.nan), ["context_weight"]),
-    "Sinkhorn: epsilon 0": (of(couplings.Sinkhorn, epsilon=0.0), ["epsilon"]),
-    "Sinkhorn: epsilon NaN": (of(couplings.Sinkhorn, epsilon=np.nan), ["epsilon"]),
-    "Sinkhorn: iterations 0": (of(couplings.Sinkhorn, iterations=0), ["iteration"]),
+    "times: half": (of(times.stratified, KEY, 2.5), ["num", "2.5"]),
+    "coupling: group 1": (of(couplings.ExactOT, 1), ["group"]),
+    "coupling: group 2.5": (of(couplings.ExactOT, 2.5), ["group", "2.5"]),
+    "coupling: weight NaN": (of(couplings.ExactOT, 8, np.nan), ["context_weight"]),
+    "Sinkhorn: epsilon 0": (of(couplings.SinkhornOT, epsilon=0.0), ["epsilon"]),
+    "Sinkhorn: epsilon NaN": (of(couplings.SinkhornOT, epsilon=np.nan), ["epsilon"]),
+    "Sinkhorn: iterations 0": (of(couplings.SinkhornOT, iterations=0), ["iteration"]),
 }
 
 TRAINING = {
@@ -489,7 +489,7 @@ TRAINING = {
         ["path", "'linear'", "jcnf.objectives.paths"],
     ),
     "flow_matching: a coupling's class": (
-        of(objectives.flow_matching, FLOW, X, KEY, coupling=couplings.Exact),
+        of(objectives.flow_matching, FLOW, X, KEY, coupling=couplings.ExactOT),
         ["coupling", "Exact"],
     ),
     "flow_matching: a time": (
@@ -498,7 +498,7 @@ TRAINING = {
     ),
     "flow_matching: a path of another shape": (
         of(objectives.flow_matching, FLOW, X, KEY, path=lambda s, x0, x1, z: x1[:1] * s),
-        ["the path", "(3, 2)"],
+        ["path must return", "(3, 2)"],
     ),
     "flow_matching: a coupling of pairs": (
         of(objectives.flow_matching, FLOW, X, KEY, coupling=lambda *a: jnp.ones(2, int)),
@@ -517,7 +517,7 @@ TRAINING = {
         ["drop_context", "nan"],
     ),
     "rectified: no pairs": (of(objectives.rectified, FLOW, X, KEY), ["pairs"]),
-    "rectified: unequal": (of(objectives.rectified, FLOW, (X, X[:2]), KEY), ["one shape"]),
+    "rectified: unequal": (of(objectives.rectified, FLOW, (X, X[:2]), KEY), ["the same shape"]),
     "likelihood: steer beyond": (
         of(objectives.likelihood, FLOW, X, KEY, steer=1.0),
         ["steer", "[0, 1.0)"],
@@ -531,32 +531,32 @@ TRAINING = {
         ["steer", "key"],
     ),
     "likelihood: a penalty's name": (
-        of(objectives.likelihood, FLOW, X, KEY, penalties={"kinetic": 0.1}),
+        of(objectives.likelihood, FLOW, X, KEY, regularizers={"kinetic": 0.1}),
         ["functions", "kinetic"],
     ),
-    "likelihood: penalties without weights": (
-        of(objectives.likelihood, FLOW, X, KEY, penalties=(regularizers.kinetic,)),
-        ["penalties", "weight"],
+    "likelihood: regularizers without weights": (
+        of(objectives.likelihood, FLOW, X, KEY, regularizers=(regularizers.kinetic,)),
+        ["regularizers", "weight"],
     ),
     "likelihood: a negative weight": (
-        of(objectives.likelihood, FLOW, X, KEY, penalties={regularizers.kinetic: -1.0}),
+        of(objectives.likelihood, FLOW, X, KEY, regularizers={regularizers.kinetic: -1.0}),
         ["weight", "kinetic", "-1"],
     ),
     "likelihood: a NaN weight": (
-        of(objectives.likelihood, FLOW, X, KEY, penalties={regularizers.kinetic: np.nan}),
+        of(objectives.likelihood, FLOW, X, KEY, regularizers={regularizers.kinetic: np.nan}),
         ["weight", "kinetic", "nan"],
     ),
-    "mixed: nothing": (of(objectives.mixed, FLOW, X, KEY, weights={}), ["needs objectives"]),
+    "mixed: nothing": (of(objectives.weighted_sum, FLOW, X, KEY, weights={}), ["weights to map"]),
     "mixed: a list": (
-        of(objectives.mixed, FLOW, X, KEY, weights=[objectives.likelihood]),
-        ["needs objectives"],
+        of(objectives.weighted_sum, FLOW, X, KEY, weights=[objectives.likelihood]),
+        ["weights to map"],
     ),
     "mixed: negative": (
-        of(objectives.mixed, FLOW, X, KEY, weights={objectives.likelihood: -1.0}),
+        of(objectives.weighted_sum, FLOW, X, KEY, weights={objectives.likelihood: -1.0}),
         ["weights", "-1"],
     ),
     "mixed: names": (
-        of(objectives.mixed, FLOW, X, KEY, weights={"likelihood": 1.0}),
+        of(objectives.weighted_sum, FLOW, X, KEY, weights={"likelihood": 1.0}),
         ["objective", "'likelihood'"],
     ),
     "reverse_kl: no energy": (
@@ -567,19 +567,22 @@ TRAINING = {
         of(objectives.reverse_kl, FLOW, X, energy=lambda x: x[:, :1]),
         ["energy", "(3,)", "(3, 1)"],
     ),
-    "windows: none": (of(objectives.draw_windows, 0, shortest=1.0, longest=2.0), ["num", "0"]),
-    "windows: falling": (of(objectives.draw_windows, 1, shortest=2.0, longest=1.0), ["shortest"]),
-    "windows: NaN": (of(objectives.draw_windows, 1, shortest=1.0, longest=np.nan), ["longest"]),
+    "windows: none": (of(objectives.sample_windows, 0, shortest=1.0, longest=2.0), ["num", "0"]),
+    "windows: falling": (of(objectives.sample_windows, 1, shortest=2.0, longest=1.0), ["shortest"]),
+    "windows: NaN": (of(objectives.sample_windows, 1, shortest=1.0, longest=np.nan), ["longest"]),
     "windows: infinite": (
-        of(objectives.draw_windows, 1, shortest=1.0, longest=np.inf),
+        of(objectives.sample_windows, 1, shortest=1.0, longest=np.inf),
         ["longest", "finite"],
     ),
     "windows: one row": (
-        of(objectives.draw_windows, 1, shortest=1.0, longest=2.0, rows=1),
+        of(objectives.sample_windows, 1, shortest=1.0, longest=2.0, rows=1),
         ["rows", "2", "1"],
     ),
     "windows: an array": (of(objectives.trajectory_fit, FLOW, X), ["Windows"]),
-    "of_inner: no chain": (of(objectives.of_inner(objectives.likelihood), FLOW, X, KEY), ["Chain"]),
+    "of_inner: no chain": (
+        of(objectives.for_first_ode(objectives.likelihood), FLOW, X, KEY),
+        ["Chain"],
+    ),
     "make_optimizer: rate 0": (of(training.make_optimizer, 0.0, 10), ["learning_rate"]),
     "make_optimizer: rate NaN": (of(training.make_optimizer, np.nan, 10), ["learning_rate"]),
     "make_optimizer: rate '1'": (of(training.make_optimizer, "1", 10), ["learning_rate", "'1'"]),
@@ -605,10 +608,10 @@ TRAINING = {
     ),
     "make_run: a solve for what solves nothing": (
         make_run(objective=objectives.with_context(objectives.flow_matching), solve=Solve()),
-        ["solves nothing", "solve="],
+        ["takes no solve", "solve="],
     ),
     "score_marginal: a name for a solve": (
-        of(evaluate.score_marginal, FLOW, X, KEY, solve="dopri5"),
+        of(evaluate.marginal_log_prob, FLOW, X, KEY, solve="dopri5"),
         ["solve", "jcnf.Solve", "dopri5"],
     ),
     "make_run: average 1": (make_run(average=1.0), ["average", "[0, 1)"]),
@@ -618,7 +621,10 @@ TRAINING = {
     "draw_rows: none": (of(training.draw_rows, 0), ["batch", "0"]),
     "draw_rows: half": (of(training.draw_rows, 1.5), ["batch", "1.5"]),
     "draw_rows: no rows": (lambda: training.draw_rows(2)(KEY, X[:0]), ["rows"]),
-    "draw_rows: unequal": (lambda: training.draw_rows(2)(KEY, (X, X[:2])), ["one number of rows"]),
+    "draw_rows: unequal": (
+        lambda: training.draw_rows(2)(KEY, (X, X[:2])),
+        ["equal numbers of rows", "[2, 3]"],
+    ),
     "with_params: another model's": (
         lambda: training.with_params(FLOW, training.init(WIDE, OPTIMIZER).params),
         ["parameters", "(4, 3)"],
@@ -640,9 +646,9 @@ TRAINING = {
     "ascend: rate 0.1": (ascend(rate=0.1), ["rate", "function"]),
     "half: unknown side": (of(inpainting.half, (2, 2, 1), "middle"), ["middle", "top"]),
     "half: a plane": (of(inpainting.half, (2, 2), "top"), ["height, width, channels"]),
-    "dequantise: floats": (of(images.dequantise, KEY, X, 256), ["whole numbers"]),
-    "dequantise: no levels": (of(images.dequantise, KEY, X.astype(int), 0), ["levels"]),
-    "dequantise: a seed": (of(images.dequantise, 0, X.astype(int), 4), ["key"]),
+    "dequantize: floats": (of(images.dequantize, KEY, X, 256), ["integer type"]),
+    "dequantize: no levels": (of(images.dequantize, KEY, X.astype(int), 0), ["levels"]),
+    "dequantize: a seed": (of(images.dequantize, 0, X.astype(int), 4), ["key"]),
     "bits_per_dim: dim 0": (of(bits_per_dim, 1.0, 0, 256), ["dim"]),
     "bits_per_dim: levels 0": (of(bits_per_dim, 1.0, 4, 0), ["levels"]),
     "Binomial: no trials": (of(vae.Binomial, 0), ["trials"]),

@@ -1,4 +1,4 @@
-"""Hostile data for what runs on the host: measurements, tables, toys, pictures; as `bad_calls`."""
+"""Hostile data for what runs on the host: measurements, tables, toys, images; as `bad_calls`."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,61 +41,64 @@ def iwae(k):
 
 
 MEASURES = {
-    "score: NaN": (of(evaluate.score, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
+    "score: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
     "score: infinity": (
-        of(evaluate.score, FLOW, X.at[2, 1].set(jnp.inf)),
+        of(evaluate.log_prob, FLOW, X.at[2, 1].set(jnp.inf)),
         ["x has NaN or inf", "first: 2"],
     ),
     "score: NaN in the context": (
-        of(evaluate.score, GIVEN, X, context=jnp.ones((3, 3)).at[0, 0].set(jnp.nan)),
+        of(evaluate.log_prob, GIVEN, X, context=jnp.ones((3, 3)).at[0, 0].set(jnp.nan)),
         ["context has NaN or inf", "first: 0"],
     ),
-    "score: no batch": (of(evaluate.score, FLOW, X[0]), ["x[None]"]),
-    "score: chunk 0": (of(evaluate.score, FLOW, X, chunk=0), ["chunk"]),
-    "score: chunk 2.5": (of(evaluate.score, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
-    "score: no key": (of(evaluate.score, FLOW, X, divergence=Hutchinson()), ["key=jax.random"]),
+    "score: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
+    "score: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
+    "score: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
+    "score: no key": (of(evaluate.log_prob, FLOW, X, divergence=Hutchinson()), ["key=jax.random"]),
     "score: a legacy key": (
-        of(evaluate.score, FLOW, X, key=LEGACY, divergence=Hutchinson()),
+        of(evaluate.log_prob, FLOW, X, key=LEGACY, divergence=Hutchinson()),
         ["typed key"],
     ),
-    "score: a name of a solve": (of(evaluate.score, FLOW, X, solve="dopri5"), ["solve", "Solve"]),
+    "score: a name of a solve": (
+        of(evaluate.log_prob, FLOW, X, solve="dopri5"),
+        ["solve", "Solve"],
+    ),
     "score: a class of divergences": (
-        of(evaluate.score, FLOW, X, divergence=Hutchinson),
+        of(evaluate.log_prob, FLOW, X, divergence=Hutchinson),
         ["divergence", "Hutchinson"],
     ),
-    "score: strings": (of(evaluate.score, FLOW, np.array([["a", "b"]])), ["numbers"]),
-    "score: a field": (of(evaluate.score, FLOW.field, X), ["flow", "CNF(field, base)"]),
-    "carry: NaN": (of(evaluate.carry, FLOW, NAN, "to_base"), ["x has NaN or inf", "first: 1"]),
-    "carry: sideways": (of(evaluate.carry, FLOW, X, "up"), ["'up'", "to_base"]),
-    "carry: no solve": (of(evaluate.carry, FLOW, X, "to_base", solve=None), ["solve", "None"]),
-    "draw: none": (of(evaluate.draw, FLOW, KEY, 0), ["num_samples"]),
-    "draw: a seed": (of(evaluate.draw, FLOW, 1, 3), ["typed key"]),
-    "transport: NaN": (of(evaluate.transport, FLOW, NAN, TIMES), ["x has NaN or inf", "first: 1"]),
+    "score: strings": (of(evaluate.log_prob, FLOW, np.array([["a", "b"]])), ["numbers"]),
+    "score: a field": (of(evaluate.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
+    "carry: NaN": (of(evaluate.transform, FLOW, NAN, "to_base"), ["x has NaN or inf", "first: 1"]),
+    "carry: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
+    "carry: no solve": (of(evaluate.transform, FLOW, X, "to_base", solve=None), ["solve", "None"]),
+    "draw: none": (of(evaluate.sample, FLOW, KEY, 0), ["num_samples"]),
+    "draw: a seed": (of(evaluate.sample, FLOW, 1, 3), ["typed key"]),
+    "transport: NaN": (of(evaluate.trajectory, FLOW, NAN, TIMES), ["x has NaN or inf", "first: 1"]),
     "transport: NaN in times": (
-        of(evaluate.transport, FLOW, X, np.array([0.0, np.nan, 1.0])),
+        of(evaluate.trajectory, FLOW, X, np.array([0.0, np.nan, 1.0])),
         ["times has NaN or inf", "first: 1"],
     ),
     "transport: times back": (
-        of(evaluate.transport, FLOW, X, np.array([0.0, 1.0, 0.5])),
+        of(evaluate.trajectory, FLOW, X, np.array([0.0, 1.0, 0.5])),
         ["strictly increase"],
     ),
     "roundtrip_error: NaN": (
         of(evaluate.roundtrip_error, FLOW, NAN),
         ["x has NaN or inf", "first: 1"],
     ),
-    "certify: NaN": (of(evaluate.certify, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
+    "certify: NaN": (of(evaluate.accuracy_report, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
     "certify: one draw": (
-        of(evaluate.certify, FLOW, X, key=KEY, divergence=Hutchinson(), draws=1),
+        of(evaluate.accuracy_report, FLOW, X, key=KEY, divergence=Hutchinson(), draws=1),
         ["draws", "2"],
     ),
     "certify: no reference": (
-        of(evaluate.certify, FLOW, X, reference_points=-1),
+        of(evaluate.accuracy_report, FLOW, X, reference_points=-1),
         ["reference_points"],
     ),
-    "certify: cells 0": (of(evaluate.certify, FLOW, X, cells=0), ["cells"]),
+    "certify: cells 0": (of(evaluate.accuracy_report, FLOW, X, cells=0), ["cells"]),
     "certify: extent reversed": (
-        of(evaluate.certify, FLOW, X, extent=(1.0, -1.0, 0.0, 1.0)),
-        ["extent", "rises"],
+        of(evaluate.accuracy_report, FLOW, X, extent=(1.0, -1.0, 0.0, 1.0)),
+        ["extent", "increase"],
     ),
     "grid: extent of a line": (of(evaluate.grid, FLOW, (0.0, 1.0)), ["2 values for 2"]),
     "grid: extent of NaN": (of(evaluate.grid, FLOW, (0.0, 1.0, 0.0, np.nan)), ["extent"]),
@@ -106,7 +109,7 @@ MEASURES = {
     ),
     "grid: a number": (of(evaluate.grid, FLOW, 4.0), ["extent", "4.0"]),
     "grid_of: three dimensions": (of(evaluate.grid_of, len, (0.0, 1.0) * 3), ["1 or 2"]),
-    "cell_centres: none": (of(evaluate.cell_centres, (0.0, 1.0), 0), ["n", "0"]),
+    "cell_centers: none": (of(evaluate.cell_centers, (0.0, 1.0), 0), ["n", "0"]),
     "gaussian_nll: NaN to fit": (
         of(evaluate.gaussian_nll, NAN_ROWS, ROWS),
         ["train has NaN or inf", "first: 4"],
@@ -140,23 +143,23 @@ MEASURES = {
     "code_length: levels 300": (of(evaluate.code_length, PIXELS, (2, 2, 1), 300), ["256"]),
     "code_length: levels 0": (of(evaluate.code_length, PIXELS[:0], (2, 2, 1), 0), ["levels"]),
     "score_marginal: NaN": (
-        of(evaluate.score_marginal, WIDE, NAN, KEY),
+        of(evaluate.marginal_log_prob, WIDE, NAN, KEY),
         ["x has NaN or inf", "first: 1"],
     ),
     "score_marginal: no samples": (
-        of(evaluate.score_marginal, WIDE, X, KEY, samples=0),
+        of(evaluate.marginal_log_prob, WIDE, X, KEY, samples=0),
         ["samples"],
     ),
-    "score_marginal: a seed": (of(evaluate.score_marginal, WIDE, X, 0), ["typed key"]),
+    "score_marginal: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
     "score_marginal: too wide": (
-        of(evaluate.score_marginal, FLOW, jnp.ones((3, 4)), KEY),
+        of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
         ["at most 2"],
     ),
     "bounds: no model": (of(evaluate.bounds, FLOW, X, KEY), ["VAE"]),
     "bounds: no samples": (of(evaluate.bounds, MODEL, X, KEY, samples=0), ["samples"]),
     "bounds: NaN": (of(evaluate.bounds, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
     "bounds: whole numbers": (of(evaluate.bounds, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
-    "iwae: more than there are": (iwae(5), ["4 samples"]),
+    "iwae: more than there are": (iwae(5), ["number of samples, 4"]),
     "iwae: 1.5": (iwae(1.5), ["k", "1.5"]),
     "audit_gradients: NaN": (
         of(evaluate.audit_gradients, FLOW, NAN),
@@ -172,7 +175,7 @@ MEASURES = {
     "Gaussian: one row": (of(Gaussian.fit, ROWS[:1]), ["rows", "(1, 2)"]),
     "Gaussian: a vector": (of(Gaussian.fit, ROWS[0]), ["rows", "(2,)"]),
     "Gaussian: given other columns": (of(GAUSSIAN.given, np.ones((2, 3))), ["(2, 3)"]),
-    "Gaussian: given infinity": (of(GAUSSIAN.given, INFINITE), ["x[4]", "infinite"]),
+    "Gaussian: given infinity": (of(GAUSSIAN.given, INFINITE), ["row 4", "infinite"]),
     "Gaussian: singular": (
         of(Gaussian(np.zeros(2), np.ones((2, 2))).given, np.array([[np.nan, np.nan]])),
         ["singular"],
@@ -243,12 +246,12 @@ DATA = {
     "toy: 2.5 samples": (of(MOONS.sample, KEY, 2.5), ["num_samples", "2.5"]),
     "toy: a seed": (of(MOONS.sample, 0, 3), ["typed key"]),
     "classes: a seed": (of(classes.sample, 0, jnp.zeros(3, int)), ["typed key"]),
-    "classes: floats": (of(classes.sample, KEY, jnp.zeros(3)), ["labels", "whole"]),
+    "classes: floats": (of(classes.sample, KEY, jnp.zeros(3)), ["integer labels"]),
     "classes: one point": (of(classes.log_prob, jnp.ones(2), jnp.zeros(1, int)), ["(batch, 2)"]),
     "energy: unknown": (of(energies.energy, "u5"), ["'u5'", "module:function"]),
-    "energy: extent of u1": (of(energies.energy, "u1", (0, 1, 0, 1)), ["extent of its own"]),
+    "energy: extent of u1": (of(energies.energy, "u1", (0, 1, 0, 1)), ["its own extent"]),
     "energy: no module": (of(energies.energy, "nowhere:u", (0, 1, 0, 1)), ["no module 'nowhere'"]),
-    "energy: extent reversed": (of(energies.energy, "math:sin", (1, 0, 0, 1)), ["rise"]),
+    "energy: extent reversed": (of(energies.energy, "math:sin", (1, 0, 0, 1)), ["increase"]),
     "energy: of one number": (of(energies.energy, "math:sin", (0, 1, 0, 1)), ["math:sin failed"]),
     "energy: no number": (of(energies.energy, 3), ["3", "u1"]),
     "integrate: no cells": (of(energies.integrate, energies.energy("u1"), 0), ["cells"]),
@@ -286,7 +289,7 @@ DATA = {
         of(images.picture, SimpleNamespace(size=(2, 2)), "p", side=1),
         ["side", "2"],
     ),
-    "picture: text": (of(images.picture, "cat.png", "p"), ["pillow"]),
+    "picture: text": (of(images.picture, "cat.png", "p"), ["Pillow"]),
     "piecewise_constant: negative": (
         of(images.piecewise_constant, np.array([[1, -1]]), "p"),
         ["levels"],

@@ -1,7 +1,7 @@
-"""x64, strict dtype promotion, no rank promotion, and the annotations checked.
+"""Test settings: x64, strict dtype promotion, no rank promotion, and checked annotations.
 
-Tests of numbers are marked `optimized` and compiled as users compile. The others compile without
-XLA's optimizations, in a third of the time, which is most of what they take.
+Tests of numbers are marked `optimized` and compiled as users compile. The others are compiled
+without XLA's optimizations, which takes a third of the time; compiling is most of their run time.
 """
 
 import os
@@ -16,7 +16,8 @@ import jax
 import jaxtyping
 import pytest
 
-# Tracing makes millions of objects that live on, and going over them took a tenth of the time.
+# Tracing makes millions of long-lived objects, and collecting garbage among them took a tenth of
+# the time.
 gc.set_threshold(100_000, 50, 1000)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -31,7 +32,7 @@ jaxtyping.install_import_hook([f"jcnf.{name}" for name in ROOMS], "beartype.bear
 
 @pytest.fixture
 def unchecked():
-    """Annotations unchecked: the package's own errors, as people meet them."""
+    """Leave annotations unchecked, so that the package raises its own errors, as for users."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -39,6 +40,6 @@ def unchecked():
 
 @pytest.fixture(autouse=True)
 def as_users_compile(request):
-    """Tests marked `optimized` need a process without flags: `XLA_FLAGS= pytest -m optimized`."""
+    """Fail tests marked `optimized` in a process with XLA flags."""
     if request.node.get_closest_marker("optimized") and os.environ["XLA_FLAGS"]:
-        pytest.fail("run this test by `make test`, or by `XLA_FLAGS= pytest -m optimized`")
+        pytest.fail("run this test with `make test`, or with `XLA_FLAGS= pytest -m optimized`")

@@ -1,7 +1,7 @@
-"""Every field there is, small: what all fields must do is tested on each row.
+"""A small instance of every field, for the tests that every field must pass.
 
-A row is a function without arguments, for building is work. The fields are of dimension 3; those
-with `context_dim` take a context of 2.
+A row is a function without arguments, because building a field takes time. The fields have
+dimension 3; those with `context_dim` take a context of size 2.
 """
 
 from functools import partial
@@ -20,18 +20,18 @@ from jcnf.fields import (
     Cast,
     Conv,
     Guided,
+    MinusIdentity,
     Mixture,
     Planar,
     Potential,
-    Residual,
     ResNet,
-    TimeChange,
+    TimeRescaling,
     UNet,
 )
 
 
 def drawn(make, *args, scale=1.5, seed=0, **settings):
-    """A field whose arrays numpy draws, by fan-in: compiling initialisers takes long."""
+    """Return a field whose arrays NumPy draws, scaled by fan-in: compiling initializers is slow."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -42,14 +42,14 @@ def drawn(make, *args, scale=1.5, seed=0, **settings):
 
 
 def mixture(*experts):
-    """A mixture of these, whose shares are drawn beside them."""
+    """Return a mixture of `experts` with fixed weights of their shares."""
     w, b = jnp.array([1.3, -0.4]), jnp.array([-0.2, 0.5])
     shell = eqx.filter_eval_shape(Mixture, experts, key=jr.key(0))
     return eqx.tree_at(lambda m: (m.fields, m.share_weight, m.share_bias), shell, (experts, w, b))
 
 
 class Normalizing(eqx.Module):
-    """v = A x / sqrt(1 + |x|^2): the kind of field that jaxlib 0.10.2 gets wrong on CPUs."""
+    """v = A x / sqrt(1 + |x|^2): the kind of field that jaxlib 0.10.2 gets wrong on CPU."""
 
     matrix: Float[Array, "dim dim"]
     dim: int = eqx.field(static=True, default=3)
@@ -83,9 +83,9 @@ FIELDS = {
     "cast": lambda: Cast(concat(), jnp.float64),
     "resnet with waves": partial(drawn, ResNet, 3, 5, 2, waves=3, seed=2),
     "guided": lambda: Guided(concat(seed=3), 2.5),
-    "residual": lambda: Residual(concat()),
-    "residual without closed form": lambda: Residual(no_closed_form()),
-    "time change": lambda: TimeChange(concat(), 1.4, start=0.2),
+    "residual": lambda: MinusIdentity(concat()),
+    "residual without closed form": lambda: MinusIdentity(no_closed_form()),
+    "time change": lambda: TimeRescaling(concat(), 1.4, start=0.2),
     "mixture": lambda: mixture(concat(), concat(seed=1)),
     "normalizing": lambda: Normalizing(jnp.asarray(MATRIX)),
     "mixture without closed form": lambda: mixture(no_closed_form(), drawn(MLP, 3, (4,), seed=1)),

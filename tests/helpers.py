@@ -1,4 +1,4 @@
-"""Fields of known solution, and what several test files share."""
+"""Fields with known solutions, and helpers that several test files share."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -11,19 +11,19 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import linalg, stats
 
-from jcnf import CNF, Solve
-from jcnf.distributions import StandardNormal
+from jcnf import CNF, BijectiveFlow, Solve
+from jcnf.distributions import BaseDistribution, StandardNormal
 from jcnf.fields import MLP
 
 TIGHT = Solve(rtol=1e-10, atol=1e-10)
-T = 0.8  # an end time other than 1, so that a forgotten one shows
+T = 0.8  # not 1, so that a forgotten end time shows
 MATRIX = np.array([[0.5, -1.2, 0.3], [0.8, -0.1, 0.4], [-0.6, 0.2, 0.7]])  # trace 1.1
 CONTEXT_MATRIX = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, -0.9]])
 SHIFT = np.array([0.3, -0.5, 1.0])
 
 
 class Linear(eqx.Module):
-    """v = A x: x(t) = expm(A t) x(0), div v = tr A. It has no closed-form divergence."""
+    """v = A x, so that x(t) = expm(A t) x(0) and div v = tr A, with no closed-form divergence."""
 
     matrix: Float[Array, "dim dim"]
     dim: int = eqx.field(static=True, default=3)
@@ -42,7 +42,7 @@ class NotANumber(eqx.Module):
 
 
 class Tally:
-    """A number that modules may hold as static and count on."""
+    """A counter that modules can hold as a static field."""
 
     count = 0
 
@@ -63,12 +63,12 @@ class Traced(eqx.Module):
 
 
 def linear() -> CNF:
-    """x(T) = expm(A T) z."""
+    """Return the flow x(T) = expm(A T) z."""
     return CNF(Linear(jnp.asarray(MATRIX)), StandardNormal(3), t1=T)
 
 
 def affine() -> CNF:
-    """v = A x + C c + b: an MLP with context, and without hidden layers or time."""
+    """Return the flow of v = A x + C c + b, an MLP with context but no hidden layers or time."""
     field = mlp(3, (), time="ignore", context_dim=2)
     weight = jnp.asarray(np.concatenate([MATRIX, CONTEXT_MATRIX], axis=1))
     layer = eqx.tree_at(lambda m: (m.weight, m.bias), field.layers[0], (weight, jnp.asarray(SHIFT)))
@@ -76,21 +76,21 @@ def affine() -> CNF:
 
 
 def carried(z, t=T, context=None):
-    """Where `linear`, or `affine` if there is context, carries z (batch, 3) from 0 to t."""
+    """Map z (batch, 3) from time 0 to t by `linear`, or by `affine` if there is a context."""
     propagator = linalg.expm(t * MATRIX)
     drift = np.zeros(3) if context is None else np.asarray(context) @ CONTEXT_MATRIX.T + SHIFT
     return np.asarray(z) @ propagator.T + drift @ np.linalg.solve(MATRIX, propagator - np.eye(3)).T
 
 
 def log_density(x, context=None):
-    """What `linear`, or `affine` if there is context, makes of the standard normal."""
+    """Log-density of `linear`, or of `affine` if there is a context, over the standard normal."""
     covariance = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
-    centred = np.asarray(x) - carried(np.zeros((1, 3)), context=context)
-    return stats.multivariate_normal(np.zeros(3), covariance).logpdf(centred)
+    centered = np.asarray(x) - carried(np.zeros((1, 3)), context=context)
+    return stats.multivariate_normal(np.zeros(3), covariance).logpdf(centered)
 
 
 def mlp(dim, widths, *, scale=2.0, seed=0, **settings) -> MLP:
-    """A field far from linear; numpy draws its weights, for compiling initialisers takes long."""
+    """Return a nonlinear field with weights drawn by NumPy: compiling initializers is slow."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -102,18 +102,18 @@ def mlp(dim, widths, *, scale=2.0, seed=0, **settings) -> MLP:
 
 
 def astype(tree, dtype):
-    """The arrays of a pytree in another dtype."""
+    """Cast the floating arrays of a pytree to another dtype."""
     return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)
 
 
 def tolerance(solve, value):
-    """A Solve whose tolerances are arrays: one compiled program serves them all."""
+    """Return a Solve with array tolerances, so that one compiled program serves all values."""
     value = jnp.asarray(value)
     return eqx.tree_at(lambda s: (s.rtol, s.atol), solve, (value, value))
 
 
 def slope(function, h=1e-3):
-    """f'(0) by central differences of order 4."""
+    """Return f'(0) by central differences of order 4."""
     return (8 * (function(h) - function(-h)) - function(2 * h) + function(-2 * h)) / (12 * h)
 
 
@@ -137,10 +137,10 @@ OUTSIDE = ["blows up", "stiff", "NaN"]
 
 
 class Outside(eqx.Module):
-    """A tame field inside a circle; outside it does what `OUTSIDE` says at the place of the 1."""
+    """A tame field inside a circle, which fails outside of it in the way that `kind` selects."""
 
     net: eqx.Module
-    kind: Float[Array, " kinds"]  # an array, so that one program serves all kinds
+    kind: Float[Array, " kinds"]  # one-hot over `OUTSIDE`; an array, so that one program serves all
     dim: int = eqx.field(static=True, default=2)
 
     def __call__(self, t, x, context=None):
@@ -151,6 +151,20 @@ class Outside(eqx.Module):
 
 
 def outside(kind):
-    """Return a flow whose rows outside of the circle fail, in one of the ways of `OUTSIDE`."""
+    """Return a flow whose rows outside of the circle fail in the way `kind`, one of `OUTSIDE`."""
     chosen = jnp.asarray([float(kind == name) for name in OUTSIDE])
     return CNF(Outside(mlp(2, (16, 16), scale=1.0), chosen), StandardNormal(2))
+
+
+COVARIANCE = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
+
+
+class Affine(BijectiveFlow):
+    """The flow of N(0, COVARIANCE)."""
+
+    base: BaseDistribution = StandardNormal(3)
+
+    def bijector(self):
+        import distrax
+
+        return distrax.UnconstrainedAffine(jnp.asarray(linalg.expm(T * MATRIX)), jnp.zeros(3))

@@ -1,6 +1,6 @@
-"""What `test_sharding` runs in processes of its own, with as many devices as it says.
+"""Tasks that `test_sharding` runs in separate processes, on the devices that it sets up.
 
-python sharding_worker.py TASK ... > a line of JSON from the first process
+`python sharding_worker.py TASK ...`: the first process writes the results, JSON, to $FOUND.
 """
 
 import functools
@@ -37,9 +37,9 @@ def rows(key, num, dim=2):
 
 
 def trained(objective, steps, solve=None):
-    """Losses of every tenth part of the training, and the parameters: twice the same bits."""
+    """Losses after each tenth of the training, and the parameters; two runs agree bit for bit."""
     flow, optimizer = flow_of(), training.make_optimizer(1e-2, steps)
-    run = training.make_run(
+    run = training.make_train_loop(
         flow, objective, lambda key, _: rows(key, BATCH), optimizer, solve=solve
     )
 
@@ -47,7 +47,7 @@ def trained(objective, steps, solve=None):
         state, losses = training.init(flow, optimizer), []
         for until in range(steps // 10, steps + 1, steps // 10):
             state, totals = run(state, None, jr.key(1), until)
-            metrics = sharding.on_host(training.means(totals))
+            metrics = sharding.to_host(training.means(totals))
             losses.append([float(metrics[name]) for name in ("loss", "grad_norm")])
             losses[-1].append(float(metrics.get("nfe", 0)))
         assert int(state.skipped) == 0
@@ -60,7 +60,7 @@ def trained(objective, steps, solve=None):
 
 
 def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(sharding.on_host(tree))])
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(sharding.to_host(tree))])
 
 
 def matching():
@@ -72,25 +72,27 @@ def likelihood():
 
 
 def evaluation():
-    """Numbers of points, and of those in a chunk, that no number of devices divides."""
+    """Evaluate with numbers of points and chunk sizes that no number of devices divides."""
     flow, key = flow_of(), jr.key(3)
     x = rows(jr.key(2), 37)
-    drawn = evaluate.draw(flow, key, 37)
+    drawn = evaluate.sample(flow, key, 37)
     return {
-        "log_prob": evaluate.score(flow, x, chunk=15).log_prob,
+        "log_prob": evaluate.log_prob(flow, x, chunk=15).log_prob,
         "samples": drawn.x[-1],
         "noise": drawn.x[0],
-        "drawn": sharding.on_host(
-            jax.jit(lambda key: sharding.split(jr.normal(key, (64, 3))))(key)
+        "drawn": sharding.to_host(
+            jax.jit(lambda key: sharding.shard(jr.normal(key, (64, 3))))(key)
         ),
     }
 
 
 def public():
-    """The functions people call, of a batch that the devices divide and of one that they do not."""
+    """Public functions, with a batch that the devices divide and one that they do not."""
     flow, found = flow_of(), {}
     noisy = divergence.Hutchinson(2)
-    found["noisy"] = evaluate.score(flow, rows(jr.key(2), 37), key=jr.key(3), divergence=noisy)[0]
+    found["noisy"] = evaluate.log_prob(flow, rows(jr.key(2), 37), key=jr.key(3), divergence=noisy)[
+        0
+    ]
     for n in (12, 7):
         x = rows(jr.key(2), n)
         found[f"log_prob {n}"] = jcnf.log_prob(flow, x)
@@ -100,11 +102,11 @@ def public():
         found[f"trajectory {n}"] = jcnf.trajectory(flow, x, jnp.linspace(0, 1, 3))
     distribution = FlowDistribution(flow)
     found["distrax"] = jax.jit(jax.vmap(distribution.log_prob))(rows(jr.key(2), 8)[:, None])
-    return sharding.on_host(found)
+    return sharding.to_host(found)
 
 
 def adjoints():
-    """Every way through a solve, and the pairs that are sought on the host."""
+    """Train with every adjoint, and with couplings, one of which is computed on the host."""
     found = {}
     for adjoint in ("direct", "backsolve", "backsolve_seminorm", "reversible"):
         solve = Solve(rtol=1e-3, atol=1e-3, adjoint=adjoint, max_steps=64)
@@ -114,14 +116,14 @@ def adjoints():
     found["noisy"] = trained(noisy, 10, worst)
     steered = functools.partial(objectives.likelihood, steer=0.1)
     found["steered"] = trained(steered, 10, COARSE)
-    for coupling in (couplings.Exact(48), couplings.Sinkhorn(64)):
+    for coupling in (couplings.ExactOT(48), couplings.SinkhornOT(64)):
         objective = functools.partial(objectives.flow_matching, coupling=coupling)
         found[type(coupling).__name__] = trained(objective, 10)
     return {f"{way} {name}": value for way in found for name, value in found[way].items()}
 
 
 def failing():
-    """Batches with rows that cannot be solved: their flags, the others' values, the gradient."""
+    """Batches with rows that cannot be solved: failure flags, values of the others, gradient."""
     found, x = {}, rows(jr.key(2), BATCH)
     x = x.at[jnp.array([0, 9, 40, 63])].set(6.0)
     worst = functools.partial(objectives.likelihood, solve=Solve(norm="worst"))
@@ -130,14 +132,14 @@ def failing():
         flow = astype(outside(kind), jnp.float32)
         found[f"{kind} loss"], gradient = loss(flow)
         found[f"{kind} gradient"] = flat(gradient)
-        result = jcnf.transform(flow, sharding.split(x))
+        result = jcnf.transform(flow, sharding.shard(x))
         found |= {f"{kind} x": result.x, f"{kind} log-det": result.logdet}
         found[f"{kind} failed"] = result.stats.failed.astype(float)
-    return sharding.on_host(found)
+    return sharding.to_host(found)
 
 
 def pictures():
-    """A convolutional flow: what its step sends from device to device, and its losses."""
+    """A convolutional flow: the loss, the gradient, and the data that devices exchange."""
     flow = CNF(Conv((4, 4, 1), (3, 2), key=jr.key(0)), StandardNormal(16))
 
     def loss(flow, x):
@@ -145,7 +147,7 @@ def pictures():
         return objectives.likelihood(flow, x, jr.key(1), solve=EULER, divergence=noise)[0]
 
     program = jax.jit(jax.value_and_grad(loss))
-    x = sharding.split(rows(jr.key(2), BATCH, 16))
+    x = sharding.shard(rows(jr.key(2), BATCH, 16))
     value, gradient = program(flow, x)
     text = program.lower(flow, x).compile().as_text()
     sent = re.findall(r"(\S+ all-(?:gather|to-all))\(", text)
@@ -153,7 +155,7 @@ def pictures():
 
 
 def agreement():
-    """What one process knows, all do; and what is refused."""
+    """Values that all processes agree on, and errors that all raise."""
 
     def unreadable():
         raise InputError("nothing there")
@@ -166,27 +168,29 @@ def agreement():
         return None
 
     me, last = jax.process_index(), jax.process_count() - 1
-    key = sharding.everywhere(jr.key(5))
+    key = sharding.replicate(jr.key(5))
     found = {
-        "first": sharding.first(lambda: {"path": f"of {me}", "bytes": b"\0\xff", "zero": -0.0}),
-        "error": refused(lambda: sharding.first(unreadable)),
-        "anywhere": [sharding.anywhere(me == last), sharding.anywhere(False)],
-        "key": np.asarray(sharding.on_host(jr.key_data(key))),
-        "uneven": refused(lambda: sharding.split(jnp.zeros((BATCH + 1, 2)))),
+        "first": sharding.on_process_zero(
+            lambda: {"path": f"of {me}", "bytes": b"\0\xff", "zero": -0.0}
+        ),
+        "error": refused(lambda: sharding.on_process_zero(unreadable)),
+        "anywhere": [sharding.any_process(me == last), sharding.any_process(False)],
+        "key": np.asarray(sharding.to_host(jr.key_data(key))),
+        "uneven": refused(lambda: sharding.shard(jnp.zeros((BATCH + 1, 2)))),
     }
     found["first"]["bytes"] = list(found["first"]["bytes"])
     found["first"]["zero"] = str(found["first"]["zero"])
-    # Every process has the same: the first tells for all of them.
+    # Every process must have found the same as the first, which reports it.
     told = json.dumps(found, default=np.ndarray.tolist)
-    assert sharding.first(lambda: told) == told
+    assert sharding.on_process_zero(lambda: told) == told
     return found
 
 
 def main():
-    sharding.join()
+    sharding.initialize()
     with jax.set_mesh(sharding.make_mesh() if jax.device_count() > 1 else None):
         found = {name: globals()[name]() for name in sys.argv[1:]}
-        found["devices"] = sharding.devices()
+        found["devices"] = sharding.num_devices()
     if jax.process_index() == 0:
         with open(os.environ["FOUND"], "w") as file:
             json.dump(found, file, default=lambda array: np.asarray(array).tolist())

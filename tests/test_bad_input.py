@@ -1,4 +1,4 @@
-"""Bad input is refused, early and in plain words: what was found, where, and what to do."""
+"""Bad input is refused early, in plain words: what was found, where, and what to do."""
 
 import time
 import warnings
@@ -14,7 +14,8 @@ import jcnf
 
 PACKAGE = Path(jcnf.__file__).parent
 CALLS = FLOWS | SETTINGS | TRAINING | MEASURES | DATA
-# Programs of the package; whatever else is compiled is an operation by itself, as jnp.ones is.
+# Compiled programs of the package. Anything else that is compiled is a single operation, such as
+# jnp.ones.
 PROGRAMS = {"_score", "_carry", "_transport", "_weigh_all", "_loss", "_flat_gradient", "_langevin"}
 PROGRAMS |= {"_transform", "_transform_without_logdet", "_log_prob", "_sample_and_log_prob"}
 PROGRAMS |= {"_solve_trajectory", "solve_bound"}
@@ -29,7 +30,7 @@ def _note(event, duration, **about):
 
 @contextmanager
 def nothing_compiled():
-    """Fails where a program of the package is compiled inside."""
+    """Fail if a program of the package is compiled inside the `with` block."""
     jax.monitoring.register_event_duration_secs_listener(_note)
     COMPILED.clear()
     try:
@@ -53,7 +54,7 @@ def test_a_bad_call_is_refused(name):
             call()
     for word in words:
         assert word in str(refused.value)
-    # The package's own words, not those of what it calls.
+    # The package itself raises, not a library that it calls.
     assert PACKAGE in Path(refused.traceback[-1].path).parents
 
 

@@ -1,4 +1,4 @@
-"""Bases: densities against scipy, moments of samples, dtypes, and one trace for many objects."""
+"""Bases: densities and samples against scipy, dtypes, and one trace for many objects."""
 
 import equinox as eqx
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jcnf.distributions import BASES, Base, Logistic, ScaledNormal, StandardNormal
+from jcnf.distributions import BASES, BaseDistribution, Logistic, ScaledNormal, StandardNormal
 
 LOC, SCALE = np.array([0.5, -2.0, 3.0]), np.array([0.2, 1.0, 4.0])
 CASES = {
@@ -77,7 +77,7 @@ def test_arrays_of_a_base_can_be_differentiated():
 
 
 def test_a_base_of_ones_own_gives_its_distribution():
-    class Wide(Base):
+    class Wide(BaseDistribution):
         dim: int = eqx.field(static=True)
 
         def distribution(self, dtype=None):

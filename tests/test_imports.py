@@ -1,4 +1,4 @@
-"""Imports go one way, and `import jcnf` stays light."""
+"""Imports go in one direction, and `import jcnf` stays light."""
 
 import ast
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A room imports from itself and from those before it.
+# A part of the package imports from itself and from the parts before it.
 ORDER = [
     *("_checks", "data", "plot", "sharding", "distributions", "fields", "divergence"),
     *("regularizers", "ode", "flows", "objectives", "training", "evaluate", "inference"),
     "selfcheck",
 ]
-# These import nothing but `_checks` of the others.
+# These import no other part than `_checks`.
 ALONE = ("data", "plot")
 FILES = sorted((ROOT / "jcnf").rglob("*.py"))
 HEAVY = ["matplotlib", "PIL", "sklearn", "pandas", "tyro", "tqdm", "ott"]
@@ -22,7 +22,7 @@ HEAVY += ["distrax", "tensorflow_probability", "experiments"]
 
 
 def imported(path):
-    """Dotted names a file imports, at its top or inside a function."""
+    """Yield the dotted names that a file imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -32,7 +32,7 @@ def imported(path):
 
 
 def part(path):
-    """The room of jcnf that a file belongs to: a module, or a folder."""
+    """Return the part of jcnf, a module or a folder, that a file belongs to."""
     return path.relative_to(ROOT / "jcnf").parts[0].removesuffix(".py")
 
 

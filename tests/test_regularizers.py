@@ -1,4 +1,4 @@
-"""Penalties: integrals along known paths, Taylor mode, shared products, and their gradients."""
+"""Regularizers: integrals along known paths, Taylor mode, shared products, and gradients."""
 
 import re
 from functools import cache, partial
@@ -16,7 +16,7 @@ from scipy import linalg
 
 from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve, transform
 from jcnf.distributions import StandardNormal
-from jcnf.divergence import Drawn, Local
+from jcnf.divergence import FieldEvaluation, FixedNoise
 from jcnf.fields import ACTIVATIONS, Potential
 from jcnf.objectives import likelihood
 from jcnf.regularizers import (
@@ -43,14 +43,14 @@ NOISE = Hutchinson(2).draw(jr.key(0), 2, 3, Z.dtype)
 
 
 class Swing(Linear):
-    """v = cos(t) A x: x(t) = expm(A sin t) x(0)."""
+    """v = cos(t) A x, so that x(t) = expm(A sin t) x(0)."""
 
     def __call__(self, t, x, context=None):
         return jnp.cos(t) * (self.matrix @ x)
 
 
 class Radial(eqx.Module):
-    """v = -grad Phi = -x / (c - t), Phi = |x|^2 / (2 (c - t)): all paths are straight lines."""
+    """v = -grad Phi = -x / (c - t), Phi = |x|^2 / (2 (c - t)), whose paths are straight lines."""
 
     c: float = eqx.field(static=True, default=2.0)
     dim: int = eqx.field(static=True, default=3)
@@ -63,7 +63,7 @@ class Radial(eqx.Module):
 
 
 def quadratic(symmetric, rate):
-    """Phi = x'Mx / 2 + rate t."""
+    """Return a field with the potential Phi = x'Mx / 2 + rate t."""
     factor = jnp.asarray(np.c_[linalg.sqrtm(symmetric), np.zeros(3)])
     return eqx.tree_at(
         lambda f: (f.weight, f.factor, f.slope),
@@ -73,15 +73,15 @@ def quadratic(symmetric, rate):
 
 
 def integrals(field, path, direction, *regularizers, divergence=Exact()):  # noqa: B008 (frozen)
-    """The penalties on the paths that are at `path(t)` at the time t."""
+    """Integrate the regularizers along the paths `path(t)` by a solve."""
     settings = dict(solve=TIGHT, divergence=divergence, regularizers=regularizers)
     run = jax.jit(partial(transform, direction=direction, **settings))
     start = path(T if direction == "to_base" else 0.0)
-    return run(CNF(field, StandardNormal(3), t1=T), jnp.asarray(start)).penalties
+    return run(CNF(field, StandardNormal(3), t1=T), jnp.asarray(start)).regularizers
 
 
 def quadrature(rate):
-    """Over time; `rate(t)` is (batch,)."""
+    """Integrate `rate(t)`, (batch,), over [0, T] by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(30)
     return sum(w * rate(T * (1 + node) / 2) for node, w in zip(nodes, weights, strict=True)) * T / 2
 
@@ -90,7 +90,7 @@ SWING = Swing(jnp.asarray(MATRIX))
 
 
 def swung(t):
-    """The path of `SWING` through Z."""
+    """Points at time t of the paths of `SWING` from Z."""
     return np.asarray(Z) @ linalg.expm(np.sin(t) * MATRIX).T
 
 
@@ -100,7 +100,7 @@ def of_swing(direction):
 
 
 def rates(t):
-    """Each penalty's on the path of `SWING`, from the derivatives of expm(A sin t) Z."""
+    """Rate of each regularizer on the path of `SWING`, by the derivatives of expm(A sin t) Z."""
     c, s = np.cos(t), np.sin(t)
     a, a2, a3, a4 = (np.linalg.matrix_power(MATRIX, k) for k in ORDERS)
     of_x = [
@@ -136,12 +136,12 @@ def test_penalties_are_quadratures_in_both_directions(name, direction):
 
 
 def test_penalties_by_probes_are_quadratures():
-    divergence = Drawn(Hutchinson(2), NOISE)
-    penalties = integrals(SWING, swung, "to_data", jacobian, lambda2, divergence=divergence)
+    divergence = FixedNoise(Hutchinson(2), NOISE)
+    regularizers = integrals(SWING, swung, "to_data", jacobian, lambda2, divergence=divergence)
     estimate = np.mean(np.sum(np.square(np.asarray(NOISE) @ MATRIX.T), axis=2), axis=1)
     for name, power in (("jacobian", 1), ("lambda2", 0.5)):
         expected = quadrature(lambda t, power=power: (np.cos(t) ** 2 * estimate) ** power)
-        np.testing.assert_allclose(penalties[name], expected, rtol=1e-8)
+        np.testing.assert_allclose(regularizers[name], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("direction", ["to_base", "to_data"])
@@ -154,31 +154,29 @@ def test_hjb_is_its_quadrature(direction):
     def expected(t):
         return np.abs(rate - np.sum((path(t) @ symmetric) ** 2, axis=1) / 2)
 
-    penalties = integrals(quadratic(symmetric, rate), path, direction, hjb)
-    np.testing.assert_allclose(penalties["hjb"], quadrature(expected), rtol=1e-8)
+    regularizers = integrals(quadratic(symmetric, rate), path, direction, hjb)
+    np.testing.assert_allclose(regularizers["hjb"], quadrature(expected), rtol=1e-8)
 
 
 def test_hjb_vanishes_where_paths_are_straight_lines_at_constant_speed():
     def path(t):
         return Z * (1 - t / 2)
 
-    penalties = integrals(Radial(), path, "to_base", hjb, kinetic, total_derivative)
-    np.testing.assert_allclose(penalties["hjb"], 0, atol=1e-12)
-    np.testing.assert_allclose(penalties["total_derivative"], 0, atol=1e-12)
-    expected = T * np.sum(np.square(Z), axis=1) / 8  # of the speed |z| / c
-    np.testing.assert_allclose(penalties["kinetic"], expected, rtol=1e-9)
+    regularizers = integrals(Radial(), path, "to_base", hjb, kinetic, total_derivative)
+    np.testing.assert_allclose(regularizers["hjb"], 0, atol=1e-12)
+    np.testing.assert_allclose(regularizers["total_derivative"], 0, atol=1e-12)
+    expected = T * np.sum(np.square(Z), axis=1) / 8  # the speed is |z| / c with c = 2
+    np.testing.assert_allclose(regularizers["kinetic"], expected, rtol=1e-9)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_hjb_needs_a_potential():
-    with pytest.raises(
-        ValueError, match=r"needs a field with a potential: jcnf\.fields\.Potential"
-    ):
-        hjb(SWING, TIME, Z[0], None, Local(Z[0], TIME))
+    with pytest.raises(ValueError, match=r"potential; got Swing: use jcnf\.fields\.Potential"):
+        hjb(SWING, TIME, Z[0], None, FieldEvaluation(Z[0], TIME))
 
 
 def by_nested_jvps(field, order):
-    """d^K x/dt^K: the derivative along the path, dg/dt + (dg/dx) v, of one order less."""
+    """Return d^K x/dt^K, the derivative along the path, dg/dt + (dg/dx) v, of one order less."""
 
     def along_path(lower):
         return lambda t, x: jax.jvp(lower, (t, x), (jnp.ones_like(t), field(t, x)))[1]
@@ -195,7 +193,7 @@ def test_taylor_is_nested_jvps(activation):
     t, x = TIME, jnp.array([0.4, -0.9])
 
     def by_taylor(field, t, x):
-        local = Local(field(t, x), t)
+        local = FieldEvaluation(field(t, x), t)
         rates = [taylor(order)(field, t, x, None, local) for order in ORDERS]
         return rates, total_derivative(field, t, x, None, local)
 
@@ -225,7 +223,7 @@ def test_taylor_is_nested_jvps_in_every_field(name):
     @jax.jit
     def both(t, x):
         nested = jnp.sum(by_nested_jvps(given, 3)(t, x) ** 2)
-        return taylor(3)(field, t, x, context, Local(given(t, x), t)), nested
+        return taylor(3)(field, t, x, context, FieldEvaluation(given(t, x), t)), nested
 
     rate, nested = both(TIME, jnp.array([0.4, -0.9, 0.2]))
     np.testing.assert_allclose(rate, nested, rtol=1e-11)
@@ -234,7 +232,7 @@ def test_taylor_is_nested_jvps_in_every_field(name):
 
 @cache
 def slopes():
-    """Of each rate in the field and in x: along a direction by reverse mode, and by differences."""
+    """Directional derivative of each rate in the field and x, by reverse mode and differences."""
     at, unravel = ravel_pytree((drawn(Potential, 3, width=4, rank=2), Z[0]))
     direction = np.random.default_rng(1).normal(0, at.size**-0.5, at.shape)
 
@@ -310,7 +308,7 @@ def test_penalties_have_names():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["kinetics", "taylor", "taylor-1", "taylor2.5", ""])
 def test_unknown_names_are_told_the_known(name):
-    message = f"unknown penalty {name!r}: use one of kinetic, jacobian, jacobian_exact, direct"
+    message = f"unknown regularizer {name!r}: use one of kinetic, jacobian, jacobian_exact, direct"
     with pytest.raises(ValueError, match=f"{re.escape(message)}.*or taylorK as in taylor3"):
         named(name)
 
@@ -321,10 +319,10 @@ def test_taylor_starts_at_order_one():
 
 
 def test_likelihood_weighs_and_reports_penalties_by_name():
-    penalties = {kinetic: 0.5, jacobian_exact: 0.25, taylor(2): 2.0}
-    run = partial(likelihood, key=None, solve=Solve(step=T / 3), penalties=penalties)
+    regularizers = {kinetic: 0.5, jacobian_exact: 0.25, taylor(2): 2.0}
+    run = partial(likelihood, key=None, solve=Solve(step=T / 3), regularizers=regularizers)
     flow = CNF(SWING, StandardNormal(3), t1=T)
     loss, metrics = jax.jit(run)(flow, Z)
     weighted = 0.5 * metrics["kinetic"] + 0.25 * metrics["jacobian_exact"] + 2 * metrics["taylor2"]
     np.testing.assert_allclose(loss, metrics["nll"] + weighted, rtol=1e-14)
-    assert min(metrics[r.__name__] for r in penalties) > 0.01
+    assert min(metrics[r.__name__] for r in regularizers) > 0.01

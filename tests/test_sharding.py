@@ -1,4 +1,4 @@
-"""One device, four, and two processes of two devices each: the same numbers."""
+"""One device, four devices, and two processes with two devices each give the same numbers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from jcnf._checks import InputError
 from jcnf.evaluate import chunks
 
 HERE = Path(__file__).parent
-# Tasks that a worker does together.
+# Groups of tasks that one worker runs together.
 GROUPS = (
     ("agreement",),
     ("matching",),
@@ -33,7 +33,7 @@ LAYOUTS = {"one": (1, 1), "four": (1, 4), "two processes": (2, 2)}  # processes,
 
 
 def environment(processes, devices, folder):
-    """For each process."""
+    """Environment variables of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +52,7 @@ def environment(processes, devices, folder):
 
 
 def run(command, processes, devices, folder, timeout=300):
-    """Run in all processes; what each wrote on standard output."""
+    """Run the command in all processes, and return the standard output of each."""
     started = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -76,7 +76,7 @@ def run(command, processes, devices, folder, timeout=300):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What a task of `parallel_worker` finds in a layout; each is done once."""
+    """Results of a task of `sharding_worker` in a layout; each is run once."""
     known = {}
 
     def of(layout, task):
@@ -105,7 +105,7 @@ def assert_close(one, other, rtol, atol):
 
 
 def assert_trained_alike(one, other):
-    """A hundred steps: losses, gradients' norms, NFE and parameters."""
+    """Compare losses, gradient norms, NFE and parameters of a hundred steps."""
     assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert one["losses"][-1][0] < one["losses"][0][0]
 
@@ -146,7 +146,7 @@ def test_processes_agree(found, layout):
         "error": "nothing there",
         "anywhere": [True, False],
         "key": np.asarray(jr.key_data(jr.key(5))).tolist(),
-        "uneven": "4 devices cannot share a batch of 65 evenly: make it a multiple",
+        "uneven": "expected a batch size that is a multiple of the 4 devices; got 65",
     }
 
 
@@ -156,19 +156,19 @@ def test_processes_agree(found, layout):
 def test_every_way_gives_the_same(found, layout, task):
     one, other = (dict(found(name, task)) for name in ("one", layout))
     if task == "pictures":
-        # Sums of gradients go from device to device, and no pictures.
+        # Devices exchange sums of gradients, but no images.
         assert one.pop("sent") == other.pop("sent") == []
     assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_two_processes(tmp_path):
-    """An experiment of one process and device, interrupted, is finished by two of two."""
+    """An experiment interrupted on one device is finished by two processes of two devices."""
     words = ["--steps", "20", "--batch", "64", "--field", "mlp", "--widths", "8", "--log-every"]
     words += ["10", "--validate-every", "10", "--checkpoint-every", "10", "--test-points", "100"]
     words += ["--cells", "20", "--frames", "2"]
     stop = (
-        "from jcnf import checkpoint\n"
+        "from jcnf.training import checkpoint\n"
         "save = checkpoint.save\n"
         "def until_ten(path, *rest):\n"
         "    save(path, *rest)\n"
@@ -196,23 +196,23 @@ def test_a_run_goes_on_in_two_processes(tmp_path):
 
 def test_nothing_changes_outside_a_mesh():
     tree = {"x": jnp.ones((3, 2)), "keys": jr.split(jr.key(0), 3), "none": None}
-    assert sharding.devices() == 1
-    for function in (sharding.split, sharding.split_where_even, sharding.everywhere):
+    assert sharding.num_devices() == 1
+    for function in (sharding.shard, sharding.shard_if_even, sharding.replicate):
         assert function(tree) is tree
-    assert sharding.first(lambda: tree) is tree
-    assert not sharding.anywhere(False)
-    text = str(jax.make_jaxpr(sharding.split)(jnp.ones((4, 2))))
+    assert sharding.on_process_zero(lambda: tree) is tree
+    assert not sharding.any_process(False)
+    text = str(jax.make_jaxpr(sharding.shard)(jnp.ones((4, 2))))
     assert "sharding" not in text
 
 
 def test_a_mesh_of_one_device_changes_nothing():
     with jax.set_mesh(sharding.make_mesh(1)):
-        assert sharding.devices() == 1
-        assert "sharding" not in str(jax.make_jaxpr(sharding.split)(jnp.ones((4, 2))))
+        assert sharding.num_devices() == 1
+        assert "sharding" not in str(jax.make_jaxpr(sharding.shard)(jnp.ones((4, 2))))
 
 
 def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
-    """What one row gives depends on those solved with it, by the steps they all take."""
+    """Rows solved together share their steps, so a row's result depends on its chunk."""
     shapes = []
 
     def program(x):
@@ -221,9 +221,9 @@ def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
 
     rows, found = np.arange(37.0), []
     for number in (1, 4):
-        same = {"split": lambda batch: batch, "on_host": lambda tree: tree}
-        patched = SimpleNamespace(devices=lambda number=number: number, **same)
-        monkeypatch.setattr(chunks, "parallel", patched)
+        same = {"shard": lambda batch: batch, "to_host": lambda tree: tree}
+        patched = SimpleNamespace(num_devices=lambda number=number: number, **same)
+        monkeypatch.setattr(chunks, "sharding", patched)
         found.append(chunks.in_chunks(program, (rows,), 37, 15))
     assert shapes == 3 * [(15,)] + 3 * [(16,)]
     for one, four in zip(*found, strict=True):
@@ -235,24 +235,24 @@ def test_bad_meshes_are_refused():
     with pytest.raises(ValueError, match="expected 1 to 1 devices; got 3"):
         sharding.make_mesh(3)
     with jax.set_mesh(jax.make_mesh((1,), ("batch",))), pytest.raises(ValueError, match="Auto"):
-        sharding.devices()
+        sharding.num_devices()
 
 
 def test_processes_are_numbered(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(InputError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
-        sharding.join()
+        sharding.initialize()
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
     with pytest.raises(InputError, match="must be HOST:PORT; got 'localhost'"):
-        sharding.join()
+        sharding.initialize()
 
 
 def test_signals_end_what_has_joined(tmp_path):
     command = (
         "import os, signal\n"
-        "from experiments.harness import main\n"
-        "from experiments.run_settings import RunSettings\n"
+        "from experiments._runner.cli import main\n"
+        "from experiments._runner.config import RunSettings\n"
         "def run(settings):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    raise AssertionError('it goes on')\n"

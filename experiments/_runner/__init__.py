@@ -1,1 +1,1 @@
-"""What runs an experiment: command line, settings, run directory and training."""
+"""The machinery of an experiment: command line, settings, run directory and training."""

@@ -1,4 +1,4 @@
-"""The command line of every experiment: parse, check, run, and say in one line what was wrong."""
+"""The command line of every experiment: parse, check and run it; report an error in one line."""
 
 import argparse
 import os
@@ -21,10 +21,12 @@ S = TypeVar("S", bound=RunSettings)
 def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) -> None:
     """Run an experiment from `sys.argv`.
 
-    Of several `settings`, presets by name, `--preset NAME` chooses; without it --data does where it
-    names one, or else it is the first. Bad input ends in one line on standard error and exit code
-    2, a disk that is full or cannot be written too; SIGINT and SIGTERM in how to go on, and 130
-    and 143.
+    If `settings` maps names to presets, `--preset NAME` chooses one. Without that flag, the preset
+    named by `--data` is used if there is one, otherwise the first.
+
+    Bad input and a disk that is full or cannot be written end in one line on standard error and
+    exit code 2. SIGINT and SIGTERM end in a line that says how to resume and exit codes 130 and
+    143.
     """
     words, description = sys.argv[1:], sys.modules["__main__"].__doc__
     kind: Any = settings
@@ -42,10 +44,10 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
     stop_at_once()
     try:
-        sharding.join()
-        stop_at_once()  # again: jax.distributed takes SIGTERM to itself
+        sharding.initialize()
+        stop_at_once()  # again, because jax.distributed installs a SIGTERM handler
         if jax.process_index() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
         config.check()
         with jax.set_mesh(config.make_mesh()):
             run(config)
@@ -54,24 +56,24 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
-        sys.exit(_fail("error: out of memory: lower --batch, --widths or the rows asked for", 2))
+        sys.exit(_fail("error: out of memory: lower --batch, --widths or the number of rows", 2))
     except OSError as error:
         place = error.filename or config.out or "a file"
         message = f"error: {place}: {error.strerror or error}"
-        sys.exit(_fail(f"{message}: make room, or give another place; {_going_on(config)}", 2))
+        sys.exit(_fail(f"{message}: free some space or use another path; {_going_on(config)}", 2))
     except Stopped as stop:
         sys.exit(_fail(str(stop) or f"stopped: {_going_on(config)}", 128 + stop.number))
 
 
 def _going_on(config):
-    """How to go on with a run that ended before its end."""
+    """Return a hint on how to resume a run that was cut short."""
     if hasattr(config, "resume") and getattr(config, "from_run", None) is None:
-        return "--resume and --out RUN_DIRECTORY go on from the last checkpoint"
-    return "nothing of it is kept but the files it has written"
+        return "resume from the last checkpoint with --resume --out RUN_DIRECTORY"
+    return "only the files already written are kept"
 
 
 def _preset(presets, words):
-    """The settings that the words name, and the words without the flag that did so."""
+    """Return the settings that the words choose, and the words without `--preset`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     try:
@@ -79,7 +81,7 @@ def _preset(presets, words):
         parser.add_argument("--data")
         data = parser.parse_known_args(rest)[0].data
     except argparse.ArgumentError as error:
-        raise InputError(f"{error}: name one of {', '.join(presets)}") from None
+        raise InputError(f"{error}: use one of {', '.join(presets)}") from None
     if chosen.preset is not None and chosen.preset not in presets:
         raise InputError(f"unknown preset '{chosen.preset}': use one of {', '.join(presets)}")
     name = chosen.preset or (data if data in presets else next(iter(presets)))

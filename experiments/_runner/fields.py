@@ -1,4 +1,4 @@
-"""The fields that a command line can name, built from its settings."""
+"""The velocity fields that `--field` can name, built from the settings."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def _mixture(settings, dim, context_dim, key):
 
 
 def _residual(settings, dim, context_dim, key):
-    return fields.Residual(_mlp(settings, dim, context_dim, key))
+    return fields.MinusIdentity(_mlp(settings, dim, context_dim, key))
 
 
 def _resnet(settings, dim, context_dim, key):
     if len(set(settings.widths)) != 1:
         raise ValueError(
-            f"the resnet field takes one width, as often as it has blocks; got {settings.widths}"
+            f"the resnet field takes one width, repeated for each block; got {settings.widths}"
         )
     return fields.ResNet(
         dim,

@@ -1,4 +1,4 @@
-"""The settings of a flow and of its training, and the objects they describe."""
+"""Settings of a flow and of its training, and the objects that they describe."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.random as jr
 
 from experiments._runner import likelihood_config
-from experiments._runner.config import WIDEST, LoopSettings
+from experiments._runner.config import MAX_WIDTH, LoopSettings
 from experiments._runner.fields import FIELDS
 from experiments._runner.likelihood_config import LikelihoodSettings, named
 from experiments._runner.stages import Stage
@@ -17,7 +17,8 @@ from jcnf import CNF, distributions, fields, objectives
 from jcnf._checks import InputError
 from jcnf.objectives import couplings, paths, times
 
-# Settings, and what puts them to use: objectives, fields, divergences, penalties, bases, or a flag.
+# {users: settings}: settings that have an effect only with one of these objectives, fields,
+# divergences, regularizers, bases or flags.
 USERS: dict[tuple[str, ...], tuple[str, ...]] = likelihood_config.USERS | {
     ("flow_matching", "mixed"): ("path", "coupling", "times", "drop_context"),
     ("mixed",): ("matching_weight",),
@@ -31,57 +32,58 @@ USERS: dict[tuple[str, ...], tuple[str, ...]] = likelihood_config.USERS | {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSettings(LikelihoodSettings):
-    """A flow, trained by one objective, and then perhaps by maximum likelihood."""
+    """Settings of a flow, trained by one objective and then, optionally, by likelihood."""
 
-    # what is trained by: flow_matching (nothing is solved), likelihood, mixed (likelihood plus
+    # training objective: flow_matching (without ODE solves), likelihood, mixed (likelihood plus
     # --matching-weight times flow matching)
     objective: str = "flow_matching"
-    # steps of maximum likelihood afterwards
+    # number of maximum-likelihood steps after the steps of --objective
     finetune_steps: int = 0
-    # resnet, mlp, bounded (an mlp with an activation after its last layer too), residual (mlp - x),
-    # mixture (of two mlps), planar (by a hypernet), potential (OT-Flow)
+    # velocity field: resnet, mlp, bounded (an mlp that ends in a tanh), residual (mlp - x), mixture
+    # (of two mlps), planar (with a hypernetwork), potential (OT-Flow)
     field: str = "resnet"
-    # hidden widths of the field; resnet: that of each block; planar: units, hypernet's width;
-    # potential: width, rank
+    # hidden widths of the field (resnet: width of each block; planar: units and width of the
+    # hypernetwork; potential: width and rank)
     widths: tuple[int, ...] = (96, 96)
-    # mlp, bounded, residual, mixture: how time enters, ignore, concat, squash, concatsquash,
+    # how time enters mlp, bounded, residual and mixture: ignore, concat, squash, concatsquash,
     # hyper, blend
     time: str = "concat"
-    # resnet: pairs of a sine and a cosine of time beside the time itself
+    # resnet: number of sine-cosine pairs of time among the inputs, beside time itself
     frequencies: int = 4
-    # resnet: pairs of a sine and a cosine of x beside x itself, for sharp edges
+    # resnet: number of sine-cosine pairs of x among the inputs, beside x itself, for sharp edges
     waves: int = 0
-    # but for planar, potential: tanh, softplus, silu, elu, sine, identity, logcosh
+    # activation of all fields but planar and potential: tanh, softplus, silu, elu, sine, identity,
+    # logcosh
     activation: str = "silu"
     # base distribution: normal, logistic
     base: str = "normal"
-    # standard deviation of a normal base
+    # standard deviation of the normal base
     base_scale: float = 1.0
     # end time T of the flow
     t1: float = 1.0
-    # train the end time along, from T on (--weight-decay pulls it towards 0)
+    # train the end time too, starting from --t1 (--weight-decay pulls it toward 0)
     learn_t1: bool = False
-    # flow matching's path: linear, trigonometric, sigma_min, variance_preserving, stochastic
+    # path of flow matching: linear, trigonometric, sigma_min, variance_preserving, stochastic
     path: str = "linear"
-    # which base sample goes to which data point: independent, exact (optimal transport), sinkhorn
+    # how flow matching pairs base samples with data: independent, exact (optimal transport),
+    # sinkhorn
     coupling: str = "independent"
-    # where on its path a sample is looked at: uniform, lattice, late, logit_normal
+    # how flow matching draws times on the path: uniform, lattice, late, logit_normal
     times: str = "late"
-    # share of flow matching's contexts that are left out, for guidance afterwards
+    # fraction of contexts that flow matching drops, so that samples can be guided
     drop_context: float = 0.0
-    # flow matching's weight in the mixed objective, beside a likelihood of weight 1
+    # weight of flow matching in the mixed objective, where likelihood has weight 1
     matching_weight: float = 1.0
-    # peak learning rate of the steps of --finetune-steps
+    # peak learning rate of the --finetune-steps
     finetune_learning_rate: float = 1e-3
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         self.sizes("widths")
         self.at_least(0, "finetune_steps", "matching_weight")
-        self.at_least(0, "frequencies", "waves", most=WIDEST)
+        self.at_least(0, "frequencies", "waves", most=MAX_WIDTH)
         self.positive("finetune_learning_rate", "base_scale")
-        # Of a longer way take more of the field: time is to be told apart in float32.
+        # Beyond this, scale the field rather than time, which float32 must still resolve.
         self.at_least(1e-3, "t1", most=1e3)
         if not 0 <= self.drop_context < 1:
             raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
@@ -94,7 +96,7 @@ class FlowSettings(LikelihoodSettings):
         self.check_use(USERS)
 
     def uses(self) -> set[str]:
-        """The parts of the settings that these ones put to use, by the names of `USERS`."""
+        """Return the keys of `USERS` that these settings put to use."""
         parts = super().uses() | {self.objective, self.field, self.base}
         if self.finetune_steps:
             parts |= {"--finetune-steps", "likelihood"}
@@ -102,11 +104,10 @@ class FlowSettings(LikelihoodSettings):
 
     @property
     def loss_units(self) -> str:
-        """What the training loss is measured in."""
         return "nats" if self.objective == "likelihood" else "no unit"
 
     def check_objective(self, dim: int, context_dim: int = 0) -> None:
-        """Raise `InputError` for what does not go together in `dim` dimensions, by tracing it."""
+        """Trace the objectives in `dim` dimensions; raise `InputError` for settings that clash."""
         x = jax.ShapeDtypeStruct((2, dim), float)
         batch = (x, jax.ShapeDtypeStruct((2, context_dim), float)) if context_dim else x
         try:
@@ -121,32 +122,30 @@ class FlowSettings(LikelihoodSettings):
             raise InputError(str(error)) from None
 
     def make_flow(self, dim: int, context_dim: int = 0) -> CNF:
-        """The untrained flow."""
         make = named("field", self.field, FIELDS)
         field = make(self, dim, context_dim, jr.fold_in(jr.key(self.seed), 0))
         base = self.make_base(dim)
         if self.learn_t1:
-            return CNF(fields.TimeChange(field, rate=self.t1), base)
+            return CNF(fields.TimeRescaling(field, rate=self.t1), base)
         return CNF(field, base, t1=self.t1)
 
-    def make_base(self, dim: int) -> distributions.Base:
-        """The base distribution."""
+    def make_base(self, dim: int) -> distributions.BaseDistribution:
         if self.base == "normal" and self.base_scale != 1:
             return distributions.ScaledNormal(dim, self.base_scale)
         return named("base", self.base, distributions.BASES)(dim)
 
     def make_objectives(self) -> dict[str, Callable]:
-        """What --objective can name."""
+        """Return the objectives that `--objective` can name."""
         likelihood, matching = self.make_likelihood(), self.make_matching()
         weights = {likelihood: 1.0, matching: self.matching_weight}
         return {
             "flow_matching": matching,
             "likelihood": likelihood,
-            "mixed": functools.partial(objectives.mixed, weights=weights),
+            "mixed": functools.partial(objectives.weighted_sum, weights=weights),
         }
 
     def make_stages(self) -> list[Stage]:
-        """Training by `objective`, by likelihood, and by L-BFGS, where there are steps for them."""
+        """Return the stages with steps: the objective, likelihood, and L-BFGS, in this order."""
         table = self.make_objectives()
         named("objective", self.objective, table)
         plan = [(self.objective, self.steps, self.learning_rate)]
@@ -168,7 +167,7 @@ class FlowSettings(LikelihoodSettings):
         )
 
     def make_matching(self) -> Callable:
-        """Flow matching."""
+        """Return the flow-matching objective."""
         return functools.partial(
             objectives.flow_matching,
             path=named("path", self.path, paths.PATHS),
@@ -180,4 +179,4 @@ class FlowSettings(LikelihoodSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitSettings(FlowSettings, LoopSettings):
-    """A flow, trained by the loop."""
+    """Settings of a flow and of the loop that trains it."""

@@ -1,22 +1,23 @@
-"""The settings of maximum likelihood through a solve: divergence, penalties, a random end time."""
+"""Settings of maximum likelihood by ODE solves: divergence, regularizers, random end time."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from experiments._runner.config import WIDEST, SolveSettings, TrainingSettings
+from experiments._runner.config import MAX_WIDTH, SolveSettings, TrainingSettings
 from jcnf import Exact, ForwardMode, Hutchinson, objectives, regularizers
 from jcnf._checks import InputError
 from jcnf.divergence import DIVERGENCES, Divergence
 
 T = TypeVar("T")
 
-# Settings, and what puts them to use: objectives, divergences, penalties, or a flag.
+# {users: settings}: settings that have an effect only with one of these objectives, divergences
+# or regularizers.
 USERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("likelihood", "mixed"): (
         *("solver", "rtol", "atol", "fixed_step", "adjoint", "norm", "max_steps"),
-        *("steer", "divergence", "penalties"),
+        *("steer", "divergence", "regularizers"),
     ),
     ("hutchinson",): ("noise",),
     ("hutchinson", "hutch++", "xtrace", "jacobian", "lambda2"): ("probes",),
@@ -25,76 +26,80 @@ USERS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LikelihoodSettings(TrainingSettings, SolveSettings):
-    """Maximum likelihood."""
+    """Settings of training by maximum likelihood."""
 
-    # half width of the base's random time while training, 0 for none (STEER)
+    # half width of the random time of the base in training (STEER; 0 for a fixed time)
     steer: float = 0.0
-    # divergence while training: exact, forward, hutchinson, hutch++, xtrace (held-out numbers have
-    # one of their own)
+    # divergence in training: exact, forward, hutchinson, hutch++, xtrace (not used for held-out
+    # numbers)
     divergence: str = "exact"
-    # probes of an estimated divergence, and of the jacobian and lambda2 penalties
+    # number of probes of an estimated divergence and of the jacobian and lambda2 regularizers
     probes: int = 1
-    # Hutchinson's noise: rademacher, gaussian, orthogonal
+    # noise of Hutchinson's estimator: rademacher, gaussian, orthogonal
     noise: str = "rademacher"
-    # penalties and their weights, as in "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
+    # regularizers and their weights, e.g. "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
     # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
-    penalties: tuple[tuple[str, float], ...] = ()
+    regularizers: tuple[tuple[str, float], ...] = ()
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
-        self.at_least(1, "probes", most=WIDEST)
+        self.at_least(1, "probes", most=MAX_WIDTH)
         self.at_least(0, "steer")
-        for name, weight in self.penalties:
+        for name, weight in self.regularizers:
             if not 0 <= weight <= 1e9:
-                raise InputError(f"--penalties: the weight of {name} must be from 0 to 1e+09")
+                raise InputError(
+                    f"--regularizers: the weight of {name} must be from 0 to 1e+09; got {weight}"
+                )
         if self.lbfgs_steps and self.adjoint == "forward":
-            raise InputError("L-BFGS takes gradients by reverse mode: choose another --adjoint")
+            raise InputError("L-BFGS needs reverse-mode gradients: choose another --adjoint")
 
     def uses(self) -> set[str]:
-        """The parts of the settings that these ones put to use, by the names of their users."""
-        return {self.divergence, *dict(self.penalties)}
+        """Return the keys of `USERS` that these settings put to use."""
+        return {self.divergence, *dict(self.regularizers)}
 
     def check_use(self, users: Mapping[tuple[str, ...], tuple[str, ...]]) -> None:
-        """Refuse settings that would change nothing: those of `users` that nothing uses."""
+        """Raise `InputError` for changed settings of `users` that would have no effect."""
         defaults, uses = type(self)(), self.uses()
         for names_of_users, names in users.items():
             given = [n for n in names if getattr(self, n) != getattr(defaults, n)]
             if given and not uses & set(names_of_users):
                 flags = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise InputError(
-                    f"{flags} would change nothing: of use with {' or '.join(names_of_users)} alone"
+                    f"{flags} would have no effect: used only with {' or '.join(names_of_users)}"
                 )
 
     def make_divergence(self) -> Divergence:
-        """The training divergence."""
+        """Return the divergence used in training."""
         make: Any = named("divergence", self.divergence, DIVERGENCES)
         if make is ForwardMode:
             return make()
         if make is Exact:
-            return make(self.probes if {"jacobian", "lambda2"} & dict(self.penalties).keys() else 0)
+            return make(
+                self.probes if {"jacobian", "lambda2"} & dict(self.regularizers).keys() else 0
+            )
         return make(self.probes, **{"noise": self.noise} if make is Hutchinson else {})
 
     def make_likelihood(self) -> Callable:
-        """Likelihood by the training solve."""
+        """Return the likelihood objective by the training solve."""
         return functools.partial(
             objectives.likelihood,
             solve=self.make_solve(),
             divergence=self.make_divergence(),
-            penalties=self.make_penalties(),
+            regularizers=self.make_regularizers(),
             steer=self.steer,
         )
 
-    def make_penalties(self) -> dict[Callable, float]:
-        """Regularizers and their weights."""
-        penalties = {regularizers.named(name): weight for name, weight in self.penalties}
-        if len(penalties) < len(self.penalties):
-            raise ValueError(f"a penalty is named twice: {', '.join(dict(self.penalties))}")
-        return penalties
+    def make_regularizers(self) -> dict[Callable, float]:
+        """Return the regularizers with their weights; `ValueError` if one is named twice."""
+        weights = {regularizers.named(name): weight for name, weight in self.regularizers}
+        if len(weights) < len(self.regularizers):
+            names = ", ".join(name for name, _ in self.regularizers)
+            raise ValueError(f"--regularizers must not name one twice; got {names}")
+        return weights
 
 
 def named(what: str, name: str, table: Mapping[str, T]) -> T:
-    """`table[name]`; `ValueError` for an unknown name, with the known ones."""
+    """Return `table[name]`; raise `ValueError` with the known names for an unknown one."""
     if name not in table:
         raise ValueError(f"unknown {what} '{name}': use one of {', '.join(table)}")
     return table[name]

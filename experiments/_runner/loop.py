@@ -14,27 +14,27 @@ from tqdm import tqdm
 from experiments._runner.config import LoopSettings
 from experiments._runner.run_dir import RunDir
 from experiments._runner.signals import Stopped, Waiting
-from experiments._runner.stages import STUCK, DrawOf, Stage, compiled
-from experiments._runner.trainer import Course, digest_of
+from experiments._runner.stages import MAX_STUCK_STEPS, DrawOf, Stage, compiled
+from experiments._runner.trainer import Trainer, digest_of
 from jcnf import sharding, training
 from jcnf._checks import InputError
-from jcnf.training.checkpoint_manager import Keeper
+from jcnf.training.checkpoint_manager import CheckpointManager
 
-DISPATCH = 1.0  # seconds: after about so many the host hears of the steps, and they of signals
+DISPATCH_SECONDS = 1.0  # between two times that the host sees metrics and reacts to signals
 
 
-class Fitted(NamedTuple):
-    """What training gave."""
+class FitResult(NamedTuple):
+    """The result of a training."""
 
     flow: Any  # the model with the averaged parameters of the best validation
-    score: float  # that validation
-    records: list[dict]  # of metrics.jsonl
-    skipped: int  # updates that were not applied, those that were gone back upon included
-    rollbacks: int  # returns to an earlier checkpoint
+    score: float  # of that validation
+    records: list[dict]  # the lines of metrics.jsonl
+    skipped: int  # updates that were not applied, including those before a rollback
+    rollbacks: int  # number of returns to an earlier checkpoint
     timing: dict[str, float]
 
     def numerics(self) -> dict[str, int]:
-        """The counts, for the summary."""
+        """Return the counts for the summary."""
         return {"skipped_updates": self.skipped, "rollbacks": self.rollbacks}
 
 
@@ -47,26 +47,26 @@ def fit(
     validate: Callable[[Any], float],
     score: str = "val_nll",
     stages: list[Stage] | None = None,
-) -> Fitted:
-    """Train from the beginning, or from the run's checkpoint, through `stages`: the settings' own.
+) -> FitResult:
+    """Train through `stages` (by default those of the settings), or resume the run's checkpoint.
 
-    `validate(model)` is a held-out figure, lower when better, that the log calls `score`: a NLL in
-    nats unless said otherwise. It chooses the parameters to keep, and those that the next stage
-    starts from.
+    `validate(model)` returns a held-out figure, lower when better, that the log calls `score`: an
+    NLL in nats unless the caller says otherwise. It decides which parameters are kept, and which
+    ones the next stage starts from.
 
-    **Raises:** `Stopped`, with all saved, after SIGINT or SIGTERM; `InputError` where training
-    cannot go on; `OSError` where the disk is full, with the checkpoints on it whole.
+    **Raises:** `Stopped` after SIGINT or SIGTERM, once everything is saved; `InputError` if
+    training cannot go on; `OSError` if the disk is full, which leaves its checkpoints intact.
     """
     start, compile_s, pace = time.perf_counter(), 0.0, 1
     stages = stages or settings.make_stages()
     events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
     digest = digest_of(data)
-    if sharding.anywhere(digest != sharding.first(lambda: digest)):
+    if sharding.any_process(digest != sharding.on_process_zero(lambda: digest)):
         raise InputError("the processes have read different data: give each of them the same files")
-    key, data = sharding.everywhere((jr.fold_in(jr.key(settings.seed), 1), data))
-    programs: dict[int, tuple[jax.stages.Compiled, training.Totals]] = {}
-    with Waiting() as waiting, Keeper(run.checkpoints, settings.keep) as keeper:
-        course = Course(run, model, digest, stages, settings.patience, keeper)
+    key, data = sharding.replicate((jr.fold_in(jr.key(settings.seed), 1), data))
+    programs: dict[int, tuple[jax.stages.Compiled, training.MetricSums]] = {}
+    with Waiting() as waiting, CheckpointManager(run.checkpoints, settings.keep) as keeper:
+        course = Trainer(run, model, digest, stages, settings.patience, keeper)
         total = sum(stage.steps for stage in stages)
         with tqdm(
             total=total,
@@ -85,12 +85,13 @@ def fit(
                 due = course.over() or any(step % n == 0 for n in events)
                 if due and step > course.place.recorded:
                     _record(course, settings, none, validate, score)
-                elif course.stuck >= STUCK and not course.stage.fixed:
+                elif course.stuck >= MAX_STUCK_STEPS and not course.stage.fixed:
                     bar.write(course.roll_back(none))
-                elif sharding.anywhere(waiting.number is not None):
+                elif sharding.any_process(waiting.number is not None):
                     break
                 else:
-                    # One dispatch to the next step at which something is due, or so far in time.
+                    # One dispatch runs to the next step at which something is due, or for about
+                    # DISPATCH_SECONDS.
                     until = min(course.end, step + pace, *(step - step % n + n for n in events))
                     tic = time.perf_counter()
                     after = program(course.state, data, key, until, course.totals(none))
@@ -98,22 +99,24 @@ def fit(
                     seconds = time.perf_counter() - tic
                     course.steps_taken(state, totals, seconds)
                     taken = course.step - step
-                    quicker = min(max(1, int(DISPATCH / seconds * taken)), 10 * taken)
-                    pace = sharding.first(lambda pace=quicker: pace)  # the same for all processes
+                    quicker = min(max(1, int(DISPATCH_SECONDS / seconds * taken)), 10 * taken)
+                    pace = sharding.on_process_zero(
+                        lambda pace=quicker: pace
+                    )  # the same for all processes
                     bar.n = course.step
                     bar.set_postfix_str(_shown(course.means(none), course.skipped))
                 keeper.poll()
-        if sharding.anywhere(waiting.number is not None):
+        if sharding.any_process(waiting.number is not None):
             course.save()
             keeper.wait()
             at = f"stopped at step {course.step}, which is saved"
-            number = waiting.number or signal.SIGTERM  # where another process was told
-            raise Stopped(number, f"{at}: go on with {run.command_to_resume()}")
+            number = waiting.number or signal.SIGTERM  # if another process got the signal
+            raise Stopped(number, f"{at}: resume with {run.command_to_resume()}")
     step, skipped, place = course.step, course.skipped, course.place
     if skipped > step // 2:
         print(
-            f"warning: {skipped} of {step} updates were skipped: see the help of --clip, "
-            "--learning-rate, --max-steps and the tolerances"
+            f"warning: {skipped} of {step} updates were skipped: lower --learning-rate or --clip, "
+            "raise --max-steps, or loosen --rtol and --atol"
         )
     timing = {
         "compile_s": compile_s,
@@ -122,7 +125,7 @@ def fit(
         "step_ms_median": statistics.median(r["step_ms"] for r in course.log.records),
         "checkpoint_stall_s": keeper.stalled,
     }
-    return Fitted(
+    return FitResult(
         training.with_params(model, course.best),
         math.nan if place.best is None else place.best,
         course.log.records,
@@ -133,7 +136,7 @@ def fit(
 
 
 def _record(course, settings, none, validate, score):
-    """A line of the log, a validation where it is due, and a checkpoint."""
+    """Log this step; validate and save a checkpoint if they are due."""
     step, place, better = course.step, course.place, False
     record = course.means(none) | {"step_ms": 1e3 * place.seconds / (step - place.recorded)}
     if course.over() or step % settings.validate_every == 0:

@@ -1,4 +1,4 @@
-"""JSON in a run directory: whole files, and `metrics.jsonl`, to which lines are added."""
+"""The JSON files of a run directory, and `metrics.jsonl`, which grows by a line per record."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from jcnf.training import checkpoint
 
 
 class MetricsLog:
-    """metrics.jsonl: a line for each record, cut back to the step that a run resumes from."""
+    """The log metrics.jsonl, cut back to the step from which a run resumes."""
 
     def __init__(self, path: Path, records: list[dict], step: int):
         self.path = path
@@ -29,7 +29,7 @@ class MetricsLog:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run directory; `InputError` when it is missing or damaged."""
+    """Read a JSON file of a run directory; raise `InputError` if it is missing or damaged."""
     try:
         return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -39,9 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Those of a metrics.jsonl; a last line cut short by a kill is left out.
+    """Read the records of a metrics.jsonl, except for a last line that a kill cut short.
 
-    **Raises:** `InputError` that names the line when another is damaged.
+    **Raises:** `InputError` with the number of any other damaged line.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
@@ -52,13 +52,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 raise InputError(
-                    f"line {number} of {path} is damaged: mend it, or take it out"
+                    f"line {number} of {path} is damaged: repair it, or remove it"
                 ) from None
     return records
 
 
 def json_ready(value: Any) -> Any:
-    """Paths as strings, tuples as lists, and numbers that JSON has no name for as null."""
+    """Replace paths by strings, tuples by lists, and NaN and infinities by None."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

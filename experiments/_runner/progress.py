@@ -1,4 +1,4 @@
-"""Bars that show what is under way after training: measuring and drawing."""
+"""Progress bars for the work after training: measuring and drawing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from jcnf import evaluate
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show a bar named `what`, which moves with the chunks of rows that are solved inside."""
+    """Show a bar named `what` that advances with each chunk of rows solved in the context."""
     shown = jax.process_index() == 0
     with tqdm(desc=what, total=0, unit="chunk", dynamic_ncols=True, disable=not shown) as bar:
 

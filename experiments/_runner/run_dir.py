@@ -1,5 +1,8 @@
-"""One run directory: `config.json`, `metrics.jsonl`, `checkpoints/`, `figures/`; once trained,
-`flow.jcnf`; once finished, `summary.json`; where training broke down, `report.json`."""
+"""The directory of one run.
+
+It holds `config.json`, `metrics.jsonl`, `checkpoints/` and `figures/`; once trained, `flow.jcnf`;
+once finished, `summary.json`; and if training broke down, `report.json`.
+"""
 
 import atexit
 import dataclasses
@@ -25,9 +28,9 @@ from jcnf._checks import InputError
 from jcnf.flows import Flow
 from jcnf.training import checkpoint
 
-# Settings that may differ between a run and its resumption: where it goes, not what it does.
-FREE = ("out", "resume", "keep", "devices")
-# What stands beside a trained flow at least.
+# Settings that may change when a run is resumed, because they do not change what it computes.
+FREE_SETTINGS = ("out", "resume", "keep", "devices")
+# The notes that every flow.jcnf has at least, with their types.
 FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
 
 
@@ -35,13 +38,15 @@ S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunDir:
-    """The directory of a new run, or of an unfinished one with `--resume`; maybe `part_of` another.
+    """The directory of a new run or, with `resume`, of an unfinished one.
 
-    Of several processes the first alone has it. The others go on with copies of their own, which
-    are alike and forgotten at the end: they need no file system in common.
+    A run may be `part_of` another one, whose command line then resumes both.
 
-    **Raises:** `InputError` when it holds a finished run, an unfinished one without `--resume`, or
-    one of other settings, is in use, or cannot be written.
+    With several processes, only the first one uses the directory. Each of the others works in a
+    temporary copy that is deleted at the end, so that they need no shared file system.
+
+    **Raises:** `InputError` if the directory holds a finished run, an unfinished one without
+    `resume`, or one with other settings; if it is in use; or if it cannot be written.
     """
 
     def __init__(
@@ -57,8 +62,8 @@ class RunDir:
         self.config = json_ready(dataclasses.asdict(settings))
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
-        self.home = self.path  # where the first process, and a person, finds it
-        files = sharding.first(lambda: self._open(settings, resume))
+        self.home = self.path  # the real directory, also in processes that work in a copy
+        files = sharding.on_process_zero(lambda: self._open(settings, resume))
         if jax.process_index() > 0:
             self._copy(files)
         self.checkpoints = self.path / "checkpoints"
@@ -66,21 +71,21 @@ class RunDir:
         print(f"run directory: {self.path}")
 
     def _open(self, settings, resume):
-        """Check and begin it, or check it; what is in it, where other processes need that."""
+        """Check the directory and create it if new; return its files for other processes."""
         if (self.path / "summary.json").exists():
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()
         if started and not resume:
-            hint = "add --resume to go on with it, or " if "resume" in self.config else ""
+            hint = "add --resume to resume it, or " if "resume" in self.config else ""
             raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
-        # A hidden file is what a kill left of the first write.
+        # A hidden file is the rest of a first write that was killed.
         if not started and any(path for path in self.path.glob("*") if path.name[0] != "."):
             raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
         if started:
             self._same_settings()
-            (self.path / "figures").mkdir(exist_ok=True)  # a kill may have come before it
+            (self.path / "figures").mkdir(exist_ok=True)  # missing if a kill came first
         else:
             self._create()
         self._hold()
@@ -108,17 +113,17 @@ class RunDir:
             ) from None
 
     def _hold(self):
-        """Keep other processes out of it until this one ends, where the file system has locks."""
+        """Lock out other processes until this one ends, if the file system has locks."""
         if sys.platform == "win32":
             return
         import fcntl
 
-        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (to the end)
+        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (open until exit)
         try:
             fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(
-                f"{self.path} is in use by another process: wait for its end, or end it"
+                f"{self.path} is in use by another process: wait for it to end, or stop it"
             ) from None
         except OSError:
             pass
@@ -127,36 +132,41 @@ class RunDir:
         self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))
 
     def _check_config(self, what, before):
-        names = [n for n in self.config | before if n not in FREE]
+        names = [n for n in self.config | before if n not in FREE_SETTINGS]
         differ = [n for n in names if before.get(n) != self.config.get(n)]
         if differ:
             listed = ", ".join(f"{n} {before.get(n)} -> {self.config.get(n)}" for n in differ)
             raise InputError(
-                f"{what} with other settings ({listed}): "
-                "give the same ones, or choose another --out"
+                f"{what} with other settings ({listed}): use the same ones, or choose another --out"
             )
 
     def check_notes(self, notes: dict[str, Any]) -> dict[str, Any]:
-        """Those of a checkpoint, where it is one of this run and version.
+        """Return the notes of a checkpoint, if it is from this run and this version.
 
         **Raises:** `InputError` that names what differs.
         """
         if not all(isinstance(notes.get(n), dict) for n in ("versions", "config", "place")):
-            raise InputError(f"{self.checkpoints} holds something else than a training's state")
+            raise InputError(
+                f"a file in {self.checkpoints} is not a checkpoint of a training: "
+                "choose another --out"
+            )
         self._check_config(f"the checkpoint in {self.checkpoints} was written", notes["config"])
         here, there = versions(), dict.fromkeys(versions()) | notes["versions"]
         if there["jcnf"] != here["jcnf"]:
             raise InputError(
                 f"the checkpoint in {self.checkpoints} was written by jcnf {there['jcnf']}, this "
-                f"is {here['jcnf']}: go on with that version, or choose another --out"
+                f"is {here['jcnf']}: resume with that version, or choose another --out"
             )
         others = [f"{n} {there[n]} -> {here[n]}" for n in here if there[n] != here[n]]
         if others:
-            print(f"warning: other versions than before, so not to the bit: {', '.join(others)}")
+            print(
+                "warning: versions have changed, so the run will not be reproduced bit for bit: "
+                f"{', '.join(others)}"
+            )
         return notes
 
     def command_to_resume(self) -> str:
-        """The command line that goes on with this run."""
+        """Return the command line that resumes this run."""
         if self.part_of is not None:
             return self.part_of.command_to_resume()
         words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -165,7 +175,7 @@ class RunDir:
         return shlex.join(["python", "-m", f"experiments.{self.name}", *words, "--resume"])
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write `name`, whole or not at all."""
+        """Write `content` to the file `name`, whole or not at all."""
         text = json.dumps(json_ready(content), indent=2, allow_nan=False)
         checkpoint.write_atomically(self.path / name, text.encode())
 
@@ -175,7 +185,7 @@ class RunDir:
             figure.savefig(self.path / "figures" / f"{name}.png")
 
     def save_flow(self, flow: Flow, notes: dict[str, Any]) -> None:
-        """Save the trained parameters as flow.jcnf, with the settings and `notes` of its use."""
+        """Save the trained parameters as flow.jcnf, with the settings and `notes` for its use."""
         notes = json_ready(
             {
                 "experiment": self.name,
@@ -206,13 +216,13 @@ class RunDir:
 
 
 def kind_of(path: Path) -> type[TrainingSettings]:
-    """The class of the settings of a trained run.
+    """Return the class of the settings of a trained run.
 
-    **Raises:** `InputError` where it is no run of an experiment of this version.
+    **Raises:** `InputError` if it is not the run of an experiment of this version.
     """
     notes = read_flow_notes(path)
     module, _, name = notes["settings"].partition(":")
-    # Of this package alone: what a file names must not choose other code to import.
+    # Only from this package, so that a file cannot choose other code to import.
     if module.startswith("experiments.") and module.count(".") == 1:
         try:
             kind = getattr(importlib.import_module(module), name, None)
@@ -224,9 +234,9 @@ def kind_of(path: Path) -> type[TrainingSettings]:
 
 
 def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
-    """The trained flow of a run of settings `kind`, those settings, and the notes beside it."""
+    """Load the trained flow of a run, its settings of class `kind`, and the flow's notes."""
     notes = read_flow_notes(path)
-    names = {field.name for field in dataclasses.fields(kind)} - {*FREE}
+    names = {field.name for field in dataclasses.fields(kind)} - {*FREE_SETTINGS}
     config: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
     }
@@ -238,33 +248,33 @@ def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     try:
         flow = settings.make_flow(notes["dim"], notes["context_dim"])
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path / 'flow.jcnf'} has settings of no flow: {error}") from None
+        raise InputError(f"{path / 'flow.jcnf'} has settings that make no flow: {error}") from None
     params, _ = checkpoint.load(path / "flow.jcnf", training.partition(flow)[0])
     return training.with_params(flow, params), settings, notes
 
 
 def read_flow_notes(path: Path) -> dict[str, Any]:
-    """What stands beside the trained flow of a run."""
+    """Return the notes saved with the trained flow of a run."""
     if (path / "config.json").exists() and not (path / "flow.jcnf").exists():
-        raise InputError(f"{path} is not trained to its end: finish it with --resume first")
+        raise InputError(f"{path} has not finished training: finish it with --resume first")
     notes = checkpoint.read_notes(path / "flow.jcnf")
     if not all(isinstance(notes.get(name), kind) for name, kind in FLOW_NOTES.items()):
-        raise InputError(f"{path / 'flow.jcnf'} holds something else than a trained flow")
+        raise InputError(f"{path / 'flow.jcnf'} is not a trained flow")
     return notes
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide what a training's next bits are."""
+    """Return the versions of the packages on which the exact bits of a training depend."""
     return {name: _version(name) for name in ("jcnf", "jax", "equinox", "diffrax", "optax")}
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit, for the summary."""
+    """Return the versions, device and commit for the summary."""
     return versions() | {"device": jax.devices()[0].device_kind, "git": _commit()}
 
 
 def _name_of(kind):
-    """A class as module:name, that of the experiment where it is what python runs."""
+    """Return a class as module:name, with the experiment's module in place of __main__."""
     module = kind.__module__
     spec = getattr(sys.modules[module], "__spec__", None)
     return f"{spec.name if module == '__main__' and spec else module}:{kind.__qualname__}"
@@ -273,7 +283,7 @@ def _name_of(kind):
 def _version(name):
     try:
         return version(name)
-    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+    except PackageNotFoundError:  # a checkout on the path that is not installed
         return None
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: they end a run, and training at the next step at which it can be saved."""
+"""SIGINT and SIGTERM end a run at once, and a training at the next step that can be saved."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run; the message says how to go on, where that is known."""
+    """Raised when a signal ends a run; the message says how to resume it, if that is known."""
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message)
@@ -17,12 +17,12 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_at_once() -> None:
-    """From now on a signal raises `Stopped`, wherever the program is."""
+    """From now on, raise `Stopped` as soon as a signal arrives."""
     _handle_by(_stop)
 
 
 class Waiting:
-    """A context in which the first signal waits: it is `number`, None before. A second does not."""
+    """A context in which the first signal only sets `number`; a second one raises `Stopped`."""
 
     def __init__(self):
         self.number: int | None = None
@@ -40,8 +40,8 @@ class Waiting:
         if self.number is not None:
             _stop(number, frame)
         self.number = number
-        # Not by print, which a signal may have interrupted.
-        os.write(2, b"\nending after the steps under way, to save them\n")
+        # Not with print: the signal may have interrupted one.
+        os.write(2, b"\nstopping after the current steps, to save them\n")
 
 
 def _stop(number, frame):
@@ -49,9 +49,9 @@ def _stop(number, frame):
 
 
 def _handle_by(handler):
-    """Handle the signals so, and give their handlers until now; those ignored stay ignored."""
+    """Install `handler` and return the handlers it replaces; ignored signals stay ignored."""
     if threading.current_thread() is not threading.main_thread():
-        return {}  # where Python handles none
+        return {}  # Python handles signals in the main thread only
     before: dict[int, Any] = {n: signal.getsignal(n) for n in SIGNALS}
     before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:

@@ -1,4 +1,4 @@
-"""The parts of a training, each with an objective and an optimiser of its own."""
+"""The stages of a training, each with its own objective and optimizer."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,31 +12,32 @@ from jaxtyping import Array, Key
 
 from jcnf import CNF, Solve, training
 
-WARM_UP = 5  # steps before those that are timed
-STUCK = 50  # steps in a row without an update, after which training does not go on as it is
+WARM_UP_STEPS = 5  # not timed
+MAX_STUCK_STEPS = 50  # steps in a row without an update, after which a stage rolls back or ends
 
 
 class Stage(NamedTuple):
-    """A part of training."""
+    """A stage of training."""
 
-    objective: training.Objective  # of a flow, a batch x or (x, context), and a key
+    objective: training.Objective  # of the flow, a batch (x or (x, context)) and a key
     steps: int
     optimizer: optax.GradientTransformation
-    solve: Solve | None  # of an objective that solves
-    average: float  # decay of the parameters' moving average
-    batch: int | None  # samples in a batch; None for all of a table
-    fixed: bool = False  # whether every step has the same batch and the same noise
+    solve: Solve | None  # for an objective that solves an ODE
+    average: float  # decay of the moving average of the parameters
+    batch: int | None  # samples per batch; None for all rows of a table
+    fixed: bool = False  # whether all steps use one batch and one noise draw
 
 
-# Batches of a size, or of None for all of a table: `jcnf.training.draw_rows`, or what draws afresh.
+# Makes a function that draws batches of a given size (None for all rows of a table):
+# `jcnf.training.draw_rows`, or `drawing(sample)` for fresh samples.
 DrawOf = Callable[[int | None], training.DrawBatch]
 
 
 def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
-    """Batches of fresh samples, `sample(key, num)`."""
+    """Return a `DrawOf` for batches of fresh samples `sample(key, num)`."""
 
     def of(num):
-        assert num is not None, "there is no table to take all of"
+        assert num is not None, "fresh samples need a batch size; got None"
         return lambda key, _: sample(key, num)
 
     return of
@@ -44,9 +45,9 @@ def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
 
 def compiled(
     model: Any, stage: Stage, draw_of: DrawOf, state: training.TrainState, data: Any
-) -> tuple[jax.stages.Compiled, training.Totals]:
-    """The program of a stage, `program(state, data, key, until, totals)`, and totals of no step."""
-    run = training.make_run(
+) -> tuple[jax.stages.Compiled, training.MetricSums]:
+    """Compile a stage to `program(state, data, key, until, totals)`; also return zero totals."""
+    run = training.make_train_loop(
         model,
         stage.objective,
         draw_of(stage.batch),
@@ -54,8 +55,8 @@ def compiled(
         average=stage.average,
         solve=stage.solve,
         fixed=stage.fixed,
-        # An optimiser that sees the same again would do the same again.
-        stuck=1 if stage.fixed else STUCK,
+        # On the same batch and noise, a skipped step would only be skipped again.
+        stuck=1 if stage.fixed else MAX_STUCK_STEPS,
     )
     arguments = (state, data, jr.key(0), 0)
     none = jax.tree.map(
@@ -65,11 +66,11 @@ def compiled(
 
 
 class Trained(NamedTuple):
-    """A flow and what it took."""
+    """A trained flow and the cost of training it."""
 
     flow: CNF  # with the averaged parameters
     steps: int
-    seconds: float  # of training: no compilation
+    seconds: float  # without compilation
     skipped: int  # updates that were not applied
 
 
@@ -82,7 +83,8 @@ def train_stages(
 ) -> Trained:
     """Train through `stages`, each from the averaged parameters of the one before.
 
-    One that breaks down, `STUCK` steps in a row without an update, ends there, with a warning.
+    A stage that breaks down (`MAX_STUCK_STEPS` in a row without an update) ends early, with a
+    warning.
     """
     key, seconds = jr.fold_in(jr.key(seed), 1), 0.0
     state = training.init(flow, stages[0].optimizer)
@@ -101,10 +103,10 @@ def train_stages(
 
 
 def step_seconds(flow: CNF, stage: Stage, draw_of: DrawOf, steps: int) -> float:
-    """Seconds of one of the first steps, without compilation and warm-up."""
+    """Return the mean seconds of one of the first steps, without compilation and warm-up."""
     state = training.init(flow, stage.optimizer)
     program, none = compiled(flow, stage, draw_of, state, None)
-    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP, none))
+    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP_STEPS, none))
     tic = time.perf_counter()
-    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP + steps, none))
+    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP_STEPS + steps, none))
     return (time.perf_counter() - tic) / steps

@@ -1,1 +1,1 @@
-"""What several experiments share: their data, models and figures."""
+"""Code shared by several experiments: their data, models and figures."""

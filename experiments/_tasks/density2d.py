@@ -1,4 +1,4 @@
-"""Learning a density in the plane: what several experiments share."""
+"""Learning a density in the plane, as several experiments do."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.config import MANY, WIDEST, LoopSettings, RunSettings
+from experiments._runner.config import MAX_COUNT, MAX_WIDTH, LoopSettings, RunSettings
 from experiments._runner.flow_config import FitSettings, FlowSettings
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
@@ -21,95 +21,91 @@ from jcnf.data.toys import Toy, toy
 from jcnf.flows import Flow, augmented
 
 VALIDATION_POINTS = 2000
-# Time for the accuracy of the numbers: a share of that of training, and at least so much.
+# Checks of the accuracy may take this share of the training time, and at least these seconds.
 MEASURING_SHARE = 0.5
-LEAST_SECONDS = 20.0
-VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64  # of the extra dimensions, a point
+MIN_MEASURING_SECONDS = 20.0
+# Importance samples of the extra dimensions per point: in validations, figures and the test.
+VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneSettings(RunSettings):
-    """A density in the plane, and how it is measured."""
+    """Settings of a density in the plane and of its measurement."""
 
-    # fresh points for the held-out NLL
+    # number of fresh points for the held-out NLL
     test_points: int = 20_000
-    # cells a side of the figures' densities
+    # number of grid cells per side in the figures of densities
     cells: int = 150
-    # how many times as wide as the figures' is the window in which the mass is sought
+    # width of the window in which mass is sought, relative to that of the figures
     margin: ClassVar[float] = 2.0
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         self.make_density()
-        self.at_least(2, "test_points", most=MANY)
+        self.at_least(2, "test_points", most=MAX_COUNT)
         self.at_least(2, "cells", most=10_000)
 
     def make_density(self) -> Toy:
-        """What is learnt."""
+        """Return the density to learn."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToySettings(PlaneSettings):
-    """A toy density."""
+    """Settings of a toy density."""
 
-    # 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings, 6gaussians,
-    # 2circles, parabola
+    # toy density: 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings,
+    # 6gaussians, 2circles, parabola
     data: str = "8gaussians"
 
     def make_density(self) -> Toy:
-        """What is learnt."""
         return toy(self.data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneLoop(LoopSettings, PlaneSettings):
-    """A density that the loop trains on."""
+    """Settings of a density and of the loop that trains on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneFlow(FlowSettings, PlaneSettings):
-    """A density and the flow that learns it."""
+    """Settings of a density and of the flow that learns it."""
 
     @property
     def dim(self) -> int:
-        """That of the flow."""
         return 2
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
         super().check()
         self.check_objective(self.dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneFit(FitSettings, PlaneFlow, PlaneLoop):
-    """A density, and the flow that the loop trains on it."""
+    """Settings of a density and of the flow that the loop trains on it."""
 
-    # extra dimensions, N(0, I) in the data, that the flow carries beside x; its NLL is a bound then
+    # number of extra dimensions, N(0, I) in the data, beside x (the NLL is then a bound)
     augment: int = 0
-    # base samples whose ways are drawn, and the times at which
+    # number of base samples whose trajectories are drawn
     particles: int = figures.PARTICLES
+    # number of times at which the trajectories are drawn
     frames: int = figures.FRAMES
 
     @property
     def dim(self) -> int:
-        """That of the flow."""
         return 2 + self.augment
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work."""
-        self.at_least(0, "augment", most=WIDEST)
+        self.at_least(0, "augment", most=MAX_WIDTH)
         super().check()
-        self.at_least(1, "particles", most=MANY)
+        self.at_least(1, "particles", most=MAX_COUNT)
         self.at_least(2, "frames", most=10_000)
 
 
 def learn_flow(
     name: str, settings: PlaneFit, also: Callable[[Any], dict[str, float]] = lambda flow: {}
 ) -> None:
-    """Train the flow of the settings on their density, and measure and draw it."""
+    """Train the flow of the settings on their density, measure it and draw it."""
     flow = settings.make_flow(settings.dim)
     solves = settings.make_test_solve(), settings.make_validation_solve()
     learn(name, settings, flow, *solves, also=also, ways=(settings.particles, settings.frames))
@@ -125,16 +121,17 @@ def learn(
     also: Callable[[Any], dict[str, float]] = lambda flow: {},
     ways: tuple[int, int] = (figures.PARTICLES, figures.FRAMES),
 ) -> None:
-    """Train `flow`; measure it on fresh points by `solve`, in validation by `quick`; draw it.
+    """Train `flow`, measure it on fresh points and draw it.
 
-    `also(flow)` gives further figures for the summary. Of a CNF the ways of some base samples are
-    drawn, as many as `ways` says and at so many times. Of a flow in more than two dimensions the
-    others are extra ones.
+    Measurements use the ODE solve `solve`, validations `quick`. `also(flow)` returns further
+    figures for the summary. `ways` is the number of base samples whose trajectories are drawn, if
+    the flow is a CNF, and the number of times. Dimensions of the flow beyond two are extra ones.
     """
     density, extra = settings.make_density(), flow.base.dim - 2
     run_dir = RunDir(name, settings, resume=settings.resume)
     val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
-    joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))  # of extra dimensions
+    # Keys for the extra dimensions.
+    joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))
     sample = jax.jit(density.sample, static_argnums=1)
     validation = sample(val_key, VALIDATION_POINTS)
 
@@ -146,8 +143,8 @@ def learn(
 
     def score(flow, x, solve, samples):
         if not extra:
-            return evaluate.score(flow, x, solve=solve)
-        return evaluate.score_marginal(flow, x, score_key, samples=samples, solve=solve)
+            return evaluate.log_prob(flow, x, solve=solve)
+        return evaluate.marginal_log_prob(flow, x, score_key, samples=samples, solve=solve)
 
     fitted = fit(
         run_dir,
@@ -162,16 +159,16 @@ def learn(
 
     test = sample(test_key, settings.test_points)
     joint = augmented.augment(test, joint_key, extra) if extra else test
-    # The window of the figures may cut off what a model puts outside it.
+    # A wider window than that of the figures, to find mass that the model puts outside it.
     cells = settings.cells + 2 * round((settings.margin - 1) * settings.cells / 2)
     with progress(f"measuring on {settings.test_points} fresh points"):
-        certificate = evaluate.certify(
+        certificate = evaluate.accuracy_report(
             flow,
             joint,
             solve=solve,
             extent=square(density.extent * cells / settings.cells),
             cells=cells,
-            seconds=max(LEAST_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
+            seconds=max(MIN_MEASURING_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
         )
         if extra:
             scores = score(flow, test, solve, TEST_SAMPLES)
@@ -188,7 +185,7 @@ def learn(
             test = test[certificate.points]
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     with progress(f"drawing {settings.test_points} samples"):
-        samples = evaluate.draw(flow, sample_key, settings.test_points, solve=solve)
+        samples = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
@@ -227,12 +224,12 @@ def learn(
         }
         if scores.failures or view.failures:
             warnings.append(
-                f"a solve failed for {scores.failures} of the points and {view.failures} cells of "
-                "the grid: their numbers are missing"
+                f"the solve failed for {scores.failures} points and {view.failures} cells of the "
+                "grid: their numbers are missing"
             )
     run_dir.finish(metrics, numerics, fitted.timing, warnings)
 
 
 def square(half: float) -> tuple[float, float, float, float]:
-    """The extent [-half, half]^2."""
+    """Return the extent of the square [-half, half]^2."""
     return -half, half, -half, half

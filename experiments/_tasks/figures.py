@@ -1,4 +1,4 @@
-"""Figures that experiments share, drawn from a trained flow."""
+"""Figures of a trained flow that several experiments draw."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +26,9 @@ def plane(
     particles: int = PARTICLES,
     frames: int = FRAMES,
 ) -> None:
-    """Densities beside data and samples; of a CNF, base samples turning into data. Consumes `key`.
+    """Draw densities beside data and samples, and base samples of a CNF as they become data.
 
-    Of a flow in more dimensions the first two are drawn.
+    Only the first two dimensions are drawn. Consumes `key`.
     """
     figure = plot.densities(
         data,
@@ -43,7 +43,7 @@ def plane(
         return
     z = flow.base.sample(key, particles)
     times = jnp.linspace(0.0, flow.t1, frames)
-    paths = evaluate.transport(flow, z, times, solve=solve, chunk=PARTICLES).x[..., :2]
+    paths = evaluate.trajectory(flow, z, times, solve=solve, chunk=PARTICLES).x[..., :2]
     run_dir.save_figures(
         trajectories=plot.trajectories(paths, times, extent=grid.extent),
         snapshots=plot.snapshots(paths, times, extent=grid.extent),

@@ -1,4 +1,4 @@
-"""Pictures to learn: which, and in what form training and measuring have them."""
+"""Images to learn: their settings, and the arrays for training and measuring."""
 
 import dataclasses
 from pathlib import Path
@@ -13,33 +13,32 @@ from jaxtyping import Array, Key
 from experiments._runner.config import RunSettings
 from jcnf import training
 from jcnf._checks import InputError
-from jcnf.data.images import Images, dequantise, load_images, shape_of
+from jcnf.data.images import Images, dequantize, load_images, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSettings(RunSettings):
-    """Pictures to learn."""
+    """Settings of the images to learn."""
 
-    # digits (8x8, scikit-learn's), mnist, fashion_mnist, cifar10
+    # images: digits (8x8, from scikit-learn), mnist, fashion_mnist, cifar10
     data: str = "digits"
-    # .npz, folder of idx files, or CIFAR-10's batches; without it, from openml.org
+    # .npz file, folder of idx files, or CIFAR-10 batches (by default downloaded from openml.org)
     path: Path | None = None
-    # pictures of the test part to measure on; 0 for all
+    # number of test images to measure on (0 for all)
     test_images: int = 0
-    # pictures of the validation part that training is judged by; 0 for all
+    # number of validation images (0 for all)
     validation_images: int = 1000
 
     def check(self) -> None:
-        """Raise `InputError` for settings that cannot work, before anything is compiled."""
         super().check()
         shape_of(self.data)
         if self.data == "digits" and self.path is not None:
             raise InputError("the digits come with scikit-learn: leave out --path")
         if self.path is not None and not Path(self.path).exists():
-            raise InputError(f"{self.path}: there is no such file; check --path")
+            raise InputError(f"--path: {self.path} does not exist")
         self.at_least(0, "test_images", "validation_images")
         if self.test_images == 1:
-            raise InputError("--test-images: one has no standard error; give 2 or more, or 0")
+            raise InputError("--test-images must be at least 2, for a standard error, or 0; got 1")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,18 +47,18 @@ class ImageSettings(RunSettings):
 
     @property
     def dim(self) -> int:
-        """height x width x channels."""
+        """The number of values: height x width x channels."""
         return int(np.prod(self.shape))
 
     def load(self) -> Images:
-        """The pictures, in their three parts."""
+        """Return the training, validation and test images."""
         return load_images(self.data, self.path)
 
 
 def draw_pictures(levels: int, batch: int | None) -> training.DrawBatch:
-    """Batches x (batch, dim) in [0, 1) of a table of grey values, with fresh noise each time.
+    """Return a function that draws batches x (batch, dim) in [0, 1) from a table of gray values.
 
-    Of a pair (grey values, contexts), pairs.
+    Each batch gets fresh noise. From a pair (gray values, contexts) it draws pairs (x, context).
     """
     draw_rows = training.draw_rows(batch)
 
@@ -67,19 +66,19 @@ def draw_pictures(levels: int, batch: int | None) -> training.DrawBatch:
         row_key, noise_key = jr.split(key)
         rows = draw_rows(row_key, data)
         if isinstance(rows, tuple):
-            return dequantise(noise_key, rows[0], levels), rows[1]
-        return dequantise(noise_key, rows, levels)
+            return dequantize(noise_key, rows[0], levels), rows[1]
+        return dequantize(noise_key, rows, levels)
 
     return draw
 
 
 def held_out(pixels: np.ndarray, levels: int, count: int, key: Key[Array, ""]) -> Array:
-    """Some of the pictures, evenly chosen, as x (n, dim) with one draw of the noise; 0 for all."""
-    return jax.jit(dequantise, static_argnums=2)(
+    """Return `count` evenly spaced images (0 for all) as x (n, dim), with one draw of the noise."""
+    return jax.jit(dequantize, static_argnums=2)(
         key, jnp.asarray(pixels[some(len(pixels), count)]), levels
     )
 
 
 def some(total: int, count: int) -> np.ndarray:
-    """Indices of `count` of `total` rows, evenly spread; all of them for a count of 0."""
+    """Return the indices of `count` evenly spaced rows out of `total`; 0 for all of them."""
     return np.linspace(0, total - 1, min(count or total, total)).astype(int)

@@ -1,4 +1,4 @@
-"""Learning the density of pictures: what the experiments on them share."""
+"""Learning the density of images, as several experiments do."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,49 +22,48 @@ from jcnf.divergence import Divergence
 from jcnf.evaluate.log_prob import bits_per_dim
 from jcnf.flows import Flow
 
-ROWS = 10  # of the galleries, of ten pictures each
+GALLERY_ROWS = 10  # of ten images each
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """How log-densities are had: in validation, and of the test part."""
+    """The way in which log-densities are computed."""
 
-    solve: Solve = evaluate.ACCURATE
-    quick: Solve = evaluate.ACCURATE
+    solve: Solve = evaluate.ACCURATE  # for the test part
+    quick: Solve = evaluate.ACCURATE  # for validations and figures
     divergence: Divergence = Exact()  # noqa: RUF009 (frozen)
-    draws: int = 8  # of the noise of an estimator
-    reference_points: int = 1000  # at most so many are held against float64
-    chunk: int = 1000  # pictures in one solve
+    draws: int = 8  # noise draws of an estimated divergence
+    reference_points: int = 1000  # maximum number compared with float64
+    chunk: int = 1000  # images per solve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageLoop(LoopSettings, ImageSettings):
-    """Pictures that the loop trains on."""
+    """Settings of images and of the loop that trains on them."""
 
     @property
     def classes(self) -> int:
-        """How many there are where the density is that of pictures given their class; 0 if not."""
+        """The number of classes if the density is conditional on the class, otherwise 0."""
         return 0
 
     def make_measure(self) -> Measure:
-        """How log-densities are had."""
         return Measure()
 
     def make_sampler(self, flow: Flow) -> Flow:
-        """The flow that samples are drawn from."""
+        """Return the flow from which samples are drawn."""
         return flow
 
 
 def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow]) -> None:
-    """Train a flow on pictures, x = (pixel + u) / levels in [0, 1]^dim, and measure and draw it.
+    """Train a flow on images, x = (pixel + u) / levels in [0, 1]^dim, measure it and draw it.
 
-    `make(images)` gives the untrained flow.
+    `make(images)` returns the untrained flow.
     """
     images, classes, measure = settings.load(), settings.classes, settings.make_measure()
     if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
         raise InputError(
-            f"the density given the class needs pictures with labels 0 to {classes - 1}: "
-            "give others, or --no-conditional"
+            f"a density given the class needs images with labels 0 to {classes - 1}: use other "
+            "images, or --no-conditional"
         )
     run_dir = RunDir(name, settings, resume=settings.resume)
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
@@ -79,7 +78,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
     x_val, c_val = part("val", settings.validation_images, val_key)
 
     def validate(flow):
-        scores = evaluate.score(
+        scores = evaluate.log_prob(
             flow,
             x_val,
             key=val_noise_key,
@@ -110,8 +109,8 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
     x, c = part("test", settings.test_images, test_key)
     with progress("drawing figures"):
         draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
-    with progress(f"measuring on {len(x)} test pictures"):
-        certificate = evaluate.certify(
+    with progress(f"measuring on {len(x)} test images"):
+        certificate = evaluate.accuracy_report(
             flow,
             x,
             key=score_key,
@@ -138,10 +137,10 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
 
 
 def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None:
-    """Contexts (n, classes) of some pictures of a part; None without classes."""
+    """Return the one-hot contexts (n, classes) of some rows of a part; None without classes."""
     if not classes:
         return None
-    assert images.labels is not None  # by `learn_pictures`
+    assert images.labels is not None  # checked in `learn_pictures`
     return jax.nn.one_hot(images.labels[which][rows], classes)
 
 
@@ -153,17 +152,19 @@ def draw_galleries(
     context: Array | None,
     key: Key[Array, ""],
 ) -> None:
-    """Samples beside data, a column a class where there are classes; and rows between two test
-    pictures, straight between their latents."""
-    count, solve = min(ROWS * 10, len(x)), settings.make_measure().quick
+    """Draw samples beside data, one class per column, and interpolations between test images.
+
+    Each row interpolates linearly between the latents of two test images.
+    """
+    count, solve = min(GALLERY_ROWS * 10, len(x)), settings.make_measure().quick
     given = None if context is None else jnp.eye(settings.classes)[np.arange(count) % 10]
-    samples = evaluate.draw(settings.make_sampler(flow), key, count, context=given, solve=solve)
+    samples = evaluate.sample(settings.make_sampler(flow), key, count, context=given, solve=solve)
     figure = plot.gallery([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
     run_dir.save_figures(samples=figure)
-    rows = min(ROWS, len(x) // 2)
+    rows = min(GALLERY_ROWS, len(x) // 2)
     ends = jnp.asarray(x[: 2 * rows])
     given = None if context is None else context[: 2 * rows]
-    z = evaluate.carry(flow, ends, "to_base", context=given, solve=solve).x[-1]
+    z = evaluate.transform(flow, ends, "to_base", context=given, solve=solve).x[-1]
     share = np.linspace(0, 1, 10)[None, :, None]
 
     def between(pairs):
@@ -171,6 +172,8 @@ def draw_galleries(
         return jnp.asarray(((1 - share) * first + share * last).reshape(rows * 10, -1), ends.dtype)
 
     given = None if given is None else between(np.asarray(given))
-    ways = evaluate.carry(flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve)
-    figure = plot.gallery([("between two test pictures", ways.x[-1])], settings.shape)
+    ways = evaluate.transform(
+        flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve
+    )
+    figure = plot.gallery([("between two test images", ways.x[-1])], settings.shape)
     run_dir.save_figures(interpolation=figure)

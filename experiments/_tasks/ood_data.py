@@ -1,6 +1,6 @@
-"""A trained run's density, and what it is tried on: its own data, and what is to be told from them.
+"""The density of a trained run, and the sets to score: its own test part and those outside.
 
-Densities are in the units of the data, so that two runs' can be held against each other.
+Densities are in the units of the data, so that those of two runs can be compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,23 +30,24 @@ INSIDE = "test"  # the name of the run's own test part
 
 
 class PictureModel(NamedTuple):
-    """The density of pictures x (n, dim) in [0, 1)^dim; of a flow given classes, their mixture."""
+    """The density of images x (n, dim) in [0, 1)^dim; a mixture if the flow is given classes."""
 
     flow: Flow
-    form: tuple  # what another model of the same points has too: height, width, channels
+    form: tuple  # equal for models of the same points: height, width, channels
     classes: int
     divergence: Divergence
     chunk: int
 
     def log_prob(self, x: np.ndarray, key: Key[Array, ""], solve: Solve) -> np.ndarray:
-        """log p(x), nats, (n,); NaN where the solve failed. Consumes `key`.
+        """Return log p(x) in nats, (n,); NaN where the solve failed. Consumes `key`.
 
-        Of a flow given classes log 1/K sum_k p(x | k): a picture from elsewhere is of none.
+        For a flow given classes it is log 1/K sum_k p(x | k), because an image from elsewhere
+        has no class.
         """
         scored = []
         for label, draw_key in enumerate(jr.split(key, max(self.classes, 1))):
             labels = jnp.full(len(x), label)
-            scores = evaluate.score(
+            scores = evaluate.log_prob(
                 self.flow,
                 jnp.asarray(x, float),
                 key=draw_key,
@@ -60,42 +61,42 @@ class PictureModel(NamedTuple):
 
 
 class TableModel(NamedTuple):
-    """The density of rows in the units of the table; of the modelled columns given the others."""
+    """The density of table rows, in their units: of modeled columns given the others."""
 
     flow: Flow
-    form: tuple  # the columns, and the places of the modelled ones
+    form: tuple  # equal for models of the same points: columns, indices of the modeled ones
     columns: Columns
 
     def log_prob(self, x: np.ndarray, key: Key[Array, ""], solve: Solve) -> np.ndarray:
-        """log p of whole rows (n, columns), nats, (n,); NaN where the solve failed."""
-        del key  # the divergence is exact
+        """Return log p of whole rows (n, columns) in nats, (n,); NaN where the solve failed."""
+        del key  # not needed: the divergence is exact
         rows, context = self.columns.split(self.columns.scale.standardize(x))
-        scores = evaluate.score(self.flow, rows, context=context, solve=solve)
-        return scores.log_prob - self.columns.modelled.log_scale
+        scores = evaluate.log_prob(self.flow, rows, context=context, solve=solve)
+        return scores.log_prob - self.columns.modeled.log_scale
 
 
 class Sets(NamedTuple):
-    """Points by the name of their set: the first is `INSIDE`, the others are outside."""
+    """The points of each set: `INSIDE` comes first, all others are outside."""
 
     x: dict[str, np.ndarray]  # (n, dim), in the units of the data
     reference: np.ndarray  # (m, dim), training points
     warnings: list[str]
-    # Of pictures: the grey values of `x`, of how many levels, and height, width, channels.
-    pixels: dict[str, np.ndarray] = {}  # noqa: RUF012 (nobody writes to it)
+    # Only for images: the gray values of `x`, the number of levels, (height, width, channels).
+    pixels: dict[str, np.ndarray] = {}  # noqa: RUF012 (never mutated)
     levels: int = 0
     shape: tuple[int, int, int] = (0, 0, 0)
 
 
 def load_model(run: Path) -> tuple[PictureModel | TableModel, ImageLoop | Density]:
-    """The density that a run has learnt, and the run's settings.
+    """Return the density that a run has learned, and the run's settings.
 
-    **Raises:** `InputError` where it is no run of pictures or tables, or not trained to its end.
+    **Raises:** `InputError` if it is not a run on images or tables, or has not finished training.
     """
     kind = kind_of(run)
     if not issubclass(kind, ImageLoop | Density):
         raise InputError(
-            f"{run} has learnt no pictures and no table ({kind.__name__}), of which there would be "
-            "a test part: give a run of images, density or tabular, or of nice on pictures"
+            f"{run} was not trained on images or a table ({kind.__name__}), so it has no test "
+            "part: use a run of images, density or tabular, or of nice on images"
         )
     flow, trained, notes = load_flow(run, kind)
     if isinstance(trained, Density):
@@ -115,20 +116,20 @@ def load_sets(
     count: int,
     seed: int,
 ) -> Sets:
-    """At most `count` points of each set: the test part, noise, and each file of `outside`.
+    """Return at most `count` points of each set: the test part, noise, and the `outside` files.
 
-    **Raises:** `InputError` where the data that the run was trained on are gone or are others now,
-    for a file that is not of their form, and for two of one name.
+    **Raises:** `InputError` if the data that the run was trained on are missing or have changed,
+    if a file does not have their form, or if two sets have the same name.
     """
     path = trained.data if isinstance(trained, Density) else trained.path
     if path is not None and not Path(path).exists():
         raise InputError(
-            f"{run} was trained on {path}, which is not there: put it back, or start from the "
-            "folder that it was named in"
+            f"{run} was trained on {path}, which does not exist: restore it, or start from the "
+            "folder to which the path is relative"
         )
     if isinstance(trained, ImageLoop):
         return _pictures(trained, outside, count, seed)
-    assert isinstance(model, TableModel)  # by `load_model`
+    assert isinstance(model, TableModel)  # ensured by `load_model`
     return _tables(run, model.columns.scale, trained, outside, count, seed)
 
 
@@ -140,11 +141,11 @@ def _pictures(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int
         pictures = read_images(path)
         if pictures.shape != images.shape:
             sizes = ["x".join(map(str, shape)) for shape in (pictures.shape, images.shape)]
-            raise InputError(f"{path}: pictures of {sizes[0]} where the run's have {sizes[1]}")
+            raise InputError(f"{path}: expected images of {sizes[1]}; got {sizes[0]}")
         pixels = pictures.pixels[some(len(pictures.pixels), count)]
         if pixels.max() < levels < 256:
             warnings.append(
-                f"{path}: no grey value is above {levels - 1}, but 255 is read as white"
+                f"{path}: no gray value is above {levels - 1}, but 255 is read as white"
             )
         return (pixels.astype(int) * levels // 256).astype(np.uint8)
 
@@ -177,31 +178,31 @@ def _tables(
     table, rng = trained.load(), np.random.default_rng([seed, 0])
     same = table.scale.columns == scale.columns
     if not same or not np.allclose(table.scale.mean, scale.mean, atol=1e-6 * scale.std):
-        raise InputError(f"{trained.data} is no longer what {run} was trained on: put that back")
+        raise InputError(f"{trained.data} has changed since {run} was trained on it: restore it")
     test, train = (
         scale.unstandardize(part[some(len(part), count)]) for part in (table.test, table.train)
     )
     box = scale.unstandardize(np.stack([table.train.min(axis=0), table.train.max(axis=0)]))
     x = {INSIDE: test, "uniform_noise": rng.uniform(*box, size=(count, len(scale.columns)))}
     if len(scale.columns) > 1:
-        x["permuted"] = rng.permuted(test, axis=0)  # each column by itself: independent ones
+        x["permuted"] = rng.permuted(test, axis=0)  # makes the columns independent
 
     def read(path):
         rows = read_rows(path, scale.columns)
         return rows[some(len(rows), count)]
 
     x |= _outside(outside, x, read)
-    noisy = trained.dequantise and outside
-    warnings = ["the run's rows have noise added, by --dequantise: --outside's have none"]
+    noisy = trained.dequantize and outside
+    warnings = ["the run's rows have noise added by --dequantize; those of --outside do not"]
     return Sets(x, train, warnings if noisy else [])
 
 
 def _outside(paths: Sequence[Path], taken: dict, read: Callable) -> dict[str, np.ndarray]:
-    """What `read` makes of each file, by its name without its ending."""
+    """Read each file; name its set after the file, without the ending."""
     sets: dict[str, np.ndarray] = {}
     for path in paths:
         name = Path(path.name.removesuffix(".gz")).stem or str(path)
         if name in taken or name in sets:
-            raise InputError(f"{path}: there is a set called {name} already: rename the file")
+            raise InputError(f"{path}: a set is already called {name}: rename the file")
         sets[name] = read(path)
     return sets

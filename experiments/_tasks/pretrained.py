@@ -1,4 +1,4 @@
-"""A flow trained on the spot, for experiments that measure something else about it."""
+"""Flows trained on the spot, for experiments that measure something else about them."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from jcnf.data.toys import toy
 def train_quickly(
     flow: CNF, sample: Callable[[Key[Array, ""], int], Array], steps: int, seed: int = 0
 ) -> CNF:
-    """`flow` after `steps` of maximum likelihood on `sample(key, num)`: no average is taken."""
+    """Return `flow` after `steps` of likelihood on `sample(key, num)`, without averaging."""
     solve = Solve(rtol=1e-4, atol=1e-4)
     optimizer = training.make_optimizer(2e-3, max(steps, 1))
     stage = Stage(objectives.likelihood, steps, optimizer, solve, average=0.0, batch=256)
@@ -21,7 +21,7 @@ def train_quickly(
 
 
 def toy_flow(steps: int, seed: int = 0) -> CNF:
-    """2-D, 64-64-64 tanh, after `steps` steps on 8gaussians."""
+    """Return a 2-D flow with layers 64-64-64 (tanh) after `steps` steps on 8gaussians."""
     field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
     return train_quickly(flow, toy("8gaussians").sample, steps, seed)

@@ -1,4 +1,4 @@
-"""Trajectories as they are learnt from a series: kept with every validation, and drawn."""
+"""Trajectories that are learned from a series: saved at every validation, and drawn."""
 
 import functools
 import io
@@ -20,20 +20,21 @@ from jcnf.flows import solve_trajectory
 from jcnf.ode import Stats
 from jcnf.training import checkpoint
 
-CURVE = 400  # times of a learnt trajectory that is drawn and compared with the truth
+CURVE_POINTS = 400  # of a learned trajectory that is drawn and compared with the truth
 PANELS = 8
-PAUSE = 3.0  # seconds between pictures while training
+DRAWING_SECONDS = 3.0  # minimum time between two drawings in training
 SCORE = "train_rmse"
 
 
 class Learner:
-    """A series, and the trajectories learnt from it so far, on disk.
+    """A series, and the trajectories learned from it so far, which are saved on disk.
 
     **Arguments:**
 
-    - `held_out`: the last so many observations are not trained on.
-    - `draw_all`: of the windows of the others, those that validations are on.
-    - `solve`, `quick`: of trajectories, and of these windows.
+    - `held_out`: number of observations at the end that are not trained on.
+    - `draw_all`: draws the windows of the other observations that validations use.
+    - `solve`: the ODE solve of trajectories.
+    - `quick`: the ODE solve of these windows.
     """
 
     def __init__(
@@ -52,18 +53,19 @@ class Learner:
             jnp.asarray(a[: self.known], float) for a in (series.times, series.values)
         )
         self.windows = draw_all(jr.key(0), self.data)
-        # Those of a trajectory that is drawn; the observations are at `places` among them.
-        self.times = np.union1d(np.linspace(0, series.times[-1], CURVE), series.times)
+        # The times of a drawn trajectory; those of the observations have the indices `places`.
+        self.times = np.union1d(np.linspace(0, series.times[-1], CURVE_POINTS), series.times)
         self.places = np.searchsorted(self.times, series.times)
         self.file = run_dir.path / "trajectories.npy"  # (validations, times, dim)
-        self.drawn = -math.inf  # when
+        self.drawn = -math.inf  # time of the last drawing
 
     def follow(
         self, field: Any, start: np.ndarray, own: Solve | None = None
     ) -> tuple[np.ndarray, Stats]:
-        """The field's way from `start` (dim,) at all times, and its cost; NaN where it failed.
+        """Return the trajectory (times, dim) from `start` (dim,) and its cost.
 
-        By `own`, from each time to the next, or by `solve`.
+        The trajectory is NaN if it failed. It is one solve by `solve` or, if `own` is given, one
+        solve by `own` from each time to the next.
         """
         times = jnp.asarray(self.times, float)
         if own is not None:
@@ -73,10 +75,10 @@ class Learner:
         return (np.full_like(curve, np.nan) if np.any(stats.failed) else curve), stats
 
     def validate(self, field: Any) -> float:
-        """RMSE over the windows; a trajectory whose phase is off says less of a field.
+        """Return the RMSE over the windows; save and sometimes draw the whole trajectory.
 
-        The trajectory from the first observation is kept, and drawn every few seconds: the n-th
-        validation of the log has the n-th row of the file.
+        Windows say more about a field than a long trajectory, whose phase may be off. The
+        trajectory from the first observation is row n of the file for validation n of the log.
         """
         curve, _ = self.follow(field, self.series.values[0])
         done = sum(SCORE in record for record in read_records(self.run_dir.log))
@@ -84,15 +86,15 @@ class Learner:
         buffer = io.BytesIO()
         np.save(buffer, curves.astype(np.float32))
         checkpoint.write_atomically(self.file, buffer.getvalue())
-        if time.monotonic() > self.drawn + PAUSE:
-            title = f"learnt so far, from the first observation: {self.caption(curve)}"
+        if time.monotonic() > self.drawn + DRAWING_SECONDS:
+            title = f"learned so far, from the first observation: {self.caption(curve)}"
             self.run_dir.save_figures(fit=self.picture(curve, title))
             self.drawn = time.monotonic()
         _, metrics = _fit(field, self.windows, self.quick)
         return math.nan if metrics["failed_rows"] else float(metrics["rmse"])
 
     def curves(self) -> np.ndarray:
-        """The trajectories kept, (validations, times, dim)."""
+        """Return the saved trajectories, (validations, times, dim)."""
         if self.file.exists():
             try:
                 return np.load(self.file)
@@ -101,21 +103,21 @@ class Learner:
         return np.zeros((0, len(self.times), self.series.values.shape[1]), np.float32)
 
     def errors(self, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A trajectory less the observations, those trained on and those held out."""
+        """Return a trajectory minus the observations: those trained on, and those held out."""
         known, held_out = np.split(curve[self.places] - self.series.values, [self.known])
         return known, held_out
 
     def caption(self, curve: np.ndarray) -> str:
-        """How far a trajectory is from what was trained on."""
+        """Return a caption with the RMSE of a trajectory to the observations trained on."""
         return f"RMSE {root_mean_square(self.errors(curve)[0]):.3g} to the data"
 
     @functools.cached_property
     def truth(self) -> np.ndarray | None:
-        """The true motion, where it is known."""
+        """The true trajectory, if it is known."""
         return self.series.truth(self.times) if self.series.truth else None
 
     def picture(self, curve: np.ndarray, title: str) -> Any:
-        """A trajectory against the file's time, in its units."""
+        """Plot a trajectory against time, in the units of the file."""
         series, scale = self.series, self.series.scale
         return plot.against_time(
             series.begin + series.unit * self.times,
@@ -129,12 +131,12 @@ class Learner:
         )
 
     def draw_learning(self, validations: list[dict]) -> None:
-        """The trajectories of the validations: some of them in one figure, and all as a GIF."""
+        """Draw some of the validations' trajectories in one figure, and all of them in a GIF."""
         series, truth = self.series, self.truth
         names, planar = series.scale.columns, len(series.scale.columns) > 1
 
         def in_plane(rows, times):
-            """The first two components of rows (..., times, dim); of one, the time before it."""
+            """The first two components of rows (..., times, dim), or time and the only one."""
             if planar:
                 return rows[..., :2]
             return np.concatenate([np.broadcast_to(times[:, None], rows.shape), rows], axis=-1)
@@ -151,7 +153,7 @@ class Learner:
             for record, curve in zip(validations, curves, strict=True)
         ]
         curves = in_plane(curves, self.times)
-        # Most of the change is at first.
+        # Most of the change comes early.
         shown = np.unique(np.geomspace(1, len(curves), PANELS).round().astype(int) - 1)
         figure = plot.learning(curves[shown], [titles[i] for i in shown], scene)
         self.run_dir.save_figures(learning=figure)
@@ -165,10 +167,10 @@ def _fit(field, windows, solve):
 
 @eqx.filter_jit
 def solved(field, x, times, solve):
-    """`jcnf.flows.solve_trajectory`, compiled."""
+    """Call `jcnf.flows.solve_trajectory`, compiled."""
     return solve_trajectory(field, x, times, solve=solve)
 
 
 def root_mean_square(errors: np.ndarray) -> float:
-    """Over all rows and components."""
+    """Return the root mean square over all rows and components."""
     return float(np.sqrt(np.mean(np.square(errors))))

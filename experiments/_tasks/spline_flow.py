@@ -1,9 +1,9 @@
-"""A neural spline flow of flowjax, trained by likelihood: the peer our flows are compared with.
+"""A neural spline flow of flowjax, trained by likelihood, as a peer of our flows.
 
 Rational-quadratic splines (Durkan et al. 2019, arXiv:1906.04032) under masked autoregressive
-networks (Papamakarios et al. 2017, arXiv:1705.07057), as the package builds them. What surrounds
-them is made as favourable as for our flows: standardized data, a moving average of the parameters,
-a cosine to zero at the end of the budget, any number of steps in one dispatch.
+networks (Papamakarios et al. 2017, arXiv:1705.07057), as the package builds them. Training is as
+favorable as for our flows: standardized data, a moving average of the parameters, a learning rate
+with a cosine decay to zero at the end of the budget, and any number of steps in one dispatch.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from jaxtyping import Array, Float
 from jcnf._checks import InputError
 from jcnf.training import DrawBatch
 
-_PARTS = 20  # dispatches of a run; a validation after each
-_CHUNK = 1024  # points per step of log_prob
+_DISPATCHES = 20  # of a run; a validation follows each
+_CHUNK = 1024  # points that log_prob takes at once
 
 
 @dataclasses.dataclass(frozen=True)
 class SplineFlow:
-    """A trained flow and what it took."""
+    """A trained flow and the cost of training it."""
 
     log_prob: Callable[[Float[Array, "batch dim"]], Float[np.ndarray, " batch"]]  # nats, data units
     parameters: int
     steps: int
-    seconds: float  # of training: no compilation, no validation
+    seconds: float  # of training, without compilation and validation
 
 
 def train_spline_flow(
@@ -54,37 +54,40 @@ def train_spline_flow(
     clip: float = 5.0,
     average: float = 0.999,
 ) -> SplineFlow:
-    """A spline flow after `seconds` of maximum likelihood on batches `draw_batch(key, data)`.
+    """Train a spline flow for `seconds` by maximum likelihood on batches `draw_batch(key, data)`.
 
-    Adam under global-norm clipping, with a cosine from `learning_rate` to zero at the step where
-    the budget will be spent, found by timing steps beforehand and again after each dispatch. So a
-    curve of quality against seconds takes a run for each budget.
+    The optimizer is Adam with clipping by the global norm. The learning rate follows a cosine to
+    zero at the step where the budget will be spent, which is estimated from the time of the steps
+    beforehand and after each dispatch. Therefore each point on a curve of quality against seconds
+    takes its own run.
 
-    Args:
-        draw_batch: gives a batch (batch, dim) inside the compiled program.
-        data: what it draws from, resident on the device; None where it needs nothing.
-        seconds: of training.
-        seed: of weights and batches.
-        val: rows to validate on: the parameters of the best of 20 validations, which are dense
-            early on, are returned. Without them, the last parameters.
-        layers: autoregressive transforms, the order of columns reversed or permuted in between.
-        width: of the two hidden layers of each network.
-        knots: inner knots of each spline.
-        interval: half width of the splines, in standard deviations; the identity beyond.
-        learning_rate: at the start.
-        weight_decay: decoupled, of all parameters.
-        clip: gradient norm above which gradients are scaled down.
-        average: decay of the parameters' moving average, which is what is evaluated; lower at
-            first, as in `jcnf.training.make_run`.
+    **Arguments:**
 
-    Raises:
-        InputError: flowjax is not installed; a constant column.
+    - `draw_batch`: returns a batch (batch, dim) inside the compiled program.
+    - `data`: the data to draw from, resident on the device; None if it needs none.
+    - `seconds`: budget of training time.
+    - `seed`: seed of the weights and batches.
+    - `val`: rows to validate on. The parameters of the best of 20 validations, which are dense
+      early on, are returned; without these rows, the last parameters are.
+    - `layers`: number of autoregressive transforms; in between, the order of columns is reversed or
+      permuted.
+    - `width`: width of the two hidden layers of each network.
+    - `knots`: inner knots of each spline.
+    - `interval`: half width of the splines, in standard deviations; beyond it they are the
+      identity.
+    - `learning_rate`: learning rate at the start.
+    - `weight_decay`: decoupled weight decay of all parameters.
+    - `clip`: gradient norm above which gradients are scaled down.
+    - `average`: decay of the moving average of the parameters, which is evaluated; lower at first,
+      as in `jcnf.training.make_train_loop`.
+
+    **Raises:** `InputError` if flowjax is not installed or a column is constant.
     """
     weight_key, batch_key, moment_key = jr.split(jr.key(seed), 3)
     sample = jnp.concatenate([draw_batch(k, data) for k in jr.split(moment_key, 64)])
     mean, std = jnp.mean(sample, axis=0), jnp.std(sample, axis=0)
     if not np.all(std > 0):
-        raise InputError(f"column {int(np.argmin(std)) + 1} is constant: leave it out")
+        raise InputError(f"column {int(np.argmin(std)) + 1} is constant: remove it")
     flow, unwrap = _make_flow(weight_key, sample.shape[1], layers, width, knots, interval)
     params, static = eqx.partition(flow, eqx.is_inexact_array)
     optimizer = optax.chain(
@@ -131,9 +134,9 @@ def train_spline_flow(
     step_seconds = timed(warm, 22, 1000)[1] / 20
 
     state, best, spent, step, lowest = start, params, 0.0, 0, math.inf
-    for part in range(1, _PARTS + 1):
+    for part in range(1, _DISPATCHES + 1):
         total = step + max(1, round((seconds - spent) / step_seconds))
-        step = max(step, round(total * (part / _PARTS) ** 2))
+        step = max(step, round(total * (part / _DISPATCHES) ** 2))
         state, elapsed = timed(state, step, total)
         spent += elapsed
         step_seconds = spent / step if step else step_seconds
@@ -145,7 +148,7 @@ def train_spline_flow(
 
 
 def require_flowjax() -> None:
-    """Raise `InputError` where flowjax is not installed."""
+    """Raise `InputError` if flowjax is not installed."""
     if importlib.util.find_spec("flowjax") is None:
         raise InputError(
             "the spline flow needs flowjax: pip install -c constraints.txt -e '.[peers]'"
@@ -153,7 +156,7 @@ def require_flowjax() -> None:
 
 
 def _make_flow(key, dim, layers, width, knots, interval):
-    """The untrained flow, and the function that makes it usable (masks, constraints)."""
+    """Return the untrained flow and the function that applies its masks and constraints."""
     require_flowjax()
     import paramax  # pyright: ignore[reportMissingImports]
     from flowjax import (  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""Rows of a table scored, drawn and filled in by a trained flow, and written as .csv."""
+"""Score, sample and impute rows of a table with a trained flow, and write them as .csv."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,19 +19,22 @@ SAMPLES = "samples.csv"
 SCORES = "log_prob.csv"
 IMPUTED = "imputed.csv"
 IMPUTED_STD = "imputed_std.csv"
-SAMPLES_OF_GAUSSIAN = 5000
+GAUSSIAN_FIT_SAMPLES = 5000
 
 
 class Columns(NamedTuple):
-    """Which columns of a table are modelled, and which are given."""
+    """The columns of a table that are modeled, and those that are given as context."""
 
-    scale: Standardizer  # of all of them
-    places: list[int]  # of the modelled ones
-    given: list[int]  # of the context
+    scale: Standardizer  # of all columns
+    places: list[int]  # indices of the modeled columns
+    given: list[int]  # indices of the context columns
 
     @classmethod
     def of(cls, scale: Standardizer, context: tuple[str, ...]) -> "Columns":
-        """By the names or numbers of the context."""
+        """Make `Columns` with a context of these names or numbers.
+
+        **Raises:** `InputError` if no column is left to model.
+        """
         given = scale.positions(context)
         places = [i for i in range(len(scale.columns)) if i not in given]
         if not places:
@@ -39,17 +42,17 @@ class Columns(NamedTuple):
         return cls(scale, places, given)
 
     @property
-    def modelled(self) -> Standardizer:
-        """The scale of the modelled columns."""
+    def modeled(self) -> Standardizer:
+        """The scale of the modeled columns."""
         return self.scale.take(self.places)
 
     def split(self, rows: np.ndarray) -> tuple[Array, Array | None]:
-        """Standardized whole rows as (x, context), on the device; no context is None."""
+        """Split standardized whole rows into (x, context) on the device; context may be None."""
         x = jnp.asarray(rows[:, self.places], float)
         return x, jnp.asarray(rows[:, self.given], float) if self.given else None
 
     def join(self, x: np.ndarray, context: Array | None) -> np.ndarray:
-        """Whole rows again."""
+        """Join x and context to whole rows; the inverse of `split`."""
         rows = np.zeros((len(x), len(self.scale.columns)))
         rows[:, self.places] = x
         if context is not None:
@@ -60,16 +63,16 @@ class Columns(NamedTuple):
 def score_rows(
     settings: SolveSettings, flow: CNF, columns: Columns, rows: np.ndarray, out: Path
 ) -> None:
-    """Write each row's log-density, nats in the units of the data, to log_prob.csv."""
+    """Write the log-density of each row, in nats and the units of the data, to log_prob.csv."""
     x, context = columns.split(columns.scale.standardize(rows))
-    scores = evaluate.score(flow, x, context=context, solve=settings.make_test_solve())
-    log_prob = scores.log_prob - columns.modelled.log_scale
+    scores = evaluate.log_prob(flow, x, context=context, solve=settings.make_test_solve())
+    log_prob = scores.log_prob - columns.modeled.log_scale
     write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
     print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
     if scores.failures:
         print(
-            f"warning: the solve failed for {scores.failures} rows: nan in "
-            f"{SCORES}; leave out rows far outside the training data"
+            f"warning: the solve failed for {scores.failures} rows, which are nan in {SCORES}: "
+            "remove rows far outside the training data"
         )
 
 
@@ -82,19 +85,19 @@ def sample_rows(
     context: np.ndarray | None,
     out: Path,
 ) -> np.ndarray:
-    """Write `count` samples, in the units of the data, to samples.csv; consumes `key`.
+    """Write `count` samples, in the units of the data, to samples.csv; return them as whole rows.
 
-    `context` (rows, context), standardized, is gone through again and again. Returns whole rows.
+    The rows of `context` (rows, context), standardized, are used in turn. Consumes `key`.
     """
     given = None
     if context is not None:
         given = jnp.asarray(context[np.arange(count) % len(context)], float)
-    drawn = evaluate.draw(flow, key, count, context=given, solve=settings.make_test_solve())
+    drawn = evaluate.sample(flow, key, count, context=given, solve=settings.make_test_solve())
     rows = columns.scale.unstandardize(columns.join(drawn.x[-1], given))
     write_rows(out / SAMPLES, rows, columns.scale.columns)
     print(f"{out / SAMPLES}: {count} samples")
     if drawn.failures:
-        print(f"warning: the solve failed for {drawn.failures} samples: nan in {SAMPLES}")
+        print(f"warning: the solve failed for {drawn.failures} samples, nan in {SAMPLES}")
     return rows
 
 
@@ -105,17 +108,17 @@ def impute_rows(
     rows: np.ndarray,
     out: Path,
 ) -> None:
-    """Write `rows`, in the units of the data, to imputed.csv, what is missing (NaN) filled in.
+    """Write `rows`, in the units of the data, to imputed.csv with missing (NaN) entries filled in.
 
-    That is by means of draws, whose standard deviations go to imputed_std.csv, 0 where an entry is
-    known. Consumes `key`.
+    A missing entry becomes the mean of its draws, whose standard deviation goes to
+    imputed_std.csv; it is 0 for known entries. Consumes `key`.
     """
     missing = np.isnan(rows)
     x = scale.standardize(np.where(missing, scale.mean, rows))
     x = np.asarray(jnp.asarray(np.where(missing, np.nan, x), float))
-    # The draws start from a Gaussian, and that of the flow's own samples is at hand in any run.
+    # The draws start from a Gaussian. One fitted to the flow's own samples needs no data.
     sample_key, draw_key = jr.split(key)
-    samples = evaluate.draw(flow, sample_key, SAMPLES_OF_GAUSSIAN, solve=impute.SAMPLING).x[-1]
+    samples = evaluate.sample(flow, sample_key, GAUSSIAN_FIT_SAMPLES, solve=impute.SAMPLING).x[-1]
     gaussian = Gaussian.fit(samples[np.isfinite(samples).all(axis=1)])
     filled = impute.impute(flow, x, gaussian, draw_key)
     whole = np.where(missing, scale.unstandardize(filled.mean), rows)
@@ -125,4 +128,4 @@ def impute_rows(
     print(f"{out / IMPUTED}: {missing.sum()} entries of {some.sum()} rows filled in")
     stuck = int(np.sum(filled.acceptance[some] == 0))
     if stuck:
-        print(f"warning: the chains of {stuck} rows did not move: do not trust their entries")
+        print(f"warning: the chains of {stuck} rows did not move: their entries are unreliable")

@@ -1,1 +1,1 @@
-"""The parts of `experiments.benchmark`: cases, timing, one file per suite, and the peers."""
+"""The parts of `experiments.benchmark`: cases, timing, one module per suite, and the peers."""

@@ -1,4 +1,4 @@
-"""The flows that are timed, with weights, batches and solves that every program shares."""
+"""The flows that are timed, with the weights, batches and solves that all programs share."""
 
 import dataclasses
 import functools
@@ -17,14 +17,14 @@ SOLVE = Solve(rtol=TOLERANCE, atol=TOLERANCE)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A flow, where its data are from, and how many of them are taken."""
+    """A flow, its data distribution and its batch size."""
 
     title: str
     flow: CNF
     draw: Callable[[Key[Array, ""], int], Array]  # (key, n) -> (n, dim)
     batch: int
-    head: int = 10_000  # points that errors are measured on
-    estimated: bool = False  # whether a stochastic divergence is timed too
+    head: int = 10_000  # number of points on which errors are measured
+    estimated: bool = False  # whether to time a stochastic divergence too
     solve: Solve = SOLVE
 
     @functools.cached_property
@@ -50,7 +50,7 @@ def _circles(steps):
 
 
 def table(dim: int = 43, width: int = 256, batch: int = 512) -> Case:
-    """A table of so many columns, by two hidden layers, at initial weights."""
+    """Return the case of a table with `dim` columns: two hidden layers at initial weights."""
     field = fields.MLP(dim, (width, width), time="concat", activation="softplus", key=jr.key(3))
     return Case(
         f"{dim}-D, {width}-{width} softplus, initial",
@@ -62,7 +62,7 @@ def table(dim: int = 43, width: int = 256, batch: int = 512) -> Case:
     )
 
 
-CASES: dict[str, Callable[[int], Case]] = {  # of the optimiser steps before the trained one
+CASES: dict[str, Callable[[int], Case]] = {  # functions of the number of pretraining steps
     "toy": lambda steps: _toy(0),
     "toy_trained": _toy,
     "circles": _circles,

@@ -1,9 +1,9 @@
-"""Log-densities and samples of many points, every program at the accuracy of all others.
+"""Log-densities and samples of many points, timed with all programs at the same accuracy.
 
-Errors are root mean squares, on the case's first points and against a solve in float64 at 1e-9.
-For each of `ERRORS`, a program takes that of its methods and tolerances which is the fastest of
-those that err no more. All control the root mean square over the batch. Ours takes chunks of its
-default size; the others take the points at once.
+Errors are root mean squares on the first points of a case, against a float64 solve at tolerance
+1e-9. For each of `ERRORS`, a program uses the fastest of its methods and tolerances that reach it.
+All programs control the root mean square over the batch. Ours takes chunks of its default size; the
+others take all points at once.
 """
 
 import dataclasses
@@ -26,29 +26,29 @@ from jcnf.evaluate.precision import in_float64
 from jcnf.flows import log_prob, transform
 from jcnf.ode import Solve
 
-ERRORS = (1e-3, 1e-4)  # nats of log-densities, units of x of samples
-LADDER = tuple(d * 10.0**e for e in range(-2, -8, -1) for d in (10, 5, 2))  # 0.1, 0.05, ...
+ERRORS = (1e-3, 1e-4)  # nats for log-densities, units of x for samples
+TOLERANCES = tuple(d * 10.0**e for e in range(-2, -8, -1) for d in (10, 5, 2))  # 0.1, 0.05, ...
 REFERENCE = Solve(solver="dopri8", rtol=1e-9, atol=1e-9, norm="worst", max_steps=10_000)
-SOLVERS = ("bosh3", "tsit5", "dopri8")  # of ours
-PATIENCE = 10.0  # seconds of a run, after which tighter tolerances are not tried
-TRIALS = 3  # runs of a method, of which the fastest counts; one where it takes long
-# Of a case, a solver and a tolerance.
+OUR_SOLVERS = ("bosh3", "tsit5", "dopri8")
+MAX_SECONDS = 10.0  # a run that takes longer is not tried at tighter tolerances
+TRIALS = 3  # runs of a method, of which the fastest counts; slow methods run once
+# (case, solver, tolerance) -> a function of the points
 Way = Callable[[Case, str, float], Callable[[np.ndarray], np.ndarray]]
 
 
 class Found(NamedTuple):
-    """What a method does."""
+    """The error and time of a solver at one tolerance."""
 
     solver: str
     tolerance: float
     error: float  # on the first points
-    seconds: float  # of all points; infinite where the error is more than is wanted
+    seconds: float  # for all points; infinite if the error exceeds all of `ERRORS`
 
 
 def log_probs(
     case: Case, points: int, rounds: int, seconds: float, with_peers: bool
 ) -> dict[float, Results]:
-    """Time log-densities of `points` points of the data: {error: results}."""
+    """Time the log-densities of `points` data points; return {error: results}."""
     ways = _ours(_our_log_probs) | _theirs("log_probs", with_peers)
     x = case.draw(jr.key(8), points)
     return _compare(case, ways, x, _exact_log_prob, rounds, seconds)
@@ -57,20 +57,20 @@ def log_probs(
 def samples(
     case: Case, points: int, rounds: int, seconds: float, with_peers: bool
 ) -> dict[float, Results]:
-    """Time samples from `points` draws of the base, the same for all, by solves of x alone."""
+    """Time samples from `points` base draws, the same for all programs, by solves of x alone."""
     ways = _ours(_our_samples) | _theirs("samples", with_peers)
     z = case.flow.base.sample(jr.key(9), points)
     return _compare(case, ways, z, _exact_samples, rounds, seconds)
 
 
 def _ours(make) -> dict[str, tuple[Way, tuple[str, ...]]]:
-    """By a call as it is, and by one that is given the step plan of an earlier one."""
+    """Return our ways: a plain call, and a call with the step plan of an earlier one."""
     again = functools.partial(make, again=True)
-    return {ours.NAME: (make, SOLVERS), f"{ours.NAME}, step plan known": (again, SOLVERS)}
+    return {ours.NAME: (make, OUR_SOLVERS), f"{ours.NAME}, step plan known": (again, OUR_SOLVERS)}
 
 
 def _theirs(what, with_peers) -> dict[str, tuple[Way, tuple[str, ...]]]:
-    """Each peer's way, and its solvers; diffrax's is always there."""
+    """Return each peer's way and its solvers; diffrax is always among them."""
     modules = {"batched diffrax": diffrax_solves}
     if with_peers:
         modules |= peers.load("torchdiffeq", "zuko")
@@ -90,7 +90,7 @@ def _compare(case, ways, x, exact, rounds, seconds) -> dict[float, Results]:
         for name, (way, _) in ways.items():
             chosen = fastest(found[name], error)
             if chosen is None:
-                print(f"  {name}: not timed, for at no tolerance tried its error is {error:g}")
+                print(f"  {name}: not timed: no tolerance tried gives an error of {error:g}")
                 continue
             run = way(case, chosen.solver, chosen.tolerance)
             figures = {"error": chosen.error, "tolerance": chosen.tolerance, "points": len(x)}
@@ -101,30 +101,30 @@ def _compare(case, ways, x, exact, rounds, seconds) -> dict[float, Results]:
 
 
 def _tried(case, way, solvers, x, head, reference):
-    """Each solver at ever smaller tolerances, until its error is the least that is wanted."""
+    """Yield each solver at ever smaller tolerances, until its error is below all `ERRORS`."""
     for solver in solvers:
-        for tolerance in LADDER:
+        for tolerance in TOLERANCES:
             run = way(case, solver, tolerance)
             try:
                 difference = np.asarray(run(head), np.float64) - reference
-            except AssertionError:  # torchdiffeq, where a step has become too short
+            except AssertionError:  # torchdiffeq, when a step becomes too short
                 continue
             error = float(np.sqrt(np.mean(difference**2)))
             seconds = _seconds(lambda run=run: run(x)) if error <= max(ERRORS) else np.inf
             yield Found(solver, tolerance, error, seconds)
-            if error <= min(ERRORS) or PATIENCE < seconds < np.inf:
+            if error <= min(ERRORS) or MAX_SECONDS < seconds < np.inf:
                 break
 
 
 def _seconds(run):
-    """The least of some runs, after one that compiles."""
+    """Return the seconds of the fastest of some runs, after one that compiles."""
     run()
     first = time_of(run, 1)
     return first if first > 1 else min(first, *(time_of(run, 1) for _ in range(TRIALS - 1)))
 
 
 def fastest(found: list[Found], error: float) -> Found | None:
-    """Of those that err no more."""
+    """Return the fastest of those with at most this error, or None."""
     return min((f for f in found if f.error <= error), key=lambda f: f.seconds, default=None)
 
 
@@ -137,7 +137,7 @@ def _our_log_probs(case, solver, tolerance, *, again=False):
     if again:
         stats = transform(case.flow, case.draw(jr.key(7), CHUNK), solve=solve).stats
         solve = dataclasses.replace(solve, step_plan=stats.step_plan)
-    return lambda x: evaluate.score(case.flow, x, solve=solve).log_prob
+    return lambda x: evaluate.log_prob(case.flow, x, solve=solve).log_prob
 
 
 def _our_samples(case, solver, tolerance, *, again=False):
@@ -145,9 +145,9 @@ def _our_samples(case, solver, tolerance, *, again=False):
     if again:
         z = case.flow.base.sample(jr.key(7), CHUNK)
         solve = dataclasses.replace(
-            solve, step_plan=case.flow.carry(z, "to_data", None, solve)[1].step_plan
+            solve, step_plan=case.flow.transform(z, "to_data", None, solve)[1].step_plan
         )
-    return lambda z: evaluate.carry(case.flow, z, "to_data", solve=solve).x[-1]
+    return lambda z: evaluate.transform(case.flow, z, "to_data", solve=solve).x[-1]
 
 
 def _exact_log_prob(flow, x):
@@ -155,4 +155,4 @@ def _exact_log_prob(flow, x):
 
 
 def _exact_samples(flow, z):
-    return jnp.asarray(evaluate.carry(flow, z, "to_data", solve=REFERENCE).x[-1])
+    return jnp.asarray(evaluate.transform(flow, z, "to_data", solve=REFERENCE).x[-1])

@@ -1,4 +1,4 @@
-"""A training step of flow matching: against bare passes of its network, and torchcfm's."""
+"""A training step of flow matching, against bare passes of its network and against torchcfm."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from jcnf import CNF, distributions, fields, objectives, training
 
 BATCH = 1024
 ROWS = 40_000
-PER_DISPATCH = 50
+STEPS_PER_DISPATCH = 50
 
 
 def residual(dim: int, width: int) -> Case:
-    """A network as it is trained by flow matching, and the table it draws from."""
+    """Return the case of a residual network, as is usual for flow matching, and a table."""
     field = fields.ResNet(dim, width, 2, frequencies=8, key=jr.key(5))
     return _case(field, f"2 blocks of {width}")
 
 
 def dense(dim: int, width: int) -> Case:
-    """A network as in torchcfm's tutorial: three hidden layers, time as one more input."""
+    """Return the case of torchcfm's tutorial: three hidden layers, time as another input."""
     field = fields.MLP(dim, (width,) * 3, time="concat", activation="silu", key=jr.key(5))
     return _case(field, f"concat {width}-{width}-{width} silu")
 
@@ -36,20 +36,20 @@ def _case(field, title):
 
 
 def run(case: Case, rounds: int, seconds: float) -> Results:
-    """Time the step (batch, noise, loss, gradient, AdamW, average) and the passes in it."""
+    """Time the step (batch, noise, loss, gradient, AdamW, average) and its bare passes."""
     programs = {ours.NAME: _step(case), "bare passes": _passes(case)}
     return measure(programs, rounds, seconds=seconds)
 
 
 def against_torchcfm(case: Case, rounds: int, seconds: float) -> Results:
-    """The same step, torchcfm's way, if its loss on given pairs and times is ours."""
+    """Time our step and torchcfm's, if its loss on given pairs and times equals ours."""
     x0, x1 = jr.normal(jr.key(6), (2, BATCH, case.flow.base.dim))
     t = jr.uniform(jr.key(7), (BATCH,))
     v = jax.vmap(case.flow.field)(t, x0 + t[:, None] * (x1 - x0))
     reference = float(jnp.mean((v - (x1 - x0)) ** 2))
     programs = {ours.NAME: _step(case)}
     for name, peer in peers.load("torchcfm").items():
-        program = peer.matching_steps(case, _table(case), PER_DISPATCH, (x0, x1, t))
+        program = peer.matching_steps(case, _table(case), STEPS_PER_DISPATCH, (x0, x1, t))
         if abs(program.figures["loss"] - reference) <= 1e-5 * max(1.0, reference):
             programs[name] = program
         else:
@@ -63,17 +63,17 @@ def _table(case):
 
 def _step(case):
     optimizer = training.make_optimizer(1e-3, 10**6)
-    run = training.make_run(
+    run = training.make_train_loop(
         case.flow, objectives.flow_matching, training.draw_rows(BATCH), optimizer
     )
     state, data, until = training.init(case.flow, optimizer), _table(case), 0
 
     def take():
         nonlocal state, until
-        until += PER_DISPATCH
+        until += STEPS_PER_DISPATCH
         state, _ = jax.block_until_ready(run.program(state, data, jr.key(7), until))
 
-    return Program(take, {}, PER_DISPATCH)
+    return Program(take, {}, STEPS_PER_DISPATCH)
 
 
 def _passes(case):
@@ -88,10 +88,10 @@ def _passes(case):
     @jax.jit
     def passes(params, x, t):
         def body(_, carry):
-            # The gradient takes the parameters' place, so that no pass can be left out.
+            # The gradient replaces the parameters, so that XLA cannot remove a pass.
             value, grads = jax.value_and_grad(loss)(carry[0], x, t)
             return grads, value
 
-        return jax.lax.fori_loop(0, PER_DISPATCH, body, (params, jnp.zeros(())))
+        return jax.lax.fori_loop(0, STEPS_PER_DISPATCH, body, (params, jnp.zeros(())))
 
-    return Program(lambda: jax.block_until_ready(passes(params, x, t)), {}, PER_DISPATCH)
+    return Program(lambda: jax.block_until_ready(passes(params, x, t)), {}, STEPS_PER_DISPATCH)

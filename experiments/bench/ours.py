@@ -1,4 +1,4 @@
-"""The programs of jcnf that are timed, and JAX programs of other kinds in the same surroundings."""
+"""The timed programs of jcnf, and other JAX objectives inside the same training step."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from jcnf import Solve, objectives, training
 
 NAME = "jcnf"
 LEARNING_RATE = 1e-3
-SETTLING = 8  # steps until the step plan that is carried from solve to solve has settled
-AVERAGED = 40  # steps after these, for their mean NFE
-DISPATCH = 0.05
+SETTLING_STEPS = 8  # until the step plan that is carried from solve to solve has settled
+AVERAGED_STEPS = 40  # after these, for the mean NFE
+DISPATCH_SECONDS = 0.05
 
 
 def training_step(
@@ -28,13 +28,13 @@ def training_step(
     carried: Solve | None = None,
     **settings,
 ) -> Program:
-    """Our training step (loss, gradient, Adam, average, guards) by an objective.
+    """Return our training step (loss, gradient, Adam, average, guards) on an objective.
 
-    As in training, a dispatch takes steps for some time: `DISPATCH` seconds.
-    Without one it is likelihood under the case's solve; `settings` are the objective's. The weights
-    stay where they are: the factor of the updates is 0. So does the batch, that every step is the
-    same work, if it is not to be a `fresh` one each time. An objective that takes a solve is given
-    `carried`, with the step plan of the step before.
+    As in training, a dispatch takes many steps: about `DISPATCH_SECONDS`. The default objective is
+    likelihood under the case's solve; `settings` go to the objective. For every step to be the same
+    work, updates have a factor of 0, so that the weights do not change, and neither does the
+    batch unless it is `fresh`. An objective that takes a solve gets `carried`, with the step plan
+    of the step before.
     """
     solve = carried
     if objective is None:
@@ -48,7 +48,7 @@ def training_step(
     def draw(key, x):
         return case.draw(key, case.batch) if fresh else x
 
-    run = training.make_run(case.flow, objective, draw, optimizer, solve=solve)
+    run = training.make_train_loop(case.flow, objective, draw, optimizer, solve=solve)
     x, key, taken = case.x, jr.key(0), 0
     tic = time.perf_counter()
     compiled = run.program.lower(state, x, key, 0).compile()
@@ -60,22 +60,22 @@ def training_step(
         state, totals = jax.block_until_ready(compiled(state, x, key, taken))
         return totals
 
-    take(SETTLING)
+    take(SETTLING_STEPS)
     tic = time.perf_counter()
-    totals = training.means(take(AVERAGED))
-    steps = max(1, round(DISPATCH * AVERAGED / (time.perf_counter() - tic)))
+    totals = training.means(take(AVERAGED_STEPS))
+    steps = max(1, round(DISPATCH_SECONDS * AVERAGED_STEPS / (time.perf_counter() - tic)))
     figures = {name: float(totals[name]) for name in ("loss", "nfe", "grad_norm")}
     figures |= {"compile_s": seconds} | temporary_memory(compiled)
     return Program(functools.partial(take, steps), figures, steps)
 
 
 def loss(case: Case, **settings) -> float:
-    """Mean negative log-likelihood of the batch under the case's solve."""
+    """Return the mean negative log-likelihood of the batch under the case's solve."""
     objective = eqx.filter_jit(objectives.likelihood)
     return float(objective(case.flow, case.x, jr.key(0), solve=case.solve, **settings)[0])
 
 
 def temporary_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """MiB that XLA sets aside for a program beside its arguments; {} where it does not say."""
+    """Return the MiB that a program needs beside its arguments; {} if XLA does not say."""
     analysis = compiled.memory_analysis()
     return {} if analysis is None else {"xla_mb": analysis.temp_size_in_bytes / 2**20}

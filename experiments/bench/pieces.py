@@ -1,4 +1,4 @@
-"""What each extension of diffrax is worth: a training step, with one more of them at a time."""
+"""The effect of each extension of diffrax: a training step with one more of them at a time."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ PIECES = {
 
 
 def run(case: Case, rounds: int, seconds: float) -> Results:
-    """Time a case's step, on a fresh batch each time, by every selection of pieces."""
+    """Time a case's step, on a fresh batch each time, with every selection of pieces."""
     programs = {"+ rows that fail alone: jcnf": ours.training_step(case, fresh=True)}
     for name, pieces in PIECES.items():
         objective: Any = functools.partial(_objective, pieces=pieces, given=case.solve)
@@ -36,7 +36,7 @@ def run(case: Case, rounds: int, seconds: float) -> Results:
 
 
 def _objective(flow, x, key, *, solve: Any, pieces, given: Solve) -> Any:
-    """Mean negative log-likelihood by one batched diffrax solve."""
+    """Return the mean negative log-likelihood by one batched diffrax solve."""
     solver, planned, adjoint = pieces
     t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.t1, 0.0))
     controller = diffrax.PIDController(rtol=given.rtol, atol=given.atol)

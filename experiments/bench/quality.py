@@ -1,7 +1,7 @@
 """Seconds of training until the gap on 8gaussians is 0.20, 0.10 and 0.05 nats.
 
-The gap is that of the test NLL to the true density's on the same points. Compilation and
-measurements are not counted; measurements come each time that the steps have grown by a tenth.
+The gap is the test NLL minus the NLL of the true density on the same points. Compilation and
+measurements are not counted; a measurement follows whenever the steps have grown by a tenth.
 """
 
 import time
@@ -21,20 +21,20 @@ from jcnf.data.toys import toy
 from jcnf.plot import CurvePanel
 
 DATA, TARGETS, TEST_POINTS = "8gaussians", (0.20, 0.10, 0.05), 5000
-SPLINE_BUDGETS = (2.0, 4.0, 8.0, 16.0)  # each a run of its own, with a schedule that ends there
+SPLINE_BUDGETS = (2.0, 4.0, 8.0, 16.0)  # seconds of separate runs, whose schedules end there
 FFJORD_BATCH, FFJORD_DECAY = 100, 1e-5
 Curve = tuple[list[float], list[float]]  # seconds, gaps
 
 
 class Learner(NamedTuple):
-    """A training that goes on in parts."""
+    """A training that can be continued in parts."""
 
-    train: Callable[[int], None]  # so many steps more
-    log_prob: Callable[[jax.Array], np.ndarray]  # as trained so far
+    train: Callable[[int], None]  # takes this many more steps
+    log_prob: Callable[[jax.Array], np.ndarray]  # of the model trained so far
 
 
 def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
-    """Each way's curve, and its seconds to each target, None where it did not get there."""
+    """Return the curve of each learner and its seconds to each target (None if not reached)."""
     data = toy(DATA)
     x = data.sample(jr.fold_in(jr.key(seed), 2), TEST_POINTS)
     true = np.asarray(data.log_prob(x))
@@ -57,7 +57,7 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
 
 
 def follow(learner: Learner, x, true: np.ndarray, limit: float, parts: int = 10_000) -> Curve:
-    """Train and measure in turn, until the last target is reached or the time is over."""
+    """Train and measure in turn, until the last target is reached or the time is up."""
     seconds, gaps, spent, steps = [], [], 0.0, 0
     for _ in range(parts):
         more = max(10, steps // 10)
@@ -72,18 +72,18 @@ def follow(learner: Learner, x, true: np.ndarray, limit: float, parts: int = 10_
 
 
 def seconds_to(target: float, curve: Curve) -> float | None:
-    """The first time at which the gap was at most `target`."""
+    """Return the seconds at which the gap was first at most `target`, or None."""
     return next((s for s, gap in zip(*curve, strict=True) if gap <= target), None)
 
 
 def panel(found: dict[str, dict]) -> CurvePanel:
-    """The gaps against the seconds."""
+    """Return a panel of gaps against seconds."""
     series = {name: (r["seconds"], r["gaps"]) for name, r in found.items()}
     return CurvePanel(DATA, "training seconds", "gap (nats)", series)
 
 
 def matching(seed: int) -> Learner:
-    """Flow matching as the experiments have it, at a constant rate."""
+    """Return flow matching as in the experiments, but at a constant learning rate."""
     field = fields.ResNet(2, 96, 2, frequencies=4, key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
     optimizer = training.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
@@ -91,8 +91,7 @@ def matching(seed: int) -> Learner:
 
 
 def ffjord(seed: int) -> Learner:
-    """Likelihood at FFJORD's settings, but for its end time, which stays."""
-
+    """Return likelihood with FFJORD's settings, except that the end time is not trained."""
     optimizer = optax.chain(optax.add_decayed_weights(FFJORD_DECAY), optax.adam(1e-3))
     flow = CASES["toy"](0).flow
     return _learner(flow, objectives.likelihood, FFJORD_BATCH, optimizer, 0.0, seed, SOLVE)
@@ -100,7 +99,7 @@ def ffjord(seed: int) -> Learner:
 
 def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
     data, key = toy(DATA), jr.key(seed)
-    run = training.make_run(
+    run = training.make_train_loop(
         flow,
         objective,
         lambda key, _: data.sample(key, batch),
@@ -119,7 +118,7 @@ def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
 
     def log_prob(x):
         solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
-        return evaluate.score(training.with_params(flow, state.average), x, solve=solve).log_prob
+        return evaluate.log_prob(training.with_params(flow, state.average), x, solve=solve).log_prob
 
     return Learner(go_on, log_prob)
 

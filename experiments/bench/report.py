@@ -1,4 +1,4 @@
-"""Tables of what was measured, and the figures of the summary."""
+"""Tables of the measurements, and the figures of the summary."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import jax
 from experiments.bench import peers
 from experiments.bench.ours import NAME
 
-Results = dict[str, dict[str, float]]  # of each program: ms, ratio, quartiles, loss, ...
+Results = dict[str, dict[str, float]]  # program: {ms, ratio, their quartiles, loss, ...}
 SHOWN = {  # figure: (title, format)
     "nfe": ("NFE", "{:.0f}"),
     "loss": ("loss", "{:.6f}"),
@@ -23,7 +23,7 @@ SHOWN = {  # figure: (title, format)
 
 
 def show(title: str, results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print programs as rows: time with quartiles, time over the first one's, and the rest."""
+    """Print a row per program: its time with quartiles, its ratio to the first, and the rest."""
     columns = [name for name in SHOWN if any(name in r for r in results.values())]
     heads = ["ms", "quartiles", "over the first", *(SHOWN[name][0] for name in columns)]
     rows = []
@@ -39,13 +39,13 @@ def show(title: str, results: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def ratios(title: str, results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Time over the first program's, of each other one, for the summary."""
+    """Return the ratio of each program's time to the first one's, for the summary."""
     first = next(iter(results), NAME)
     return {f"{title}: {n} / {first}": r["ratio"] for n, r in results.items() if n != first}
 
 
 def conditions() -> dict[str, str | int]:
-    """What the numbers hold for."""
+    """Return the conditions under which the numbers hold: device, threads, dtype, versions."""
     device = jax.devices()[0]
     found: dict[str, str | int] = {
         "device": device.device_kind,

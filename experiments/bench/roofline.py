@@ -1,4 +1,4 @@
-"""How near a training step is to what the machine's matrix products allow."""
+"""A training step compared with the rate of the machine's matrix products."""
 
 from collections.abc import Callable
 
@@ -18,13 +18,13 @@ UNROLLED, AGAIN = "unrolled", "unrolled, each step again"
 
 
 def flops(function: Callable, *arguments) -> float:
-    """Floating-point operations of a program without loops, by XLA's cost analysis."""
+    """Count the floating-point operations of a loop-free program, by XLA's cost analysis."""
     analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
     return float((analysis or {}).get("flops", jnp.nan))
 
 
 def gemm(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> Results:
-    """Milliseconds and GFLOP/s of products of square float32 matrices."""
+    """Time products of square float32 matrices, in milliseconds and GFLOP/s."""
     programs = {}
     for size in sizes:
         a, b = jr.normal(jr.key(0), (2, size, size))
@@ -43,9 +43,10 @@ def gemm(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> Results
 
 
 def run(case: Case, rounds: int, seconds: float, rate: float) -> Results:
-    """The step of jcnf against the unrolled program, whose GFLOP count for all; `rate` GFLOP/s.
+    """Time the step of jcnf against the unrolled programs, and their shares of `rate` (GFLOP/s).
 
-    An unrolled program of another loss, or of other steps, is not timed.
+    The work of every program is taken to be the GFLOP of the unrolled one. An unrolled program with
+    a different loss or different steps is not timed.
     """
     objective = unrolled.objective(case)
     params, static = training.partition(case.flow)
@@ -63,12 +64,12 @@ def run(case: Case, rounds: int, seconds: float, rate: float) -> Results:
         found, wanted = program.figures, here.figures
         if not (
             step.agrees(found["loss"], wanted["loss"])
-            # Ours evaluates once more, for the error of the last step.
+            # Ours evaluates once more, to estimate the error of the last step.
             and found["nfe"] + 1 == wanted["nfe"]
         ):
             print(
-                f"  {name}: not timed, for its loss is {found['loss']:.6f} by {found['nfe']:g} "
-                f"evaluations and not {wanted['loss']:.6f} by {wanted['nfe'] - 1:g}"
+                f"  {name}: not timed: its loss is {found['loss']:.6f} after {found['nfe']:g} "
+                f"evaluations, not {wanted['loss']:.6f} after {wanted['nfe'] - 1:g}"
             )
             del programs[name]
     programs[ours.NAME] = here

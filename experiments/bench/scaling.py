@@ -1,4 +1,4 @@
-"""How a training step's time grows with batch, width, dimension and tolerance."""
+"""The growth of a training step's time with batch, width, dimension and tolerance."""
 
 import dataclasses
 import functools
@@ -17,14 +17,15 @@ GRID: dict[str, tuple[float, ...]] = {
     "tolerance": (1e-3, 1e-4, 1e-5, 1e-6),
 }
 DIM, WIDTH, BATCH = 8, 64, 256
-trained = functools.cache(CASES["toy_trained"])  # of the optimiser steps before
-Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # axis, program: values, ms
+trained = functools.cache(CASES["toy_trained"])  # a function of the number of pretraining steps
+Curves = dict[str, dict[str, tuple[list[float], list[float]]]]  # {axis: {program: (values, ms)}}
 
 
 def case_at(axis: str, value: float, steps: int) -> Case:
-    """Two hidden layers of softplus, with one size other than usual.
+    """Return a case with two hidden layers of softplus, one size of which is `value`.
 
-    For tolerances it is the toy after `steps` optimiser steps: new flows take one step at any.
+    For tolerances it is the toy after `steps` optimizer steps, because an untrained flow takes one
+    solver step at any tolerance.
     """
     if axis != "tolerance":
         return table(**{"dim": DIM, "width": WIDTH, "batch": BATCH} | {axis: int(value)})
@@ -40,7 +41,7 @@ def run(
     grid: dict[str, tuple[float, ...]] = GRID,
     say: Callable[[str], None] = print,
 ) -> Curves:
-    """Milliseconds along each axis; a peer leaves an axis where a step takes `seconds`."""
+    """Time steps along each axis; peers leave an axis once a step takes `seconds`."""
     curves: Curves = {}
     for axis, values in grid.items():
         curves[axis] = {}
@@ -64,7 +65,7 @@ def run(
 
 
 def panels(curves: Curves) -> list[CurvePanel]:
-    """One for each axis."""
+    """Return a panel for each axis."""
     return [
         CurvePanel(f"against {axis}", axis, "training step (ms)", series)
         for axis, series in curves.items()
@@ -72,7 +73,7 @@ def panels(curves: Curves) -> list[CurvePanel]:
 
 
 def exponents(curves: Curves) -> dict[str, float]:
-    """Of each program along each axis, by least squares over all of it."""
+    """Return each program's exponent along each axis, by least squares over all values."""
     return {
         f"{name}, exponent of {axis}": scaling_exponent(x, y)
         for axis, series in curves.items()

@@ -1,4 +1,4 @@
-"""What a fresh process waits for: imports, and the first training step, cold and from the cache."""
+"""Startup of a fresh process: imports, and the first training step, cold and from the cache."""
 
 import json
 import os
@@ -29,9 +29,10 @@ ours.training_step(case)
 
 
 def run(rounds: int) -> Results:
-    """Milliseconds of each, in processes of their own and in turn, from the first import on.
+    """Time each import in turn, in separate processes, and then the first training step.
 
-    Of the first step there are a round without compiled programs and `rounds` with them.
+    The first step runs once without cached compiled programs and `rounds` times with them. Times
+    are in milliseconds; those of the first step include its imports.
     """
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for _ in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""A training step by likelihood: ours, and the peers' doing the same."""
+"""A training step by likelihood: ours, and the same step by the peers."""
 
 import dataclasses
 import functools
@@ -13,14 +13,14 @@ from experiments.bench.peers import diffrax_solves
 from experiments.bench.report import Results
 from experiments.bench.timing import Program, measure
 from jcnf import objectives
-from jcnf.divergence import Drawn, Hutchinson
+from jcnf.divergence import FixedNoise, Hutchinson
 
-AGREEMENT = 1e-4  # of losses, relative above 1
+LOSS_TOLERANCE = 1e-4  # absolute for losses below 1, otherwise relative
 Make = Callable[[Case], dict[str, Program]]
 
 
 def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
-    """Time a case's step by every program whose loss is ours."""
+    """Time a case's step by every program whose loss agrees with ours."""
     programs = {ours.NAME: ours.training_step(case)}
     worst = dataclasses.replace(case.solve, norm="worst")
     programs[f"{ours.NAME}, norm=worst"] = ours.training_step(case, solve=worst)
@@ -35,7 +35,7 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
         programs |= agreeing(case, make, {})
     if case.estimated:
         noise = Hutchinson().draw(jr.key(0), case.batch, case.flow.base.dim, case.x.dtype)
-        divergence = Drawn(Hutchinson(), noise)
+        divergence = FixedNoise(Hutchinson(), noise)
         estimated = ours.training_step(case, divergence=divergence)
         programs[f"{ours.NAME}, Hutchinson"] = estimated
         for peer in peers.load("torchdiffeq").values() if with_peers else ():
@@ -45,10 +45,10 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
 
 
 def agreeing(case: Case, make: Make, settings: dict) -> dict[str, Program]:
-    """The programs that `make` gives and whose losses are ours; what the others are is printed.
+    """Return the programs of `make` whose losses agree with ours; print the losses of the others.
 
-    Solvers err in ways of their own within one tolerance: where losses differ, they are compared at
-    a tenth of it, and a program is timed if it agrees there.
+    At the same tolerance, solvers make different errors. Therefore losses that differ are compared
+    again at a tenth of the tolerance, and a program is kept if it agrees there.
     """
     programs = make(case)
     losses = {name: program.figures["loss"] for name, program in programs.items()}
@@ -62,16 +62,16 @@ def agreeing(case: Case, make: Make, settings: dict) -> dict[str, Program]:
         reference = ours.loss(tight, **settings)
         for name in _differing({name: tight_losses[name] for name in differing}, reference):
             print(
-                f"  {name}: not timed, for its loss at a tolerance of {solve.rtol:.0e} is "
-                f"{tight_losses[name]:.6f} and not {reference:.6f}"
+                f"  {name}: not timed: its loss at a tolerance of {solve.rtol:.0e} is "
+                f"{tight_losses[name]:.6f}, not {reference:.6f}"
             )
             del programs[name]
     return programs
 
 
 def agrees(loss: float, reference: float) -> bool:
-    """Whether two losses are one, but for the solver's error."""
-    return bool(abs(loss - reference) <= AGREEMENT * max(1.0, abs(reference)))
+    """Return whether two losses are equal up to the solver's error."""
+    return bool(abs(loss - reference) <= LOSS_TOLERANCE * max(1.0, abs(reference)))
 
 
 def _differing(losses, reference):

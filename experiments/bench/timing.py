@@ -1,4 +1,4 @@
-"""Programs timed side by side: in rounds, each of every program in turn, with ratios per round."""
+"""Time programs side by side: every program in turn in each round, with ratios per round."""
 
 import gc
 import time
@@ -8,34 +8,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TURN = 0.1  # seconds of a program in a round, if a run takes less
+TURN_SECONDS = 0.1  # minimum time that a program runs in a round
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Program(NamedTuple):
-    """Something to time."""
+    """A program to time."""
 
-    run: Callable[[], Any]  # does the work, once, and waits for it
+    run: Callable[[], Any]  # does the work once and waits for it
     figures: dict[str, float]  # known beforehand: loss, nfe, compile_s, ...
-    work: int = 1  # times that `run` does what is reported
+    work: int = 1  # units of work in one `run`; times are reported per unit
 
 
 def measure(
     programs: Mapping[str, Program], rounds: int, *, seconds: float = np.inf
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each program, their quartiles, and ratios to the first.
+    """Measure the milliseconds of each program, with quartiles and ratios to the first program.
 
-    Every program is run before. Its turn in a round is as many runs as take `TURN` seconds, after
-    one that is not timed, for the program before it has left the caches to its own data. A program
-    that has spent `seconds` sits out the rounds that remain; the ratio of two is the median over
-    the rounds that both were in.
+    Every program is warmed up first. Its turn in a round consists of enough runs to take
+    `TURN_SECONDS`, after a run that is not timed, because the program before it has filled the
+    caches with its own data. A program that has spent `seconds` sits out the remaining rounds; the
+    ratio of two programs is the median over the rounds in which both took part.
     """
     results, repeats = {}, {}
     for name, program in programs.items():
         program.run()
         tic = time.perf_counter()
         results[name] = dict(program.figures) | peak_memory(program.run)
-        repeats[name] = max(1, round(TURN / (time.perf_counter() - tic)))
+        repeats[name] = max(1, round(TURN_SECONDS / (time.perf_counter() - tic)))
     times: dict[str, list[float]] = {name: [] for name in programs}
     gc.collect()
     for _ in range(rounds):
@@ -56,7 +56,7 @@ def measure(
 
 
 def time_of(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of so many runs."""
+    """Return the seconds that `repeats` runs take."""
     tic = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -64,24 +64,24 @@ def time_of(run: Callable[[], Any], repeats: int) -> float:
 
 
 def ratios(times: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Time over the reference's, for each round that both were in."""
+    """Return time over reference time, for each round in which both took part."""
     number = min(len(times), len(reference))
     return times[:number] / reference[:number]
 
 
 def quartiles(name: str, values: np.ndarray) -> dict[str, float]:
-    """The median under `name`, and the quartiles."""
+    """Return the median, under `name`, and the quartiles."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return {name: float(middle), f"{name}_q1": float(low), f"{name}_q3": float(high)}
 
 
 def peak_memory(run: Callable[[], Any]) -> dict[str, float]:
-    """Resident memory that a run takes beyond what is resident before it; {} where not known.
+    """Return the resident memory (MiB) that a run adds at its peak; {} where it is not known.
 
-    A lower bound: what earlier runs took and the allocators kept is used again unseen.
+    It is a lower bound, because a run may reuse memory that allocators kept from earlier runs.
     """
     try:
-        _CLEAR.write_text("5")  # Linux: the high-water mark starts anew
+        _CLEAR.write_text("5")  # Linux: resets the high-water mark
         before = _resident("VmRSS")
         run()
         return {"memory_mb": max(_resident("VmHWM") - before, 0.0)}
@@ -90,6 +90,6 @@ def peak_memory(run: Callable[[], Any]) -> dict[str, float]:
 
 
 def _resident(key):
-    """MiB."""
+    """Read an entry of /proc/self/status, in MiB."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024

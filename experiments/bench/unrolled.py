@@ -1,8 +1,8 @@
-"""A likelihood whose steps are known beforehand and written out, for XLA alone to run.
+"""A likelihood whose solver steps are known beforehand and unrolled into one XLA program.
 
-It is what a training step would be without control of errors and loops: the stages of dopri5 over
-the very steps that our solve takes. Their work is kept for the way back, or done again there, which
-is what ours does.
+This is a training step without error control and loops: the stages of dopri5 over exactly the
+steps that our solve takes. Their intermediate values are kept for the backward pass or, as in our
+solve, recomputed there.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from experiments.bench.cases import Case
 from jcnf import training, transform
 from jcnf.ode import next_point, unknown
 
-ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
+# The Butcher tableau of dopri5 (Dormand & Prince 1980): each stage's weights of those before it.
+STAGE_WEIGHTS = (
     (1 / 5,),
     (3 / 40, 9 / 40),
     (44 / 45, -56 / 15, 32 / 9),
@@ -26,13 +27,13 @@ ABOVE = (  # what each stage adds up, of those before (Dormand & Prince 1980)
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+STAGE_TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 
 
 def objective(case: Case, *, again: bool = False) -> training.Objective:
-    """The loss, and as "nfe" the evaluations of the accepted steps, forward.
+    """Return an objective whose "nfe" counts the forward evaluations of the accepted steps.
 
-    With `again`, each step is taken once more on the way back.
+    With `again`, the backward pass recomputes each step.
     """
     times = accepted_times(case)
     over = jax.checkpoint if again else lambda step: step
@@ -49,7 +50,7 @@ def objective(case: Case, *, again: bool = False) -> training.Objective:
 
             def step(y, slope, start=start, h=end - start):
                 slopes, at = [slope], y
-                for row, node in zip(ABOVE, NODES, strict=True):
+                for row, node in zip(STAGE_WEIGHTS, STAGE_TIMES, strict=True):
                     at = _plus(y, [np.asarray(h * a, x.dtype) for a in row], slopes)
                     slopes.append(rate(start + node * h, at))
                 return at, slopes[-1]
@@ -63,7 +64,7 @@ def objective(case: Case, *, again: bool = False) -> training.Objective:
 
 
 def accepted_times(case: Case) -> np.ndarray:
-    """Where the steps of our solve of the batch end, by the step plan that training settles on."""
+    """Return the times between the steps of our solve, by the step plan on which it settles."""
 
     @eqx.filter_jit
     def step_plan_after(flow, x, step_plan):
@@ -72,7 +73,7 @@ def accepted_times(case: Case) -> np.ndarray:
         ).stats.step_plan
 
     step_plan = unknown(float)
-    for _ in range(ours.SETTLING):
+    for _ in range(ours.SETTLING_STEPS):
         step_plan = step_plan_after(case.flow, case.x, step_plan)
     shares = [0.0]
     while shares[-1] < 1:
@@ -81,7 +82,7 @@ def accepted_times(case: Case) -> np.ndarray:
 
 
 def _plus(y, weights, slopes):
-    """y + sum_i weights_i slopes_i."""
+    """Return y + sum_i weights_i slopes_i."""
     return jax.tree.map(
         lambda y, *k: y + sum(w * k for w, k in zip(weights, k, strict=True) if w != 0), y, *slopes
     )

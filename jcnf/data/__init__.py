@@ -1,1 +1,1 @@
-"""Data people feed: toy densities, tables of numbers, and pictures."""
+"""Data: toy densities, energies, tables, images and series."""

@@ -1,14 +1,15 @@
-"""Planar energies U: densities exp(-U) / Z for a flow to match, without a sample of them.
+"""Planar energies U: densities exp(-U) / Z for a flow to match without samples.
 
 Source: U1 to U4 are the test energies of Rezende & Mohamed (2015, table 1), which Chen et al.
-(2018, fig. 4) match by continuous flows. There U2 to U4 do not depend on z1 but through periodic or
-bounded functions, so that exp(-U) has no finite integral, and a KL to it no meaning. Here they are
-as published on |z1| <= 4, and a wall confines them: beyond, 1/2 ((|z1| - 4) / 0.4)^2 is added,
-half a Gaussian as narrow as the bands themselves. It joins with two continuous derivatives but for
-a jump of the second, and keeps 89 % of the mass within |z1| <= 4.
+(2018, fig. 4) match with continuous flows. The published U2 to U4 depend on z1 only through
+periodic or bounded functions, so that exp(-U) has no finite integral and a KL divergence to it has
+no meaning. Here they are as published on |z1| <= 4, and a wall confines them: beyond, the term
+1/2 ((|z1| - 4) / 0.4)^2 is added, half a Gaussian as narrow as the bands themselves. The wall joins
+with a continuous first derivative (its second derivative jumps), and 89 % of the mass stays within
+|z1| <= 4.
 
-A new energy is a function of one point (2,) and a row of the table at the end. A person's own, of a
-batch, is named "module:function".
+To add an energy, write a function of one point (2,) and add a row to the table at the end. Energies
+from other modules are functions of a batch and are named "module:function".
 """
 
 import dataclasses
@@ -24,20 +25,20 @@ from jaxtyping import Array, Float
 
 from jcnf._checks import InputError, check_int
 
-Extent = tuple[float, float, float, float]  # lowest and highest z1, lowest and highest z2
+Extent = tuple[float, float, float, float]  # z1 min, z1 max, z2 min, z2 max
 Function = Callable[[Float[Array, "batch 2"]], Float[Array, " batch"]]
 
 HALF_WIDTH, WALL = 4.0, 0.4
-PROBES = 64  # points an axis, at which a person's energy is tried
+PROBES = 64  # points along each axis of the grid on which a user's energy is tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Energy:
-    """An unnormalised density exp(-U) in the plane.
+    """An unnormalized density exp(-U) in the plane.
 
     - `function(x)` is U in nats, (batch, 2) -> (batch,), in the dtype of `x`, and differentiable.
-    - `extent` (z1 min, z1 max, z2 min, z2 max) holds all mass but 1e-6: the window of integrals
-      and figures.
+    - `extent` (z1 min, z1 max, z2 min, z2 max) is the window of integrals and figures, which holds
+      all but 1e-6 of the mass.
     """
 
     name: str
@@ -46,19 +47,20 @@ class Energy:
 
 
 def energy(name: str, extent: Extent | None = None) -> Energy:
-    """The energy called `name`: one of `ENERGIES`, or a person's, "module:function".
+    """Return the energy called `name`: one of `ENERGIES`, or your own as "module:function".
 
-    The function of a module maps x (batch, 2) to U in nats, (batch,), by operations of jax.numpy.
-    It is imported, as from the working directory under `python -m`, and tried at points all over
-    `extent`, which must hold its mass. `extent` is for these alone: others have their own.
+    Your function must map x (batch, 2) to U in nats, (batch,), by operations of jax.numpy. It is
+    imported as any module is (under `python -m`, also from the working directory) and tried on a
+    grid over `extent`, which must hold its mass. Pass `extent` for your own energies only: those of
+    `ENERGIES` have one.
 
-    **Raises:** `InputError` for an unknown name, a module or function that is not found, an
-    extent that is missing, given in vain or does not rise, and a function that JAX cannot trace,
-    that gives another shape, or values or gradients that are not finite.
+    **Raises:** `InputError` for an unknown name; a module or function that is not found; an extent
+    that is missing, not allowed, or not increasing; and a function that JAX cannot trace, that
+    returns another shape, or whose values or gradients are not finite.
     """
     if name in ENERGIES:
         if extent is not None:
-            raise InputError(f"{name} has an extent of its own: leave out --extent")
+            raise InputError(f"{name} has its own extent; leave out extent")
         return ENERGIES[name]
     module_name, colon, function_name = str(name).partition(":")
     if not (module_name and colon and function_name):
@@ -67,14 +69,16 @@ def energy(name: str, extent: Extent | None = None) -> Energy:
         )
     if extent is None:
         raise InputError(
-            f"{name} needs --extent Z1_MIN Z1_MAX Z2_MIN Z2_MAX: a window that holds its mass"
+            f"{name} needs extent=(z1_min, z1_max, z2_min, z2_max), a window that holds its mass"
         )
     (a, b, c, d), finite = extent, np.all(np.isfinite(extent))
     if not (a < b and c < d and finite):
-        raise InputError(f"--extent must be finite, and rise along z1 and z2; got {extent}")
+        raise InputError(f"extent must be finite and increase along z1 and z2; got {extent}")
     probes = cell_grid(extent, PROBES).astype(np.float32)
     if not (np.all(np.diff(probes[0, :, 0]) > 0) and np.all(np.diff(probes[:, 0, 1]) > 0)):
-        raise InputError(f"--extent {extent} is too small for its numbers: shift or scale U")
+        raise InputError(
+            f"extent {extent} is too narrow for float32 at these coordinates: shift or scale U"
+        )
     own = Energy(name, _imported(module_name, function_name), extent)
     _try(own)
     return own
@@ -86,35 +90,35 @@ def _imported(module_name: str, function_name: str) -> Any:
     except ModuleNotFoundError as error:
         hint = "" if error.name == module_name else f" (it imports {error.name}, which is missing)"
         raise InputError(
-            f"no module {module_name!r} to import{hint}: give module:function, with the module's "
+            f"no module {module_name!r} to import{hint}: use module:function, with the module's "
             "file in the working directory or on PYTHONPATH"
         ) from None
     except (Exception, SystemExit) as error:
         raise InputError(f"importing {module_name} failed: {_line(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        what = "has no" if function is None else "has something that is no function by the name of"
+        what = "has no" if function is None else "needs a function, not a value, named"
         raise InputError(f"module {module_name} {what} {function_name!r}")
     return function
 
 
 def _try(own: Energy) -> None:
-    """A person's energy, and its gradient, at points all over its extent."""
+    """Evaluate a user's energy and its gradient on a grid over its extent; raise what is wrong."""
     x = jnp.asarray(cell_grid(own.extent, PROBES).reshape(-1, 2), float)
     try:
-        jax.eval_shape(own.function, x[:3])  # of any batch
+        jax.eval_shape(own.function, x[:3])  # any batch size must work
         u = jax.eval_shape(own.function, x)
         shape, dtype = jnp.shape(u), jnp.result_type(u)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"{own.name} failed for x of shape {x.shape}, of which it must make U by operations of "
+            f"{own.name} failed for x of shape {x.shape}; it must compute U by operations of "
             f"jax.numpy: {_line(error)}"
         ) from error
     if shape != (len(x),) or not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(
             f"{own.name} must map x of shape (batch, 2) to a floating U of shape (batch,); for "
-            f"{len(x)} points it gave {dtype} of shape {shape}: jax.vmap makes a function of one "
-            "point one of a batch"
+            f"{len(x)} points it returned {dtype} of shape {shape}: jax.vmap turns a function of "
+            "one point into a function of a batch"
         )
     values, gradients = jax.jit(lambda x: (own.function(x), _gradient(own.function, x)))(x)
     for what, bad in (
@@ -125,8 +129,8 @@ def _try(own: Energy) -> None:
             at = ", ".join(f"{z:.3g}" for z in x[jnp.argmax(bad)].tolist())
             raise InputError(
                 f"{what}{own.name} is not finite at {int(bad.sum())} of {len(x)} points of the "
-                f"extent, at ({at}) for one: it must be finite everywhere, with a steep wall in "
-                "place of infinity"
+                f"extent (first: ({at})): it must be finite everywhere; use a steep wall instead "
+                "of infinity"
             )
 
 
@@ -135,7 +139,7 @@ def _gradient(function, x):
 
 
 def _line(error: BaseException) -> str:
-    """An error in one line."""
+    """Return the error's type and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
@@ -143,19 +147,19 @@ def _line(error: BaseException) -> str:
 class Integral(NamedTuple):
     """The integral of exp(-U) over a window."""
 
-    log: float  # its logarithm, log Z, nats
-    border: float  # the share of it within 1 % of the window's sides: of much, some is outside
+    log: float  # log Z, nats
+    border: float  # share of Z within 1 % of the window's sides; if large, mass lies outside
 
 
 def integrate(energy: Energy, cells: int = 1000) -> Integral:
-    """log Z of an energy, by the midpoint rule in float64 on `cells` x `cells` cells of its extent.
+    """Compute log Z by the midpoint rule in float64, on `cells` x `cells` cells of the extent.
 
-    For densities that are smooth and vanish at the extent's border the rule's error falls faster
-    than any power of the cells' width; what is left for U1 to U4 is the mass outside, 1e-6.
+    For densities that are smooth and vanish at the extent's border, the error of the rule falls
+    faster than any power of the cells' width; for U1 to U4 only the mass outside remains, 1e-6.
     """
     points = cell_grid(energy.extent, cells)
     with jax.enable_x64(True):
-        # A row at a time: its memory stays small.
+        # One row at a time keeps the memory small.
         rows = jax.jit(lambda points: jax.lax.map(energy.function, points))
         log_p = -np.asarray(rows(jnp.asarray(points)), np.float64)
     a, b, c, d = energy.extent
@@ -168,7 +172,7 @@ def integrate(energy: Energy, cells: int = 1000) -> Integral:
 
 
 def cell_grid(extent: Extent, cells: int) -> Float[np.ndarray, "cells cells 2"]:
-    """Midpoints of equal cells of a window, [i, j] for the i-th value of z2 and j-th of z1."""
+    """Midpoints of equal cells of a window; [i, j] has the i-th value of z2 and the j-th of z1."""
     check_int(cells=cells)
     a, b, c, d = extent
     middle = (np.arange(cells) + 0.5) / cells
@@ -179,7 +183,7 @@ def cell_grid(extent: Extent, cells: int) -> Float[np.ndarray, "cells cells 2"]:
 
 
 def _bump(distance: Array, width: float) -> Array:
-    """The logarithm of a Gaussian bump."""
+    """Return the logarithm of a Gaussian bump."""
     return -0.5 * (distance / width) ** 2
 
 
@@ -198,24 +202,24 @@ def _two_bands(z: Array, width: float, gap: Array, other_width: float) -> Array:
 
 
 def u1(z: Float[Array, "2"]) -> Float[Array, ""]:
-    """A ring of radius 2 with a mode at each side."""
-    # Not hypot, whose gradient at the origin is NaN; that of this is zero there.
+    """Energy of a ring of radius 2 with a mode on the left and one on the right."""
+    # The gradient of hypot is NaN at the origin; the gradient of this is zero there.
     radius = jnp.sqrt(jnp.maximum(z[0] ** 2 + z[1] ** 2, jnp.finfo(z.dtype).tiny))
     return -_bump(radius - 2, 0.4) - jnp.logaddexp(_bump(z[0] - 2, 0.6), _bump(z[0] + 2, 0.6))
 
 
 def u2(z: Float[Array, "2"]) -> Float[Array, ""]:
-    """A band along a sine."""
+    """Energy of a band along a sine."""
     return _wall(z[0]) - _bump(z[1] - _wave(z[0]), 0.4)
 
 
 def u3(z: Float[Array, "2"]) -> Float[Array, ""]:
-    """A band along a sine, and one that leaves it for a while around z1 = 1."""
+    """Energy of a band along a sine, and a second band that departs from it around z1 = 1."""
     return _two_bands(z, 0.35, 3 * jnp.exp(_bump(z[0] - 1, 0.6)), 0.35)
 
 
 def u4(z: Float[Array, "2"]) -> Float[Array, ""]:
-    """A band along a sine that splits into two around z1 = 1."""
+    """Energy of a band along a sine that splits into two around z1 = 1."""
     return _two_bands(z, 0.4, 3 * jax.nn.sigmoid((z[0] - 1) / 0.3), 0.35)
 
 

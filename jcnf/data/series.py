@@ -1,4 +1,4 @@
-"""Series in time for neural ODEs: two spirals of known motion, and a person's own table."""
+"""Time series for neural ODEs: two spirals of known motion, and tables from files."""
 
 import dataclasses
 import os
@@ -15,28 +15,28 @@ Path = str | os.PathLike
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Series:
-    """Observations in the order of time, in the model's units; float64."""
+    """Observations in order of time, in the model's units, float64."""
 
     times: Float[np.ndarray, " n"]  # from 0 on, strictly increasing
     values: Float[np.ndarray, "n dim"]
-    scale: Standardizer  # to the file's units of the values
-    begin: float  # the file's time at 0, and how much of it is a unit of `times`
-    unit: float
+    scale: Standardizer  # between the file's units of the values and the model's
+    begin: float  # time 0 of `times`, in the file's time
+    unit: float  # one unit of `times`, in the file's time
     time_name: str = "t"
-    # the true motion at increasing times from 0 on, (times,) -> (times, dim), where it is known
+    # the true motion at increasing times >= 0, (times,) -> (times, dim), where it is known
     truth: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A motion dz/dt = velocity(z) from `start`, from t = 0 to `end`."""
+    """A motion dz/dt = velocity(z) from z = `start` at t = 0 to t = `end`."""
 
     velocity: Callable[[np.ndarray], np.ndarray]
     start: tuple[float, ...]
     end: float
 
     def __call__(self, times: Float[np.ndarray, " times"]) -> Float[np.ndarray, "times dim"]:
-        """Its states at increasing times from 0 on, to 1e-9."""
+        """Return the states at increasing times >= 0, accurate to 1e-9."""
         from scipy.integrate import solve_ivp
 
         span, start = (0.0, max(self.end, times[-1])), np.array(self.start)
@@ -47,10 +47,10 @@ class Target:
 _LINEAR = np.array([[-0.1, -1.0], [1.0, -0.1]])
 _CUBIC = np.array([[-0.1, 2.0], [-2.0, -0.1]])
 TARGETS = {
-    # dz/dt = W z: a turn takes 2 pi, and the radius falls as exp(-0.1 t)
+    # dz/dt = W z: a turn takes 2 pi, and the radius decays as exp(-0.1 t)
     "linear": Target(lambda z: _LINEAR @ z, (0.6, 0.3), 31.45),
-    # dz/dt = W' z^3, of each component (torchdiffeq's demo, Chen et al. 2018; there from (2, 0)):
-    # it slows down as it shrinks
+    # dz/dt = W' z^3, with z^3 componentwise (torchdiffeq's demo, Chen et al. 2018, which starts
+    # from (2, 0)): the motion slows down as it shrinks
     "cubic": Target(lambda z: z**3 @ _CUBIC, (1.0, 0.0), 31.45),
 }
 
@@ -58,11 +58,12 @@ TARGETS = {
 def spiral(
     name: str, *, points: int = 200, noise: float = 0.01, irregular: bool = False, seed: int = 0
 ) -> Series:
-    """A target of `TARGETS`, observed at `points` times with normal noise of that deviation.
+    """Observe a target of `TARGETS` at `points` times, with normal noise.
 
-    The times are evenly spaced from 0 to the end; `irregular` ones are uniform between these two.
+    `noise` is its standard deviation. The times are evenly spaced from 0 to the target's end; with
+    `irregular`, those in between are drawn uniformly. `seed` determines times and noise.
 
-    **Raises:** `InputError` for an unknown name, `ValueError` for numbers out of range.
+    **Raises:** `InputError` for an unknown name, and `ValueError` for numbers out of range.
     """
     if name not in TARGETS:
         raise InputError(f"unknown target '{name}': use one of {', '.join(TARGETS)}")
@@ -80,48 +81,61 @@ def spiral(
 
 
 def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> Series:
-    """A table whose first column is the time, and the others values, which are standardised.
+    """Read a table of a time column and columns of values, and standardize the values.
 
-    `unit` is the file's time that is a unit of `Series.times`; by default that in which a
-    standardised value moves by 1, root mean square, so that the velocity is of the order of 1. The
-    last `held_out` rows have no part in any of that.
+    **Arguments:**
 
-    **Raises:** `InputError` as `jcnf.data.tables.load_table` does for what is no table of numbers,
-    for times that do not increase, for a constant column, and for fewer than 3 rows or 2 columns.
+    - `path`: a file that `jcnf.data.tables.load_table` can read, with the time first.
+    - `unit`: one unit of `Series.times`, in the file's time. By default it is the time in which a
+      standardized value moves by 1 (root mean square), so that velocities are of the order of 1.
+    - `held_out`: number of last rows that affect neither the scale nor the default unit.
+
+    **Raises:** `InputError` for a file that is not a table of numbers (as `load_table` does), for
+    times that do not increase, for a constant column, and for fewer than 3 rows or 2 columns.
     """
     table = read_raw(path, all_but(()))
     if set(table.parts) != {"rows"}:
-        raise InputError(f"{path}: a series is one table, not parts of one")
+        raise InputError(
+            f"{path}: expected one array; got the parts {', '.join(table.parts)}: save them as one"
+        )
     rows = table.parts["rows"]
     if len(rows) < 3 or rows.shape[1] < 2:
         raise InputError(
-            f"{path}: expected a column of times, one of values or more, and at least 3 rows; "
-            f"got {rows.shape[1]} columns and {len(rows)} rows"
+            f"{path}: expected a column of times, at least one column of values, and at least 3 "
+            f"rows; got {rows.shape[1]} columns and {len(rows)} rows"
         )
     times, values, names = rows[:, 0], rows[:, 1:], table.columns[1:]
     if not np.all(np.diff(times) > 0):
         row = int(np.argmin(np.diff(times) > 0)) + 2
         raise InputError(
             f"{path}: the first column is the time and must increase; row {row} has "
-            f"{times[row - 1]:g} after {times[row - 2]:g}: sort the rows, and put the time first"
+            f"{times[row - 1]:g} after {times[row - 2]:g}: sort the rows and put the time first"
         )
     if len(rows) - held_out < 3:
-        raise InputError(f"{path}: {held_out} rows held out leave fewer than 3 of {len(rows)}")
+        raise InputError(
+            f"{path}: held_out={held_out} leaves fewer than 3 of {len(rows)} rows; hold out fewer"
+        )
     known = slice(len(rows) - held_out)
     with np.errstate(over="ignore", invalid="ignore"):
         mean, stds = values[known].mean(axis=0), values[known].std(axis=0)
     for name, column, std in zip(names, values[known].T, stds, strict=True):
         if np.all(column == column[0]):
-            raise InputError(f"{path}: column {name} is constant: leave it out")
+            raise InputError(f"{path}: column {name} is constant: remove it from the file")
         if not 0 < std < np.inf:
-            raise InputError(f"{path}: column {name} cannot be standardised: change its unit")
+            raise InputError(
+                f"{path}: column {name} cannot be standardized, its standard deviation is {std:g}: "
+                "change its unit"
+            )
     scale = Standardizer(mean, stds, names)
     values = (values - scale.mean) / scale.std
     if unit is None:
         speeds = np.diff(values[known], axis=0) / np.diff(times[known])[:, None]
         speed = float(np.sqrt(np.mean(speeds**2)))
         if not 0 < speed < np.inf:
-            raise InputError(f"{path}: nothing moves in these times: give --time-unit, or others")
+            raise InputError(
+                f"{path}: the time unit cannot be chosen from a speed of {speed:g}: pass unit, or "
+                "rescale the times"
+            )
         unit = 1 / speed
     begin, time_name = float(times[0]), table.columns[0] if table.named else "t"
     return Series((times - begin) / unit, values, scale, begin, unit, time_name)

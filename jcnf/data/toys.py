@@ -1,14 +1,14 @@
 """Planar toys, each with its sampler and its true log-density: FFJORD's eight, and three more.
 
 Source: the toy generators of FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), except that samples
-here are independent: each draws its own component, where FFJORD gives each an equal count, and its
-own angle, where FFJORD spaces those of moons, circles and rings evenly. "6gaussians" is torchdyn's
-(radius 4, sigma 0.5, standardized); "2circles" that of torchdiffeq's CNF (noise 0.06, factor 0.5).
-"parabola" is ours: x1 ~ N(0, 0.5^2) and x2 = x1^2 + 0.1 N(0, 1), of which (x2 - 1) / 2 is given:
-both coordinates then fill one window.
+here are independent: each draws its component, where FFJORD gives all an equal count, and its
+angle, where FFJORD spaces the angles of moons, circles and rings evenly. "6gaussians" is from
+torchdyn (radius 4, sigma 0.5, standardized), "2circles" from torchdiffeq's CNF example (noise 0.06,
+factor 0.5). "parabola" is ours: x1 ~ N(0, 0.5^2) and x2 = x1^2 + 0.1 N(0, 1). Its points are
+(x1, (x2 - 1) / 2), so that both coordinates fill one window.
 
-A new toy is a pair, `sample(key, num_samples)` and `density(x)` at one point x (2,), and a row of
-the table at the end. The two share their curve or centres, so a density cannot leave its sampler.
+To add a toy, write `sample(key, num_samples)` and `density(x)` at one point x (2,), and add a row
+to the table at the end. Both use the same curve or centers, so that they cannot disagree.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Point = Float[Array, "2"]
 Points = Float[Array, "num 2"]
 Density = Callable[[Point], Float[Array, ""]]  # the log-density at one point, in nats
 
-_CHUNK = 512  # points per step of log_prob: its memory stays at tens of MB for any batch
+_CHUNK = 512  # points per step of log_prob, which keeps its memory at tens of MB for any batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Toy:
       off the checkerboard -inf, its true value. Any other shape or dtype raises `ValueError`.
     - `entropy`, in nats, is the mean of -log_prob(x), which no model's test NLL can beat;
       `entropy_error` bounds its numerical error.
-    - `extent` is the half width of the plotting window [-extent, extent]^2, which holds all mass
-      but 1e-6.
+    - `extent` is the half width of the plotting window [-extent, extent]^2, which holds all but
+      1e-6 of the mass.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Toy:
 
 
 def toy(name: str) -> Toy:
-    """The toy called `name`; raises `InputError`, with the known names, if there is none."""
+    """Return the toy called `name`; an unknown name raises `InputError`, which lists the toys."""
     if name in TOYS:
         return TOYS[name]
     close = difflib.get_close_matches(str(name), TOYS, n=1)
@@ -65,16 +65,16 @@ def toy(name: str) -> Toy:
 
 
 def batched(density: Density) -> Callable[[Array], Array]:
-    """The log-density of one point, as a compiled function of a batch (batch, 2)."""
+    """Return a compiled function of a batch (batch, 2) from the log-density of one point."""
 
-    @jax.jit  # without it every eager call would compile the loop afresh
+    @jax.jit  # without it, every eager call would compile the loop again
     def log_prob(x: Float[Array, "batch 2"]) -> Float[Array, " batch"]:
         if x.ndim != 2 or x.shape[1] != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"expected floating x of shape (batch, 2); got {x.dtype} {x.shape}: "
-                "a single point is x[None]"
+                "for a single point, use x[None]"
             )
-        # Comparisons inside a density would turn NaN into -inf, a lie about the data.
+        # Comparisons inside a density would turn NaN into -inf and so hide bad data.
         bad = jnp.any(jnp.isnan(x), axis=1)
         return jnp.where(bad, jnp.nan, jax.lax.map(density, x, batch_size=_CHUNK))
 
@@ -82,7 +82,7 @@ def batched(density: Density) -> Callable[[Array], Array]:
 
 
 def drawing(sample: Callable) -> Callable[[Array, int], Array]:
-    """A sampler that says what is wrong with its key, or its number of samples."""
+    """Return `sample` with checks of its key and its number of samples."""
 
     def checked(key: Key[Array, ""], num_samples: int) -> Float[Array, "num_samples 2"]:
         check_key(key)
@@ -92,12 +92,12 @@ def drawing(sample: Callable) -> Callable[[Array, int], Array]:
     return checked
 
 
-# What toys are made of: points, curves and circles under noise
+# The parts of toys: points, curves and circles, with noise
 
 
-def _mixture(centres: Points, log_weights: Array, log_kernel: Callable) -> Density:
-    """log sum_i w_i kernel(x - c_i), where the c_i are points, or the nodes of a curve."""
-    return lambda x: jax.nn.logsumexp(log_weights + log_kernel(x[None] - centres))
+def _mixture(centers: Points, log_weights: Array, log_kernel: Callable) -> Density:
+    """Return log sum_i w_i kernel(x - c_i), where the c_i are points or the nodes of a curve."""
+    return lambda x: jax.nn.logsumexp(log_weights + log_kernel(x[None] - centers))
 
 
 def _log_gaussian(sigma: float) -> Callable[[Points], Array]:
@@ -109,8 +109,9 @@ def _log_gaussian(sigma: float) -> Callable[[Points], Array]:
 def _log_blurred_square(width: float, sigma: float) -> Callable[[Points], Array]:
     """Log-density of U(-width/2, width/2) + N(0, sigma^2) in both coordinates.
 
-    A difference of two normal cdfs per coordinate; where float32 would underflow, beyond 11 sigma,
-    the nearer one alone, by its asymptotic series (`log_ndtr` would cost three times as much).
+    Each coordinate gives a difference of two normal cdfs. Beyond 11 sigma, where it would underflow
+    in float32, only the nearer cdf counts, and its asymptotic series gives it (`log_ndtr` would
+    cost three times as much).
     """
     scale = sigma * math.sqrt(2)
 
@@ -124,13 +125,13 @@ def _log_blurred_square(width: float, sigma: float) -> Callable[[Points], Array]
     return log_kernel
 
 
-def _curve(path, num_nodes, noise, jitter=0.0, mirrored=False, centre=(0.0, 0.0)):
-    """Sampler and density of centre + path(U) + jitter U(-1/2, 1/2)^2 + N(0, noise^2).
+def _curve(path, num_nodes, noise, jitter=0.0, mirrored=False, center=(0.0, 0.0)):
+    """Return sampler and density of center + path(U) + jitter U(-1/2, 1/2)^2 + N(0, noise^2).
 
-    `mirrored` adds, equally likely, the path's reflection in the centre. The density is a
-    Gauss-Legendre rule over v = sqrt(u), in which spirals that start as sqrt(u) are smooth. Nodes
-    one standard deviation of the noise apart make its error negligible: `num_nodes` is chosen for
-    1e-8 at the samples, which the tests compare with a far finer rule.
+    `mirrored` adds the path's reflection in the center, equally likely. The density is a
+    Gauss-Legendre rule over v = sqrt(u), in which spirals that start as sqrt(u) are smooth. With
+    nodes one standard deviation of the noise apart, its error is negligible: `num_nodes` is chosen
+    for an error of 1e-8 at the samples, and the tests compare it with a much finer rule.
     """
     log_kernel = _log_blurred_square(jitter, noise) if jitter else _log_gaussian(noise)
 
@@ -140,14 +141,14 @@ def _curve(path, num_nodes, noise, jitter=0.0, mirrored=False, centre=(0.0, 0.0)
         x = x + jitter * (jr.uniform(jitter_key, (num_samples, 2)) - 0.5)
         if mirrored:
             x = x * jr.rademacher(mirror_key, (num_samples, 1), dtype=float)
-        return jnp.asarray(centre)[None] + x + noise * jr.normal(noise_key, (num_samples, 2))
+        return jnp.asarray(center)[None] + x + noise * jr.normal(noise_key, (num_samples, 2))
 
     def density(x):
         node, weight = np.polynomial.legendre.leggauss(num_nodes)
         v = 0.5 * (node + 1)
         log_weights = jnp.asarray(np.log(weight * v), x.dtype)
         path_density = _mixture(path(jnp.asarray(v**2, x.dtype)), log_weights, log_kernel)
-        x = x - jnp.asarray(centre, x.dtype)
+        x = x - jnp.asarray(center, x.dtype)
         if mirrored:
             return jnp.logaddexp(path_density(x), path_density(-x)) - math.log(2)
         return path_density(x)
@@ -156,7 +157,7 @@ def _curve(path, num_nodes, noise, jitter=0.0, mirrored=False, centre=(0.0, 0.0)
 
 
 def _rings(radii, noise):
-    """Equally likely circles under Gaussian noise: the sampler and the density."""
+    """Return sampler and density of equally likely circles with Gaussian noise."""
 
     def sample(key, num_samples):
         radius_key, angle_key, noise_key = jr.split(key, 3)
@@ -166,30 +167,30 @@ def _rings(radii, noise):
         return ring + noise * jr.normal(noise_key, (num_samples, 2))
 
     def density(x):
-        # Over the angle, the Gaussian averages to exp(-(r^2 + R^2) / 2 s^2) I0(r R / s^2), which
-        # overflows unless written with i0e(z) = exp(-z) I0(z).
-        r, centres = jnp.hypot(x[0], x[1]), jnp.asarray(radii, x.dtype)
-        terms = jnp.log(i0e(r * centres / noise**2)) - 0.5 * ((r - centres) / noise) ** 2
+        # The mean of the Gaussian over the angle is exp(-(r^2 + R^2) / 2 s^2) I0(r R / s^2), which
+        # overflows unless it is written with i0e(z) = exp(-z) I0(z).
+        r, centers = jnp.hypot(x[0], x[1]), jnp.asarray(radii, x.dtype)
+        terms = jnp.log(i0e(r * centers / noise**2)) - 0.5 * ((r - centers) / noise) ** 2
         return jax.nn.logsumexp(terms) - math.log(len(radii) * 2 * math.pi * noise**2)
 
     return sample, density
 
 
 def _gaussians(number, radius, sigma):
-    """Equally likely Gaussians, evenly spaced on a circle: the sampler and the density."""
+    """Return sampler and density of equally likely Gaussians, evenly spaced on a circle."""
 
-    def centres(k):
+    def centers(k):
         angle = k * (2 * math.pi / number)
         return radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
     def sample(key, num_samples):
-        centre_key, noise_key = jr.split(key)
-        k = jr.randint(centre_key, (num_samples,), 0, number).astype(float)
-        return centres(k) + sigma * jr.normal(noise_key, (num_samples, 2))
+        center_key, noise_key = jr.split(key)
+        k = jr.randint(center_key, (num_samples,), 0, number).astype(float)
+        return centers(k) + sigma * jr.normal(noise_key, (num_samples, 2))
 
     def density(x):
         log_weights = jnp.full(number, -math.log(number), x.dtype)
-        nodes = centres(jnp.arange(number, dtype=x.dtype))
+        nodes = centers(jnp.arange(number, dtype=x.dtype))
         return _mixture(nodes, log_weights, _log_gaussian(sigma))(x)
 
     return sample, density
@@ -200,15 +201,15 @@ def _gaussians(number, radius, sigma):
 
 def _spiral(u):
     n = 3 * math.pi * jnp.sqrt(u)
-    # FFJORD jitters by U(0, 1/2) before the division by 3: its mean is the 1/4 here.
+    # FFJORD adds U(0, 1/2) before it divides by 3; 1/4 is the mean of that noise.
     return (jnp.stack([-n * jnp.cos(n), n * jnp.sin(n)], axis=-1) + 0.25) / 3
 
 
 def _checkerboard_sample(key, num_samples):
     across_key, up_key, row_key = jr.split(key, 3)
     x1 = jr.uniform(across_key, (num_samples,), minval=-2.0, maxval=2.0)
-    # Uniforms are multiples of a power of two, so these sums are exact: none is rounded off its
-    # square, where the density is zero.
+    # Uniforms are multiples of a power of two, so these sums are exact: rounding moves no point off
+    # its square, to where the density is zero.
     row = jr.rademacher(row_key, (num_samples,), dtype=float) - 1 + jnp.floor(x1) % 2
     return 2 * jnp.stack([x1, jr.uniform(up_key, (num_samples,)) + row], axis=-1)
 
@@ -229,20 +230,21 @@ def _pinwheel_sample(key, num_samples):
 
 
 def _pinwheel_density(x):
-    """Change of variables, summed over the preimages of `x`.
+    """Sum the change of variables over the preimages of `x`.
 
     With f = r (cos a, sin a), the map to x / 2 keeps r and takes the angle a to g(a) - 2 pi k / 5,
     g(a) = a - exp(r cos a) / 4, so its Jacobian determinant is g'(a). The preimages from all five
-    arms are the roots of g(a) = angle(x) modulo 2 pi / 5. A scan of the circle brackets them,
-    Newton's method polishes them. Roots closer than its step, at the folds g' = 0 where 1e-7 of
-    the mass is, and at radii beyond 8, are counted by the levels crossed but not told apart.
+    arms are the roots of g(a) = angle(x) modulo 2 pi / 5. A scan of the circle brackets the roots,
+    and Newton's method refines them. Roots closer together than a step of the scan (at the folds
+    g' = 0, where 1e-7 of the mass is, and at radii beyond 8) count by the number of levels crossed,
+    but share one position.
     """
     radius, turn = jnp.hypot(x[0], x[1]) / 2, 2 * math.pi / 5
 
     def excess(a):
-        """g(a) - angle(x), its derivative, and f."""
+        """Return g(a) - angle(x), its derivative, and f."""
         f1, f2 = radius * jnp.cos(a), radius * jnp.sin(a)
-        swirl = 0.25 * jnp.exp(jnp.minimum(f1, 50))  # no overflow in float32, however far x is
+        swirl = 0.25 * jnp.exp(jnp.minimum(f1, 50))  # no overflow in float32 for any x
         return a - swirl - jnp.arctan2(x[1], x[0]), 1 + swirl * f2, f1, f2
 
     scan = jnp.linspace(-math.pi, math.pi, 129, dtype=x.dtype)
@@ -256,16 +258,16 @@ def _pinwheel_density(x):
     _, slope, f1, f2 = excess(a)
     log_f = -0.5 * (((f1 - 1) / 0.3) ** 2 + (f2 / 0.1) ** 2) - math.log(2 * math.pi * 0.3 * 0.1)
     terms = jnp.where(crossings > 0, log_f - jnp.log(jnp.abs(slope) / crossings), -jnp.inf)
-    return jax.nn.logsumexp(terms) - math.log(5 * 4)  # one arm in five; x has 4 times the area
+    return jax.nn.logsumexp(terms) - math.log(5 * 4)  # 1/5 for an arm; x has 4 times the area
 
 
 def _moon(u):
-    """The upper moon, seen from the midpoint (0, .3) of the two: the lower is its reflection."""
+    """Return the upper moon relative to (0, .3), the midpoint; the lower is its reflection."""
     t = math.pi * u
     return jnp.stack([2 * jnp.cos(t) - 1, 2 * jnp.sin(t) - 0.5], axis=-1)
 
 
-MOON = {"path": _moon, "num_nodes": 80, "noise": 0.2, "centre": (0.0, 0.3)}
+MOON = {"path": _moon, "num_nodes": 80, "noise": 0.2, "center": (0.0, 0.3)}
 
 
 def _roll(u):
@@ -273,7 +275,7 @@ def _roll(u):
     return jnp.stack([t * jnp.cos(t), t * jnp.sin(t)], axis=-1) / 5
 
 
-PARABOLA = (0.5, 0.05)  # standard deviations, of x1 and of x2 given x1
+PARABOLA = (0.5, 0.05)  # standard deviations of x1, and of x2 given x1
 
 
 def _parabola(x1):
@@ -290,17 +292,17 @@ def _parabola_density(x):
     return -0.5 * jnp.sum(z**2) - math.log(2 * math.pi * math.prod(PARABOLA))
 
 
-# torchdyn divides its data by their standard deviation over both coordinates; this is that of the
-# distribution: half the square of the radius, and the square of sigma.
+# torchdyn divides its data by their standard deviation over both coordinates. This is the standard
+# deviation of the distribution: its variance is half the squared radius plus sigma squared.
 SPREAD = math.sqrt(4**2 / 2 + 0.5**2)
 
 PARABOLA_ENTROPY = math.log(2 * math.pi * math.e * math.prod(PARABOLA))
 
-# Entropies: -sum p log p over a grid in float64, with sum p = 1 (tests/data/test_toys.py recomputes
-# them); the errors are the change from one grid to finer and wider ones. Those of the checkerboard
-# and of the parabola, which a shift of x2 makes of two normals, are exact.
+# Entropies are -sum p log p over a grid in float64, with sum p = 1 (tests/data/test_toys.py
+# recomputes them); their errors are the change from one grid to finer and wider ones. The entropies
+# of the checkerboard and the parabola (two normals, after a shift of x2) are exact.
 _TABLE = (
-    # name, sampler and density, entropy, its error, extent
+    # name, sampler, density, entropy, error of the entropy, extent
     ("8gaussians", *_gaussians(8, 4 / 1.414, 0.5 / 1.414), 2.83188041, 1e-8, 5.0),
     ("2spirals", *_curve(_spiral, 320, 0.1, jitter=1 / 6, mirrored=True), 2.64545028, 1e-8, 4.0),
     ("checkerboard", _checkerboard_sample, _checkerboard_density, math.log(32), 1e-15, 4.0),

@@ -1,4 +1,4 @@
-"""What every divergence strategy is: noise drawn once a solve, and a call on one sample."""
+"""The interface of a divergence strategy: noise drawn once per solve, and a call on one sample."""
 
 from abc import abstractmethod
 from typing import Any
@@ -8,11 +8,11 @@ import jax
 from jaxtyping import Array, Float, Key
 
 
-class Local(eqx.Module):
-    """What a strategy finds out about a field at one sample, for the log-det and the penalties.
+class FieldEvaluation(eqx.Module):
+    """A field's velocity and divergence at one sample, for the log-det and the regularizers.
 
-    `frobenius` is |dv/dx|_F^2 or an unbiased estimate of it, from the products that the divergence
-    took anyway; None where it took none.
+    `frobenius` is |dv/dx|_F^2, or an unbiased estimate of it, from the products that the divergence
+    computes anyway; None if it computes none.
     """
 
     velocity: Float[Array, " dim"]
@@ -21,42 +21,42 @@ class Local(eqx.Module):
 
 
 class Divergence(eqx.Module):
-    """How tr(dv/dx) is found. Subclass it to add an estimator.
+    """A way to compute tr(dv/dx). Subclass it to add an estimator.
 
-    The noise is drawn by `draw` once per solve, per sample and probe: an estimate that changed
-    within a solve would not be a field at all (FFJORD, Grathwohl et al. 2019, section 3.1).
+    `draw` draws the noise of each sample and probe once per solve: if it changed within a solve,
+    the estimate would not be a function of (t, x), and there would be no ODE to solve (FFJORD,
+    Grathwohl et al. 2019, section 3.1).
     """
 
     def draw(self, key: Key[Array, ""] | None, batch: int, dim: int, dtype) -> Array | None:
-        """Noise for a whole batch with leading axis `batch`, or None; consumes `key`."""
+        """Return noise for a whole batch with leading axis `batch`, or None; consumes `key`."""
         return None
 
     def of_part(self, number: int) -> "Divergence":
-        """The strategy for the solve of this number, where a flow takes several."""
+        """Return the strategy for part `number` of a flow that has several parts."""
         return self
 
     @abstractmethod
-    def __call__(self, field, t, x, context, noise) -> Local:
-        """The velocity at `x` (dim,) and `t`, with its divergence, for one sample."""
+    def __call__(self, field, t, x, context, noise) -> FieldEvaluation:
+        """Return the velocity and the divergence of one sample at `x` (dim,) and time `t`."""
 
 
-class Drawn(Divergence):
-    """`strategy` with the noise it drew before, (batch, ...), in place of new noise.
+class FixedNoise(Divergence):
+    """A `strategy` that reuses noise drawn before, (batch, ...), instead of drawing new noise.
 
-    `noise` is what `jcnf.flows.Bijection.draw_noise` gives: of a flow in several parts, each one's.
+    `noise` is what `jcnf.flows.Bijection.draw_noise` returns, a tuple with the noise of each part
+    if the flow has several.
     """
 
     strategy: Divergence
     noise: Any
 
     def draw(self, key, batch, dim, dtype):
-        """The noise it holds, in `dtype`."""
+        """Return the stored noise in `dtype`; `key` is ignored."""
         return jax.tree.map(lambda noise: noise.astype(dtype), self.noise)
 
     def of_part(self, number):
-        """With that part's noise."""
-        return Drawn(self.strategy, None if self.noise is None else self.noise[number])
+        return FixedNoise(self.strategy, None if self.noise is None else self.noise[number])
 
     def __call__(self, field, t, x, context, noise):
-        """As `strategy`."""
         return self.strategy(field, t, x, context, noise)

@@ -1,4 +1,4 @@
-"""How far the numbers of a flow can be trusted: numerical error beside statistical error."""
+"""Accuracy of a flow's log-densities: their numerical error next to their statistical error."""
 
 import dataclasses
 import time
@@ -10,50 +10,58 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_number
-from jcnf.divergence import Divergence, Drawn, Estimator, Exact
+from jcnf.divergence import Divergence, Estimator, Exact, FixedNoise
 from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.grid import Grid, check_extent, grid
-from jcnf.evaluate.log_prob import ACCURATE, Scores, check_data, roundtrip, score, standard_error
+from jcnf.evaluate.log_prob import (
+    ACCURATE,
+    LogProbs,
+    check_data,
+    log_prob,
+    roundtrip,
+    standard_error,
+)
 from jcnf.evaluate.precision import in_float64
 from jcnf.evaluate.row_independence import COPIED_ROWS, RowIndependence, row_independence
 from jcnf.flows import Flow
 from jcnf.ode import Solve
 
 MASS_TOLERANCE = 1e-3
-ROUND_TRIP = 1000  # points at most
-# With a budget of time, the log-densities of points may take a third of it, but are those of so
-# many points at least. The cells of a grid that are far from the data may need many more steps than
-# points do: a solve with so many times as many ends there.
+MAX_ROUND_TRIP_POINTS = 1000
+# With a time limit, the log-densities of points may take this share of it, but those of the first
+# `MIN_POINTS` points are always computed.
 SCORING_SHARE = 1 / 3
 MIN_POINTS = 2000
+# Cells of a grid that are far from the data may need many more steps than points do. With a time
+# limit, their solves end after this many times the steps of the points, and at least `MIN_STEPS`.
 TIMES_STEPS_OF_POINTS = 8
 MIN_STEPS = 64
 
 
-class Certificate(NamedTuple):
-    """Log-densities of points, with what is known of their errors."""
+class AccuracyReport(NamedTuple):
+    """Log-densities of points, and estimates of their errors."""
 
-    scores: Scores  # by the solve certified; the mean over draws of an estimator
-    points: np.ndarray  # the rows of x that were measured, all unless time was short
-    log_prob_error: np.ndarray  # (reference points,) nats: how far they are from the reference's
-    estimator_stderr: float  # of the mean NLL, by an estimator's noise, nats; 0 when exact
+    scores: LogProbs  # by the given solve; the mean over draws if the divergence is an estimate
+    points: np.ndarray  # indices of the rows of x that were measured, all unless time was short
+    log_prob_error: np.ndarray  # (reference points,) nats: distance from the reference
+    estimator_stderr: float  # standard error of the mean NLL by an estimator's noise, nats, or 0
     roundtrip_error: float  # max |x - to_data(to_base(x))|
     nfe_backward: float  # base to data, without the log-det
-    failures: int  # points that did not arrive, forward or back again
+    failures: int  # points whose solve failed, to the base or back
     grid: Grid | None  # the density in 1 or 2 dimensions
-    row_independence: RowIndependence | None  # None where no row arrived
-    shortened: str  # what was measured less of than asked for, to keep within the time given; or ""
+    row_independence: RowIndependence | None  # None if every solve failed
+    shortened: str  # what was measured only in part, to keep within the time limit, or ""
 
     @property
     def nll_error(self) -> float:
-        """Mean numerical error of a log-density, which bounds that of the NLL, nats.
+        """Mean numerical error of a log-density, an upper bound for that of the NLL, nats.
 
-        NaN where it is not known: no point arrived, or the reference failed.
+        It is NaN if unknown: the solves of all points, or the reference, failed.
         """
         return float(np.mean(self.log_prob_error)) if len(self.log_prob_error) else np.nan
 
     def numerics(self) -> dict[str, float]:
-        """The figures for a summary, by name."""
+        """Return the figures for a summary, by name."""
         figures = {
             "nfe_forward": self.scores.nfe,
             "nfe_backward": self.nfe_backward,
@@ -71,7 +79,7 @@ class Certificate(NamedTuple):
         return figures
 
     def warnings(self) -> list[str]:
-        """What is wrong with the numbers, one sentence each; empty when they can be trusted."""
+        """Return a sentence on each problem with the numbers; none if they can be trusted."""
         found = [self.shortened] if self.shortened else []
         if self.row_independence is not None and (wrong := self.row_independence.warning()):
             found.append(wrong)
@@ -81,20 +89,20 @@ class Certificate(NamedTuple):
         if not error <= statistical:
             found.append(
                 f"the numerical error of the NLL, {error:.1e} nats, is not below its statistical "
-                f"error of {statistical:.1e}: tighten the tolerance, average more probes, or take "
+                f"error of {statistical:.1e}: tighten rtol/atol, average more probes, or use "
                 "float64"
             )
         if self.grid is not None and self.grid.failures:
             found.append(f"the solve failed for {self.grid.failures} cells of the grid")
         if self.grid is not None and not abs(self.grid.mass - 1) <= MASS_TOLERANCE:
             found.append(
-                f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: the extent is "
-                "too small, the cells are too coarse, or the solve is too loose"
+                f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: enlarge the "
+                "extent, use more cells, or tighten rtol/atol"
             )
         return found
 
 
-def certify(
+def accuracy_report(
     flow: Flow,
     x: Float[Array, "n dim"],
     *,
@@ -108,26 +116,27 @@ def certify(
     cells: int = 200,
     chunk: int | None = None,
     seconds: float | None = None,
-) -> Certificate:
-    """Log-densities of `x` by `solve`, and how far from the truth, there and back, they are.
+) -> AccuracyReport:
+    """Compute log-densities of `x` by `solve`, and estimate their error and that of a round trip.
 
-    The numerical error is the difference to the same log-densities in float64 by dopri8 at a
+    The numerical error is the difference from the same log-densities in float64 by dopri8 at a
     hundredth of the tolerance (1e-8 for fixed steps, and never below 1e-10), for
-    `reference_points` of the points; it has rounding in it as well, and of a flow that solves
-    nothing, such as `jcnf.NICE`, nothing else. The round trip is of at most `ROUND_TRIP` points. An
-    estimated `divergence` is drawn `draws` times (`key` is consumed once), and log-densities are
-    the means. Identical rows must have identical log-densities wherever they stand in a
-    batch; this is checked in one as large as the largest one here, at most `CHUNK` rows
-    (`jcnf.evaluate.row_independence`).
-    In 1 or 2 dimensions the density is integrated over `extent`, by default that of `x` and half as
-    much again at each side.
+    `reference_points` of the points. It includes rounding; for a flow that solves no ODE, such as
+    `jcnf.NICE`, it is rounding alone. The round trip uses at most `MAX_ROUND_TRIP_POINTS` points.
+    An estimated `divergence` is drawn `draws` times (`key` is consumed once), and the log-densities
+    are the means. Identical rows must have identical log-densities wherever they stand in a batch;
+    this is checked in a batch as large as the largest one used here, at most `CHUNK` rows
+    (`jcnf.evaluate.row_independence`). In 1 or 2 dimensions the density is integrated over
+    `extent`, by default the range of `x` and half as much again on each side.
 
-    With `seconds`, it measures fewer points, taken at random, and leaves out the outer cells of the
-    grid where all would take longer, and says so in its warnings; never fewer than `MIN_POINTS`,
-    and one chunk of cells. Adaptive solves of cells then end after `TIMES_STEPS_OF_POINTS` times
-    the steps that points take. It is not a hard limit: compiling and the last chunk may exceed it.
+    If all this would take longer than `seconds`, fewer points are measured, chosen at random, and
+    the outer cells of the grid are left out; the warnings say so. At least `MIN_POINTS` points and
+    one chunk of cells are always measured. Adaptive solves of cells then end after
+    `TIMES_STEPS_OF_POINTS` times the steps that points take. `seconds` is not a hard limit:
+    compiling and the last chunk may exceed it.
 
-    **Raises:** `ValueError` as `score` does, and for fewer than 2 draws of an estimator.
+    **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does, and for fewer than 2 draws of an
+    estimator.
     """
     check_data(flow, x, context, solve, divergence)
     check_int(draws=draws, cells=cells)
@@ -150,16 +159,19 @@ def certify(
     keys: Any = [key]
     if isinstance(divergence, Estimator) and key is not None:
         if draws < 2:
-            raise ValueError(f"the spread of an estimator needs at least 2 draws; got {draws}")
+            raise ValueError(
+                "a stochastic divergence needs at least 2 draws, to measure its spread; got "
+                f"draws={draws}"
+            )
         keys = jax.random.split(key, draws)
-    scored = [score(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
+    scored = [log_prob(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
     noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
     done = slice(0, len(scored[0].log_prob))
     x, context, noise = _rows((x, context, noise), done)
     settings["context"] = context
-    scored += [score(flow, x, key=k, divergence=divergence, **settings) for k in keys[1:]]
+    scored += [log_prob(flow, x, key=k, divergence=divergence, **settings) for k in keys[1:]]
     log_probs = np.stack([s.log_prob for s in scored])
-    scores = Scores(
+    scores = LogProbs(
         log_prob=log_probs.mean(0),
         nfe=float(np.mean([s.nfe for s in scored])),
         failed=np.any([s.failed for s in scored], axis=0),
@@ -169,9 +181,9 @@ def certify(
     reference = np.full(len(few), np.nan)
     if len(few):
         x_few, context_few, noise_few = _rows((x, context, noise), few)
-        reference = _reference(flow, x_few, context_few, solve, Drawn(divergence, noise_few))
+        reference = _reference(flow, x_few, context_few, solve, FixedNoise(divergence, noise_few))
     plain = x.shape[1] <= 2 and context is None
-    some = _evenly(len(x), ROUND_TRIP)
+    some = _evenly(len(x), MAX_ROUND_TRIP_POINTS)
     x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()
@@ -194,7 +206,7 @@ def certify(
     if density is not None and density.unmeasured:
         cells = density.log_prob.size
         shortened.append(f"the inner {cells - density.unmeasured} of {cells} cells")
-    return Certificate(
+    return AccuracyReport(
         scores=scores,
         points=order[done],
         log_prob_error=np.abs(log_probs[0, few] - reference),
@@ -213,7 +225,7 @@ def certify(
 
 
 def _row_independence(flow, x, key, context, solve, divergence, sound, batch):
-    """Copies of `sound` rows in one batch; None where there are none."""
+    """Compare copies of the `sound` rows in one batch; return None if there are none."""
     if not np.any(sound):
         return None
     x, context = _rows((x, context), np.flatnonzero(sound)[:COPIED_ROWS])
@@ -230,7 +242,7 @@ def _rows(arrays, index):
 
 
 def _reference(flow, x, context, solve, divergence):
-    """Log-densities in float64 by another method, two digits more accurate; same noise."""
+    """Return float64 log-densities by another solver, two digits more accurate, same noise."""
     loosest = 1e-6 if solve.step is not None else min(solve.rtol, solve.atol)
     tolerance = max(loosest / 100, 1e-10)
     accurate = Solve(
@@ -242,13 +254,13 @@ def _reference(flow, x, context, solve, divergence):
     )
 
     def log_probs(flow, x, context, divergence):
-        return score(flow, x, context=context, solve=accurate, divergence=divergence).log_prob
+        return log_prob(flow, x, context=context, solve=accurate, divergence=divergence).log_prob
 
     return in_float64(log_probs, flow, x, context, divergence)
 
 
 def _no_longer(solve, nfe):
-    """Return a solve that ends after some times the steps in which there are `nfe` evaluations."""
+    """Return `solve` limited to a multiple of the steps that make `nfe` evaluations."""
     if solve.step is not None:
         return solve
     steps = nfe / int(solve.evaluations(2) - solve.evaluations(1))

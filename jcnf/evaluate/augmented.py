@@ -1,4 +1,4 @@
-"""Log-densities of an augmented flow's data, its extra dimensions summed out."""
+"""Log-densities of an augmented flow's data, with its extra dimensions marginalized out."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int, check_key
 from jcnf.evaluate.chunks import solved_in_chunks
-from jcnf.evaluate.log_prob import ACCURATE, Scores, full_precision
+from jcnf.evaluate.log_prob import ACCURATE, LogProbs, full_precision
 from jcnf.flows import Flow
 from jcnf.flows.augmented import solve_bound
 from jcnf.ode import Solve
 
 
-def score_marginal(
+def marginal_log_prob(
     flow: Flow,
     x: Float[Array, "n dim"],
     key: Key[Array, ""],
@@ -22,14 +22,14 @@ def score_marginal(
     samples: int = 32,
     solve: Solve = ACCURATE,
     chunk: int | None = None,
-) -> Scores:
-    """`jcnf.flows.augmented.log_prob_bound` of each point, in chunks of one compiled program.
+) -> LogProbs:
+    """Return `jcnf.flows.augmented.log_prob_bound` of each point, in chunks of one program.
 
-    The density is unbiased, its logarithm too low on average, the less so the more `samples`: a NLL
-    from here is an upper bound. `key` is consumed once; the noise of a point does not depend on
-    `chunk`.
+    The density is unbiased, so its logarithm is too low on average, less so with more `samples`: an
+    NLL computed from it is an upper bound. `key` is consumed once; the noise of a point does not
+    depend on `chunk`.
 
-    **Raises:** `ValueError` for x that is no finite floating array (n, dim), and for no samples.
+    **Raises:** `ValueError` if x is not a finite floating array (n, dim), or `samples` is below 1.
     """
     if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(np.asarray(x).dtype, jnp.floating):
         raise ValueError(f"expected floating x of shape (n, dim); got {jnp.shape(x)}")
@@ -42,7 +42,7 @@ def score_marginal(
         return _score(flow, x, keys, samples, solve)
 
     rows = x, jr.split(key, len(x))
-    return Scores(*solved_in_chunks(program, solve, rows, len(x), chunk))
+    return LogProbs(*solved_in_chunks(program, solve, rows, len(x), chunk))
 
 
 @eqx.filter_jit

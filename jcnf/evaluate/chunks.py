@@ -1,4 +1,4 @@
-"""Many rows through one compiled program, a chunk at a time."""
+"""Evaluation of many rows by one compiled program, a chunk at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from jcnf import sharding
 from jcnf._checks import check_instance, check_int
 from jcnf.ode import Solve, unknown
 
-CHUNK = 10_000  # rows, enough for every core to be busy
-MANY = 4  # chunks, among which a solve for the sake of its step plan pays
+CHUNK = 10_000  # rows, enough to keep every core busy
+MIN_CHUNKS_FOR_STEP_PLAN = 4  # fewer do not repay the extra solve that makes the plan
 
 _REPORT: ContextVar[Callable[[int, int], None]] = ContextVar(
     "report", default=lambda done, number: None
@@ -25,9 +25,9 @@ _REPORT: ContextVar[Callable[[int, int], None]] = ContextVar(
 
 @contextmanager
 def reporting(report: Callable[[int, int], None]) -> Iterator[None]:
-    """Call `report(done, number)` before the first of `number` chunks is solved, and after each.
+    """Call `report(done, number)` before the first of `number` chunks is solved and after each.
 
-    It holds for whatever is evaluated inside the `with` block, by any function of this package.
+    This applies to everything evaluated inside the `with` block, by any function of this package.
     """
     token = _REPORT.set(report)
     try:
@@ -44,18 +44,18 @@ def solved_in_chunks(
     size: int | None = None,
     enough: Callable[[int], bool] = lambda done: False,
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """`in_chunks` of `program(solve, *chunk)`, whose solves are all alike.
+    """Return `in_chunks` of `program(solve, *chunk)`, with one step plan for all chunks.
 
-    Many chunks all follow one step plan, that of a solve of as many rows from among all, so that
-    the steps that a row takes do not depend on the chunks before its own. NFE count the steps that
-    the chunks took, which are fewer with a step plan.
+    If there are many chunks, an extra solve of one chunk of rows, spread evenly over all of them,
+    makes the plan. The steps that a row takes therefore do not depend on the chunks before its own.
+    The NFE counts the steps that the chunks took, which are fewer with a step plan.
     """
     check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
     size, dtype = _size(n, size), jnp.result_type(float)
     if solve.step_plan is None and solve.heeds_step_plans:
-        # With a step plan that tells nothing, for one program with and without.
+        # An empty step plan, so that the same compiled program serves with and without a plan.
         solve = dataclasses.replace(solve, step_plan=unknown(dtype))
-        if n > (MANY - 1) * size:
+        if n > (MIN_CHUNKS_FOR_STEP_PLAN - 1) * size:
             some = _filled(np.linspace(0, n - 1, size).astype(int))
             _, stats = _solve_chunk(partial(program, solve), rows, some)
             solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
@@ -69,12 +69,13 @@ def in_chunks(
     size: int | None = None,
     enough: Callable[[int], bool] = lambda done: False,
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """`program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
+    """Run `program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
 
-    By default a chunk has `CHUNK` rows. `enough(done)` is asked after each chunk, with the number
-    of rows that are done; where it is true, the rest is left out.
+    By default a chunk has `CHUNK` rows. `enough(done)` is called after each chunk with the number
+    of rows done; if it returns true, the remaining rows are left out.
 
-    Returns the values of the rows, NaN where the solve failed, the mean NFE and the flags.
+    **Returns:** the values of the rows, NaN where the solve failed; the mean NFE over chunks; and
+    which rows failed, (n,).
     """
     size = _size(n, size)
     values, nfes, flags = [], [], []
@@ -94,21 +95,24 @@ def in_chunks(
 
 
 def _size(n, size):
-    """Of a chunk of `n` rows."""
+    """Return the number of rows in a chunk, `size` or the default, at most `n`."""
     size = CHUNK if size is None else size
     check_int(chunk=size)
     return min(size, n)
 
 
 def _filled(index):
-    """With its last row, for the devices to share: its own rows depend on no number of these."""
-    return np.pad(index, (0, -len(index) % sharding.devices()), mode="edge")
+    """Repeat the last index until the devices can share the rows evenly.
+
+    With the norm "worst" the repeated rows change nothing for the others.
+    """
+    return np.pad(index, (0, -len(index) % sharding.num_devices()), mode="edge")
 
 
 def _solve_chunk(program, rows, index):
-    """Return the values of the rows at `index`, NaN where they failed, and the statistics."""
+    """Return the values of the rows at `index`, NaN where they failed, and the solve's stats."""
     chunk = jax.tree.map(lambda a: a[index], rows)
-    values, stats = sharding.on_host(program(*sharding.split(chunk)))
+    values, stats = sharding.to_host(program(*sharding.shard(chunk)))
     values = np.array(values)
     values[stats.failed] = np.nan
     return values, stats

@@ -1,4 +1,4 @@
-"""How short a picture can be written without a model of its kind."""
+"""Lengths of lossless codes of an image, without a model of its kind."""
 
 import io
 import lzma
@@ -11,38 +11,40 @@ from jaxtyping import Float, UInt8
 
 from jcnf._checks import check_int
 
-_PNG = 63  # bytes of any PNG: signature, IHDR, the frames of one IDAT, of its zlib stream, of IEND
-_LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 16, "lc": 0, "pb": 0}]
+# Bytes of any PNG: its signature, IHDR and IEND, and the framing of one IDAT and its zlib stream.
+_PNG_OVERHEAD = 63
+_LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 16, "lc": 0, "pb": 0}]
 
 
 def code_length(
     pixels: UInt8[np.ndarray, "n dim"], shape: tuple[int, int, int], levels: int
 ) -> Float[np.ndarray, " n"]:
-    """Bits of the shortest of several lossless codes of each picture, whose size is known.
+    """Return the bits of the shortest of several lossless codes of each image, of known size.
 
-    The L of Serrà et al. 2020 (see `jcnf.evaluate.ood`), by other codes: PNG, deflate and
-    LZMA, without what their files have in common; for pictures too small for these, the grey values
-    and their differences to the left and above, modulo `levels`, coded one after the other by the
-    frequencies so far (Krichevsky and Trofimov 1981, "The performance of universal encoding"); and
-    dim log2 `levels`, the plain code. Which of them it is, 3 bits, is not counted.
+    This is the L of Serrà et al. 2020 (see `jcnf.evaluate.ood`), with other codes: PNG, deflate and
+    LZMA, without the bytes that all their files have; for images too small for these, the pixel
+    values and their differences from the left and upper neighbors, modulo `levels`, coded one after
+    the other by the frequencies so far (Krichevsky and Trofimov 1981, "The performance of universal
+    encoding"); and the plain code of dim log2 `levels` bits. The 3 bits that would say which code
+    it is are not counted.
 
-    `shape` is height, width, channels; grey values are 0 to `levels` - 1.
+    `shape` is (height, width, channels); pixel values are 0 to `levels` - 1.
 
-    **Raises:** `ValueError` for another shape than that of the pixels, channels other than 1 and 3,
-    and grey values beyond the levels.
+    **Raises:** `ValueError` if `shape` is not that of the pixels, if there are not 1 or 3 channels,
+    and for pixel values above `levels` - 1.
     """
     fits = len(shape) == 3 and shape[2] in (1, 3) and pixels.shape[1:] == (math.prod(shape),)
     if pixels.dtype != np.uint8 or not fits:
         raise ValueError(
-            f"expected uint8 pixels (n, dim) of pictures with 1 or 3 channels; got {pixels.dtype} "
-            f"{pixels.shape} for {shape}: give the shape they were flattened from, height, width, "
-            "channels"
+            f"expected uint8 pixels (n, dim) of images with 1 or 3 channels; got {pixels.dtype} "
+            f"{pixels.shape} for {shape}: give as shape the (height, width, channels) that they "
+            "were flattened from"
         )
     check_int(levels=levels)
     if levels > 256:
-        raise ValueError(f"grey values of uint8 have at most 256 levels; got {levels}")
+        raise ValueError(f"levels must be at most 256 for uint8 pixels; got levels={levels}")
     if (top := pixels.max(initial=0)) >= levels:
-        raise ValueError(f"a grey value is {top}; of {levels} levels the last is {levels - 1}")
+        raise ValueError(f"pixels must be at most {levels - 1} for levels={levels}; got {top}")
     pictures = pixels.reshape(-1, *shape)
     plain = np.full(len(pixels), pixels.shape[1] * math.log2(levels))
     files = (_each(coder, pictures) for coder in (_png, _deflate, _lzma))
@@ -61,7 +63,7 @@ def _png(picture: np.ndarray) -> int:
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(
         file, "PNG", optimize=True
     )
-    return len(file.getvalue()) - _PNG
+    return len(file.getvalue()) - _PNG_OVERHEAD
 
 
 def _deflate(picture: np.ndarray) -> int:
@@ -69,18 +71,18 @@ def _deflate(picture: np.ndarray) -> int:
 
 
 def _lzma(picture: np.ndarray) -> int:
-    return len(lzma.compress(picture.tobytes(), lzma.FORMAT_RAW, filters=_LZMA))
+    return len(lzma.compress(picture.tobytes(), lzma.FORMAT_RAW, filters=_LZMA_FILTERS))
 
 
 def _differences(pictures: np.ndarray) -> list[np.ndarray]:
-    """The pictures, and what each pixel adds to the one above and to the one at its left."""
+    """Return the images, and each pixel's difference from the one above and the one to its left."""
     return [pictures, *(np.diff(pictures, axis=axis, prepend=0) for axis in (1, 2))]
 
 
 def _adaptive(symbols: np.ndarray, levels: int) -> np.ndarray:
-    """-log2 of the Krichevsky-Trofimov probability, which depends on the counts alone.
+    """Return -log2 P for the Krichevsky-Trofimov probability P, which only needs the counts c_i.
 
-    P = Gamma(k/2) / Gamma(d + k/2) prod_i Gamma(c_i + 1/2) / Gamma(1/2), k levels, d symbols.
+    P = Gamma(k/2) / Gamma(d + k/2) prod_i Gamma(c_i + 1/2) / Gamma(1/2) with k levels, d symbols.
     """
     num, dim = len(symbols), math.prod(symbols.shape[1:])
     rows = levels * np.arange(num)[:, None]

@@ -19,31 +19,31 @@ CHUNK = 1000
 
 
 class Bounds(NamedTuple):
-    """Samples z ~ q(z | x) of each x, weighed; NaN where a solve failed."""
+    """Weights of samples z ~ q(z | x) for each x; NaN where a solve failed."""
 
     log_likelihood: np.ndarray  # log p(x | z), (n, samples) nats
     log_ratio: np.ndarray  # log q(z | x) - log p(z), (n, samples) nats
-    mean: np.ndarray  # of z, (n, dim)
+    mean: np.ndarray  # mean of the samples z, (n, dim)
     nfe: float  # mean over chunks
-    failed: np.ndarray  # (n,) of x, where any of its solves failed
+    failed: np.ndarray  # (n,) whether any solve of this x failed
 
     @property
     def elbo(self) -> np.ndarray:
-        """E_q[log p(x, z) - log q(z | x)] by all samples, (n,) nats."""
+        """Mean of log p(x, z) - log q(z | x) over all samples, (n,) nats."""
         return np.mean(self.log_likelihood - self.log_ratio, axis=1)
 
     def iwae(self, k: int) -> np.ndarray:
-        """E log mean_k exp(log p(x, z) - log q(z | x)), (n,) nats (Burda et al. 2016, eq. 8).
+        """Return E log mean_k exp(log p(x, z) - log q(z | x)), (n,) nats.
 
-        It rises with k from the ELBO, k = 1, to log p(x). Here it is the mean of as many groups of
-        `k` samples as there are.
+        This importance-weighted bound (Burda et al. 2016, eq. 8) rises with k from the ELBO at
+        k = 1 to log p(x). It is averaged over as many groups of `k` samples as there are.
 
-        **Raises:** `ValueError` for more than there are.
+        **Raises:** `ValueError` if `k` is not from 1 to the number of samples.
         """
         n, samples = self.log_ratio.shape
         check_int(k=k)
         if not 1 <= k <= samples:
-            raise ValueError(f"k must be from 1 to the {samples} samples; got {k}")
+            raise ValueError(f"k must be at most the number of samples, {samples}; got k={k}")
         groups = samples // k
         weights = np.asarray(self.log_likelihood - self.log_ratio, np.float64)
         weights = weights[:, : groups * k].reshape(n, groups, k)
@@ -60,19 +60,20 @@ def bounds(
     solve: Solve = ACCURATE,
     chunk: int = CHUNK,
 ) -> Bounds:
-    """The ELBO of each x, and importance-weighted bounds, by so many samples of the posterior.
+    """Compute the ELBO and importance-weighted bounds of each x, by samples of the posterior.
 
-    The divergence is exact. The samples go through one solve after the other, in chunks of one
-    compiled program. `key` is consumed once; the noise of an x depends on it and on the place of x,
-    not on `chunk` nor on the model, so that models are compared by the same noise.
+    The divergence is exact. One sample of each x is solved after another, in chunks of one compiled
+    program. `key` is consumed once; the noise of an x depends on the key and on the row of x, not
+    on `chunk` or the model, so models can be compared with the same noise.
 
-    **Raises:** `ValueError` for no x, no samples, and as `jcnf.flows.vae.weigh` does.
+    **Raises:** `ValueError` if `x` is empty or not finite, if `samples` is below 1, and as
+    `jcnf.flows.vae.weigh` does.
     """
     check_instance(VAE, "a jcnf.flows.vae.VAE", model=model)
     check_int(samples=samples)
     check_key(key)
     if jnp.ndim(x) != 2 or not len(x):
-        raise ValueError(f"expected x of shape (n, data); got {jnp.shape(x)}")
+        raise ValueError(f"expected x of shape (n, data), n at least 1; got {jnp.shape(x)}")
     check_finite(x=x)
     x = jnp.asarray(x)
 

@@ -1,4 +1,4 @@
-"""How right the gradient of an adjoint is, for anyone to see."""
+"""Accuracy of the gradients that an adjoint gives."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
-from jcnf.divergence import Divergence, Drawn, Exact
+from jcnf.divergence import Divergence, Exact, FixedNoise
 from jcnf.evaluate.log_prob import check_data
 from jcnf.evaluate.precision import in_float64
 from jcnf.flows import Flow
@@ -19,18 +19,18 @@ from jcnf.ode import Solve
 from jcnf.training import differentiator, partition
 
 REFERENCE = Solve(solver="dopri8", rtol=1e-9, atol=1e-9, max_steps=4096)
-DIFFERENCE = 1e-3
+FINITE_DIFFERENCE_STEP = 1e-3
 
 
 class GradientAudit(NamedTuple):
-    """Relative errors |g - g'| / |g'| of a gradient of the loss in all parameters."""
+    """Relative errors |g - g'| / |g'| of the loss's gradient in all parameters."""
 
-    # g' backpropagates through the steps of the same solver; of "reversible", which takes steps of
-    # its own, this is the difference of the two schemes.
-    to_discretised: float
-    to_true: float  # g' is that of the exact flow: in float64, at a tolerance of 1e-9
-    of_reference: float  # that g' itself, along itself, against central differences of the loss
-    failed: bool  # whether a solve failed, so that the rest means nothing
+    # g' backpropagates through the steps of the same solver. The adjoint "reversible" takes other
+    # steps than the solver, so for it this is the difference between the two schemes.
+    to_discretized: float
+    to_true: float  # g' is the gradient of the exact flow: in float64, at a tolerance of 1e-9
+    of_reference: float  # error of that g', along itself, against central differences
+    failed: bool  # whether a solve failed; then the other fields mean nothing
 
 
 def audit_gradients(
@@ -41,25 +41,27 @@ def audit_gradients(
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
-    penalties: Mapping[Callable, float] = MappingProxyType({}),
+    regularizers: Mapping[Callable, float] = MappingProxyType({}),
 ) -> GradientAudit:
     """Compare the gradient of `jcnf.objectives.likelihood` under `solve.adjoint` with three others.
 
-    Discretise-then-optimise through the same solver, the same at high accuracy, and finite
+    They are discretize-then-optimize through the same solver, the same at high accuracy, and finite
     differences of the loss (of order 4, along the gradient). All share one draw of the noise of a
     stochastic `divergence`, which consumes `key`.
+
+    **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does.
     """
     check_data(flow, x, context, solve, divergence)
     noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
-    arguments = (flow, x, context, Drawn(divergence, noise), tuple(penalties.items()))
+    arguments = (flow, x, context, FixedNoise(divergence, noise), tuple(regularizers.items()))
     own, failed = _gradient(solve, *arguments)
     checkpointed = dataclasses.replace(solve, adjoint="checkpoint")
-    discretised, also_failed = _gradient(checkpointed, *arguments)
+    discretized, also_failed = _gradient(checkpointed, *arguments)
     true, never_failed = in_float64(_gradient, REFERENCE, *arguments)
     norm = np.linalg.norm(true)
     slope = in_float64(_slope, true / norm, *arguments)
     return GradientAudit(
-        to_discretised=relative_error(own, discretised),
+        to_discretized=relative_error(own, discretized),
         to_true=relative_error(own, true),
         of_reference=float(abs(slope - norm) / norm),
         failed=bool(failed | also_failed | never_failed),
@@ -69,9 +71,10 @@ def audit_gradients(
 def loss_gradient(
     flow: Flow, x: Float[Array, "batch dim"], *, solve: Solve = REFERENCE
 ) -> tuple[np.ndarray, bool]:
-    """The gradient of the mean NLL in all parameters, flat, and whether its solve failed.
+    """Return the gradient of the mean NLL in all parameters, flat, and whether its solve failed.
 
-    Exact divergence; by default, and inside `in_float64`, the one others are held against.
+    The divergence is exact. With the default solve and inside `in_float64`, the gradient is a
+    reference for others.
     """
     check_data(flow, x, solve=solve)
     gradient, failed = _gradient(solve, flow, x, None, Exact(), ())
@@ -79,16 +82,21 @@ def loss_gradient(
 
 
 def relative_error(gradient: np.ndarray, reference: np.ndarray) -> float:
-    """|g - g'| / |g'|."""
+    """Return |g - g'| / |g'|.
+
+    **Raises:** `ValueError` if the gradients have different shapes.
+    """
     if np.shape(gradient) != np.shape(reference):
         raise ValueError(
-            f"expected gradients of one flow; got {np.shape(gradient)}, {np.shape(reference)}"
+            "expected gradients of the same shape; got "
+            f"{np.shape(gradient)} and {np.shape(reference)}"
         )
     return float(np.linalg.norm(gradient - reference) / np.linalg.norm(reference))
 
 
 def _loss_of(flow, solve, x, context, divergence, weights):
-    # The weights are a tuple, which can be hashed: what was compiled serves the next audit.
+    # `weights` is a tuple because it must be hashable, so that the next audit can reuse what was
+    # compiled.
     return likelihood(
         flow,
         x,
@@ -96,7 +104,7 @@ def _loss_of(flow, solve, x, context, divergence, weights):
         context=context,
         solve=solve,
         divergence=divergence,
-        penalties=dict(weights),
+        regularizers=dict(weights),
     )
 
 
@@ -121,12 +129,12 @@ def _gradient(solve, *arguments):
 
 
 def _slope(direction, flow, *rest):
-    """The derivative of the loss along a direction, by central differences."""
+    """Return the derivative of the loss along a direction, by central differences."""
     params, static = partition(flow)
     flat, unravel = ravel_pytree(params)
 
     def at(multiple):
-        moved = eqx.combine(unravel(flat + multiple * DIFFERENCE * direction), static)
+        moved = eqx.combine(unravel(flat + multiple * FINITE_DIFFERENCE_STEP * direction), static)
         return float(_loss(REFERENCE, moved, *rest))
 
-    return (8 * (at(1) - at(-1)) - at(2) + at(-2)) / (12 * DIFFERENCE)
+    return (8 * (at(1) - at(-1)) - at(2) + at(-2)) / (12 * FINITE_DIFFERENCE_STEP)

@@ -1,4 +1,4 @@
-"""A density over its whole space, and the Gaussian it has to beat."""
+"""Densities on a grid over their whole space, and the Gaussian baseline."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Array
 
 from jcnf._checks import check_finite, check_int
-from jcnf.evaluate.log_prob import ACCURATE, Scores, score
+from jcnf.evaluate.log_prob import ACCURATE, LogProbs, log_prob
 from jcnf.flows import Flow, check_flow
 from jcnf.ode import Solve, unknown
 
 
 class Grid(NamedTuple):
-    """A density on an interval or a rectangle."""
+    """Density on an interval or a rectangle."""
 
-    log_prob: np.ndarray  # (n,) or (n, n) nats, at x[j] or [i, j] at (x[j], y[i]); or NaN
+    log_prob: np.ndarray  # (n,) at x[j] or (n, n) at (x[j], y[i]), nats; or NaN
     failed: np.ndarray  # of the same shape: cells whose solve failed
     points: Array  # (n, 1) or (n * n, 2), row by row
     extent: tuple[float, ...]  # xmin, xmax and, in the plane, ymin, ymax
@@ -39,14 +39,14 @@ class Grid(NamedTuple):
         return int(np.isnan(self.log_prob).sum()) - self.failures
 
     def cropped(self, cells: int) -> "Grid":
-        """Return the grid of the `cells` an axis in the middle, with the mass that is in them.
+        """Return the grid of the middle `cells` of each axis, with the mass that is in them.
 
-        **Raises:** `ValueError` for more cells than there are, or a number that leaves half a cell.
+        **Raises:** `ValueError` if there are fewer cells, or half a cell would be left per side.
         """
         n, dim = len(self.log_prob), self.log_prob.ndim
         check_int(1, n, cells=cells)
         if (n - cells) % 2:
-            raise ValueError(f"cells must be {n} less an even number; got cells={cells}")
+            raise ValueError(f"cells must be {n} minus an even number; got cells={cells}")
         inner = slice((n - cells) // 2, (n + cells) // 2)
         low, high = np.reshape(self.extent, (dim, 2)).T
         middle, half = (low + high) / 2, (high - low) / 2 * cells / n
@@ -63,30 +63,31 @@ def grid(
     solve: Solve = ACCURATE,
     enough: Callable[[int], bool] = lambda done: False,
 ) -> Grid:
-    """Return the log-density of a flow in 1 or 2 dimensions on n equal cells an axis.
+    """Return the log-density of a flow in 1 or 2 dimensions on n equal cells per axis.
 
-    It is that at the centers of the cells, which are taken from the middle outwards. `enough(done)`
-    is asked after each chunk, with the number of cells that are done; where it is true, the outer
-    ones are left out.
+    It is computed at the centers of the cells, from the middle outwards. `enough(done)` is called
+    after each chunk with the number of cells done; if it returns true, the outer ones are left out.
+
+    **Raises:** `ValueError` if `extent` is not finite, increasing and of the flow's dimension.
     """
     check_flow(flow)
     check_extent(extent, flow.base.dim)
     if solve.step_plan is None and solve.heeds_step_plans:
         # No step plan serves both the middle and the cells far from the data.
         solve = dataclasses.replace(solve, step_plan=unknown(jnp.result_type(float)))
-    return grid_of(lambda points: score(flow, points, solve=solve, enough=enough), extent, n)
+    return grid_of(lambda points: log_prob(flow, points, solve=solve, enough=enough), extent, n)
 
 
-def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int = 200) -> Grid:
-    """Return the grid of any `scores(points)`, of points (m, 1) or (m, 2).
+def grid_of(scores: Callable[[Array], LogProbs], extent: tuple[float, ...], n: int = 200) -> Grid:
+    """Return the grid of any function `scores(points)`, with points (m, 1) or (m, 2).
 
-    They may be of the first points only: those are the ones in the middle.
+    The points start in the middle; `scores` may return results for only the first ones.
     """
     check_extent(extent)
     check_int(cells=n)
     dim = len(extent) // 2
     intervals = np.reshape(extent, (dim, 2))
-    axes = [cell_centres(tuple(interval), n) for interval in intervals]
+    axes = [cell_centers(tuple(interval), n) for interval in intervals]
     points = np.stack(np.meshgrid(*axes), -1).reshape(-1, dim)
     from_middle = np.abs(points - intervals.mean(axis=1)) / np.ptp(intervals, axis=1)
     order = np.argsort(np.max(from_middle, axis=1), kind="stable")
@@ -99,41 +100,42 @@ def grid_of(scores: Callable[[Array], Scores], extent: tuple[float, ...], n: int
 
 
 def check_extent(extent: tuple[float, ...], dim: int | None = None) -> None:
-    """Raise `ValueError` for what is no window in `dim` dimensions, or in 1 or 2."""
+    """Raise `ValueError` unless `extent` is a window in `dim` dimensions, by default 1 or 2."""
     size = len(extent) if isinstance(extent, Sequence) else 0
     if size not in (2, 4):
         raise ValueError(
-            "a grid is of 1 or 2 dimensions: its extent is (xmin, xmax) or (xmin, xmax, ymin, "
-            f"ymax); got {extent}"
+            "extent must be (xmin, xmax) or (xmin, xmax, ymin, ymax), for a grid in 1 or 2 "
+            f"dimensions; got {extent}"
         )
     if dim is not None and size != 2 * dim:
         raise ValueError(
-            "a grid needs a lowest and a highest value for each of the flow's dimensions; "
+            "extent must have a lower and an upper bound for each of the flow's dimensions; "
             f"got {size} values for {dim}"
         )
     intervals = np.reshape(extent, (-1, 2))
     if not np.all(np.diff(intervals) > 0) or not np.all(np.isfinite(intervals)):
-        raise ValueError(f"a grid needs a finite extent that rises; got {extent}")
+        raise ValueError(f"extent must be finite and increase along each axis; got {extent}")
 
 
-def cell_centres(interval: tuple[float, float], n: int) -> np.ndarray:
-    """Midpoints of n equal cells of an interval, (n,)."""
+def cell_centers(interval: tuple[float, float], n: int) -> np.ndarray:
+    """Return the midpoints of n equal cells of an interval, (n,)."""
     check_int(n=n)
     edges = np.linspace(*interval, n + 1)
     return (edges[:-1] + edges[1:]) / 2
 
 
 def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
-    """Test NLL in nats of a full-covariance Gaussian fitted to `train`: the baseline to beat.
+    """Test NLL in nats of a full-covariance Gaussian fitted to `train`, the baseline to beat.
 
-    NaN where the covariance is singular: there is no density then.
+    It is NaN if the covariance is singular, because there is no density then.
 
-    **Raises:** `ValueError` for other shapes than (rows, dim), and for rows that are not finite.
+    **Raises:** `ValueError` for shapes other than (rows, dim), and for rows that are not finite.
     """
     train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
     if train.ndim != 2 or train.shape[1:] != test.shape[1:] or not (len(train) and len(test)):
         raise ValueError(
-            f"expected rows (n, dim) of one dimension, at least 1; got {train.shape}, {test.shape}"
+            "expected train (n, dim) and test (m, dim), each with at least 1 row; got "
+            f"{train.shape} and {test.shape}"
         )
     check_finite(train=train, test=test)
     covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))

@@ -1,8 +1,8 @@
-"""Scores that tell strange points from those of the training distribution: higher is stranger.
+"""Out-of-distribution scores: the higher, the less like the training data.
 
-All are made of log-densities in nats, (n,), which `jcnf.evaluate.score` computes, and give (n,). A
-NaN, from a solve that failed, stays one. How well a score tells two sets apart is its
-`jcnf.evaluate.auroc`.
+Each maps log-densities in nats, (n,), as `jcnf.evaluate.log_prob` computes them, to scores (n,). A
+NaN, from a solve that failed, stays NaN. `jcnf.evaluate.auroc` tells how well a score separates two
+sets.
 """
 
 import numpy as np
@@ -12,10 +12,10 @@ from jcnf.evaluate.log_prob import bits_per_dim
 
 
 def likelihood(log_prob: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """-log p(x), nats (Bishop 1994, "Novelty detection and neural network validation").
+    """Return -log p(x), nats (Bishop 1994, "Novelty detection and neural network validation").
 
-    A simple picture from elsewhere can be likelier than those trained upon (Nalisnick et al. 2019,
-    "Do deep generative models know what they don't know?"), and then scores lower.
+    A simple image from elsewhere can be more likely than the training images (Nalisnick et al.
+    2019, "Do deep generative models know what they don't know?"), and then scores lower.
     """
     return -log_prob
 
@@ -23,18 +23,19 @@ def likelihood(log_prob: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 def typicality(
     log_prob: Float[np.ndarray, " n"], reference: Float[np.ndarray, " m"]
 ) -> Float[np.ndarray, " n"]:
-    """|log p(x) - mean of `reference`|, nats: too likely is strange as well.
+    """Return |log p(x) - mean of `reference`|, nats: a point can also be too likely.
 
-    `reference` are log-densities of training points. The test of a single point of Nalisnick et
-    al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality",
-    whose batches of M points are those of M = 1 here.
+    `reference` holds log-densities of training points. This is the test of Nalisnick et al. 2019,
+    "Detecting out-of-distribution inputs to deep generative models using typicality", for batches
+    of M = 1 points.
 
-    **Raises:** `ValueError` for no reference, and for a NaN in it.
+    **Raises:** `ValueError` if `reference` is empty or has NaN.
     """
     if not len(reference) or np.isnan(reference).any():
         raise ValueError(
-            f"expected reference log-densities without NaN; got {len(reference)}: leave out points "
-            "whose solve failed"
+            "expected reference log-densities, at least one and without NaN; got "
+            f"{len(reference)} with {np.isnan(reference).sum()} NaN: leave out points whose solve "
+            "failed"
         )
     return np.abs(log_prob - np.mean(reference))
 
@@ -42,12 +43,14 @@ def typicality(
 def complexity(
     log_prob: Float[np.ndarray, " n"], code_length: Float[np.ndarray, " n"], dim: int, levels: int
 ) -> Float[np.ndarray, " n"]:
-    """-log2 P(x) - L(x), bits: how much longer the model's code is than a universal one.
+    """Return -log2 P(x) - L(x), bits: how much longer the model's code is than a universal one.
 
-    Serrà et al. 2020, "Input complexity and out-of-distribution detection with likelihood-based
-    generative models". `log_prob` is of dequantised pixels
-    (`jcnf.data.images.pixels.dequantise`), by which -log2 P is `dim` times their `bits_per_dim`;
-    `code_length` is L, `jcnf.evaluate.code_length` of the same pictures.
+    This is the score of Serrà et al. 2020, "Input complexity and out-of-distribution detection with
+    likelihood-based generative models". `log_prob` is of dequantized pixels
+    (`jcnf.data.images.pixels.dequantize`), so -log2 P is `dim` times their `bits_per_dim`;
+    `code_length` is L, the `jcnf.evaluate.code_length` of the same images.
+
+    **Raises:** `ValueError` if the two have different shapes.
     """
     _same(log_prob, code_length)
     return dim * bits_per_dim(log_prob, dim, levels) - code_length
@@ -56,11 +59,13 @@ def complexity(
 def ratio(
     log_prob: Float[np.ndarray, " n"], background: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
-    """log p_background(x) - log p(x), nats.
+    """Return log p_background(x) - log p(x), nats.
 
-    `background` is the log-density under a model trained on perturbed data, which knows what is
-    common to pictures and not what is special to these (Ren et al. 2019, "Likelihood ratios for
+    `background` is the log-density under a model trained on perturbed data, which learns what
+    images have in common but not what is special to these (Ren et al. 2019, "Likelihood ratios for
     out-of-distribution detection").
+
+    **Raises:** `ValueError` if the two have different shapes.
     """
     _same(log_prob, background)
     return background - log_prob
@@ -69,5 +74,6 @@ def ratio(
 def _same(log_prob, other):
     if np.shape(log_prob) != np.shape(other):
         raise ValueError(
-            f"expected values of the same points; got {np.shape(log_prob)} and {np.shape(other)}"
+            "expected one value of each kind for each point; got shapes "
+            f"{np.shape(log_prob)} and {np.shape(other)}"
         )

@@ -1,4 +1,4 @@
-"""The same computation in float64, whatever the precision of the process."""
+"""Computation in float64, whatever the precision of the process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def in_float64(function: Callable, *arguments: Any) -> Any:
-    """`function(*arguments)`, all floating arrays of the arguments and of its work in float64."""
+    """Return `function(*arguments)` computed in float64, with the arguments' arrays converted."""
 
     def double(leaf):
         if not eqx.is_inexact_array(leaf):

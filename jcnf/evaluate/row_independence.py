@@ -1,8 +1,8 @@
 """Check that a row's log-density does not depend on the row's place in its batch.
 
 A compiler or a device can be wrong in some places of a large batch and right everywhere else, and
-then nothing that is measured on a small batch shows it. jaxlib 0.10.2 is: on CPUs it gives wrong
-values from row 8192 on, in 2 dimensions, where a field normalizes its input.
+then no measurement on a small batch shows it. For example, jaxlib 0.10.2 on CPUs gives wrong values
+from row 8192 on, in 2 dimensions, if a field normalizes its input.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, list_rows
-from jcnf.divergence import Divergence, Drawn, Exact
+from jcnf.divergence import Divergence, Exact, FixedNoise
 from jcnf.evaluate.chunks import CHUNK
-from jcnf.evaluate.log_prob import ACCURATE, check_data, score
+from jcnf.evaluate.log_prob import ACCURATE, check_data, log_prob
 from jcnf.flows import Flow
 from jcnf.ode import Solve
 
@@ -54,7 +54,7 @@ class RowIndependence(NamedTuple):
         return float(np.max(known)) if len(known) else np.nan
 
     def warning(self) -> str | None:
-        """One sentence that says what is wrong and names the rows; None where nothing is."""
+        """Return a sentence that says what is wrong and names the rows; None if nothing is."""
         wrong, batch = self.wrong_rows, len(self.log_prob)
         if not len(wrong):
             return None
@@ -78,17 +78,17 @@ def row_independence(
 ) -> RowIndependence:
     """Score one batch that repeats the first rows of `x`, at most `COPIED_ROWS`.
 
-    All copies go through one solve, with the same steps, so that on a sound machine identical rows
-    have identical log-densities, to rounding. Take as `batch` the size of the batches that are to
-    be trusted: the program is then the very one that `jcnf.evaluate.score` runs on them.
+    All copies go through one solve, with the same steps, so on a sound machine identical rows have
+    identical log-densities, up to rounding. Set `batch` to the size of the batches that you want to
+    trust: the program is then the one that `jcnf.evaluate.log_prob` runs on them.
 
     **Arguments:**
 
     - `x`: (n, dim), rows that the solve can carry to the base.
-    - `key`: consumed once, by a stochastic `divergence` only. Copies have the same noise.
+    - `key`: consumed once, and only by a stochastic `divergence`. Copies have the same noise.
     - `context`: (n, context), for a conditional flow.
 
-    **Raises:** `ValueError` as `jcnf.evaluate.score` does.
+    **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does.
     """
     check_data(flow, x, context, solve, divergence)
     check_int(batch=batch)
@@ -97,5 +97,5 @@ def row_independence(
     noise = flow.draw_noise(divergence, key, period, x.shape[1], x.dtype)
     rows = x, None if context is None else context[:period], noise
     x, context, noise = jax.tree.map(lambda a: a[np.arange(batch) % period], rows)
-    settings = {"solve": solve, "divergence": Drawn(divergence, noise), "chunk": batch}
-    return RowIndependence(score(flow, x, context=context, **settings).log_prob, period)
+    settings = {"solve": solve, "divergence": FixedNoise(divergence, noise), "chunk": batch}
+    return RowIndependence(log_prob(flow, x, context=context, **settings).log_prob, period)

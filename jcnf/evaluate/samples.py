@@ -1,4 +1,4 @@
-"""Two samples compared: maximum mean discrepancy, and how well a score tells them apart."""
+"""Comparisons of two samples: maximum mean discrepancy, and how well a score separates them."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,19 @@ from jaxtyping import Array, Float
 
 from jcnf._checks import check_finite
 
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # bandwidths, in medians of the distances
+BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance
 
 
 def mmd(x: Float[Array, "n dim"], y: Float[Array, "m dim"]) -> float:
-    """Maximum mean discrepancy of two samples (Gretton et al. 2012, eq. 5), positive.
+    """Maximum mean discrepancy of two samples, at least 0 (Gretton et al. 2012, eq. 5).
 
-    Under a mean of Gaussian kernels whose bandwidths are `SCALES` times the median distance within
-    `y`, which should be the data. The estimate is biased: for samples of one distribution it
-    is not 0 but, on average, below (1/n + 1/m)^(1/2): two samples of the data show its floor.
+    The kernel is a mean of Gaussian kernels whose bandwidths are `BANDWIDTHS` times the median
+    distance within `y`, which should be the data. The estimate is biased: for samples of the same
+    distribution it is not 0, but below (1/n + 1/m)^(1/2) on average. The value for two samples of
+    the data shows this floor.
 
     **Raises:** `ValueError` for unequal dimensions, fewer than 2 points, points that are not
-    finite, and a `y` of which most points are the same.
+    finite, and if most points of `y` are the same.
     """
     x, y = (jnp.asarray(sample, float) for sample in (x, y))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
@@ -31,10 +32,10 @@ def mmd(x: Float[Array, "n dim"], y: Float[Array, "m dim"]) -> float:
     square = float(_mmd_squared(x, y))
     if not np.isfinite(square):
         raise ValueError(
-            "no discrepancy: most points of y are the same, and it has no scale; give data that "
-            "vary"
+            "y must vary: most of its points are the same, so their median distance is 0 and gives "
+            "no bandwidth"
         )
-    return float(np.sqrt(max(square, 0.0)))  # rounding may take it below 0
+    return float(np.sqrt(max(square, 0.0)))  # rounding may make it negative
 
 
 @jax.jit
@@ -45,7 +46,8 @@ def _mmd_squared(x, y):
     def kernel_mean(a, b):
         def of_row(row):
             d = _squares(row[None], b)[0] / median
-            return jnp.mean(jnp.stack([jnp.exp(-d / (2 * s**2)) for s in SCALES]), axis=0).mean()
+            kernels = [jnp.exp(-d / (2 * s**2)) for s in BANDWIDTHS]
+            return jnp.mean(jnp.stack(kernels), axis=0).mean()
 
         return jnp.mean(jax.lax.map(of_row, a, batch_size=256))
 
@@ -56,31 +58,28 @@ def _squares(a, b):
     return jnp.sum((a[:, None] - b[None]) ** 2, axis=-1)
 
 
-# How well a score tells two sets apart.
-
-
 class Auroc(NamedTuple):
-    """Area under the curve of true against false alarms, as its threshold goes down."""
+    """Area under the ROC curve, of true against false positives over all thresholds."""
 
-    value: float  # 1/2 of a score that says nothing, 1 where all outside is above all inside
-    stderr: float  # of `value` over draws of both sets; infinite for fewer than 2 points in one
+    value: float  # 1/2 if the score says nothing, 1 if all outside scores are above all inside ones
+    stderr: float  # of `value` over draws of both sets; inf if one has fewer than 2 points
 
 
 def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> Auroc:
-    """Probability that an outside score is above an inside one, half of ties included.
+    """Return the probability that an outside score is above an inside one; ties count half.
 
-    The Mann-Whitney statistic, exact, from one sort: time (n + m) log(n + m). Its standard error is
-    that of DeLong, DeLong and Clarke-Pearson 1988, which assumes no distribution; it is 0 where the
-    sets do not overlap, and then says nothing.
+    This is the Mann-Whitney statistic, computed exactly by sorting, in time (n + m) log(n + m). Its
+    standard error follows DeLong, DeLong and Clarke-Pearson 1988, without assuming a distribution;
+    it is 0 if the sets do not overlap, and then says nothing.
 
-    **Raises:** `ValueError` for no scores, and for a NaN among them.
+    **Raises:** `ValueError` if either set is empty or has NaN.
     """
     inside, outside = np.asarray(inside), np.asarray(outside)
     for name, scores in {"inside": inside, "outside": outside}.items():
         if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
             raise ValueError(
-                f"expected {name} scores of shape (n,) without NaN; got shape {scores.shape} with "
-                f"{np.isnan(scores).sum()} NaN: leave out points whose solve failed, and say so"
+                f"expected {name} scores of shape (n,), without NaN; got shape {scores.shape} with "
+                f"{np.isnan(scores).sum()} NaN: leave out points whose solve failed"
             )
     above, below = _doubled_ranks(outside, inside), _doubled_ranks(inside, outside)
     pairs = 2 * len(inside) * len(outside)
@@ -90,7 +89,7 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
 
 
 def _doubled_ranks(scores, others):
-    """Twice the number of `others` below each score, ties half: whole numbers."""
+    """Return twice the number of `others` below each score, ties counted half: whole numbers."""
     ordered = np.sort(others)
     sides = [np.searchsorted(ordered, scores, side) for side in ("left", "right")]
     return sides[0] + sides[1]

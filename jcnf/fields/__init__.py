@@ -1,7 +1,7 @@
 """Velocity fields: `field(t, x, context=None)` for one sample, as Equinox modules.
 
-Any callable of that signature with an integer attribute `dim` is a field. One that also has
-`velocity_and_divergence(t, x, context=None)` is offered to `jcnf.Exact` as its closed form.
+Any callable with that signature and an integer attribute `dim` is a field. If it also has a method
+`velocity_and_divergence(t, x, context=None)`, `jcnf.Exact` uses it as the closed form.
 """
 
 from jcnf.fields.base import velocity_and_divergence as velocity_and_divergence
@@ -15,6 +15,6 @@ from jcnf.fields.resnet import ResNet as ResNet
 from jcnf.fields.unet import UNet as UNet
 from jcnf.fields.wrappers import Cast as Cast
 from jcnf.fields.wrappers import Guided as Guided
+from jcnf.fields.wrappers import MinusIdentity as MinusIdentity
 from jcnf.fields.wrappers import Mixture as Mixture
-from jcnf.fields.wrappers import Residual as Residual
-from jcnf.fields.wrappers import TimeChange as TimeChange
+from jcnf.fields.wrappers import TimeRescaling as TimeRescaling

@@ -1,4 +1,4 @@
-"""Work-arounds for XLA's compiler on CPUs: convolutions, products and transposes that stay fast."""
+"""Workarounds for XLA's CPU compiler: convolutions, products and transposes that stay fast."""
 
 from functools import partial
 from typing import Any
@@ -13,13 +13,14 @@ from jaxtyping import Array, Float
 
 # The 3 x 3 convolution, with derivatives that stay fast inside a solve.
 #
-# XLA's CPU compiler runs a convolution by a library only where its operands are laid out as batch,
-# height, width, channels, and outside loops alone does it bring others into that form (openxla's
-# ConvCanonicalization; jax issue 12868). Those that automatic differentiation makes of one are not
-# so laid out: inside an ODE solve they take some twenty times as long. So the convolution is a
-# primitive here, bilinear, whose transposes are such convolutions again.
+# XLA's CPU compiler calls a library for a convolution only if its operands are laid out as batch,
+# height, width, channels, and it converts other layouts to this one only outside of loops
+# (openxla's ConvCanonicalization; jax issue 12868). The convolutions that automatic differentiation
+# derives from one have other layouts: inside an ODE solve they take about twenty times as long. The
+# convolution is therefore a bilinear primitive here, and its transposes are convolutions in the
+# fast layout again.
 
-KERNEL = 3  # pixels a side
+KERNEL_SIZE = 3
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -28,30 +29,34 @@ def convolve(
     weight: Float[Array, "out patch"],
     bias: Float[Array, " out"],
 ) -> Float[Array, "height width out"]:
-    """The linear layer of the 3 x 3 pixels around each pixel, zeros beyond the border."""
-    kernel = weight.T.reshape(KERNEL, KERNEL, h.shape[-1], -1)
-    # A primitive is lowered where `jax.default_matmul_precision` holds no more: note it here.
+    """Apply a linear layer to the 3 x 3 pixels around each pixel, with zeros beyond the border."""
+    kernel = weight.T.reshape(KERNEL_SIZE, KERNEL_SIZE, h.shape[-1], -1)
+    # A primitive is lowered after a `jax.default_matmul_precision` context has ended: read it now.
     config: Any = jax.config
     precision = config.jax_default_matmul_precision
     return convolution.bind(h[None], kernel, precision=precision)[0] + bias[None, None]
 
 
 def _convolution(h, kernel, precision):
-    """(n, height, width, out) of (n, height, width, in) and (3, 3, in, out)."""
+    """Map h (n, height, width, in) and kernel (3, 3, in, out) to (n, height, width, out)."""
     return jax.lax.conv_general_dilated(
         h, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT, precision=precision
     )
 
 
 def _correlation(h, out, precision):
-    """(3, 3, in, out): what `out` (n, height, width, out) is to the kernel, where `h` went in."""
-    # Channels in place of pictures, pictures in place of channels, and `out` for a kernel.
+    """Return the cotangent of the kernel (3, 3, in, out), from that of the output `out` and `h`."""
+    # A convolution too: images and channels swap their roles, and `out` is the kernel.
     images, kernel = jnp.transpose(h, (3, 1, 2, 0)), jnp.transpose(out, (1, 2, 0, 3))
-    pads = [(KERNEL // 2, KERNEL // 2)] * 2
+    pads = [(KERNEL_SIZE // 2, KERNEL_SIZE // 2)] * 2
     shifts = jax.lax.conv_general_dilated(
         images, kernel, (1, 1), pads, dimension_numbers=LAYOUT, precision=precision
     )
     return jnp.transpose(shifts, (1, 2, 0, 3))
+
+
+# Transpose rules: the cotangent of either argument of the convolution (input, kernel) and of the
+# correlation (first, second) is again a convolution or a correlation.
 
 
 def _to_input(cotangent, h, kernel, **params):
@@ -91,7 +96,7 @@ correlation = _primitive("correlation3x3", _correlation, (_to_first, _to_second)
 
 def _batched_convolution(args, axes, **params):
     (h, kernel), (axis, kernel_axis) = args, axes
-    if kernel_axis is None:  # more pictures
+    if kernel_axis is None:  # with a shared kernel, a batch is just more images
         h = jnp.moveaxis(h, axis, 0)
         out = convolution.bind(h.reshape(-1, *h.shape[2:]), kernel, **params)
         return out.reshape(*h.shape[:2], *out.shape[1:]), 0
@@ -106,20 +111,20 @@ batching.primitive_batchers[convolution] = _batched_convolution
 batching.primitive_batchers[correlation] = _batched_correlation
 
 
-# Vectors pushed through a layer: W diag(d) u, by whatever form suits what a batch shares.
+# Vectors pushed through a layer, W diag(d) u, in the form that suits what the batch shares.
 #
-# Samples at one time share the weights W(t), and vectors u that are rows of them, but not the
-# slopes d. Then W diag(d) u = (W diag(u)) d: matrices of t alone, which are written, and kept for
-# gradients, once in place of d o u for each sample. Samples with times of their own, as under a
-# `vmap` of solves, share nothing, and there is no room for a matrix each. Only a primitive learns
-# which of the two it is.
+# Samples at the same time share the weights W(t) and the vectors u, which are rows of weights, but
+# not the slopes d. Then W diag(d) u = (W diag(u)) d, where the matrices W diag(u) depend only on t:
+# they are written, and kept for gradients, once for the batch instead of d o u for each sample.
+# Samples with different times, as under a `vmap` of solves, share nothing, and a matrix for each
+# would take too much memory. Only the batching rule of a primitive sees which case it is.
 
 
 def push(
     vectors: Float[Array, "vectors in"], slope: Float[Array, " in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "vectors out"]:
-    """W diag(d) u of each row u of `vectors`, with d the `slope` and W the `weight`."""
-    # A primitive is lowered where `jax.default_matmul_precision` holds no more: note it here.
+    """Return W diag(d) u for each row u of `vectors`, with d the `slope` and W the `weight`."""
+    # A primitive is lowered after a `jax.default_matmul_precision` context has ended: read it now.
     config: Any = jax.config
     return pushed.bind(vectors, slope, weight, precision=config.jax_default_matmul_precision)
 
@@ -129,14 +134,15 @@ def _by_vectors(vectors, slope, weight, precision):
 
 
 def _by_matrices(vectors, slope, weight, precision):
-    # Of the shape whose gradient is fast, as `jcnf.fields._xla_cpu` has it.
+    # The product is written as slope @ A, with A (in, vectors * out), because the gradient in an A
+    # with long rows is fast (see `turned`).
     matrices = (vectors.T[:, :, None] * weight.T[:, None]).reshape(len(slope), -1)
     return jnp.matmul(slope, matrices, precision=precision).reshape(len(vectors), len(weight))
 
 
 def _batched(args, axes, **params):
     shared = axes[0] is None and axes[2] is None
-    # The matrices have as many rows as W, the vectors as the batch.
+    # For each u, W diag(u) has len(weight) rows, and d o u one row per sample: write the fewer.
     slope, weight = args[1:]
     fewer = shared and len(weight) <= slope.shape[axes[1]]
     form = partial(_by_matrices if fewer else _by_vectors, **params)
@@ -152,7 +158,7 @@ pushed.def_impl(jax.jit(_by_vectors, static_argnames="precision"))
 pushed.def_abstract_eval(_shaped)
 batching.primitive_batchers[pushed] = _batched
 mlir.register_lowering(pushed, mlir.lower_fun(_by_vectors, multiple_results=False))
-# It is linear in each.
+# The product is linear in each argument.
 ad.defjvp(
     pushed,
     lambda tangent, u, d, w, **params: _by_vectors(tangent, d, w, **params),
@@ -161,16 +167,16 @@ ad.defjvp(
 )
 
 
-# Matrices laid out so that XLA's CPU compiler makes their gradients fast.
+# Matrices laid out so that XLA's CPU compiler computes their gradients fast.
 
 
-jet.deflinear(jax.lax.optimization_barrier_p)  # for which jax has no rule
+jet.deflinear(jax.lax.optimization_barrier_p)  # jax defines no `jet` rule for the barrier
 
 
 def turned(matrix: Float[Array, "out in"]) -> Float[Array, "in out"]:
-    """The transpose of a matrix, which XLA is kept from turning back.
+    """Return the transpose of a matrix, and keep XLA from transposing it back.
 
-    A gradient of x @ A is a product over the batch, of the shape of A: on CPU it takes two to three
-    times as long where A's rows are shorter than its columns.
+    The gradient of x @ A in A is a product over the batch and has the shape of A. On CPU it takes
+    two to three times as long if A's rows are shorter than its columns.
     """
     return jax.lax.optimization_barrier(matrix.T)

@@ -1,4 +1,4 @@
-"""The Jacobian dv/dx of any field by forward mode: products with it, its trace, its norm."""
+"""The Jacobian dv/dx of any field by forward mode: its products, trace and Frobenius norm."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,15 @@ from jaxtyping import Array, Float
 CHUNK = 64
 
 
-def products(
+def jvps(
     field, t, x, context, tangents: Float[Array, "k dim"]
 ) -> tuple[Float[Array, " dim"], Float[Array, "k dim"]]:
-    """v, and (dv/dx) e for each row e of `tangents`: one jvp a row, the velocity computed once."""
+    """Return v, and (dv/dx) e for each row e of `tangents`.
+
+    This takes one jvp per row, and computes the velocity once.
+
+    **Raises:** `ValueError` if the velocity does not have the shape of `x`.
+    """
 
     def push(tangent):
         return jax.jvp(lambda x: field(t, x, context), (x,), (tangent,))
@@ -21,31 +26,32 @@ def products(
     return v, images
 
 
-def trace_and_square(
+def trace_and_frobenius(
     field, t, x, context, chunk: int = CHUNK
 ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
-    """v, tr(dv/dx) and |dv/dx|_F^2 of one sample, exactly, by `dim` products.
+    """Return v, tr(dv/dx) and |dv/dx|_F^2 of one sample, exactly, by `dim` products.
 
-    Beyond `chunk` dimensions they are taken so many at a time and recomputed in reverse mode, so
-    that memory does not grow with `dim`.
+    In more than `chunk` dimensions, the products are computed `chunk` at a time and recomputed in
+    reverse mode, so that memory does not grow with `dim`.
     """
-    return along(field, t, x, context, jnp.eye(x.shape[0], dtype=x.dtype), chunk)
+    return summed_jvps(field, t, x, context, jnp.eye(x.shape[0], dtype=x.dtype), chunk)
 
 
-def along(
+def summed_jvps(
     field, t, x, context, directions: Float[Array, "k dim"], chunk: int = CHUNK
 ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
-    """v, and the sums over k of e_k' (dv/dx) e_k and of |(dv/dx) e_k|^2.
+    """Return v, and the sums over k of e_k' (dv/dx) e_k and |(dv/dx) e_k|^2.
 
-    Beyond `chunk` directions they are taken so many at a time and recomputed in reverse mode.
+    With more than `chunk` directions e_k, the products are computed `chunk` at a time and
+    recomputed in reverse mode.
     """
     if len(directions) <= chunk:
-        v, images = products(field, t, x, context, directions)
+        v, images = jvps(field, t, x, context, directions)
         return v, jnp.sum(directions * images), jnp.sum(images**2)
 
     @jax.checkpoint
     def one(direction):
-        _, (image,) = products(field, t, x, context, direction[None])
+        _, (image,) = jvps(field, t, x, context, direction[None])
         return direction @ image, image @ image
 
     diagonal, squares = jax.lax.map(one, directions, batch_size=chunk)
@@ -55,7 +61,7 @@ def along(
 def velocity_and_divergence(
     field, t: Float[Array, ""], x: Float[Array, " dim"], context=None
 ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-    """v (dim,) and tr(dv/dx) of one sample: the field's closed form, or else forward mode."""
+    """Return v (dim,) and tr(dv/dx) of one sample, by the closed form if any, or forward mode."""
     if hasattr(field, "velocity_and_divergence"):
         return field.velocity_and_divergence(t, x, context)
-    return trace_and_square(field, t, x, context)[:2]
+    return trace_and_frobenius(field, t, x, context)[:2]

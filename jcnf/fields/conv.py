@@ -1,4 +1,4 @@
-"""The convolutional field of pictures, with an exact divergence by few products."""
+"""The convolutional field of images, with an exact divergence by few products."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,27 +10,30 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_ints, check_key, check_shape
-from jcnf.fields._xla_cpu import KERNEL, convolve
-from jcnf.fields.base import along
-from jcnf.fields.layers import LAYERS, Activation, Ignore, TimeLinear, resolve
+from jcnf.fields._xla_cpu import KERNEL_SIZE, convolve
+from jcnf.fields.base import summed_jvps
+from jcnf.fields.layers import LAYERS, Activation, Linear, TimeLinear, resolve
 
 
 class Conv(eqx.Module):
-    """v(t, x) = K_{L+1}(t) * s(... s(K_1(t) * x + b_1(t)) ...) + b_{L+1}(t), of pictures.
+    """Convolutional field of images.
 
-    FFJORD's field of pictures (Grathwohl et al. 2019, appendix B.1): 3 x 3 kernels, zeros beyond
-    the border. A kernel is a linear layer of the 3 x 3 pixels around each, so that time enters as
-    in `jcnf.fields.layers`. x (dim,) has its components in the order height, width, channels.
+    v(t, x) = K_{L+1}(t) * s(... s(K_1(t) * x + b_1(t)) ...) + b_{L+1}(t).
 
-    Its divergence is exact by few products: a pixel's velocity depends on pixels at most r = L + 1
-    away, so that one product serves all pixels of a channel that are r + 1 apart: the diagonal of a
-    banded Jacobian by Curtis, Powell & Reid (1974). That is (r + 1)^2 products a channel in place
-    of height x width: 25 for three hidden layers, whatever the size of the picture.
+    This is FFJORD's field of images (Grathwohl et al. 2019, appendix B.1), with 3 x 3 kernels and
+    zeros beyond the border. A kernel is a linear layer of the 3 x 3 pixels around each pixel, so
+    that time enters as in `jcnf.fields.layers`. The components of x (dim,) are in the order height,
+    width, channels.
+
+    The exact divergence takes few products. A pixel's velocity depends only on pixels at most
+    r = L + 1 away, so that one product serves all pixels of a channel that are r + 1 apart: the
+    diagonal of a banded Jacobian (Curtis, Powell & Reid 1974). This takes (r + 1)^2 products per
+    channel instead of height x width: 25 for three hidden layers, whatever the size of the image.
 
     **Arguments:**
 
-    - `shape`: height, width and channels of the picture.
-    - `channels`: of the hidden layers.
+    - `shape`: height, width and channels of the image.
+    - `channels`: number of channels of each hidden layer, input side first.
     - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
     - `activation`: as in `jcnf.fields.MLP`.
     - `context_dim`: size of the conditioning vector c, which shifts every hidden channel by an
@@ -41,7 +44,7 @@ class Conv(eqx.Module):
     """
 
     layers: tuple[TimeLinear, ...]
-    conditions: tuple[Ignore, ...] | None  # c -> shift of each hidden layer
+    conditions: tuple[Linear, ...] | None  # c -> shift of each hidden layer
     shape: tuple[int, int, int] = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
@@ -67,21 +70,22 @@ class Conv(eqx.Module):
         sizes = (shape[2], *channels, shape[2])
         keys = iter(jr.split(key, 2 * len(sizes)))
         self.layers = tuple(
-            LAYERS[time](KERNEL**2 * i, o, key=next(keys)) for i, o in itertools.pairwise(sizes)
+            LAYERS[time](KERNEL_SIZE**2 * i, o, key=next(keys))
+            for i, o in itertools.pairwise(sizes)
         )
         shifts = channels if context_dim else ()
-        # None, not (): the adjoint state of a continuous adjoint may hold no empty tuple.
-        self.conditions = tuple(Ignore(context_dim, c, key=next(keys)) for c in shifts) or None
+        # None, not (): diffrax fails if the state of a continuous adjoint has an empty tuple.
+        self.conditions = tuple(Linear(context_dim, c, key=next(keys)) for c in shifts) or None
 
     @property
     def dim(self) -> int:
-        """height x width x channels."""
+        """Dimension of x, height x width x channels."""
         return int(np.prod(self.shape))
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         h = x.reshape(self.shape)
         *hidden, last = self.layers
         for i, layer in enumerate(hidden):
@@ -94,15 +98,18 @@ class Conv(eqx.Module):
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and tr(dv/dx), exactly, by at most (r + 1)^2 products a channel."""
-        reach = len(self.layers) * (KERNEL // 2)
+        """Return v (dim,) and tr(dv/dx), exactly, by at most (r + 1)^2 products per channel."""
+        reach = len(self.layers) * (KERNEL_SIZE // 2)
         directions = jnp.asarray(_far_apart(self.shape, reach), x.dtype)
-        return along(self, t, x, context, directions)[:2]
+        return summed_jvps(self, t, x, context, directions)[:2]
 
 
 def _far_apart(shape, reach):
-    """Zeros and ones (k, dim): each component in one row, those of a row of one channel and more
-    than `reach` pixels apart."""
+    """Return directions (k, dim) of zeros and ones that sum to a row of ones.
+
+    The ones of a direction e are pixels of one channel that are more than `reach` apart, so that
+    e' (dv/dx) e has no off-diagonal terms.
+    """
     height, width, channels = shape
     rows, columns = min(reach + 1, height), min(reach + 1, width)
     row, column, channel = np.indices(shape)

@@ -1,9 +1,9 @@
 """Linear layers that depend on time, all of the form x -> W(t) x + b(t).
 
-That time enters only through W and b is what makes the closed-form divergences of
-`jcnf.fields.mlp` hold for every layer here: under `vmap` over a batch, `affine(t)` is computed
-once per evaluation, not once per sample. The layers are FFJORD's (Grathwohl et al. 2019): ignore,
-concat, squash, concatsquash, hyper and blend.
+Time enters only through W and b, so that the closed-form divergences of `jcnf.fields.mlp` hold for
+every layer here, and `affine(t)` is computed once per evaluation, not once per sample, under `vmap`
+over a batch. The layers are FFJORD's (Grathwohl et al. 2019): ignore, concat, squash, concatsquash,
+hyper and blend.
 """
 
 import functools
@@ -26,28 +26,28 @@ class TimeLinear(eqx.Module):
 
     @abstractmethod
     def affine(self, t: Float[Array, ""]) -> Affine:
-        """The layer at time `t`: weight (out, in) and bias (out,)."""
+        """Return the weight (out, in) and the bias (out,) at time `t`."""
 
     def __call__(self, t: Float[Array, ""], x: Float[Array, " in"]) -> Float[Array, " out"]:
-        """W(t) x + b(t).
+        """Return W(t) x + b(t).
 
-        Overridden where the product is had without W(t), which is another one for each sample where
-        samples have times of their own, as in flow matching.
+        Layers that can compute the product without W(t) override this. If samples have different
+        times, as in flow matching, W(t) is one matrix per sample.
         """
         weight, bias = self.affine(t)
-        # A widening layer's gradient is not of the shape that is fast.
+        # The weight of a widening layer has short rows, which make its gradient slow.
         product = x @ turned(weight) if len(weight) > len(x) else weight @ x
         return product + bias
 
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Array:
-    """Initial weights: uniform with variance 1/(3 fan-in); consumes `key`."""
+    """Draw initial weights, uniform with variance 1/(3 fan-in); consumes `key`."""
     bound = fan_in**-0.5
     return jr.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-class Ignore(TimeLinear):
-    """W x + b, whatever the time."""
+class Linear(TimeLinear):
+    """The layer W x + b, which ignores time."""
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"]
@@ -57,55 +57,51 @@ class Ignore(TimeLinear):
         self.bias = jnp.zeros(out_size)
 
     def affine(self, t):
-        """W, b."""
         return self.weight, self.bias
 
 
 class Concat(TimeLinear):
-    """W x + b + w t: time as one more input."""
+    """The layer W x + b + w t: time is one more input."""
 
-    linear: Ignore
+    linear: Linear
     time_weight: Float[Array, " out"]
 
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         linear_key, time_key = jr.split(key)
-        self.linear = Ignore(in_size, out_size, key=linear_key)
+        self.linear = Linear(in_size, out_size, key=linear_key)
         self.time_weight = uniform(time_key, (out_size,), in_size + 1)
 
     def affine(self, t):
-        """W, b + w t."""
         return self.linear.weight, self.linear.bias + self.time_weight * t
 
 
 class Squash(TimeLinear):
-    """(W x + b) * sigmoid(g t + c): time scales each output."""
+    """The layer (W x + b) * sigmoid(g t + c): time scales each output."""
 
-    linear: Ignore
+    linear: Linear
     gate_weight: Float[Array, " out"]
     gate_bias: Float[Array, " out"]
 
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         linear_key, gate_key, bias_key = jr.split(key, 3)
-        self.linear = Ignore(in_size, out_size, key=linear_key)
+        self.linear = Linear(in_size, out_size, key=linear_key)
         self.gate_weight = uniform(gate_key, (out_size,), 1)
         self.gate_bias = uniform(bias_key, (out_size,), 1)
 
     def affine(self, t):
-        """diag(s) W, s * b with s = sigmoid(g t + c)."""
         gate = self.gate(t)
         return gate[:, None] * self.linear.weight, gate * self.linear.bias
 
     def gate(self, t: Float[Array, ""]) -> Float[Array, " out"]:
-        """s."""
+        """Return the scale sigmoid(g t + c) of each output at time `t`."""
         return jax.nn.sigmoid(self.gate_weight * t + self.gate_bias)
 
     def __call__(self, t, x):
-        """s * (W x + b)."""
         return self.gate(t) * self.linear(t, x)
 
 
 class ConcatSquash(TimeLinear):
-    """(W x + b) * sigmoid(g t + c) + w t: time scales and shifts each output."""
+    """The layer (W x + b) * sigmoid(g t + c) + w t: time scales and shifts each output."""
 
     squash: Squash
     time_weight: Float[Array, " out"]
@@ -116,22 +112,20 @@ class ConcatSquash(TimeLinear):
         self.time_weight = uniform(time_key, (out_size,), 1)
 
     def affine(self, t):
-        """diag(s) W, s * b + w t with s = sigmoid(g t + c)."""
         weight, bias = self.squash.affine(t)
         return weight, bias + self.time_weight * t
 
     def __call__(self, t, x):
-        """s * (W x + b) + w t."""
         return self.squash(t, x) + self.time_weight * t
 
 
 class Hyper(TimeLinear):
-    """W(t) x + b(t), both from a hypernetwork of time with one hidden layer of tanh units.
+    """The layer (W + V h) x + b + U h, where h = tanh(p t + q) is a hypernetwork of time.
 
-    The weights start as those of `Ignore` plus a term in t of no larger variance.
+    The weights start as those of `Linear` plus a term in t of no larger variance.
     """
 
-    linear: Ignore
+    linear: Linear
     hidden_weight: Float[Array, " hidden"]
     hidden_bias: Float[Array, " hidden"]
     weight_map: Float[Array, "out in hidden"]
@@ -139,36 +133,34 @@ class Hyper(TimeLinear):
 
     def __init__(self, in_size: int, out_size: int, *, hidden: int = 8, key: Key[Array, ""]):
         keys = jr.split(key, 5)
-        self.linear = Ignore(in_size, out_size, key=keys[0])
+        self.linear = Linear(in_size, out_size, key=keys[0])
         self.hidden_weight = uniform(keys[1], (hidden,), 1)
         self.hidden_bias = uniform(keys[2], (hidden,), 1)
         self.weight_map = uniform(keys[3], (out_size, in_size, hidden), in_size * hidden)
         self.bias_map = uniform(keys[4], (out_size, hidden), in_size * hidden)
 
     def affine(self, t):
-        """W + V h, b + u h with h = tanh(p t + q)."""
         h = jnp.tanh(self.hidden_weight * t + self.hidden_bias)
         return self.linear.weight + self.weight_map @ h, self.linear.bias + self.bias_map @ h
 
 
 class Blend(TimeLinear):
-    """A linear layer at t=0 that turns into another by t=1."""
+    """The layer (W0 + (W1 - W0) t) x + b0 + (b1 - b0) t, from one at t=0 to another at t=1."""
 
-    start: Ignore
-    end: Ignore
+    start: Linear
+    end: Linear
 
     def __init__(self, in_size: int, out_size: int, *, key: Key[Array, ""]):
         start_key, end_key = jr.split(key)
-        self.start = Ignore(in_size, out_size, key=start_key)
-        self.end = Ignore(in_size, out_size, key=end_key)
+        self.start = Linear(in_size, out_size, key=start_key)
+        self.end = Linear(in_size, out_size, key=end_key)
 
     def affine(self, t):
-        """W0 + (W1 - W0) t, b0 + (b1 - b0) t."""
         return jax.tree.map(lambda a, b: a + (b - a) * t, self.start.affine(t), self.end.affine(t))
 
 
 LAYERS: dict[str, Callable[..., TimeLinear]] = {
-    "ignore": Ignore,
+    "ignore": Linear,
     "concat": Concat,
     "squash": Squash,
     "concatsquash": ConcatSquash,
@@ -177,10 +169,10 @@ LAYERS: dict[str, Callable[..., TimeLinear]] = {
 }
 
 
-# Activations as one function each: pre-activation -> (value, derivative).
+# Each activation is one function, pre-activation -> (value, derivative).
 #
-# A closed-form divergence needs s(a) and s'(a) together. Computed together they share their
-# exponential, which is most of their price; where only the value is asked for, XLA drops the rest.
+# A closed-form divergence needs both s(a) and s'(a). Computed together, they share their
+# exponential, which is most of their cost; if only the value is used, XLA drops the rest.
 
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
@@ -195,7 +187,7 @@ def tanh(a):
 
 def softplus(a):
     """s = log(1 + e^a), s' = sigmoid(a), both from e^{-|a|}, which cannot overflow."""
-    # Branches in place of abs and maximum, whose derivatives at 0 are not those of s.
+    # Branches instead of abs and maximum, whose derivatives at 0 would be wrong here.
     positive = a > 0
     e = jnp.exp(jnp.where(positive, -a, a))
     return jnp.where(positive, a, 0) + jnp.log1p(e), jnp.where(positive, 1, e) / (1 + e)
@@ -240,18 +232,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-@functools.cache  # the same function must give the same activation, or flows would compile anew
+@functools.cache  # one object per function, so that equal flows do not recompile
 def _by_jvp(function):
     return lambda a: jax.jvp(function, (a,), (jnp.ones_like(a),))
 
 
 def resolve(activation: str | Callable) -> Activation:
-    """The (value, derivative) form of a named activation, or of any elementwise function.
+    """Return the (value, derivative) form of a named activation, or of any elementwise function.
 
-    A function of one's own is differentiated by `jax.jvp`; pass the same object every time, for a
-    fresh lambda compiles anew.
+    A function is differentiated by `jax.jvp`. Pass the same object every time: a new lambda
+    recompiles.
 
-    **Raises:** `ValueError` for an unknown name, listing the known.
+    **Raises:** `ValueError` for an unknown name, with a list of the known ones.
     """
     if callable(activation):
         return _by_jvp(activation)

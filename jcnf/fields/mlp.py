@@ -1,4 +1,4 @@
-"""The multilayer perceptron in x whose layers depend on time, with its exact divergence."""
+"""The multilayer perceptron in x with time-dependent layers, and its exact divergence."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,15 +10,17 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_ints, check_key
 from jcnf.fields._xla_cpu import push
-from jcnf.fields.layers import LAYERS, Activation, Ignore, TimeLinear, resolve
+from jcnf.fields.layers import LAYERS, Activation, Linear, TimeLinear, resolve
 
 
 class MLP(eqx.Module):
-    """v(t, x) = W_{L+1}(t) s(... s(W_1(t) [x, c] + b_1(t)) ...) + b_{L+1}(t).
+    """Multilayer perceptron in x with time-dependent layers.
 
-    L hidden layers of any widths, an activation s, and layers from `jcnf.fields.layers`. Written
-    for one sample; callers `vmap` it over the batch with `in_axes=(None, 0)`, so that whatever
-    depends on time alone is computed once per evaluation.
+    v(t, x) = W_{L+1}(t) s(... s(W_1(t) [x, c] + b_1(t)) ...) + b_{L+1}(t).
+
+    It has L hidden layers of any widths, an activation s, and layers from `jcnf.fields.layers`. It
+    takes one sample; callers `vmap` it over the batch with `in_axes=(None, 0)`, so that whatever
+    depends only on time is computed once per evaluation.
 
     **Arguments:**
 
@@ -26,10 +28,10 @@ class MLP(eqx.Module):
     - `widths`: hidden widths, input side first; `()` is an affine field.
     - `time`: how time enters: a name in `jcnf.fields.layers.LAYERS`.
     - `activation`: a name in `jcnf.fields.layers.ACTIVATIONS`, or an elementwise function.
-    - `output`: the same after the last layer; None for none. "tanh" bounds each component by 1.
+    - `output`: activation after the last layer; None for none. "tanh" bounds each component by 1.
     - `context_dim`: size of the conditioning vector c; 0 for none.
-    - `conditioning`: how c enters. "concat": joined to x; "modulate": a hidden layer's
-      pre-activation a becomes (1 + gain(c)) * a + shift(c), with a gain and a shift for each unit,
+    - `conditioning`: how c enters. "concat" joins it to x; "modulate" turns the pre-activation a of
+      each hidden layer into (1 + gain(c)) * a + shift(c), with a gain and a shift for each unit,
       affine in c (FiLM, Perez et al. 2018).
     - `key`: consumed once, for the initial weights: uniform with variance 1/(3 fan-in).
 
@@ -38,7 +40,7 @@ class MLP(eqx.Module):
     """
 
     layers: tuple[TimeLinear, ...]
-    modulations: tuple[Ignore, ...] | None  # c -> (gain, shift) of each hidden layer
+    modulations: tuple[Linear, ...] | None  # c -> (gain, shift) of each hidden layer
     dim: int = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
@@ -79,13 +81,13 @@ class MLP(eqx.Module):
         self.layers = tuple(
             LAYERS[time](i, o, key=next(keys)) for i, o in itertools.pairwise(sizes)
         )
-        # None, not (): the adjoint state of a continuous adjoint may hold no empty tuple.
+        # None, not (): diffrax fails if the state of a continuous adjoint has an empty tuple.
         self.modulations = (
-            tuple(Ignore(context_dim, 2 * w, key=next(keys)) for w in modulated) or None
+            tuple(Linear(context_dim, 2 * w, key=next(keys)) for w in modulated) or None
         )
 
     def _forward(self, t, x, context):
-        """Velocity, each hidden layer's slope d_l, and the output's, None for none."""
+        """Return the velocity, each hidden layer's slope d_l, and the output's slope or None."""
         h = x if context is None or self.modulations else jnp.concatenate([x, context])
         slopes = []
         for i, layer in enumerate(self.layers):
@@ -97,7 +99,7 @@ class MLP(eqx.Module):
         return v, slopes, scale
 
     def _activate(self, i, a, context):
-        """Hidden layer `i` from its pre-activation a, which c may modulate, and its slope in a."""
+        """Return the units of hidden layer `i` from its pre-activation a, and their slope in a."""
         if self.modulations is None:
             return self.activation(a)
         modulation = self.modulations[i]
@@ -108,25 +110,29 @@ class MLP(eqx.Module):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self._forward(t, x, context)[0]
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and tr(dv/dx), exactly, with d_l = s'(a_l) and o the elementwise product.
+        """Return v (dim,) and tr(dv/dx), exactly.
 
-        Where c modulates, d_l = (1 + gain_l) * s'((1 + gain_l) * a_l + shift_l).
+        Here d_l = s'(a_l), o is the elementwise product, and W_1 has only its columns for x. With
+        modulation, d_l = (1 + gain_l) * s'((1 + gain_l) * a_l + shift_l). The trace is, by the
+        number of hidden layers:
 
-        - no hidden layer: tr W_1.
-        - one: d_1' diag(W_1 W_2): a dot product a sample.
-        - two: d_2' (W_2 o (W_1 W_3)') d_1: the matrix depends on t alone, so that a sample costs
-          one h x h product whatever the dimension.
+        - none: tr W_1.
+        - one: d_1' diag(W_1 W_2), a dot product per sample.
+        - two: d_2' (W_2 o (W_1 W_3)') d_1, where the matrix depends only on t, so that a sample
+          costs one h x h product whatever the dimension.
         - more: r = min(dim, first width) vectors are pushed through the inner layers from both
-          ends, the columns of W_1 upwards and the rows of W_{L+1} downwards, to meet below the
-          last inner layer (where the first width is less, those of 1 and of W_1 W_{L+1}).
+          ends, the columns of W_1 upwards and the rows of W_{L+1} downwards, and meet below the
+          last inner layer. If the first width is less than dim, the rows of the identity and of
+          W_1 W_{L+1} take their place.
 
-        An `output` activation scales the rows of W_{L+1} by its slopes, each sample's own.
+        An `output` activation scales the rows of W_{L+1} by its slopes, which differ between
+        samples.
         """
         v, slopes, scale = self._forward(t, x, context)
         weights = [layer.affine(t)[0] for layer in self.layers]

@@ -14,17 +14,17 @@ from jcnf.fields._xla_cpu import turned
 
 
 class Planar(eqx.Module):
-    """v(t, x) = mean_m u_m tanh(w_m . x + b_m) (Chen et al. 2018, section 4).
+    """Planar field v(t, x) = mean_m u_m tanh(w_m . x + b_m) (Chen et al. 2018, section 4).
 
-    The M units' w, u, gates g and b are, in this order, the outputs of one hypernetwork
-    1 -> H -> H -> 3 M dim + M of t with tanh hidden layers, and u is gated: u <- u * sigmoid(g).
+    A hypernetwork of t, 1 -> H -> H -> 3 M dim + M with tanh hidden layers, returns w, u, the gates
+    g and b of the M units, in this order. The gates scale u: u <- u * sigmoid(g).
 
     **Arguments:**
 
     - `dim`: dimension of x.
     - `width`: number of units M.
     - `hidden`: hidden width H of the hypernetwork.
-    - `average`: the mean over units; False for their sum, as in the paper.
+    - `average`: True for the mean over units; False for their sum, as in the paper.
     - `key`: consumed once, for the initial weights: uniform with variance 1/(3 fan-in).
 
     **Raises:** `ValueError` for sizes below 1.
@@ -59,7 +59,7 @@ class Planar(eqx.Module):
     def units(
         self, t: Float[Array, ""]
     ) -> tuple[Float[Array, "width dim"], Float[Array, "width dim"], Float[Array, " width"]]:
-        """w (width, dim), u (width, dim), gated, and b (width,) at time `t`."""
+        """Return w (width, dim), the gated u (width, dim) and b (width,) at time `t`."""
         *hidden, last = self.hypernet
         h = t[None]
         for layer in hidden:
@@ -72,13 +72,13 @@ class Planar(eqx.Module):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self.velocity_and_divergence(t, x)[0]
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and div v = mean_m (u_m . w_m) (1 - tanh(w_m . x + b_m)^2)."""
+        """Return v (dim,) and div v = mean_m (u_m . w_m) (1 - tanh(w_m . x + b_m)^2)."""
         w, u, b = self.units(t)
         if self.average:
             u = u / len(u)

@@ -1,4 +1,4 @@
-"""The residual network: wide and deep fields that are trained without being solved."""
+"""The residual network: wide and deep fields, for training without an ODE solve."""
 
 from collections.abc import Callable
 
@@ -9,42 +9,44 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_key
-from jcnf.fields.layers import Activation, Ignore, resolve
+from jcnf.fields.layers import Activation, Linear, resolve
 
-SHARPNESS = 2.0  # standard deviation of what waves are drawn with
+WAVE_FREQUENCY_STD = 2.0
 
 
 class Block(eqx.Module):
-    """h + V s(W s(h) + U e): one residual block, told the time and the context by e."""
+    """Residual block h + V s(W s(h) + U e), where e encodes the time and the context."""
 
-    inner: Ignore  # W
-    condition: Ignore  # U
-    outer: Ignore  # V
+    inner: Linear  # W
+    condition: Linear  # U
+    outer: Linear  # V
 
     def __init__(self, width: int, condition_size: int, *, key: Key[Array, ""]):
         inner_key, condition_key, outer_key = jr.split(key, 3)
-        self.inner = Ignore(width, width, key=inner_key)
-        self.condition = Ignore(condition_size, width, key=condition_key)
-        self.outer = Ignore(width, width, key=outer_key)
+        self.inner = Linear(width, width, key=inner_key)
+        self.condition = Linear(condition_size, width, key=condition_key)
+        self.outer = Linear(width, width, key=outer_key)
 
 
 class ResNet(eqx.Module):
-    """v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W (x, w(x)).
+    """Residual network of B blocks.
 
-    Blocks that pass their input on can be many, and the time may be told apart finely: e(t, c) is
-    (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c). Sharp edges take waves
-    w(x) = (sin S x, cos S x) beside x, with S drawn from N(0, 2^2) (random Fourier features, Tancik
-    et al. 2020; here S is trained along). Its divergence takes one product with each layer a
-    dimension, which suits a field that is trained by flow matching and scored now and then.
+    v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W (x, w(x)).
+
+    Residual connections allow many blocks, and e(t, c) = (t, sin pi t, ..., sin F pi t, cos pi t,
+    ..., cos F pi t, c) resolves time finely. Sharp edges need the waves w(x) = (sin S x, cos S x)
+    beside x, with S drawn from N(0, 2^2) (random Fourier features, Tancik et al. 2020; here S is
+    trained too). The divergence takes one product with each layer per dimension, which suits a
+    field that is trained by flow matching and scored only occasionally.
 
     **Arguments:**
 
     - `dim`: dimension of x.
-    - `width`: of the hidden layers.
-    - `blocks`: how many, each of two layers.
+    - `width`: width of the hidden layers.
+    - `blocks`: number of blocks B, each of two layers.
     - `activation`: as in `jcnf.fields.MLP`.
-    - `frequencies`: F; 0 for the bare time.
-    - `waves`: rows of S; 0 for the bare x.
+    - `frequencies`: F; 0 for t alone.
+    - `waves`: number of rows of S; 0 for x alone.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `key`: consumed once, for the initial weights. Those of R are 0, so that at first v = 0.
 
@@ -52,9 +54,9 @@ class ResNet(eqx.Module):
     """
 
     directions: Float[Array, "waves dim"] | None  # S
-    entry: Ignore
+    entry: Linear
     blocks: tuple[Block, ...]
-    readout: Ignore
+    readout: Linear
     dim: int = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     frequencies: int = eqx.field(static=True)
@@ -84,14 +86,14 @@ class ResNet(eqx.Module):
         self.directions = None
         if waves:
             entry_key, wave_key = jr.split(entry_key)
-            self.directions = SHARPNESS * jr.normal(wave_key, (waves, dim))
-        self.entry = Ignore(dim + 2 * waves, width, key=entry_key)
+            self.directions = WAVE_FREQUENCY_STD * jr.normal(wave_key, (waves, dim))
+        self.entry = Linear(dim + 2 * waves, width, key=entry_key)
         self.blocks = tuple(Block(width, conditions, key=k) for k in keys)
-        readout = Ignore(width, dim, key=readout_key)
+        readout = Linear(width, dim, key=readout_key)
         self.readout = eqx.tree_at(lambda r: r.weight, readout, jnp.zeros_like(readout.weight))
 
     def _push(self, t, x, context, columns):
-        """The velocity, and the products of its Jacobian with `columns` (k, dim), as rows."""
+        """Return the velocity, and the Jacobian's product with each row of `columns` (k, dim)."""
         angles = jnp.asarray(np.pi * np.arange(1, self.frequencies + 1), t.dtype) * t
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:
@@ -108,7 +110,7 @@ class ResNet(eqx.Module):
         return self.readout(t, a), (slope[None] * pushed) @ self.readout.weight.T
 
     def _with_waves(self, x, columns):
-        """x and its waves, and the products of their Jacobian with `columns`."""
+        """Return x joined by its waves, and their Jacobian's product with each row of `columns`."""
         if self.directions is None:
             return x, columns
         angles, turned = self.directions @ x, columns @ self.directions.T
@@ -121,16 +123,16 @@ class ResNet(eqx.Module):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self._push(t, x, context, jnp.zeros((0, self.dim), x.dtype))[0]
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and tr(dv/dx), exactly: `dim` products with each layer.
+        """Return v (dim,) and tr(dv/dx), exactly, by `dim` products with each layer.
 
-        The slopes are had with the activations and once for all columns, for which forward mode
-        takes longer.
+        This is faster than forward mode, because the slopes are computed with the activations, and
+        once for all columns.
         """
         v, jacobian = self._push(t, x, context, jnp.eye(self.dim, dtype=x.dtype))
         return v, jnp.trace(jacobian)

@@ -1,4 +1,4 @@
-"""The U-Net: a field of pictures that sees them whole, trained without being solved."""
+"""The U-Net: a field of images, for training without an ODE solve."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,62 +11,66 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_ints, check_key, check_shape
-from jcnf.fields._xla_cpu import KERNEL, convolve
-from jcnf.fields.layers import Activation, Ignore, resolve
+from jcnf.fields._xla_cpu import KERNEL_SIZE, convolve
+from jcnf.fields.layers import Activation, Linear, resolve
 
-GROUPS = 8  # of channels, each normalised by itself
+NORM_GROUPS = 8
 
 
 class ConvBlock(eqx.Module):
-    """S h + K2 * s(n(K1 * s(n(h)) + U e)): two convolutions, told the time and the context by e."""
+    """Residual block of two convolutions, S h + K2 * s(n(K1 * s(n(h)) + U e)).
 
-    inner: Ignore  # K1
-    condition: Ignore  # U
-    outer: Ignore  # K2, zeros at first
-    skip: Ignore  # S
+    e encodes the time and the context, and n is `normalize`.
+    """
+
+    inner: Linear  # K1
+    condition: Linear  # U
+    outer: Linear  # K2, initially 0
+    skip: Linear  # S
 
     def __init__(self, in_size: int, out_size: int, condition_size: int, *, key: Key[Array, ""]):
         inner_key, condition_key, outer_key, skip_key = jr.split(key, 4)
-        self.inner = Ignore(KERNEL**2 * in_size, out_size, key=inner_key)
-        self.condition = Ignore(condition_size, out_size, key=condition_key)
-        self.outer = _silent(Ignore(KERNEL**2 * out_size, out_size, key=outer_key))
-        self.skip = Ignore(in_size, out_size, key=skip_key)
+        self.inner = Linear(KERNEL_SIZE**2 * in_size, out_size, key=inner_key)
+        self.condition = Linear(condition_size, out_size, key=condition_key)
+        self.outer = _silent(Linear(KERNEL_SIZE**2 * out_size, out_size, key=outer_key))
+        self.skip = Linear(in_size, out_size, key=skip_key)
 
     def __call__(self, t, h, condition, activation):
-        """(height, width, out) of (height, width, in)."""
-        a = convolve(activation(normalise(h))[0], *self.inner.affine(t))
+        """Map h (height, width, in) to (height, width, out)."""
+        a = convolve(activation(normalize(h))[0], *self.inner.affine(t))
         a = a + self.condition(t, condition)[None, None]
-        a = convolve(activation(normalise(a))[0], *self.outer.affine(t))
+        a = convolve(activation(normalize(a))[0], *self.outer.affine(t))
         return h @ self.skip.weight.T + self.skip.bias[None, None] + a
 
 
 class UNet(eqx.Module):
-    """A U-Net of residual blocks (Ronneberger et al. 2015; Ho et al. 2020, without attention).
+    """U-Net of residual blocks (Ronneberger et al. 2015; Ho et al. 2020, without attention).
 
-    Pictures are halved after each level but the last, doubled again on the way back, and joined
-    there by what each level had. Blocks normalise in groups of channels (Wu & He 2018) and are told
-    e(t, c) = (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c). Every pixel sees all
-    others, so that there is no closed form of its divergence: score it by Hutchinson's estimator.
-    At first v = 0.
+    The resolution is halved after each level but the last, and doubled again on the way back, where
+    each level is joined by its own output on the way down. Blocks normalize in groups of channels
+    (Wu & He 2018) and take e(t, c) = (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c).
+    Every pixel sees all others, so that the divergence has no closed form: use Hutchinson's
+    estimator. At first v = 0.
 
     **Arguments:**
 
-    - `shape`: height, width and channels of the picture; components come in this order.
-    - `channels`: of each level, the finest first; more than 8, of a level or of two neighbours
-      together, must be a multiple of 8.
-    - `blocks`: a level, on each way.
+    - `shape`: height, width and channels of the image; the components of x come in this order.
+    - `channels`: number of channels of each level, finest first. Numbers above 8, of one level or
+      of two neighboring levels together, must be multiples of 8.
+    - `blocks`: number of blocks per level, on each way.
     - `activation`: as in `jcnf.fields.MLP`.
-    - `frequencies`: F.
+    - `frequencies`: F; 0 for t alone.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `key`: consumed once, for the initial weights.
 
-    **Raises:** `ValueError` for sizes below 1, and for pictures that cannot be halved so often.
+    **Raises:** `ValueError` for sizes below 1, for channels that are not such multiples, and for a
+    height or width that cannot be halved between all levels.
     """
 
-    entry: Ignore
+    entry: Linear
     down: tuple[tuple[ConvBlock, ...], ...]
     up: tuple[tuple[ConvBlock, ...], ...]  # the coarsest level first
-    readout: Ignore
+    readout: Linear
     shape: tuple[int, int, int] = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
     frequencies: int = eqx.field(static=True)
@@ -86,22 +90,23 @@ class UNet(eqx.Module):
         check_shape("shape", shape)
         check_ints(channels=channels)
         if not channels:
-            raise ValueError("channels must be those of one level or more; got ()")
+            raise ValueError("channels must be those of at least one level; got ()")
         check_int(blocks=blocks)
         check_int(0, frequencies=frequencies, context_dim=context_dim)
         check_key(key)
         halvings = 2 ** (len(channels) - 1)
         if shape[0] % halvings or shape[1] % halvings:
             raise ValueError(
-                f"{len(channels)} levels need pictures whose height and width can be halved "
-                f"{len(channels) - 1} times; got {shape[0]} x {shape[1]}"
+                f"shape must have a height and width that can be halved {len(channels) - 1} times "
+                f"for {len(channels)} levels of channels; got {shape[0]} x {shape[1]}"
             )
-        # On the way back a level gets what comes from below, and what it had itself.
+        # On the way back, a level takes the output of the next coarser level, joined by its own.
         joined = [b + c for b, c in zip([*channels[1:], 0], channels, strict=True)]
-        if odd := [c for c in (*channels, *joined) if c > GROUPS and c % GROUPS]:
+        if odd := [c for c in (*channels, *joined) if c > NORM_GROUPS and c % NORM_GROUPS]:
             raise ValueError(
-                f"channels above {GROUPS}, of a level or of two neighbours together, must be "
-                f"multiples of it; got {odd[0]} of {tuple(channels)}"
+                f"channels above {NORM_GROUPS}, of one level or of two neighboring levels "
+                f"together, must be multiples of {NORM_GROUPS}; got {odd[0]} from "
+                f"channels={tuple(channels)}"
             )
         self.shape, self.context_dim, self.frequencies = shape, context_dim, frequencies
         self.activation = resolve(activation)
@@ -114,20 +119,20 @@ class UNet(eqx.Module):
                 ConvBlock(i, o, size, key=next(keys)) for i, o in itertools.pairwise(sizes)
             )
 
-        self.entry = Ignore(KERNEL**2 * shape[2], channels[0], key=next(keys))
+        self.entry = Linear(KERNEL_SIZE**2 * shape[2], channels[0], key=next(keys))
         self.down = tuple(level(channels[max(i - 1, 0)], c) for i, c in enumerate(channels))
         self.up = tuple(level(i, o) for i, o in reversed([*zip(joined, channels, strict=True)]))
-        self.readout = _silent(Ignore(KERNEL**2 * channels[0], shape[2], key=next(keys)))
+        self.readout = _silent(Linear(KERNEL_SIZE**2 * channels[0], shape[2], key=next(keys)))
 
     @property
     def dim(self) -> int:
-        """height x width x channels."""
+        """Dimension of x, height x width x channels."""
         return int(np.prod(self.shape))
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         angles = jnp.asarray(np.pi * np.arange(1, self.frequencies + 1), t.dtype) * t
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:
@@ -144,13 +149,13 @@ class UNet(eqx.Module):
             h = own if i == 0 else jnp.concatenate([_doubled(h), own], axis=-1)
             for block in blocks:
                 h = block(t, h, condition, self.activation)
-        h, _ = self.activation(normalise(h))
+        h, _ = self.activation(normalize(h))
         return convolve(h, *self.readout.affine(t)).reshape(x.shape)
 
 
-def normalise(h: Float[Array, "height width channels"]) -> Float[Array, "height width channels"]:
-    """Mean 0 and variance 1 in each of 8 groups of channels; of fewer channels, in each."""
-    groups = h.reshape(-1, min(GROUPS, h.shape[-1]), max(1, h.shape[-1] // GROUPS))
+def normalize(h: Float[Array, "height width channels"]) -> Float[Array, "height width channels"]:
+    """Normalize 8 groups of channels, or each of fewer channels, to mean 0 and variance 1."""
+    groups = h.reshape(-1, min(NORM_GROUPS, h.shape[-1]), max(1, h.shape[-1] // NORM_GROUPS))
     mean = jnp.mean(groups, axis=(0, 2), keepdims=True)
     variance = jnp.mean((groups - mean) ** 2, axis=(0, 2), keepdims=True)
     return ((groups - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(h.shape)

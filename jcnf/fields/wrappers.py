@@ -1,4 +1,4 @@
-"""Fields made of fields. A divergence stays a closed form where every field inside has one."""
+"""Fields made of other fields. The divergence has a closed form if every field inside has one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from jcnf.fields.layers import uniform
 
 
 class Wrapper(eqx.Module):
-    """A field around another, of the same `dim` and `context_dim`."""
+    """A field around another one, with the same `dim` and `context_dim`."""
 
     field: eqx.AbstractVar[Any]
 
@@ -29,21 +29,21 @@ class Wrapper(eqx.Module):
 
     @property
     def context_dim(self) -> int | None:
-        """Size of the conditioning vector; None where the field inside does not say."""
+        """Size of the conditioning vector; None if the field inside does not declare it."""
         return getattr(self.field, "context_dim", None)
 
 
 class Cast(Wrapper):
-    """v(t, x) = f(t, x), computed in another dtype: mixed precision.
+    """The field f computed in another dtype, for mixed precision.
 
-    Parameters, input and whatever f does are in `dtype`, and the velocity is in that of x again,
-    so that the state of a solve, its error control and the sums of a log-det keep their precision;
-    a closed-form divergence is computed in `dtype` as well.
+    The parameters, inputs and computations of f are in `dtype`. The velocity is cast back to the
+    dtype of x, so that the state of a solve, its error control and the sum of a log-det keep their
+    precision. A closed-form divergence is computed in `dtype` as well.
 
     **Arguments:**
 
-    - `field`: f, any field, whose own arrays stay as they are and are cast at each call.
-    - `dtype`: such as `jnp.bfloat16`.
+    - `field`: f, any field. Its arrays keep their dtype and are cast at each call.
+    - `dtype`: a floating dtype, such as `jnp.bfloat16`.
 
     **Raises:** `ValueError` for a dtype that is not floating.
     """
@@ -57,7 +57,9 @@ class Cast(Wrapper):
         except TypeError:
             floating = False
         if not floating:
-            raise ValueError(f"expected a floating dtype, as jnp.bfloat16; got {self.dtype}")
+            raise ValueError(
+                f"dtype must be a floating dtype, such as jnp.bfloat16; got {self.dtype}"
+            )
 
     def _down(self, *values):
         def cast(leaf):
@@ -68,21 +70,21 @@ class Cast(Wrapper):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         field, *arguments = self._down(t, x, context)
         return field(*arguments).astype(x.dtype)
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and div v, as f has them in `dtype`."""
+        """Return v (dim,) and div v, both computed in `dtype`."""
         field, *arguments = self._down(t, x, context)
         v, divergence = velocity_and_divergence(field, *arguments)
         return v.astype(x.dtype), divergence.astype(x.dtype)
 
 
-class Residual(Wrapper):
-    """v(t, x) = f(t, x) - x (FFJORD's residual option, Grathwohl et al. 2019).
+class MinusIdentity(Wrapper):
+    """The field v(t, x) = f(t, x) - x (FFJORD's residual option, Grathwohl et al. 2019).
 
     **Arguments:**
 
@@ -94,31 +96,32 @@ class Residual(Wrapper):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self.field(t, x, context) - x
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and div v = div f - dim."""
+        """Return v (dim,) and div v = div f - dim."""
         v, divergence = velocity_and_divergence(self.field, t, x, context)
         return v - x, divergence - self.dim
 
 
-class TimeChange(Wrapper):
-    """v(t, x) = r f(start + r t, x): the flow of f from `start` on, in time that runs r as fast.
+class TimeRescaling(Wrapper):
+    """The field v(t, x) = r f(start + r t, x): f from time `start` on, run r times as fast.
 
-    With `rate=T` and a flow of `t1=1` the end time T of f is trained along (FFJORD's option,
-    Grathwohl et al. 2019). The root of r is what is stored, so that r stays positive.
+    With `rate=T` and a flow with `t1=1`, the end time T of f is trained too (FFJORD's option,
+    Grathwohl et al. 2019). The module stores the square root of r, which keeps r positive.
 
     **Arguments:**
 
     - `field`: f, any field.
-    - `rate`: r at first, positive.
-    - `start`: the time of f at t=0. It has no gradient; give a float, for weight decay would move
-      an array.
+    - `rate`: initial value of r, positive.
+    - `start`: the time of f at t=0. It has no gradient; pass a float, because weight decay would
+      change an array.
 
-    **Raises:** `ValueError` for a rate that is not positive and finite (where it is concrete).
+    **Raises:** `ValueError` for a concrete rate that is not positive and finite, and for a concrete
+    start that is not finite.
     """
 
     field: Any
@@ -136,7 +139,7 @@ class TimeChange(Wrapper):
 
     @property
     def rate(self) -> Float[Array, ""]:
-        """r, the time of f that passes in a unit of time."""
+        """The time r of f that passes per unit of time."""
         return self.sqrt_rate**2
 
     def _time(self, t):
@@ -145,20 +148,20 @@ class TimeChange(Wrapper):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self.rate * self.field(self._time(t), x, context)
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and div v = r div f."""
+        """Return v (dim,) and div v = r div f."""
         v, divergence = velocity_and_divergence(self.field, self._time(t), x, context)
         return self.rate * v, self.rate * divergence
 
     @property
     def gradient(self) -> Callable:
-        """That of the potential r Phi(x, start + r t) in (x, t), where f has one."""
-        gradient = self.field.gradient  # no such attribute here either, where f has none
+        """The gradient of the potential r Phi(x, start + r t) in (x, t), if f has a potential."""
+        gradient = self.field.gradient  # AttributeError if f has none, so that hasattr is False
 
         def of(t, x):
             *_, dt = scaled = self.rate * gradient(self._time(t), x)
@@ -168,14 +171,15 @@ class TimeChange(Wrapper):
 
 
 class Mixture(eqx.Module):
-    """v(t, x) = sum_i p_i(t) f_i(t, x), p = softmax(w t + b): experts that take turns in time.
+    """Mixture of experts v(t, x) = sum_i p_i(t) f_i(t, x), with shares p = softmax(w t + b).
 
-    FFJORD's mixture layer (Grathwohl et al. 2019), over whole fields. The shares p depend on time
-    alone, so that divergences mix as velocities do.
+    This is FFJORD's mixture layer (Grathwohl et al. 2019), applied to whole fields. The shares
+    depend only on time, so that divergences mix as velocities do.
 
     **Arguments:**
 
-    - `fields`: the experts f_i, of one `dim` and, where they have it, one `context_dim`.
+    - `fields`: the experts f_i, with the same `dim` and, if they declare it, the same
+      `context_dim`.
     - `key`: consumed once, for w and b: uniform in (-1, 1).
 
     **Raises:** `ValueError` for no fields, and for fields that differ in `dim` or `context_dim`.
@@ -195,8 +199,8 @@ class Mixture(eqx.Module):
         context_dims = {getattr(field, "context_dim", None) for field in fields} - {None}
         if len(dims) != 1 or len(context_dims) > 1:
             raise ValueError(
-                "a mixture needs fields, of one dim and one context_dim; "
-                f"got {len(fields)} of dim {dims or None} and context_dim {context_dims or None}"
+                "fields must be at least one field, all of one dim and one context_dim; got "
+                f"{len(fields)} of dim {dims or None} and context_dim {context_dims or None}"
             )
         weight_key, bias_key = jr.split(key)
         self.fields = tuple(fields)
@@ -206,42 +210,40 @@ class Mixture(eqx.Module):
         self.context_dim = next(iter(context_dims), None)
 
     def shares(self, t: Float[Array, ""]) -> Float[Array, " fields"]:
-        """p(t), the experts' shares of the velocity: positive, and 1 together."""
+        """Return p(t), the experts' shares of the velocity: positive, with sum 1."""
         return jax.nn.softmax(self.share_weight * t + self.share_bias)
 
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         return self.shares(t) @ jnp.stack([field(t, x, context) for field in self.fields])
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and div v = sum_i p_i div f_i."""
+        """Return v (dim,) and div v = sum_i p_i div f_i."""
         pairs = [velocity_and_divergence(field, t, x, context) for field in self.fields]
         v, divergence = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
         return self.shares(t) @ v, self.shares(t) @ divergence
 
 
-# Classifier-free guidance: one field that knows the context, and what it does without.
-
-
 class Guided(Wrapper):
-    """v(t, x, c) = f(t, x, 0) + scale (f(t, x, c) - f(t, x, 0)) (Ho & Salimans 2022).
+    """Classifier-free guidance, v(t, x, c) = f(t, x, 0) + scale (f(t, x, c) - f(t, x, 0)).
 
-    In their terms the scale is 1 + w; Zheng et al. 2023 have it for flows.
+    In the notation of Ho & Salimans (2022), the scale is 1 + w; Zheng et al. (2023) apply it to
+    flows.
 
-    0 is the null context, which `objectives.flow_matching(..., drop_context=rate)` trains along:
-    contexts must not be 0 themselves, so encode classes as one-hot vectors, and give numbers a
-    column of ones beside them. With `scale` 1 it is f, with 0 f without a context; above 1 samples
-    keep closer to what tells a context from others, and are no longer those of p(x | c).
+    0 is the null context, which `objectives.flow_matching(..., drop_context=rate)` trains too.
+    Contexts must not be 0 themselves: encode classes as one-hot vectors, and add a column of ones
+    to numbers. With `scale` 1 this is f, and with 0 it is f without a context. Above 1, samples
+    keep closer to what distinguishes their context from others, and no longer follow p(x | c).
     Log-densities are those of the guided flow.
 
     **Arguments:**
 
     - `field`: f, a field that takes a context.
-    - `scale`: any finite number; an array, where many are tried with one program.
+    - `scale`: any finite number; as an array, many values share one compiled program.
 
     **Raises:** `ValueError` for a scale that is not finite, and for a call without a context.
     """
@@ -255,14 +257,14 @@ class Guided(Wrapper):
     def __call__(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
-        """The velocity dx/dt at time `t`, (dim,)."""
+        """Return the velocity dx/dt at time `t`, (dim,)."""
         without = self.field(t, x, _null(context))
         return without + self.scale * (self.field(t, x, context) - without)
 
     def velocity_and_divergence(
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """v (dim,) and its divergence: the same combination of f's."""
+        """Return v (dim,) and div v, the same combination of the divergences of f."""
         v, div = velocity_and_divergence(self.field, t, x, context)
         v0, div0 = velocity_and_divergence(self.field, t, x, _null(context))
         return v0 + self.scale * (v - v0), div0 + self.scale * (div - div0)

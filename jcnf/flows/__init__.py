@@ -19,9 +19,9 @@ from jcnf.flows.functional import log_prob as log_prob
 from jcnf.flows.functional import sample as sample
 from jcnf.flows.functional import sample_and_log_prob as sample_and_log_prob
 from jcnf.flows.functional import transform as transform
-from jcnf.flows.multiscale import Fixed as Fixed
+from jcnf.flows.multiscale import AnalyticBijection as AnalyticBijection
+from jcnf.flows.multiscale import ChannelSplit as ChannelSplit
 from jcnf.flows.multiscale import Logit as Logit
-from jcnf.flows.multiscale import OnChannels as OnChannels
 from jcnf.flows.multiscale import Squeeze as Squeeze
 from jcnf.flows.multiscale import multiscale as multiscale
 from jcnf.flows.nice import NICE as NICE

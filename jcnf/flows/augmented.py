@@ -1,10 +1,11 @@
-"""Augmented flows: data of fewer dimensions than the flow has (Huang, Dinh & Courville 2020).
+"""Augmented flows: the flow has more dimensions than the data (Huang, Dinh & Courville 2020).
 
-The flow is over (x, e), with e ~ N(0, I) in the extra dimensions of the data: any CNF whose field
-and base have `dim + extra` dimensions. What paths cannot do in `dim` dimensions, cross without
-meeting, they can do there (ANODE, Dupont et al. 2019), and the density stays a density. It is
-trained by `jcnf.objectives.likelihood` on batches of `augment`: a bound, less the entropy of e,
-which is constant. Samples are `jcnf.sample(...)[:, :dim]`.
+The flow models (x, e), where e ~ N(0, I) fills the extra dimensions; it is any CNF whose field and
+base have `dim + extra` dimensions. Paths that would meet in `dim` dimensions can pass each other in
+the extra ones (ANODE, Dupont et al. 2019), and the model still has a density. Train it with
+`jcnf.objectives.likelihood` on batches from `augment`: on average this log-likelihood is a lower
+bound on log p(x) minus the entropy of e, which is constant. Draw samples with
+`jcnf.sample(...)[:, :dim]`.
 """
 
 import jax
@@ -22,9 +23,9 @@ from jcnf.ode import Solve, Stats, with_array_tolerances
 def augment(
     x: Float[Array, "batch dim"], key: Key[Array, ""], extra: int
 ) -> Float[Array, "batch dim_and_extra"]:
-    """`x` with `extra` standard normal dimensions joined to it; consumes `key`.
+    """Append `extra` standard normal dimensions to `x`; consumes `key`.
 
-    **Raises:** `ValueError` for `extra` below 0.
+    **Raises:** `ValueError` if `extra` is negative or `x` is not of shape (batch, dim).
     """
     check_int(0, extra=extra)
     check_key(key)
@@ -42,12 +43,14 @@ def log_prob_bound(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
 ) -> Float[Array, " batch"]:
-    """A lower bound in expectation of log p(x), (batch,) nats: log mean_k p(x, e_k) / N(e_k; 0, I).
+    """Return log mean_k p(x, e_k) / N(e_k; 0, I), whose expectation is a lower bound on log p(x).
 
-    It rises towards log p(x) with the number of `samples` (Burda et al. 2016), which go through
-    one solve after the other. `key` is consumed once, for e and a stochastic divergence.
+    The result has shape (batch,) and is in nats. It rises toward log p(x) with the number of
+    `samples` (Burda et al. 2016), which are solved one after another. `key` is consumed once, for e
+    and for a stochastic divergence.
 
-    **Raises:** as `jcnf.log_prob`, and `ValueError` for a flow of fewer dimensions than `x`.
+    **Raises:** the errors of `jcnf.log_prob`, and `ValueError` if the flow has fewer dimensions
+    than `x`.
     """
     check_key(key)
     check_int(samples=samples)
@@ -79,15 +82,19 @@ def solve_bound(
     solve: Solve,
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
 ) -> tuple[Float[Array, " batch"], Stats]:
-    """`log_prob_bound` by a key for each of the batch, with the solver's statistics.
+    """Compute `log_prob_bound` with one key per row of `x`, and the solver's statistics.
 
-    They are sums over the samples, but for the mean NFE; where any solve failed is `stats.failed`.
+    Steps are summed over the samples and the NFE is averaged; `stats.failed` marks the rows for
+    which any of the solves failed.
     """
     check_flow(flow)
     check_int(samples=samples)
     extra = flow.base.dim - x.shape[1]
     if extra < 0:
-        raise ValueError(f"expected at most {flow.base.dim} dimensions; got {x.shape[1]}")
+        raise ValueError(
+            f"expected x of at most {flow.base.dim} dimensions, as many as the flow has; "
+            f"got {x.shape[1]}"
+        )
 
     def log_weight(number):
         e = jax.vmap(lambda key: jr.normal(jr.fold_in(key, number), (extra,), x.dtype))(keys)

@@ -1,9 +1,8 @@
-"""Flows, and the pure functions people import.
+"""The interface of flows, and the checks that their public functions share.
 
-t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). Along the direction taken,
-`logdet` is log|det d end / d start|, so that from data to base
-`log_prob(x) = base.log_prob(z) + logdet`, and from base to data
-`log_prob(x) = base.log_prob(z) - logdet`.
+Time t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). `logdet` is
+log|det d end / d start| along the direction taken. Hence `log_prob(x) = base.log_prob(z) + logdet`
+from data to base, and `log_prob(x) = base.log_prob(z) - logdet` from base to data.
 """
 
 from abc import abstractmethod
@@ -18,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key
 
 from jcnf._checks import check_instance, list_rows
-from jcnf.distributions import Base
+from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence, Exact
 from jcnf.ode import Solve, Stats
 
@@ -26,38 +25,38 @@ Direction = Literal["to_base", "to_data"]
 
 
 class Transformed(NamedTuple):
-    """What `transform` returns."""
+    """The result of `transform`."""
 
     x: Float[Array, "batch dim"]  # at the end of the direction solved
     logdet: Float[Array, " batch"]  # log|det d end / d start|, nats
-    penalties: dict[str, Float[Array, " batch"]]  # integrals over |dt|, positive
+    regularizers: dict[str, Float[Array, " batch"]]  # integrals over |dt|, positive
     stats: Stats
 
 
 class Bijection(eqx.Module):
-    """A bijection of vectors, from the base's side to the data's: a flow, or a part of one.
+    """A bijection of vectors between the base side and the data side: a flow, or a part of one.
 
-    A subclass says how a batch is carried, with and without its log-det. Both methods get batches
-    that were checked, and neither raises for a solve that fails: it is `stats.failed`.
+    A subclass defines how a batch is carried, with and without its log-det. Both methods receive
+    batches that have been checked. Neither raises if a solve fails; they set `stats.failed`.
     """
 
     @property
     @abstractmethod
     def context_dim(self) -> int | None:
-        """Size of the context taken, 0 for none; None where it is not known."""
+        """Size of the context: 0 if the bijection takes none, None if the size is unknown."""
 
     @abstractmethod
-    def carry(
+    def transform(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
         context: Float[Array, "batch context"] | None,
         solve: Solve,
     ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """The batch at the other end, and what it cost."""
+        """Return the batch at the other end and the solver statistics."""
 
     @abstractmethod
-    def carry_with_logdet(
+    def transform_and_log_det(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
@@ -67,46 +66,47 @@ class Bijection(eqx.Module):
         divergence: Divergence,
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
-        """The batch at the other end, its log-det and its penalties, and what it cost."""
+        """Return the batch at the other end, its log-det, regularizers and solver statistics."""
 
     def draw_noise(
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
     ) -> Any:
-        """What `carry_with_logdet` would draw from `key`: arrays with leading axis `batch`.
+        """Return the noise that `transform_and_log_det` would draw from `key`, None if none.
 
-        `jcnf.divergence.Drawn` takes it in place of a key. None where nothing is drawn.
+        It consists of arrays with leading axis `batch`. `jcnf.divergence.FixedNoise` takes it in
+        place of a key.
         """
         return None
 
 
 class Flow(Bijection):
-    """A bijection between base samples and data. A pytree, nothing more.
+    """A bijection between base samples and data. It is a plain pytree.
 
-    The functions below, and whatever stands on them, serve any subclass as they serve `jcnf.CNF`.
+    The public functions, and everything built on them, accept any subclass, just like `jcnf.CNF`.
     """
 
-    base: eqx.AbstractVar[Base]
+    base: eqx.AbstractVar[BaseDistribution]
 
 
 def check_direction(direction: str) -> None:
-    """Raise `ValueError` for what is no direction."""
+    """Raise `ValueError` unless `direction` is 'to_base' or 'to_data'."""
     if direction not in ("to_base", "to_data"):
         raise ValueError(f"direction must be 'to_base' or 'to_data'; got {direction!r}")
 
 
 def check_flow(flow: Any) -> None:
-    """Raise `ValueError` for what is no flow."""
-    check_instance(Flow, "a flow, as jcnf.CNF(field, base) is", flow=flow)
+    """Raise `ValueError` unless `flow` is a `Flow`."""
+    check_instance(Flow, "a flow, such as jcnf.CNF(field, base)", flow=flow)
 
 
 def check_strategy(solve: Any, divergence: Any = Exact()) -> None:  # noqa: B008 (frozen)
-    """Raise `ValueError` for what is no solve, or no divergence."""
+    """Raise `ValueError` unless `solve` is a `Solve` and `divergence` a `Divergence`."""
     check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
-    check_instance(Divergence, "an instance, as jcnf.Exact() is", divergence=divergence)
+    check_instance(Divergence, "an instance, such as jcnf.Exact()", divergence=divergence)
 
 
 def check_batch(flow: Flow, x, context) -> None:
-    """Raise `ValueError` where `x` is no batch for `flow`, or `context` none for it."""
+    """Raise `ValueError` unless `x` is a valid batch for `flow` and `context` fits it."""
     check_flow(flow)
     dim = flow.base.dim
     try:
@@ -114,7 +114,7 @@ def check_batch(flow: Flow, x, context) -> None:
         shape, dtype = array.shape, jnp.result_type(array)
     except (TypeError, ValueError):
         raise ValueError(
-            f"expected x of shape (batch, {dim}); got {x!r}, which is no array of numbers"
+            f"expected x of shape (batch, {dim}); got {x!r}, which is not an array of numbers"
         ) from None
     if len(shape) != 2 or shape[1] != dim:
         hint = ": add a batch axis with x[None]" if shape == (dim,) else ""
@@ -125,8 +125,9 @@ def check_batch(flow: Flow, x, context) -> None:
         raise ValueError(f"expected x of a floating dtype; got {dtype}")
     if dtype.itemsize < 4:
         raise ValueError(
-            f"a state of {dtype} has too few digits for a solve: take x.astype(jnp.float32), and "
-            f"of the field jcnf.fields.Cast(field, jnp.{dtype})"
+            f"expected x of float32 or wider; got {dtype}, which is too coarse for a solve: use "
+            f"x.astype(jnp.float32), with jcnf.fields.Cast(field, jnp.{dtype}) if the field should "
+            f"compute in {dtype}"
         )
     widest = max(
         (leaf.dtype for leaf in jax.tree.leaves(flow) if eqx.is_inexact_array(leaf)),
@@ -134,35 +135,35 @@ def check_batch(flow: Flow, x, context) -> None:
         default=dtype,
     )
     if widest.itemsize > dtype.itemsize:
-        raise ValueError(f"the flow is of {widest} and x of {dtype}: cast it, x.astype({widest})")
+        raise ValueError(
+            f"expected x of the flow's dtype {widest}; got {dtype}: use x.astype(jnp.{widest})"
+        )
     check_context(flow, shape[0], context)
 
 
 def check_context(flow: Flow, batch: int, context) -> None:
-    """Raise `ValueError` where `context` is none for so many samples of `flow`."""
+    """Raise `ValueError` unless `context` fits `batch` samples of `flow`."""
     if context is not None and not hasattr(context, "dtype"):
-        raise ValueError(f"context must be an array, as jnp.asarray makes one; got {context!r}")
+        raise ValueError(f"context must be an array; got {context!r}: use jnp.asarray(context)")
     shape = (batch, 0) if context is None else jnp.shape(context)
     if shape[:-1] != (batch,):
         raise ValueError(f"expected context of shape ({batch}, context); got {shape}")
     if context is not None and not jnp.issubdtype(jnp.result_type(context), jnp.floating):
         raise ValueError(
-            f"expected context of a floating dtype; got {jnp.result_type(context)}: classes are "
-            "one-hot vectors, as jax.nn.one_hot makes them"
+            f"expected context of a floating dtype; got {jnp.result_type(context)}: encode "
+            "classes as one-hot vectors with jax.nn.one_hot"
         )
     size, got = flow.context_dim, shape[-1]
     if size is not None and got != size:
-        raise ValueError(
-            f"the flow takes a context of size {size}; got {got or 'none'}: "
-            "pass context of shape (batch, context)"
-        )
+        advice = f"pass context of shape ({batch}, {size})" if size else "leave out context"
+        raise ValueError(f"the flow takes a context of size {size}; got {got or 'none'}: {advice}")
 
 
 def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
-    """Return `value`, or raise `equinox.EquinoxRuntimeError` where the solve of a row failed.
+    """Return `value`, or raise `equinox.EquinoxRuntimeError` if the solve of any row failed.
 
-    The error names the rows, unless it is raised by a compiled program (`equinox.error_if`): inside
-    jit, vmap or grad, and for arrays that are spread over several processes.
+    The error names the rows unless a compiled program raises it (`equinox.error_if`): inside jit,
+    vmap or grad, and for arrays that are spread over several processes.
     """
     if isinstance(failed, Tracer) or not failed.is_fully_addressable:
         return eqx.error_if(value, failed, f"the solve failed for some rows: {_ADVICE}")
@@ -174,7 +175,7 @@ def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
 
 
 _ADVICE = (
-    "max_steps was reached, a state was not finite, or only hopelessly short steps were within "
-    "tolerance. Loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform returns NaN and "
-    "stats.failed for such rows instead of raising."
+    "max_steps was reached, a state became NaN or inf, or rtol/atol required steps too short to "
+    "make progress. Loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform returns NaN "
+    "for these rows and flags them in stats.failed instead of raising."
 )

@@ -1,4 +1,4 @@
-"""Bijections one after another, and flows of them."""
+"""Compositions of bijections, and flows made of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,23 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_instance
-from jcnf.distributions import Base
+from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence
 from jcnf.flows.base import Bijection, Direction, Flow, Transformed
 from jcnf.ode import Solve, Stats
 
 
 class Composition(Bijection):
-    """Bijections one after another: log-dets, penalties and costs add up.
+    """Bijections applied one after another: log-dets, regularizers and costs add up.
 
-    A solve that fails leaves its last state to the next part, and the flag to the whole.
+    A row whose solve fails in one part still goes through the next parts, and `stats.failed` flags
+    it at the end.
 
     **Arguments:**
 
-    - `parts`: `jcnf.flows.Bijection`s of one dimension, the base's side first. The base of one that
-      is a flow plays no role.
+    - `parts`: `jcnf.flows.Bijection`s of one dimension, starting at the base side. If a part is a
+      flow, its base is ignored.
 
-    **Raises:** `ValueError` for no parts, for others than bijections, and for parts that take
+    **Raises:** `ValueError` if there are no parts, if a part is not a bijection, or if parts take
     contexts of different sizes.
     """
 
@@ -38,20 +39,20 @@ class Composition(Bijection):
         for part in parts:
             if not isinstance(part, Bijection):
                 raise ValueError(
-                    f"a part must be a jcnf.flows.Bijection; got a {type(part).__name__}: "
-                    "of a field make jcnf.flows.ODE(field)"
+                    f"each part must be a jcnf.flows.Bijection; got a {type(part).__name__}: "
+                    "wrap a field in jcnf.flows.ODE(field)"
                 )
         sizes = {size for part in parts if (size := part.context_dim)}
         if not parts or len(sizes) > 1:
             raise ValueError(
-                "a composition needs parts, with contexts of one size if any; "
-                f"got {len(parts)} with contexts of sizes {sorted(sizes)}"
+                "expected at least one part, and contexts of one size if any; "
+                f"got {len(parts)} parts with contexts of sizes {sorted(sizes)}"
             )
         self.parts = tuple(parts)
 
     @property
     def context_dim(self) -> int | None:
-        """That of the parts that take a context; None where one of them does not say."""
+        """Size of the context that the parts share, 0 for none; None if a part's is unknown."""
         sizes = [part.context_dim for part in self.parts]
         known = [size for size in sizes if size is not None]
         return max(known) if len(known) == len(sizes) else None
@@ -60,21 +61,20 @@ class Composition(Bijection):
         order = list(enumerate(self.parts))
         return order if direction == "to_data" else order[::-1]
 
-    def carry(
+    def transform(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
         context: Float[Array, "batch context"] | None,
         solve: Solve,
     ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """Through one part after the other."""
         total = Stats.unsolved(x)
         for _, part in self._in_order(direction):
-            x, stats = part.carry(x, direction, _given(part, context), solve)
+            x, stats = part.transform(x, direction, _given(part, context), solve)
             total += stats
         return x, total
 
-    def carry_with_logdet(
+    def transform_and_log_det(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
@@ -84,22 +84,22 @@ class Composition(Bijection):
         divergence: Divergence,
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
-        """Through one part after the other, each with noise of its own."""
+        """Carry the batch through each part in turn; each gets its own share of `key`."""
         keys = self._keys(key)
         logdet = jnp.zeros(len(x), x.dtype)
-        penalties = {r.__name__: logdet for r in regularizers}
+        costs = {r.__name__: logdet for r in regularizers}
         total = Stats.unsolved(x)
         for i, part in self._in_order(direction):
             own, given = divergence.of_part(i), _given(part, context)
-            end = part.carry_with_logdet(x, direction, keys[i], given, solve, own, regularizers)
+            end = part.transform_and_log_det(x, direction, keys[i], given, solve, own, regularizers)
             x, logdet, total = end.x, logdet + end.logdet, total + end.stats
-            penalties = {n: value + end.penalties.get(n, 0) for n, value in penalties.items()}
-        return Transformed(x, logdet, penalties, total)
+            costs = {n: value + end.regularizers.get(n, 0) for n, value in costs.items()}
+        return Transformed(x, logdet, costs, total)
 
     def draw_noise(
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
     ) -> tuple:
-        """That of each part."""
+        """Return the noise of each part, as a tuple."""
         parts = enumerate(zip(self.parts, self._keys(key), strict=True))
         return tuple(
             part.draw_noise(divergence.of_part(i), k, batch, dim, dtype) for i, (part, k) in parts
@@ -110,21 +110,23 @@ class Composition(Bijection):
 
 
 class Chain(Composition, Flow):
-    """A base distribution carried to data by bijections, one after another.
+    """A base distribution carried to data by bijections applied one after another.
 
     **Arguments:**
 
-    - `parts`: as of `Composition`, the base's side first.
-    - `base`: a `jcnf.distributions.Base` of their dimension.
+    - `parts`: the parts of a `Composition`, starting at the base side.
+    - `base`: a `jcnf.distributions.BaseDistribution` of the same dimension.
 
-    **Raises:** `ValueError` as `Composition` does.
+    **Raises:** the errors of `Composition`, and `ValueError` for another kind of `base`.
     """
 
-    base: Base
+    base: BaseDistribution
 
-    def __init__(self, parts: Sequence[Bijection], base: Base):
+    def __init__(self, parts: Sequence[Bijection], base: BaseDistribution):
         super().__init__(parts)
-        check_instance(Base, "one of jcnf.distributions, as StandardNormal(dim) is", base=base)
+        check_instance(
+            BaseDistribution, "one of jcnf.distributions, such as StandardNormal(dim)", base=base
+        )
         self.base = base
 
 

@@ -1,4 +1,4 @@
-"""Continuous normalizing flows: one ODE for the whole batch."""
+"""Continuous normalizing flows: one ODE solve for the whole batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_field, check_instance, check_number
-from jcnf.distributions import Base
+from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence
 from jcnf.flows.base import Bijection, Direction, Flow, Transformed
 from jcnf.ode import Solve, Stats, integrate
@@ -24,7 +24,7 @@ class ODE(Bijection):
     - `field`: velocity `field(t, x, context)` of one sample, with an integer `dim`.
     - `t1`: the end time, positive.
 
-    **Raises:** `ValueError` when `t1` is not positive.
+    **Raises:** `ValueError` if `t1` is not positive.
     """
 
     field: Any
@@ -37,25 +37,25 @@ class ODE(Bijection):
 
     @property
     def context_dim(self) -> int | None:
-        """That of the field."""
+        """Size of the field's context; None if the field does not say."""
         return getattr(self.field, "context_dim", None)
 
     def times(self, direction: Direction) -> tuple[float, float]:
-        """Where a solve starts and ends."""
+        """Return the times at which a solve in `direction` starts and ends."""
         return (self.t1, 0.0) if direction == "to_base" else (0.0, self.t1)
 
-    def carry(
+    def transform(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
         context: Float[Array, "batch context"] | None,
         solve: Solve,
     ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """Solves dx/dt = v(t, x), and carries nothing beside."""
+        """Solve dx/dt = v(t, x) alone, without the log-det."""
         t0, t1 = (_time(t, x) for t in self.times(direction))
         return integrate(Velocity(), x, (self.field, context), t0, t1, solve)
 
-    def carry_with_logdet(
+    def transform_and_log_det(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
@@ -65,23 +65,27 @@ class ODE(Bijection):
         divergence: Divergence,
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
-        """Solves dx/dt = v(t, x), d logdet/dt = div v (Chen et al. 2018, eq. 8) and, for each of
-        `regularizers`, d penalty/|dt| = rate, as one ODE."""
+        """Solve for x, its log-det and its regularizers as one ODE.
+
+        The equations are dx/dt = v(t, x), d logdet/dt = div v (Chen et al. 2018, eq. 8) and, for
+        each of `regularizers`, d penalty/|dt| = rate.
+        """
         batch, dim = x.shape
         noise = self.draw_noise(divergence, key, batch, dim, x.dtype)
         zeros = jnp.zeros(batch, x.dtype)
         start = FlowState(x, zeros, {r.__name__: zeros for r in regularizers})
         t0, t1 = self.times(direction)
+        # Going back in time dt is negative; the sign makes the penalties integrals over |dt|.
         sign = jnp.asarray(np.sign(t1 - t0), x.dtype)
         args = (self.field, noise, context, sign)
         rate = _Augmented(divergence, regularizers)
         end, stats = integrate(rate, start, args, _time(t0, x), _time(t1, x), solve)
-        return Transformed(end.x, end.logdet, end.penalties, stats)
+        return Transformed(end.x, end.logdet, end.regularizers, stats)
 
     def draw_noise(
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
     ) -> Any:
-        """The divergence's, once for the solve."""
+        """Draw the divergence's noise, once for the whole solve."""
         return divergence.draw(key, batch, dim, dtype)
 
 
@@ -91,17 +95,19 @@ class CNF(ODE, Flow):
     **Arguments:**
 
     - `field`: velocity `field(t, x, context)` of one sample, with an integer `dim`.
-    - `base`: a `jcnf.distributions.Base` of the same `dim`.
+    - `base`: a `jcnf.distributions.BaseDistribution` of the same `dim`.
     - `t1`: the end time, positive.
 
-    **Raises:** `ValueError` when the dimensions differ or `t1` is not positive.
+    **Raises:** `ValueError` if the dimensions differ or `t1` is not positive.
     """
 
-    base: Base
+    base: BaseDistribution
 
-    def __init__(self, field: Any, base: Base, t1: float = 1.0):
+    def __init__(self, field: Any, base: BaseDistribution, t1: float = 1.0):
         check_field(field)
-        check_instance(Base, "one of jcnf.distributions, as StandardNormal(dim) is", base=base)
+        check_instance(
+            BaseDistribution, "one of jcnf.distributions, such as StandardNormal(dim)", base=base
+        )
         if field.dim != base.dim:
             raise ValueError(
                 f"field and base must have the same dim; got {field.dim} and {base.dim}"
@@ -111,7 +117,7 @@ class CNF(ODE, Flow):
 
 
 def with_fields(flow: Bijection, change: Callable[[Any], Any]) -> Any:
-    """`flow` with `change(field)` in place of the field of each ODE in it."""
+    """Return `flow` with the field of each ODE in it replaced by `change(field)`."""
 
     def is_ode(node):
         return isinstance(node, ODE)
@@ -125,18 +131,18 @@ def with_fields(flow: Bijection, change: Callable[[Any], Any]) -> Any:
 
 
 class FlowState(eqx.Module):
-    """The state of the augmented ODE, for the whole batch."""
+    """State of the augmented ODE for the whole batch."""
 
     x: Float[Array, "batch dim"]
     logdet: Float[Array, " batch"]
-    penalties: dict[str, Float[Array, " batch"]]
+    regularizers: dict[str, Float[Array, " batch"]]
 
 
 class Velocity(eqx.Module):
-    """Right-hand side of x alone: what sampling and trajectories need, and no more."""
+    """Right-hand side for x alone, which is all that sampling and trajectories need."""
 
     def __call__(self, t, x, args):
-        """v(t, x) of each sample, with `args` the field and the contexts."""
+        """Return v(t, x) for each sample; `args` holds the field and the contexts."""
         field, context = args
         v = _over_batch(field, t.astype(x.dtype))(x, context)
         _check_shape("the field", v, x.shape)
@@ -144,7 +150,7 @@ class Velocity(eqx.Module):
 
 
 class _Augmented(eqx.Module):
-    """Right-hand side of x, its log-det and its penalties."""
+    """Right-hand side for x, its log-det and its regularizers."""
 
     divergence: Divergence
     regularizers: tuple[Callable, ...] = eqx.field(static=True)
@@ -167,7 +173,7 @@ class _Augmented(eqx.Module):
 
 
 def _check_shape(what, value, shape):
-    # A wrong one might broadcast, and give a density of nothing.
+    # A wrong shape might broadcast, and the result would pass for a density.
     if jnp.shape(value) != shape:
         raise ValueError(f"{what} must give an array of shape {shape}; got {jnp.shape(value)}")
 
@@ -178,5 +184,5 @@ def _over_batch(function, t):
 
 
 def _time(t, x):
-    # A concrete scalar: diffrax checks the sign of the first step at trace time, not at run time.
+    # A concrete scalar lets diffrax check the sign of the first step at trace time.
     return np.asarray(t, x.dtype)

@@ -1,10 +1,10 @@
 """A flow as distrax objects: a bijector from base to data, and the distribution of the data.
 
-Their flow, context, solve and divergence are attributes, and they are pytrees as every distrax
-object is: an argument of `jax.jit`, `jax.vmap` or `jax.grad`. Where `eqx.filter_grad` is wanted,
-differentiate in the flow and build the distribution inside. Import it by name
-(`from jcnf import as_distrax`): distrax brings TensorFlow Probability along, and `import jcnf` is
-to stay light.
+Flow, context, solve and divergence are attributes of these objects. Like all distrax objects they
+are pytrees, so they can be arguments of `jax.jit`, `jax.vmap` or `jax.grad`. To use
+`eqx.filter_grad`, differentiate with respect to the flow and build the distribution inside. The
+module has to be imported explicitly (`from jcnf.flows.distrax import FlowDistribution`), because
+distrax imports TensorFlow Probability and `import jcnf` should stay light.
 """
 
 import math
@@ -36,22 +36,22 @@ from jcnf.ode import Solve
 
 
 class FlowBijector(distrax.Bijector):
-    """The map of a flow on events of shape (dim,): forward from base to data.
+    """The map of a flow on events of shape (dim,), forward from base to data.
 
-    Any batch shape (..., dim) is one solve. `forward` and `inverse` carry no log-det, and are the
-    cheaper for it. `distrax.Transformed` samples by `jax.vmap`, and so by a solve for each sample:
-    where its base is the flow's own, `FlowDistribution` is the same in one solve.
+    Events of any batch shape (..., dim) take one solve. `forward` and `inverse` do not compute the
+    log-det, which makes them cheaper. `distrax.Transformed` samples with `jax.vmap`, so it needs a
+    solve per sample; if its base is the flow's own, `FlowDistribution` does the same in one solve.
 
     **Arguments:**
 
     - `flow`: a `jcnf.CNF` or another `jcnf.flows.Flow`.
-    - `context`: (*batch, context) for a conditional flow: as many maps, with which the events'
-      batch shape broadcasts.
+    - `context`: (*batch, context) for a conditional flow. Each context gives one map, and the batch
+      shape of the events broadcasts with that of the contexts.
     - `solve`: solver and accuracy.
     - `divergence`: one without noise, such as `Exact()`.
 
-    **Raises:** `ValueError` for a context of wrong size, a divergence with noise and events of
-    wrong shape; `equinox.EquinoxRuntimeError` when a solve fails.
+    **Raises:** `ValueError` for a context of the wrong size, a divergence with noise or events of
+    the wrong shape; `equinox.EquinoxRuntimeError` if a solve fails.
     """
 
     def __init__(
@@ -67,28 +67,28 @@ class FlowBijector(distrax.Bijector):
         self.context = None if context is None else jnp.asarray(context)
 
     def forward(self, x: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch dim"]:
-        """Data y of base samples x."""
+        """Return the data y for base samples x."""
         return self._carry(x, "to_data")
 
     def inverse(self, y: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch dim"]:
-        """Base samples x of data y."""
+        """Return the base samples x for data y."""
         return self._carry(y, "to_base")
 
     def forward_and_log_det(
         self, x: Float[ArrayLike, "*samples dim"]
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
-        """Data y of base samples x, and log|det dy/dx| in nats."""
+        """Return the data y for base samples x, and log|det dy/dx| in nats."""
         return self._transform(x, "to_data")
 
     def inverse_and_log_det(
         self, y: Float[ArrayLike, "*samples dim"]
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
-        """Base samples x of data y, and log|det dx/dy| in nats."""
+        """Return the base samples x for data y, and log|det dx/dy| in nats."""
         return self._transform(y, "to_base")
 
     def same_as(self, other: distrax.Bijector) -> bool:
-        """Whether both hold the very same arrays, and equal settings."""
-        # Of a distrax object, the structure has all that is no array.
+        """Return True if both hold the very same arrays and equal settings."""
+        # The tree structure of a distrax object includes everything that is not an array.
         (mine, structure), (theirs, other_structure) = map(jax.tree.flatten, (self, other))
         return structure == other_structure and all(
             a is b for a, b in zip(mine, theirs, strict=True)
@@ -119,9 +119,9 @@ class FlowBijector(distrax.Bijector):
 class FlowDistribution(distrax.Distribution):
     """The distribution of a flow's data: events of shape (dim,), log-densities in nats.
 
-    `log_prob`, `sample` and `sample_and_log_prob` are those of `jcnf`, each one solve for whatever
-    batch; `seed` is a key, old-style or typed, or a whole number. The arguments and what is raised
-    are those of `FlowBijector`: a context of shape (*batch, context) makes `batch_shape` batch.
+    `log_prob`, `sample` and `sample_and_log_prob` are the functions of `jcnf`, with one solve for
+    any batch; `seed` is a key, old-style or typed, or a whole number. Arguments and errors are the
+    same as for `FlowBijector`. A context of shape (*batch, context) gives `batch_shape` (*batch,).
     """
 
     def __init__(
@@ -138,21 +138,24 @@ class FlowDistribution(distrax.Distribution):
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """(dim,)."""
+        """Shape of one event, (dim,)."""
         return (self.flow.base.dim,)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """That of the context; () without one."""
+        """Batch shape of the context; () without one."""
         return _batch_shape(self.context)
 
     @property
     def dtype(self):
-        """That of samples, which is the base's."""
+        """Dtype of the samples, taken from the base."""
         return jax.eval_shape(lambda: self.flow.base.sample(jr.key(0), 1)).dtype
 
     def log_prob(self, value: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch"]:
-        """Log-density in nats of each event, whose batch shape broadcasts with `batch_shape`."""
+        """Return the log-density of each event in nats.
+
+        The batch shape of the events broadcasts with `batch_shape`.
+        """
 
         def run(x, context):
             settings = {"solve": self.solve, "divergence": self.divergence}
@@ -176,7 +179,7 @@ class FlowDistribution(distrax.Distribution):
 
 
 def _in_one_batch(run, flow, x, context):
-    """`run(x, context)` on rows, of events and a context that have any batch shape."""
+    """Call `run(x, context)` on rows, made from events and a context of any batch shape."""
     x, dim = jnp.asarray(x), flow.base.dim
     if x.shape[-1:] != (dim,):
         hint = ": add the event's axis with x[..., None]" if dim == 1 else ""
@@ -192,7 +195,7 @@ def _in_one_batch(run, flow, x, context):
 
 
 def _rows(a, shape):
-    # Not jnp.broadcast_to alone, for the flow takes (batch, dim) and no other rank.
+    # The flow takes (batch, dim) and no other rank, so the batch dimensions are flattened.
     return a if a is None else jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(-1, a.shape[-1])
 
 
@@ -216,6 +219,6 @@ def _check(flow, context, solve, divergence):
         )
     if jax.eval_shape(lambda: divergence.draw(jr.key(0), 1, flow.base.dim, float)) is not None:
         raise ValueError(
-            f"a density must be the same whenever it is asked for, and {divergence} draws noise: "
-            "use Exact(), or jcnf.log_prob with a key"
+            f"divergence must be deterministic, but {divergence} draws noise: use Exact(), or "
+            "jcnf.log_prob with a key"
         )

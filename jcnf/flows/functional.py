@@ -1,6 +1,6 @@
 """The public functions: log-densities, samples and transformed points of any flow.
 
-Each is compiled once for each structure, shape and setting of its arguments.
+Each is compiled once per structure, shape and setting of its arguments.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from jcnf.ode import Solve, with_array_tolerances
 
 
 def compiled(function: Callable) -> Callable:
-    """Compile `function(flow, ...)` once for each structure, shape and setting of its arguments.
+    """Compile `function(flow, ...)` once per structure, shape and setting of its arguments.
 
-    A flow that holds what JAX cannot see into is run as it is, at the price of compiling its loops
-    at every call. Compiled, it would keep the values that were read when it was traced, whatever
-    became of them since.
+    A flow with parts that JAX cannot see into (plain functions, objects, mutable static attributes)
+    is not compiled, at the price of compiling its loops at every call. A compiled program would
+    keep the values it read from them when it was traced, even after they have changed.
     """
     jitted = eqx.filter_jit(function)
 
@@ -45,7 +45,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def _is_opaque(tree):
-    """Whether a field in it is no pytree (a function, an object), or a static attribute mutable."""
+    """Return True if `tree` has a field that is not a pytree, or a mutable static attribute."""
     if isinstance(tree, eqx.Module):
         for field in dataclasses.fields(tree):
             value = getattr(tree, field.name, None)
@@ -54,7 +54,7 @@ def _is_opaque(tree):
         return False
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, eqx.Module))
     if len(leaves) == 1 and leaves[0] is tree:
-        return callable(tree) and hasattr(tree, "dim")  # as a field has, and no activation
+        return callable(tree) and hasattr(tree, "dim")  # a field; activations have no dim
     return any(map(_is_opaque, leaves))
 
 
@@ -77,22 +77,22 @@ def transform(
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     regularizers: tuple[Callable, ...] = (),
 ) -> Transformed:
-    """Carry a batch through the flow, with its log-det, penalties and solver statistics.
+    """Carry a batch through the flow, with its log-det, regularizers and solver statistics.
 
-    It never raises for rows that cannot be solved: all that belongs to them is NaN, and
-    `stats.failed` is true. They do not change what the other rows become.
+    It never raises for rows that cannot be solved: all their values are NaN and `stats.failed` is
+    true. They do not change the results of the other rows.
 
     **Arguments:**
 
     - `x`: (batch, dim), data for `direction="to_base"`, base samples for "to_data".
     - `key`: consumed once, by a stochastic `divergence` only.
     - `context`: (batch, context), for a conditional field.
-    - `regularizers`: pure functions, as in `jcnf.regularizers`. What they read besides their
-      arguments is read once, when the program is compiled.
+    - `regularizers`: pure functions, such as those in `jcnf.regularizers`. Anything they read
+      besides their arguments is read once, when the program is compiled.
 
-    **Returns:** `Transformed(x, logdet, penalties, stats)`, the penalties by function name.
+    **Returns:** `Transformed(x, logdet, regularizers, stats)`, the regularizers by function name.
 
-    **Raises:** `ValueError` for a wrong shape or dtype, an unknown direction, a missing key.
+    **Raises:** `ValueError` for a wrong shape or dtype, an unknown direction or a missing key.
     """
     check_batch(flow, x, context)
     check_direction(direction)
@@ -101,11 +101,12 @@ def transform(
         callable(r) and hasattr(r, "__name__") for r in regularizers
     ):
         raise ValueError(
-            f"expected a tuple of functions as in jcnf.regularizers; got {regularizers}"
+            "regularizers must be a tuple of functions such as jcnf.regularizers.kinetic; "
+            f"got {regularizers}"
         )
     if len({r.__name__ for r in regularizers}) < len(regularizers):
         names = [r.__name__ for r in regularizers]
-        raise ValueError(f"regularizers must have names of their own; got {names}")
+        raise ValueError(f"regularizers must have distinct names; got {names}")
     x = jnp.asarray(x)
     solve = with_array_tolerances(solve, x.dtype)
     return _transform(flow, x, direction, key, context, solve, divergence, tuple(regularizers))
@@ -113,14 +114,14 @@ def transform(
 
 @compiled
 def _transform(flow, x, direction, key, context, solve, divergence, regularizers):
-    result = flow.carry_with_logdet(x, direction, key, context, solve, divergence, regularizers)
+    result = flow.transform_and_log_det(x, direction, key, context, solve, divergence, regularizers)
     failed = result.stats.failed
 
     def known(value):
         return jnp.where(failed.reshape(-1, *[1] * (value.ndim - 1)), jnp.nan, value)
 
-    x, logdet, penalties = jax.tree.map(known, (result.x, result.logdet, result.penalties))
-    return Transformed(x, logdet, penalties, result.stats)
+    x, logdet, regularizers = jax.tree.map(known, (result.x, result.logdet, result.regularizers))
+    return Transformed(x, logdet, regularizers, result.stats)
 
 
 def log_prob(
@@ -132,12 +133,12 @@ def log_prob(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
 ) -> Float[Array, " batch"]:
-    """Log-density in nats of each sample, (batch,): base.log_prob(z) + logdet.
+    """Return the log-density of each sample in nats, (batch,): base.log_prob(z) + logdet.
 
-    Exact up to the solver's tolerance with `divergence=Exact()`; with a stochastic divergence an
-    unbiased estimate, whose noise takes `key` (consumed once).
+    With `divergence=Exact()` it is exact up to the solver's tolerance. With a stochastic divergence
+    it is an unbiased estimate, whose noise consumes `key` once.
 
-    **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
+    **Raises:** `ValueError` for wrong shapes; `equinox.EquinoxRuntimeError` if the solve fails.
     """
     check_batch(flow, x, context)
     check_strategy(solve, divergence)
@@ -148,7 +149,7 @@ def log_prob(
 
 @compiled
 def _log_prob(flow, x, key, context, solve, divergence):
-    result = flow.carry_with_logdet(x, "to_base", key, context, solve, divergence, ())
+    result = flow.transform_and_log_det(x, "to_base", key, context, solve, divergence, ())
     return flow.base.log_prob(result.x) + result.logdet, result.stats.failed
 
 
@@ -160,9 +161,9 @@ def sample(
     context: Float[Array, "num_samples context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
 ) -> Float[Array, "num_samples dim"]:
-    """Samples (num_samples, dim), by a solve of x alone: no log-det is carried. Consumes `key`.
+    """Return samples (num_samples, dim), solving for x without its log-det; consumes `key`.
 
-    **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
+    **Raises:** `ValueError` for wrong shapes; `equinox.EquinoxRuntimeError` if the solve fails.
     """
     check_flow(flow)
     check_strategy(solve)
@@ -185,10 +186,10 @@ def transform_without_logdet(
     context: Float[Array, "batch context"] | None,
     solve: Solve,
 ) -> Float[Array, "batch dim"]:
-    """Return where the flow carries a batch that was checked, (batch, dim).
+    """Carry a batch that has been checked through the flow, and return its end, (batch, dim).
 
     **Raises:** `ValueError` for tolerances that the dtype of `x` cannot meet;
-    `equinox.EquinoxRuntimeError` when the solve of a row fails.
+    `equinox.EquinoxRuntimeError` if the solve of a row fails.
     """
     solve = with_array_tolerances(solve, x.dtype)
     return error_if_failed(*_transform_without_logdet(flow, x, direction, context, solve))
@@ -196,7 +197,7 @@ def transform_without_logdet(
 
 @compiled
 def _transform_without_logdet(flow, x, direction, context, solve):
-    end, stats = flow.carry(x, direction, context, solve)
+    end, stats = flow.transform(x, direction, context, solve)
     return end, stats.failed
 
 
@@ -209,11 +210,11 @@ def sample_and_log_prob(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
 ) -> tuple[Float[Array, "num_samples dim"], Float[Array, " num_samples"]]:
-    """Samples (num_samples, dim) and their log-densities in nats (num_samples,), in one solve.
+    """Return samples (num_samples, dim) and their log-densities in nats, (num_samples,).
 
-    Consumes `key`, which is split between the base and the divergence's noise.
+    Both come from one solve. Consumes `key`, split between the base and the divergence's noise.
 
-    **Raises:** `ValueError` for bad shapes; `equinox.EquinoxRuntimeError` when the solve fails.
+    **Raises:** `ValueError` for wrong shapes; `equinox.EquinoxRuntimeError` if the solve fails.
     """
     check_flow(flow)
     check_strategy(solve, divergence)
@@ -229,5 +230,5 @@ def sample_and_log_prob(
 
 @compiled
 def _sample_and_log_prob(flow, z, key, context, solve, divergence):
-    result = flow.carry_with_logdet(z, "to_data", key, context, solve, divergence, ())
+    result = flow.transform_and_log_det(z, "to_data", key, context, solve, divergence, ())
     return (result.x, flow.base.log_prob(z) - result.logdet), result.stats.failed

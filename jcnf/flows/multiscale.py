@@ -1,6 +1,6 @@
-"""Bijections of pictures: the logit of their pixels, squeezing, and scales that end early.
+"""Bijections of images: the logit of pixels, squeezing, and multiple scales.
 
-A picture is a vector, its components in the order height, width, channels.
+An image is a vector whose components are in the order height, width, channels.
 """
 
 import math
@@ -21,40 +21,39 @@ from jcnf.ode import Stats
 Shape = tuple[int, int, int]  # height, width, channels
 
 
-class Fixed(Bijection):
-    """A bijection without parameters or solve. Subclass it and give `both`."""
+class AnalyticBijection(Bijection):
+    """A bijection that needs no parameters and no solve. Subclasses define `both`."""
 
     @property
     def context_dim(self) -> int:
-        """0: it takes no context."""
+        """Always 0: it takes no context."""
         return 0
 
     @abstractmethod
     def both(
         self, x: Float[Array, "batch dim"], direction: Direction
     ) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
-        """The batch at the other end and its log-det."""
+        """Return the batch at the other end and its log-det."""
 
-    def carry(self, x, direction, context, solve):
-        """The batch at the other end."""
+    def transform(self, x, direction, context, solve):
         end, _ = self.both(x, direction)
         return end, Stats.unsolved(end)
 
-    def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):
-        """The batch at the other end and its log-det; there is no path to penalise."""
+    def transform_and_log_det(self, x, direction, key, context, solve, divergence, regularizers):
+        """Return the batch at the other end and its log-det; without a path, no regularizers."""
         end, logdet = self.both(x, direction)
         return Transformed(end, logdet, {}, Stats.unsolved(end))
 
 
-class Logit(Fixed):
-    """From y in R^dim at the base's side to x in (-a', 1 + a'), y = logit(alpha + (1 - 2 alpha) x).
+class Logit(AnalyticBijection):
+    """The map from data x in (-a', 1 + a') to y = logit(alpha + (1 - 2 alpha) x) at the base side.
 
-    It takes pixels in [0, 1] to where a density on all of R^dim is at home (Dinh et al. 2017,
-    section 4.1; FFJORD has alpha 1e-6 for MNIST and 0.05 for CIFAR-10), a' = alpha/(1 - 2 alpha).
-    What lies outside fails.
+    It takes pixels in [0, 1] to R^dim, where the rest of the flow has its density (Dinh et al.
+    2017, section 4.1; FFJORD uses alpha 1e-6 for MNIST and 0.05 for CIFAR-10). The margin is
+    a' = alpha/(1 - 2 alpha); rows with values outside it fail.
 
-    **Raises:** `ValueError` for an `alpha` not in [1e-7, 1/2): float32 cannot tell less from 0
-    where pixels are white.
+    **Raises:** `ValueError` for an `alpha` not in [1e-7, 1/2): at white pixels, float32 cannot
+    distinguish anything smaller from 0.
     """
 
     alpha: float = eqx.field(static=True)
@@ -63,10 +62,13 @@ class Logit(Fixed):
         check_number("[1e-7, 0.5)", alpha=self.alpha)
 
     def both(self, x, direction):
-        """logdet = +-sum_i [log(1 - 2 alpha) - log s_i - log(1 - s_i)] with s = sigmoid(y)."""
+        """Return the end and logdet = +-sum_i [log(1 - 2 alpha) - log s_i - log(1 - s_i)].
+
+        Here s = sigmoid(y), and the sign is + toward the base.
+        """
         width = 1 - 2 * self.alpha
         if direction == "to_base":
-            # 1 - s from 1 - x: s itself is rounded where white pixels need it.
+            # Compute 1 - s from 1 - x: at white pixels s rounds to 1, and 1 - s would lose digits.
             end = y = jnp.log(self.alpha + width * x) - jnp.log(self.alpha + width * (1 - x))
         else:
             y = x
@@ -76,12 +78,12 @@ class Logit(Fixed):
         return end, logdet if direction == "to_base" else -logdet
 
 
-class Squeeze(Fixed):
-    """From data of `shape` (h, w, c) to (h/2, w/2, 4c) at the base's side: 2 x 2 pixels a pixel.
+class Squeeze(AnalyticBijection):
+    """Squeezing of each 2 x 2 pixels into one: data (h, w, c) to (h/2, w/2, 4c) at the base side.
 
-    A permutation (Dinh et al. 2017, section 3.6).
+    It is a permutation (Dinh et al. 2017, section 3.6).
 
-    **Raises:** `ValueError` for an odd height or width.
+    **Raises:** `ValueError` if the height or width of `shape` is odd.
     """
 
     shape: Shape = eqx.field(static=True)
@@ -89,25 +91,25 @@ class Squeeze(Fixed):
     def __check_init__(self):
         check_shape("shape", self.shape)
         if self.shape[0] % 2 or self.shape[1] % 2:
-            raise ValueError(f"only an even height and width can be squeezed; got {self.shape}")
+            raise ValueError(f"shape must have an even height and width; got {self.shape}")
 
     def both(self, x, direction):
-        """Of volume 1."""
+        """Return the permuted batch, with log-det 0."""
         h, w, c = self.shape
         _require(x, self.shape)
-        # Rows and columns change places with the pairs inside them, in either direction.
+        # Swapping axes 2 and 3 turns one layout into the other, in either direction.
         inside, outside = (len(x), h // 2, 2, w // 2, 2, c), (len(x), h // 2, w // 2, 2, 2, c)
         pairs = x.reshape(inside if direction == "to_base" else outside)
         end = jnp.swapaxes(pairs, 2, 3).reshape(x.shape)
         return end, jnp.zeros(len(x), x.dtype)
 
 
-class OnChannels(Bijection):
-    """A bijection of the first `channels` channels of pictures of `shape`; the others pass through.
+class ChannelSplit(Bijection):
+    """A bijection of the first `channels` channels of images of `shape`; the others pass through.
 
-    Those have come to their end on the base's side (Dinh et al. 2017, eq. 14).
+    The others have already reached the base side (Dinh et al. 2017, eq. 14).
 
-    **Raises:** `ValueError` where `channels` is not from 1 to one less than there are.
+    **Raises:** `ValueError` unless `channels` is at least 1 and less than the channels of `shape`.
     """
 
     inner: Bijection
@@ -119,12 +121,13 @@ class OnChannels(Bijection):
         check_int(channels=self.channels)
         if self.channels >= self.shape[2]:
             raise ValueError(
-                f"channels must be fewer than those of {self.shape}; got {self.channels}"
+                f"channels must be less than {self.shape[2]}, the channels of shape; "
+                f"got {self.channels}"
             )
 
     @property
     def context_dim(self) -> int | None:
-        """That of the bijection inside."""
+        """Size of the inner bijection's context."""
         return self.inner.context_dim
 
     def _split(self, x):
@@ -137,34 +140,35 @@ class OnChannels(Bijection):
         pixels = first.reshape(*rest.shape[:2], -1)
         return jnp.concatenate([pixels, rest], axis=2).reshape(len(first), -1)
 
-    def carry(self, x, direction, context, solve):
-        """The first channels at the other end, beside the rest."""
+    def transform(self, x, direction, context, solve):
+        """Carry the first channels to the other end, and join the rest to them."""
         first, rest = self._split(x)
-        end, stats = self.inner.carry(first, direction, context, solve)
+        end, stats = self.inner.transform(first, direction, context, solve)
         return self._join(end, rest), stats
 
-    def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):
-        """As `carry`, with the log-det and the penalties of the bijection inside."""
+    def transform_and_log_det(self, x, direction, key, context, solve, divergence, regularizers):
+        """Do the same as `transform`, with the log-det and regularizers of the inner bijection."""
         first, rest = self._split(x)
-        end = self.inner.carry_with_logdet(
+        end = self.inner.transform_and_log_det(
             first, direction, key, context, solve, divergence, regularizers
         )
         return end._replace(x=self._join(end.x, rest))
 
     def draw_noise(self, divergence: Divergence, key, batch, dim, dtype):
-        """That of the bijection inside."""
+        """Return the noise of the inner bijection."""
         dim = dim // self.shape[2] * self.channels
         return self.inner.draw_noise(divergence, key, batch, dim, dtype)
 
 
 def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bijection]]):
-    """FFJORD's multiscale bijection of pictures of `shape` (Grathwohl et al. 2019; RealNVP's plan).
+    """Build FFJORD's multiscale bijection of images (Grathwohl et al. 2019, after RealNVP).
 
-    From data to base, each scale but the last has blocks, is squeezed, has blocks again, and there
-    half of its channels end; the last has blocks alone. `blocks(shape)` gives those of one place,
-    the base's side first, and is called from the data's side on.
+    From data to base, each scale but the last applies blocks, squeezes the image, applies blocks
+    again, and then half of the channels leave for the base. The last scale has only blocks.
+    `blocks(shape)` returns the bijections of one place, the base side first; it is called place by
+    place, starting at the data side.
 
-    **Raises:** `ValueError` for fewer than 1 scale, and for what cannot be halved so often.
+    **Raises:** `ValueError` for fewer than 1 scale, or if `shape` cannot be halved often enough.
     """
     check_shape("shape", shape)
     height, width, channels = shape
@@ -173,7 +177,7 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
     halvings = 2 ** (scales - 1) if scales >= 1 else 0
     if not halvings or height % halvings or width % halvings:
         raise ValueError(
-            f"{scales} scales need pictures whose height and width can be halved {scales - 1} "
+            f"{scales} scales need images whose height and width can be halved {scales - 1} "
             f"times; got {height} x {width}"
         )
     fine = list(blocks(shape))
@@ -182,9 +186,9 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
     squeezed = height // 2, width // 2, 4 * channels
     coarse = list(blocks(squeezed))
     rest = multiscale((*squeezed[:2], 2 * channels), scales - 1, blocks)
-    return Composition([OnChannels(rest, squeezed, 2 * channels), *coarse, Squeeze(shape), *fine])
+    return Composition([ChannelSplit(rest, squeezed, 2 * channels), *coarse, Squeeze(shape), *fine])
 
 
 def _require(x, shape):
     if x.shape[1] != math.prod(shape):
-        raise ValueError(f"expected pictures of shape {shape}; got vectors of {x.shape[1]}")
+        raise ValueError(f"expected images of shape {shape}; got vectors of length {x.shape[1]}")

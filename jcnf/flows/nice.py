@@ -12,46 +12,48 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int, check_ints, check_key
-from jcnf.distributions import Base, Logistic
+from jcnf.distributions import BaseDistribution, Logistic
 from jcnf.flows.base import check_batch
 from jcnf.flows.bijective import BijectiveFlow
 from jcnf.ode import Solve
 
 SPLITS = ("halves", "odd_even")
-LAST = 0.01  # initial weights of last layers over those of hidden ones
+LAST_LAYER_SCALE = 0.01  # of initial weights, relative to those of hidden layers
 
 
 class NICE(BijectiveFlow):
     """Non-linear independent components estimation: log p(x) = sum_i [log p_H(h_i) + s_i].
 
-    From data x to latents h, the paper's forward direction, each coupling shifts one part of the
-    components by a function of the other, y1 = x1, y2 = x2 + m(x1) (section 3.2); the parts take
-    turns, and every component keeps its place. Last, h = exp(s) * y (section 3.3). Shifts preserve
-    volume, so that log|det dh/dx| = sum_i s_i at every x; and the inverse needs no other networks:
-    it divides by exp(s), then subtracts the shifts, last first. In floating point it is out by the
-    roundings of the sums, which the slopes of m multiply: by some units in the last place of x.
+    The paper's forward direction goes from data x to latents h. Each coupling shifts one part of
+    the components by a function of the other part, y1 = x1, y2 = x2 + m(x1) (section 3.2). The
+    parts take turns, and every component keeps its position. The last step is h = exp(s) * y
+    (section 3.3). Shifts preserve volume, so log|det dh/dx| = sum_i s_i at every x. The inverse
+    uses the same networks: it divides by exp(s), then subtracts the shifts, last first. Its error
+    in floating point is the rounding of the sums, amplified by the slopes of m: a few units in the
+    last place of x.
 
     **Arguments:**
 
     - `dim`: dimension of x, at least 2.
-    - `widths`: hidden widths of every m, a ReLU network; `()` is an affine one.
-    - `couplings`: their number; from 4 dimensions on, with fewer than 3 not every latent depends
-      on all of x.
+    - `widths`: hidden widths of every m, a ReLU network; `()` makes it affine.
+    - `couplings`: number of couplings. In 4 or more dimensions, some latents do not depend on all
+      of x if there are fewer than 3.
     - `split`: the two parts of the components. "halves": the first half and the rest; "odd_even":
-      the 1st, 3rd, ... and the 2nd, 4th, ..., for images. The first part has one more where `dim`
-      is odd, and is the first to be left as it is.
-    - `base`: the prior p_H, a `jcnf.distributions.Base`; standard logistic unless given.
-    - `key`: consumed once, for the initial weights: normal with variance 2/fan-in, which keeps the
-      scale of what ReLUs pass on (He et al. 2015), and in last layers a hundredth of that. Biases
-      and s are 0. So training starts near the identity; at the identity itself the networks have
-      no gradient if the data are symmetric, E[x2 | x1] = E[x1 | x2] = 0.
+      the 1st, 3rd, ... and the 2nd, 4th, ..., for images. If `dim` is odd, the first part has one
+      more. The first coupling leaves the first part unchanged.
+    - `base`: the prior p_H, one of `jcnf.distributions`; by default the standard logistic.
+    - `key`: consumed once, for the initial weights. They are normal with variance 2/fan-in, which
+      preserves the scale through ReLUs (He et al. 2015), and the last layers start at a hundredth
+      of such weights. Biases and s are 0. Training therefore starts near the identity, but not at
+      it: there the networks have no gradient if the data are symmetric,
+      E[x2 | x1] = E[x1 | x2] = 0.
 
-    **Raises:** `ValueError` for sizes below these, an unknown split, a base of another dimension.
+    **Raises:** `ValueError` for smaller sizes, an unknown split or a base of another dimension.
     """
 
     networks: tuple["ReLUNetwork", ...]  # m of each coupling, the data's side first
     log_scale: Float[Array, " dim"]  # s
-    base: Base
+    base: BaseDistribution
     split: str = eqx.field(static=True)
 
     def __init__(
@@ -61,7 +63,7 @@ class NICE(BijectiveFlow):
         couplings: int = 4,
         *,
         split: str = "halves",
-        base: Base | None = None,
+        base: BaseDistribution | None = None,
         key: Key[Array, ""],
     ):
         check_int(2, dim=dim)
@@ -82,24 +84,25 @@ class NICE(BijectiveFlow):
         )
 
     def calibrated(self, x: Float[Array, "batch dim"]) -> "NICE":
-        """This flow with s, and the shifts of the last two couplings, set by some data.
+        """Return this flow with s, and the shifts of the last two couplings, set from data `x`.
 
-        Latents of `x` then have mean 0 (with a single coupling, those that it shifts) and the
-        spread of the prior: the start that training finds in thousands of steps otherwise, where
-        components differ in scale as pixels do (data-dependent initialisation, Salimans & Kingma
-        2016). A component that never varies is left at the scale it had.
+        The latents of `x` then have mean 0 (with a single coupling, only those that it shifts) and
+        the spread of the prior (data-dependent initialization, Salimans & Kingma 2016). Without it,
+        training needs thousands of steps to get there if components differ in scale, as pixels do.
+        A component that never varies keeps its scale.
 
-        **Raises:** `ValueError` for `x` that is no batch, or not finite.
+        **Raises:** `ValueError` if `x` is not a batch for this flow, or not finite.
         """
 
         check_batch(self, x, None)
         check_finite(x=x)
 
         def latents(flow):
-            return flow.carry(x, "to_base", None, Solve())[0]
+            return flow.transform(x, "to_base", None, Solve())[0]
 
         flow: Any = eqx.tree_at(lambda flow: flow.log_scale, self, jnp.zeros_like(self.log_scale))
         parts, count = _parts(self.base.dim, self.split), len(self.networks)
+        # The last two couplings shift one part each, and no later shift undoes the centering.
         for i in range(max(0, count - 2), count):
             mean = jnp.mean(latents(flow), axis=0)[parts[(i + 1) % 2]]
             flow = eqx.tree_at(
@@ -107,17 +110,18 @@ class NICE(BijectiveFlow):
             )
         h = latents(flow)
         log_scale = jnp.log(self.base.distribution(x.dtype).stddev() / jnp.std(h, axis=0))
-        # Of equal numbers the standard deviation may be a rounding, and no 0.
+        # The standard deviation of equal numbers may be a rounding error instead of 0.
         log_scale = jnp.where(jnp.ptp(h, axis=0) > 0, log_scale, self.log_scale)
         return eqx.tree_at(lambda flow: flow.log_scale, flow, log_scale)
 
     def bijector(self) -> Any:
-        """The inverse of the paper's forward direction: latents to data."""
+        """Return the inverse of the paper's forward direction: from latents to data."""
         import distrax
 
         networks: Any = self.networks
         parts = _parts(self.base.dim, self.split)
-        # distrax couples what is before an index and what is after: sort, couple, and put back.
+        # distrax couples the components before an index with those after it, so sort them by part,
+        # couple, and put them back.
         order = np.concatenate(parts)
         sort, put_back = _permutation(order), _permutation(np.argsort(order))
         couplings = [
@@ -125,7 +129,7 @@ class NICE(BijectiveFlow):
             for i, m in enumerate(networks)
         ]
         scale = distrax.Block(distrax.ScalarAffine(0.0, log_scale=self.log_scale), 1)
-        # A chain applies its last first.
+        # distrax.Chain applies its last bijector first.
         return distrax.Inverse(distrax.Chain([scale, put_back, *reversed(couplings), sort]))
 
 
@@ -143,11 +147,11 @@ class ReLUNetwork(eqx.Module):
                 jr.split(key, len(sizes) - 1), itertools.pairwise(sizes), strict=True
             )
         )
-        self.weights = (*hidden, LAST * last)
+        self.weights = (*hidden, LAST_LAYER_SCALE * last)
         self.biases = tuple(jnp.zeros(len(weight)) for weight in self.weights)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """The shift (..., out) of x (..., in)."""
+        """Return the shift (..., out) for x (..., in)."""
         *hidden, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
             x = jax.nn.relu(x @ weight.T + bias)
@@ -156,7 +160,7 @@ class ReLUNetwork(eqx.Module):
 
 
 def _parts(dim, split):
-    """The indices of either part."""
+    """Return the indices of each part."""
     index = np.arange(dim)
     return (index[::2], index[1::2]) if split == "odd_even" else np.array_split(index, 2)
 
@@ -168,7 +172,7 @@ def _shift(shift):
 
 
 def _permutation(order):
-    """y_i = x_{order_i}, of volume 1."""
+    """Return the bijector y_i = x_{order_i}, whose log-det is 0."""
     import distrax
 
     back = np.argsort(order)

@@ -1,4 +1,4 @@
-"""A batch at many times of its way: of flows, and of neural ODEs, which need no base."""
+"""Trajectories: a batch at many times, for flows and for neural ODEs, which need no base."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,33 +26,33 @@ def trajectory(
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
 ) -> Float[Array, "times batch dim"]:
-    """The batch at each of `times`, (times, batch, dim), from its state `x` at the first of them.
+    """Return the batch at each of `times`, (times, batch, dim), from its state `x` at the first.
 
     `linspace(0, flow.t1, n)` carries base samples to data. The states have gradients in `x`, in
-    the parameters and in all of `times`, by whatever adjoint `solve` names: a later start t_0 with
-    the same `x` counts as the start x - v(t_0, x) dt_0, a later t_i adds v(t_i, x_i) dt_i (Chen et
-    al. 2018, appendix B.2: dL/dt_i = a . v, dL/dt_0 = -a . v).
+    the parameters and in all of `times`, under every adjoint. With `x` unchanged, a start t_0 that
+    is later by dt_0 acts like the start x - v(t_0, x) dt_0, and a t_i that is later by dt_i adds
+    v(t_i, x_i) dt_i (Chen et al. 2018, appendix B.2: dL/dt_i = a . v, dL/dt_0 = -a . v).
 
     **Arguments:**
 
     - `flow`: a `jcnf.CNF`, or a field alone: any module `field(t, x, context)` with an integer
       `dim`.
     - `x`: (batch, dim), the state at `times[0]`.
-    - `times`: one of two shapes.
-        - (times,), of the whole batch, up or down: one solve, and the solver's interpolant between
-          its steps. The gradient in the times is that of the exact solution.
-        - (times, batch), of each sample its own, up or down, with repeats (a row of observations
-          may be padded with its last time: the state stays). One solve of the batch from each row
-          to the next, in a time of its own: `first_step` is a fraction of every such interval, and
-          `max_steps` is for every one. A fixed `step` is shortened so that the sample which has
-          the longest way takes equal steps; no other's are longer. The gradient in the times is
-          the adjoint's, as that in the parameters is. What a field does with time alone it does
-          for each sample. The "reversible" adjoint, which keeps the end of a solve only, takes
-          this way for either shape.
+    - `times`: increasing or decreasing, of one of two shapes.
+        - (times,), shared by the batch: one solve, with the solver's interpolant between its steps.
+          The gradient in the times is that of the exact solution.
+        - (times, batch), one column per sample, which may repeat times (a series of observations
+          can be padded with its last time: the state stays). The batch is solved from each row to
+          the next, in rescaled time: `first_step` is a fraction of each such interval, and
+          `max_steps` applies to each. A fixed `step` is shortened so that the sample with the
+          longest interval takes equal steps; the steps of other samples are not longer. The
+          gradient in the times comes from the adjoint, like the gradient in the parameters.
+          Whatever a field computes from time alone is computed for each sample. The "reversible"
+          adjoint keeps only the end of a solve, so it solves both shapes this way.
     - `context`: (batch, context), for a conditional field.
 
-    **Raises:** `ValueError` for bad shapes and for times that are not monotone (checked where
-    they are concrete); `equinox.EquinoxRuntimeError` when the solve fails.
+    **Raises:** `ValueError` for wrong shapes and for times that are not monotone (checked if they
+    are concrete); `equinox.EquinoxRuntimeError` if the solve fails.
     """
     xs, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
     return error_if_failed(xs, stats.failed)
@@ -66,16 +66,17 @@ def solve_trajectory(
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
 ) -> tuple[Float[Array, "times batch dim"], Stats]:
-    """`trajectory` with the solver's statistics, summed; a failed solve is `stats.failed`.
+    """Return the states of `trajectory` and the solver's statistics, summed over its solves.
 
-    It raises nothing then: a row that failed is NaN at all times that it did not reach.
+    It does not raise if a solve fails: `stats.failed` flags the rows, and they are NaN at all times
+    that they did not reach.
     """
     check_strategy(solve)
     if not isinstance(flow, CNF):
         dim = getattr(flow, "dim", None)
         if not isinstance(dim, int):
             raise ValueError(f"expected a CNF or a field with an integer dim; got {type(flow)}")
-        flow = CNF(flow, StandardNormal(dim))  # a base that nothing asks for
+        flow = CNF(flow, StandardNormal(dim))  # the base is not used
     check_batch(flow, x, context)
     x = jnp.asarray(x)
     check_times(times, len(x), x.dtype)
@@ -92,36 +93,41 @@ def _solve_trajectory(flow, x, times, context, solve):
 
 
 def check_times(times: Any, batch: int, dtype: Any) -> None:
-    """Raise `ValueError` for what are no times of a batch, in `dtype`."""
+    """Raise `ValueError` unless `times` are valid for a batch of this size, in `dtype`."""
     shape = np.shape(times)
     if shape and not isinstance(times, Tracer):
         if np.asarray(times).dtype.kind not in "fiu" and not hasattr(times, "dtype"):
-            raise ValueError(f"expected times that are numbers; got {times!r}")
+            raise ValueError(f"times must be numbers; got {times!r}")
         check_finite(times=times)
     if not shape or shape[0] < 2 or shape[1:] not in ((), (batch,)):
         raise ValueError(
             "times must be a vector of at least 2, or of shape (times, batch) with "
-            f"times of each of the {batch} samples; got shape {shape}"
+            f"a column for each of the {batch} samples; got shape {shape}"
         )
     if not isinstance(times, Tracer):
         given = np.asarray(times).astype(np.float64)
         steps: Any = np.diff(given.astype(dtype), axis=0)
         if np.any((steps == 0) & (np.diff(given, axis=0) != 0)):
-            raise ValueError(f"different times are equal in {dtype}: count them from later on")
+            raise ValueError(
+                f"different times are equal in {dtype}: measure them from a later origin"
+            )
         if len(shape) == 1 and not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError("times must strictly increase or strictly decrease")
         if not np.all(np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)):
-            raise ValueError("the times of each sample must not turn back (nor be NaN)")
+            raise ValueError("times must be monotone for each sample, without NaN")
 
 
 def _in_one_solve(field, x, times, context, solve):
-    """`times` (times,). Their gradients are added outside the solve, for not all adjoints have
-    any, and none that is better than the interpolant's."""
+    """Solve for `times` (times,) in one solve.
+
+    The gradients in the times are added outside the solve: some adjoints give none, and the others
+    give only the slope of the interpolant.
+    """
     start = _moving(x[None], times[:1], field, context, sign=-1)[0]
     fixed = jax.lax.stop_gradient(times)
     args = (field, context)
     xs, stats = integrate(Velocity(), start, args, fixed[0], fixed[-1], solve, fixed)
-    # An interpolant gives something at a time that is no number.
+    # The interpolant may give finite states even if a time is NaN.
     failed = stats.failed | ~jnp.all(jnp.isfinite(fixed))
     stats = eqx.tree_at(lambda stats: stats.failed, stats, failed)
     return _moving(xs, times, field, context, sign=1), stats
@@ -129,9 +135,9 @@ def _in_one_solve(field, x, times, context, solve):
 
 @eqx.filter_custom_jvp
 def _moving(xs, times, field, context, *, sign):
-    """`xs` (times, batch, dim), with the derivative `sign` v(t, x) in `times` (times,).
+    """Return `xs` (times, batch, dim), with the derivative `sign` v(t, x) in `times` (times,).
 
-    The velocity is evaluated only where that derivative is asked for.
+    The velocity is evaluated only if that derivative is needed.
     """
     return xs
 
@@ -149,12 +155,17 @@ def _moving_jvp(primals, tangents, *, sign):
 
 
 def _by_intervals(field, x, times, context, solve):
-    """`times` (times, batch). A solve goes through an interval in s from 0 to `span`."""
+    """Solve for `times` (times, batch), one interval after another.
+
+    All samples go through an interval together, in s from 0 to `span`: t = start + s length / span.
+    """
 
     def through(x, start, length):
         if solve.step is None:
             span = np.ones((), x.dtype)
-        else:  # s is in units of t, of whole steps, and not longer for the last bit of a time
+        else:
+            # The span is the longest interval rounded up to whole steps, so every step is equal.
+            # The factor keeps rounding errors in the times from adding a step.
             longest = jax.lax.stop_gradient(jnp.max(jnp.abs(length)))
             steps = jnp.ceil(longest / solve.step * (1 - 1e-4))
             span = jnp.maximum(steps, 1) * solve.step
@@ -169,7 +180,7 @@ def _by_intervals(field, x, times, context, solve):
 
         carry = jax.lax.cond(jnp.all(carry[1].failed), lambda: carry, go_on)
         x, stats = carry
-        # What has failed goes on as the copy of another sample.
+        # A failed row goes on as a copy of another sample, so its states are masked.
         return carry, jnp.where(stats.failed[:, None], jnp.nan, x)
 
     intervals = (times[:-1], jnp.diff(times, axis=0))
@@ -178,9 +189,9 @@ def _by_intervals(field, x, times, context, solve):
 
 
 class _OwnTimes(eqx.Module):
-    """dx/ds = r v(start + r s, x), with `start` and the rate r of each sample its own.
+    """dx/ds = r v(start + r s, x), where each sample has its own `start` and rate r.
 
-    Both are in `args`, where every adjoint finds their gradients.
+    Both are in `args`, where every adjoint computes gradients.
     """
 
     def __call__(self, s, x, args):

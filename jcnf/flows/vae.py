@@ -1,9 +1,9 @@
 """Variational autoencoders whose approximate posterior is a flow (Kingma & Welling 2014).
 
-The posterior q(z | x) is a flow of z whose context is x, so that `jcnf.log_prob`, `jcnf.sample` and
-`jcnf.evaluate` serve it as any other. `Posterior` is a Gaussian, or what a bijection makes of it
-(Rezende & Mohamed 2015; an ODE, Grathwohl et al. 2019, section 4.3). `jcnf.objectives.elbo`
-trains the whole, `jcnf.evaluate.bounds` measures it.
+The posterior q(z | x) is a flow of z whose context is x, so `jcnf.log_prob`, `jcnf.sample` and
+`jcnf.evaluate` work on it as on any other flow. `Posterior` is a Gaussian, optionally transformed
+by a bijection (Rezende & Mohamed 2015; an ODE, Grathwohl et al. 2019, section 4.3).
+`jcnf.objectives.elbo` trains the whole model, and `jcnf.evaluate.bounds` measures it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_callable, check_instance, check_int, check_key
-from jcnf.distributions import Base, StandardNormal
+from jcnf.distributions import BaseDistribution, StandardNormal
 from jcnf.divergence import Divergence, Exact
 from jcnf.flows.base import Bijection, Direction, Flow, Transformed
 from jcnf.flows.functional import transform
@@ -24,19 +24,19 @@ from jcnf.ode import Solve, Stats
 
 
 class Encoded(NamedTuple):
-    """What an encoder makes of x."""
+    """The output of an encoder."""
 
     loc: Float[Array, "*batch dim"]
     log_scale: Float[Array, "*batch dim"]
-    features: Float[Array, "*batch features"]  # the context of what refines the Gaussian
+    features: Float[Array, "*batch features"]  # context of `Posterior.refine`
 
 
 class Encoder(eqx.Module):
-    """x -> features -> mean and log-scale, both affine in the features. Written for one sample.
+    """An encoder of one sample, x -> features -> mean and log-scale, both affine in the features.
 
     **Arguments:**
 
-    - `trunk`: x -> features (features,), as an `eqx.nn.MLP`.
+    - `trunk`: a function x -> features (features,), such as an `eqx.nn.MLP`.
     - `features`, `dim`: sizes of the features and of z.
     - `key`: consumed once, for the initial weights of the affine map.
     """
@@ -45,14 +45,14 @@ class Encoder(eqx.Module):
     head: eqx.nn.Linear
 
     def __init__(self, trunk: Callable, features: int, dim: int, *, key: Key[Array, ""]):
-        check_callable("a function, x -> features, of one sample", trunk=trunk)
+        check_callable("a function x -> features of one sample", trunk=trunk)
         check_int(features=features, dim=dim)
         check_key(key)
         self.trunk = trunk
         self.head = eqx.nn.Linear(features, 2 * dim, key=key)
 
     def __call__(self, x: Float[Array, " data"]) -> Encoded:
-        """The mean and log-scale of z, (dim,) each, and the features."""
+        """Return the mean and log-scale of z, (dim,) each, and the features."""
         features = self.trunk(x)
         loc, log_scale = jnp.split(self.head(features), 2)
         return Encoded(loc, log_scale, features)
@@ -61,53 +61,54 @@ class Encoder(eqx.Module):
 class Posterior(Flow):
     """q(z | x): z = loc(x) + scale(x) * e, where `refine` carries eps ~ N(0, I) to e.
 
-    Its context is x; that of `refine` are the encoder's features of x. Working in the units of the
-    Gaussian, `refine` has log q(z | x) = log N(eps; 0, I) - logdet_refine - sum log scale(x), and
-    one that starts at rest starts from that Gaussian. Without it, e is eps.
+    The context of this flow is x, and the context of `refine` is the encoder's features of x.
+    `refine` works in the units of the Gaussian, so
+    log q(z | x) = log N(eps; 0, I) - logdet_refine - sum log scale(x), and q is that Gaussian as
+    long as `refine` is the identity. Without `refine`, e is eps.
 
     **Arguments:**
 
-    - `encoder`: x -> `Encoded`, of one sample.
+    - `encoder`: a function x -> `Encoded` of one sample.
     - `dim`: dimension of z.
-    - `refine`: a conditional `jcnf.flows.Bijection` of that dimension, as `jcnf.flows.ODE(field)`;
-      None for N(loc, diag scale^2), whose penalties are 0.
+    - `refine`: a conditional `jcnf.flows.Bijection` of the same dimension, such as
+      `jcnf.flows.ODE(field)`; None for N(loc, diag scale^2), whose regularizers are 0.
 
-    **Raises:** `ValueError`, when used: without a context, for an encoder of another `dim`, and for
-    another number of features than `refine` takes.
+    **Raises:** `ValueError`, when used, without a context, for an encoder of another `dim`, or if
+    the number of features is not what `refine` takes.
     """
 
     encoder: Callable
     refine: Bijection | None
-    base: Base
+    base: BaseDistribution
 
     def __init__(self, encoder: Callable, dim: int, refine: Bijection | None = None):
-        check_callable("a function, x -> Encoded, of one sample", encoder=encoder)
+        check_callable("a function x -> Encoded of one sample", encoder=encoder)
         if refine is not None:
-            check_instance(Bijection, "a bijection, as jcnf.flows.ODE(field) is", refine=refine)
+            check_instance(Bijection, "a bijection, such as jcnf.flows.ODE(field)", refine=refine)
         self.encoder, self.refine, self.base = encoder, refine, StandardNormal(dim)
 
     @property
     def context_dim(self) -> None:
-        """None: the encoder knows the size of x."""
+        """Always None: only the encoder knows the size of x."""
         return None
 
-    def carry(
+    def transform(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
         context: Float[Array, "batch context"] | None,
         solve: Solve,
     ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """From eps to z ("to_data") or back, without the log-det."""
+        """Carry eps to z ("to_data") or back, without the log-det."""
         loc, log_scale, features = self._encode(context)
         scale = jnp.exp(log_scale)
         end = (x - loc) / scale if direction == "to_base" else x
         stats = Stats.unsolved(end)
         if self.refine is not None:
-            end, stats = self.refine.carry(end, direction, features, solve)
+            end, stats = self.refine.transform(end, direction, features, solve)
         return (end if direction == "to_base" else loc + scale * end), stats
 
-    def carry_with_logdet(
+    def transform_and_log_det(
         self,
         x: Float[Array, "batch dim"],
         direction: Direction,
@@ -117,15 +118,15 @@ class Posterior(Flow):
         divergence: Divergence,
         regularizers: tuple[Callable, ...],
     ) -> Transformed:
-        """From eps to z ("to_data") or back, with the log-det, and the penalties of `refine`."""
+        """Carry eps to z ("to_data") or back, with the log-det and `refine`'s regularizers."""
         loc, log_scale, features = self._encode(context)
         scale, logdet = jnp.exp(log_scale), jnp.sum(log_scale, axis=1)
         e = (x - loc) / scale if direction == "to_base" else x
         zeros = jnp.zeros_like(logdet)
-        penalties = {r.__name__: zeros for r in regularizers}
-        end = Transformed(e, zeros, penalties, Stats.unsolved(e))
+        none = {r.__name__: zeros for r in regularizers}
+        end = Transformed(e, zeros, none, Stats.unsolved(e))
         if self.refine is not None:
-            end = self.refine.carry_with_logdet(
+            end = self.refine.transform_and_log_det(
                 e, direction, key, features, solve, divergence, regularizers
             )
         if direction == "to_base":
@@ -135,14 +136,14 @@ class Posterior(Flow):
     def draw_noise(
         self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
     ) -> Any:
-        """That of `refine`."""
+        """Return the noise of `refine`; None without it."""
         if self.refine is None:
             return None
         return self.refine.draw_noise(divergence, key, batch, dim, dtype)
 
     def _encode(self, x) -> Encoded:
         if x is None:
-            raise ValueError("the posterior is of z given x: pass context=x, (batch, context)")
+            raise ValueError("the posterior q(z | x) needs x: pass context=x, (batch, context)")
         encoded = jax.vmap(self.encoder)(x)
         shape = (x.shape[0], self.base.dim)
         if encoded.loc.shape != shape or encoded.log_scale.shape != shape:
@@ -160,14 +161,14 @@ class Posterior(Flow):
 
 
 class VAE(eqx.Module):
-    """p(x, z) = N(z; 0, I) p(x | z), and the posterior that goes with it. A pytree, nothing more.
+    """The model p(x, z) = N(z; 0, I) p(x | z) and its approximate posterior. It is a plain pytree.
 
     **Arguments:**
 
-    - `posterior`: q(z | x), a flow of z whose context is x: `Posterior`, or any other.
-    - `decoder`: z (dim,) -> parameters of p(x | z), of one sample.
-    - `likelihood`: x, parameters -> log p(x | z) in nats, a scalar, of one sample: `Binomial`, or
-      any hashable function.
+    - `posterior`: q(z | x), a flow of z whose context is x: `Posterior` or any other.
+    - `decoder`: a function z (dim,) -> parameters of p(x | z) of one sample.
+    - `likelihood`: a function (x, parameters) -> log p(x | z) of one sample, a scalar in nats:
+      `Binomial` or any hashable function.
     """
 
     posterior: Flow
@@ -176,15 +177,15 @@ class VAE(eqx.Module):
 
     @property
     def prior(self) -> StandardNormal:
-        """p(z), N(0, I)."""
+        """The prior p(z) = N(0, I)."""
         return StandardNormal(self.posterior.base.dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Binomial:
-    """Components k/n in [0, 1], each the share of n trials that succeed with p = sigmoid(logit).
+    """Components k/n in [0, 1]: k of n trials succeed, each with probability sigmoid(logit).
 
-    With n = 1 it is the Bernoulli distribution of binary pictures.
+    With n = 1 it is the Bernoulli distribution of binary images.
     """
 
     trials: int
@@ -193,9 +194,12 @@ class Binomial:
         check_int(trials=self.trials)
 
     def __call__(self, x: Float[Array, "*shape"], logits: Float[Array, "*shape"]) -> Array:
-        """log p(x) in nats, summed over the components."""
+        """Return log p(x) in nats, summed over the components."""
         if x.shape != logits.shape:
-            raise ValueError(f"expected a logit for each component; got {logits.shape}, {x.shape}")
+            raise ValueError(
+                f"expected a logit for each component; got logits of shape {logits.shape} for x of "
+                f"shape {x.shape}"
+            )
         n = jnp.asarray(self.trials, x.dtype)
         k, lgamma = n * x, jax.scipy.special.gammaln
         ways = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
@@ -203,15 +207,15 @@ class Binomial:
 
 
 class Weighed(NamedTuple):
-    """One sample z ~ q(z | x) for each x, and what it weighs; (batch,) nats."""
+    """One sample z ~ q(z | x) for each x, with the terms of its log-weight, (batch,) in nats."""
 
     log_likelihood: Float[Array, " batch"]  # log p(x | z)
     log_ratio: Float[Array, " batch"]  # log q(z | x) - log p(z), whose mean is their KL
-    carried: Transformed  # from eps to z, which is carried.x
+    carried: Transformed  # from eps to z; z is carried.x
 
     @property
     def log_weight(self) -> Float[Array, " batch"]:
-        """log p(x, z) - log q(z | x), whose mean is the ELBO."""
+        """The log-weight log p(x, z) - log q(z | x), whose mean is the ELBO."""
         return self.log_likelihood - self.log_ratio
 
 
@@ -227,11 +231,12 @@ def weigh(
 ) -> Weighed:
     """Carry noise `eps` of the posterior's base to z, and weigh it: log p(x, z) - log q(z | x).
 
-    log q(z | x) is base.log_prob(eps) - logdet, from eps to z. It never raises for a solve that
-    fails, which is `carried.stats.failed`. `key` is consumed once, by a stochastic divergence only.
+    Here log q(z | x) = base.log_prob(eps) - logdet, with the logdet from eps to z. A solve that
+    fails does not raise; it is flagged in `carried.stats.failed`. `key` is consumed once, by a
+    stochastic divergence only.
 
-    **Raises:** `ValueError` as `jcnf.transform` does, for integers x, and for log-likelihoods of
-    another shape than (batch,).
+    **Raises:** the errors of `jcnf.transform`, and `ValueError` for integer x or log-likelihoods
+    that are not of shape (batch,).
     """
     check_instance(VAE, "a jcnf.flows.vae.VAE", model=model)
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -251,11 +256,11 @@ def weigh(
         regularizers=regularizers,
     )
     log_q = posterior.base.log_prob(eps) - carried.logdet
-    # The decoder is trained: NaN in its input would be NaN in its gradient.
+    # NaN in the decoder's input would be NaN in the gradient of its parameters.
     z = jnp.where(carried.stats.failed[:, None], 0, carried.x)
     log_likelihood = jax.vmap(lambda x, z: model.likelihood(x, model.decoder(z)))(x, z)
     if log_likelihood.shape != log_q.shape:
-        # One value a component might broadcast, and give a bound of nothing.
+        # One value per component might broadcast, and the result would pass for a bound.
         raise ValueError(
             f"the likelihood must give a scalar for each sample; got {log_likelihood.shape[1:]}"
         )

@@ -1,4 +1,4 @@
-"""A Gaussian of whole rows, and what it knows of a row's missing entries; numpy, in float64."""
+"""A Gaussian of table rows, and its conditional given a row's known entries; NumPy, float64."""
 
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "rows dim"]) -> "Gaussian":
-        """That of the rows' mean and covariance.
+        """Return the Gaussian with the mean and covariance of `rows`.
 
-        **Raises:** `ValueError` for fewer than 2 rows (n, dim), and for rows that are not finite.
+        **Raises:** `ValueError` for fewer than 2 rows (n, dim) and for rows that are not finite.
         """
         rows = np.asarray(rows, np.float64)
         if rows.ndim != 2 or len(rows) < 2:
@@ -29,47 +29,48 @@ class Gaussian(NamedTuple):
 
     @property
     def independent(self) -> "Gaussian":
-        """With the same marginals, and no correlations: what imputing column means assumes."""
+        """A copy with its marginals but no correlations, as imputing column means assumes."""
         return self._replace(covariance=np.diag(np.diag(self.covariance)))
 
     def given(self, x: Float[np.ndarray, "n dim"]) -> "Conditional":
-        """Of each row's missing entries, given its known ones.
+        """Return the Gaussian of each row's missing entries (NaN), given its known ones.
 
-        **Raises:** `ValueError` for other columns, infinite entries, and a covariance that is
-        singular.
+        **Raises:** `ValueError` for a wrong number of columns, infinite entries or a singular
+        covariance.
         """
         x = np.asarray(x, np.float64)
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"expected x of shape (n, {len(self.mean)}); got {x.shape}")
         if (infinite := np.isinf(x).any(axis=1)).any():
             raise ValueError(
-                f"x[{np.argmax(infinite)}] has infinite entries: NaN is what is missing"
+                f"x has infinite entries in row {np.argmax(infinite)}: mark missing entries by NaN"
             )
         missing = np.isnan(x)
         known = ~missing
         eye = np.eye(len(self.mean))
-        # Missing rows and columns are those of the identity: one batch of every pattern.
+        # The covariance among known entries, with the rows and columns of missing ones replaced by
+        # those of the identity: this way rows with different patterns form one batch of solves.
         among = np.where(known[:, :, None] & known[:, None], self.covariance, eye)
         across = np.where(missing[:, :, None] & known[:, None], self.covariance, 0.0)
         try:
             gain = np.swapaxes(np.linalg.solve(among, np.swapaxes(across, 1, 2)), 1, 2)
-            centred = np.where(known, x - self.mean, 0.0)
-            mean = np.where(missing, self.mean + np.einsum("nij,nj->ni", gain, centred), x)
+            centered = np.where(known, x - self.mean, 0.0)
+            mean = np.where(missing, self.mean + np.einsum("nij,nj->ni", gain, centered), x)
             rest = self.covariance - gain @ np.swapaxes(across, 1, 2)
             rest = np.where(missing[:, :, None] & missing[:, None], rest, eye)
             factor = np.linalg.cholesky(rest)
         except np.linalg.LinAlgError:
             raise ValueError(
-                "the covariance is singular: leave out columns that follow from others"
+                "the covariance is singular: remove columns that are linear in the others"
             ) from None
         return Conditional(mean, factor, missing)
 
 
 class Conditional(NamedTuple):
-    """A Gaussian of each row's missing entries."""
+    """The Gaussian of each row's missing entries, given its known ones."""
 
-    mean: Float[np.ndarray, "n dim"]  # x itself where it is known
-    factor: Float[np.ndarray, "n dim dim"]  # lower Cholesky factor; of the identity where known
+    mean: Float[np.ndarray, "n dim"]  # x itself where known
+    factor: Float[np.ndarray, "n dim dim"]  # lower Cholesky factor; identity where known
     missing: Bool[np.ndarray, "n dim"]
 
     @property
@@ -78,14 +79,14 @@ class Conditional(NamedTuple):
         return np.sqrt(np.sum(self.factor**2, axis=2))
 
     def draw(self, key: Key[Array, ""], samples: int) -> Float[np.ndarray, "samples n dim"]:
-        """Whole rows; consumes `key`."""
+        """Draw whole rows, in which known entries are kept; consumes `key`."""
         check_key(key)
         check_int(samples=samples)
         e = np.asarray(jr.normal(key, (samples, *self.mean.shape)), np.float64)
         return self.mean + np.where(self.missing, np.einsum("nij,snj->sni", self.factor, e), 0.0)
 
     def log_prob(self, rows: Float[np.ndarray, "*s n dim"]) -> Float[np.ndarray, "*s n"]:
-        """Log-density of the missing entries of whole rows, nats; 0 where nothing is missing."""
+        """Log-density of the missing entries of whole rows, in nats; 0 if nothing is missing."""
         squares = np.sum(
             whiten(self.factor, np.where(self.missing, rows - self.mean, 0.0)) ** 2, -1
         )
@@ -96,10 +97,10 @@ class Conditional(NamedTuple):
 def whiten(
     factor: Float[np.ndarray, "n dim dim"], rows: Float[np.ndarray, "*s n dim"]
 ) -> Float[np.ndarray, "*s n dim"]:
-    """L^-1 of rows (..., n, dim), by the factors L (n, dim, dim)."""
+    """Multiply rows (..., n, dim) by the inverses L^-1 of factors L (n, dim, dim)."""
     return np.einsum("nij,...nj->...ni", np.linalg.inv(factor), rows)
 
 
 def log_det(factor: Float[np.ndarray, "n dim dim"]) -> Float[np.ndarray, " n"]:
-    """Of each factor L (n, dim, dim), lower triangular."""
+    """Return log det L of each lower triangular factor L (n, dim, dim)."""
     return np.sum(np.log(np.diagonal(factor, axis1=1, axis2=2)), axis=1)

@@ -1,11 +1,11 @@
-"""Imputation of tables: what is missing in rows (n, dim) is NaN, in the units of the flow.
+"""Imputation of tables: missing entries of rows (n, dim) are NaN, in the units of the flow.
 
     gaussian = Gaussian.fit(train_rows)
     filled = impute(flow, rows, gaussian, key)          # draws of p(x_missing | x_known)
     found = predictive(flow, truth, rows, filled.draws, gaussian, key)    # nats, held out
 
-The Gaussian is where the draws start from, a part of the proposals that integrate the density, and
-the imputation to beat. The flow computes in its own dtype, as its rows have to come.
+The Gaussian starts the chains of draws, contributes part of the proposals that integrate the
+density, and is the imputation to beat. The flow computes in its own dtype; pass rows of that dtype.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from scipy.special import gammaln
 
+from jcnf import evaluate
 from jcnf._checks import check_finite, check_int, check_key
-from jcnf.evaluate.log_prob import full_precision, score
+from jcnf.evaluate.log_prob import full_precision
 from jcnf.flows import Flow, check_batch, check_flow
 from jcnf.inference.gaussian import Gaussian, log_det, whiten
 from jcnf.inference.inpaint import Density, langevin
@@ -26,27 +27,28 @@ from jcnf.ode import Solve
 
 SAMPLING = Solve(rtol=1e-3, atol=1e-3, norm="worst")
 SCORING = Solve(rtol=1e-4, atol=1e-4, norm="worst")
-DEFENSIVE = 0.25  # share of the importance proposals that are the Gaussian's
-FREEDOM = 4.0  # degrees of freedom of the others, whose tails have to be heavy
-NARROWEST = 0.05  # of them, in standard deviations of the Gaussian conditional
+GAUSSIAN_SHARE = 0.25  # share of the importance proposals that come from the Gaussian
+STUDENT_DOF = 4.0  # degrees of freedom of the other proposals, few so that their tails are heavy
+MIN_SPREAD = 0.05  # least spread of a row's draws, relative to the Gaussian conditional's
 CHUNK = 1000
 
 
 class Imputed(NamedTuple):
-    """What `impute` returns."""
+    """The result of `impute`."""
 
-    draws: Float[np.ndarray, "draws n dim"]  # whole rows; the known entries are x's own
-    acceptance: Float[np.ndarray, " n"]  # share of proposals; 1 where nothing is missing
-    failed: Int[np.ndarray, " n"]  # proposals whose solve failed
+    draws: Float[np.ndarray, "draws n dim"]  # whole rows; known entries are those of x
+    acceptance: Float[np.ndarray, " n"]  # share of proposals accepted; 1 if none are missing
+    failed: Int[np.ndarray, " n"]  # number of proposals whose solve failed
 
     @property
     def mean(self) -> Float[np.ndarray, "n dim"]:
-        """Of the draws: the estimate of least squared error; float64."""
+        """Mean of the draws, the estimate of least squared error; float64."""
         return self.draws.mean(axis=0, dtype=np.float64)
 
     @property
     def std(self) -> Float[np.ndarray, "n dim"]:
-        """Of the draws; 0 where known."""
+        """Standard deviation of the draws, 0 where known; float64."""
+        # The standard deviation of equal numbers may be a rounding error instead of 0.
         spread = self.draws.std(axis=0, dtype=np.float64)
         return np.where(np.any(self.draws != self.draws[0], axis=0), spread, 0.0)
 
@@ -64,20 +66,21 @@ def impute(
     solve: Solve = SAMPLING,
     chunk: int = CHUNK,
 ) -> Imputed:
-    """Draws of what is missing (NaN) given what is known, by one chain of MALA a row.
+    """Draw the missing entries (NaN) given the known ones, with one MALA chain per row.
 
-    A chain starts at one of `candidates` of the Gaussian conditional, by importance resampling
-    (Rubin 1987), and is `jcnf.inference.inpaint.langevin`'s, scaled by that Gaussian's deviations.
-    `draws` of its `steps` after the burn-in come back. `key` is consumed once.
+    Each chain starts at one of `candidates` draws from the Gaussian conditional, chosen by
+    importance resampling (Rubin 1987). It is a chain of `jcnf.inference.inpaint.langevin`, scaled
+    by the standard deviations of that Gaussian. Returns `draws` states, evenly spaced over the
+    `steps` after the burn-in. `key` is consumed once.
 
-    **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
+    **Raises:** `ValueError` for wrong shapes and numbers, and for a singular covariance.
     """
     x = np.asarray(x)
     _check(flow, x, gaussian, key)
     check_int(draws=draws, steps=steps, candidates=candidates, chunk=chunk)
     check_int(0, burn_in=burn_in)
     if draws > steps:
-        raise ValueError(f"draws are of the chain's steps; got {draws} draws of {steps} steps")
+        raise ValueError(f"draws must be at most steps; got draws={draws} and steps={steps}")
     start_key, chain_key = jr.split(key)
     some = np.flatnonzero(np.isnan(x).any(axis=1))
     result = Imputed(np.repeat(x[None], draws, axis=0), np.ones(len(x)), np.zeros(len(x), int))
@@ -88,7 +91,7 @@ def impute(
     start = np.where(conditional.missing, start, x[some]).astype(x.dtype)
     size = min(chunk, len(some))
     for first in range(0, len(some), size):
-        # The last chunk is filled up with its last row.
+        # Repeats of the last row fill the last chunk, so that all chunks have one shape.
         index = np.minimum(np.arange(first, first + size), len(some) - 1)
         chains = _langevin(
             Density(flow, solve=solve),
@@ -111,12 +114,12 @@ def impute(
 
 
 class Predictive(NamedTuple):
-    """What `predictive` returns; NaN where a solve failed at the truth."""
+    """The result of `predictive`; NaN where a solve failed at the truth."""
 
-    log_prob: Float[np.ndarray, " n"]  # log p(x_missing | x_known), nats; 0 for nothing missing
-    stderr: Float[np.ndarray, " n"]  # its standard error, of the importance sampling
+    log_prob: Float[np.ndarray, " n"]  # log p(x_missing | x_known), nats; 0 if none are missing
+    stderr: Float[np.ndarray, " n"]  # its standard error, from the importance sampling
     ess: Float[np.ndarray, " n"]  # effective share of the importance samples, from 0 to 1
-    mean: Float[np.ndarray, "n dim"]  # theirs by weight: a second estimate of what is missing
+    mean: Float[np.ndarray, "n dim"]  # their weighted mean: a second estimate of missing entries
 
 
 def predictive(
@@ -131,15 +134,16 @@ def predictive(
     solve: Solve = SCORING,
     chunk: int = CHUNK,
 ) -> Predictive:
-    """log p(x_missing | x_known) = log p(x) - log p(x_known) of the truth where `x` is NaN.
+    """Return log p(x_missing | x_known) = log p(x) - log p(x_known) of the truth where `x` is NaN.
 
-    p(x_known), the integral of p over the missing entries, is by importance `samples`: a quarter
-    from the Gaussian conditional, where the draws may not have been (a defensive mixture,
-    Hesterberg 1995), the others from Student's t around each of the `draws`. Its estimate is
-    unbiased, its logarithm too low by about stderr^2/2 on average, and the result as much too high.
-    `key` is consumed once. Where all is missing p(x_known) is 1.
+    p(x_known), the integral of p over the missing entries, is estimated with `samples` importance
+    samples. A quarter of them come from the Gaussian conditional, which covers regions that the
+    draws may have missed (a defensive mixture, Hesterberg 1995); the others come from Student's t
+    distributions around the `draws`. The estimate of p(x_known) is unbiased. Its logarithm is too
+    low by about stderr^2/2 on average, and the result is too high by as much. If a whole row is
+    missing, p(x_known) is 1. `key` is consumed once.
 
-    **Raises:** `ValueError` for bad shapes and numbers, and a singular covariance.
+    **Raises:** `ValueError` for wrong shapes and numbers, and for a singular covariance.
     """
     truth, x = np.asarray(truth), np.asarray(x)
     _check(flow, x, gaussian, key)
@@ -147,8 +151,8 @@ def predictive(
     check_int(chunk=chunk)
     if truth.shape != x.shape or draws.shape[1:] != x.shape or not len(draws):
         raise ValueError(
-            f"expected truth and each draw of x's shape {x.shape}; got {truth.shape} and "
-            f"{draws.shape}"
+            f"expected truth and each draw of x's shape {x.shape}; got truth of shape "
+            f"{truth.shape} and draws of shape {draws.shape}"
         )
     check_finite(truth=truth)
     missing = np.isnan(x)
@@ -158,7 +162,9 @@ def predictive(
         np.flatnonzero(rows) for rows in (missing.any(1), missing.any(1) & ~missing.all(1))
     )
     if len(some):
-        log_prob[some] = score(flow, jnp.asarray(truth[some]), solve=solve, chunk=chunk).log_prob
+        log_prob[some] = evaluate.log_prob(
+            flow, jnp.asarray(truth[some]), solve=solve, chunk=chunk
+        ).log_prob
     if len(part):
         proposals, log_q = _propose(gaussian.given(x[part]), draws[:, part], key, samples)
         proposals = np.where(missing[part], proposals, x[part]).astype(x.dtype)
@@ -180,12 +186,13 @@ def _check(flow, x, gaussian, key):
     check_flow(flow)
     if x.ndim != 2 or not len(x) or x.dtype.kind != "f" or np.isinf(x).any():
         raise ValueError(
-            f"expected floating x (n, dim), finite or NaN where missing; got {x.shape}, {x.dtype}"
+            "expected floating x of shape (n, dim), finite or NaN where missing; got "
+            f"{x.dtype} of shape {x.shape}"
         )
     if gaussian.mean.shape != x.shape[1:] or not np.isfinite(gaussian.covariance).all():
         raise ValueError(
             f"expected a finite Gaussian of dimension {x.shape[1]}, fitted to rows without NaN; "
-            f"got one of {len(gaussian.mean)}"
+            f"got one of dimension {len(gaussian.mean)}"
         )
     check_batch(flow, np.nan_to_num(x), None)
 
@@ -197,56 +204,59 @@ def _langevin(density, x, known, key, scale, keep, steps, burn_in):
 
 
 def _resampled(flow, conditional, key, candidates, solve, chunk, dtype):
-    """One of the candidates for each row, by its weight p / q; the mean where none has any."""
+    """Draw one of the candidates per row by weight p / q; the mean if all weights are 0."""
     draw_key, choice_key = jr.split(key)
     rows = conditional.draw(draw_key, candidates)
     log_w = _score(flow, rows.astype(dtype), solve, chunk) - conditional.log_prob(rows)
     log_w = np.where(np.isnan(log_w), -np.inf, log_w)
-    # The largest of log w and Gumbel noise is a draw by the weights.
+    # The Gumbel-max trick: the argmax of log w plus Gumbel noise is a draw by the weights w.
     chosen = np.argmax(log_w + np.asarray(jr.gumbel(choice_key, log_w.shape)), axis=0)
     found = rows[chosen, np.arange(rows.shape[1])]
     return np.where(np.isfinite(log_w.max(axis=0))[:, None], found, conditional.mean)
 
 
 def _score(flow, rows, solve, chunk):
-    """Log-densities (samples, n) of rows (samples, n, dim); NaN where the solve failed."""
+    """Return the log-densities (samples, n) of rows (samples, n, dim); NaN if the solve failed."""
     flat = jnp.asarray(rows.reshape(-1, rows.shape[-1]))
-    return score(flow, flat, solve=solve, chunk=chunk).log_prob.reshape(rows.shape[:2])
+    return evaluate.log_prob(flow, flat, solve=solve, chunk=chunk).log_prob.reshape(rows.shape[:2])
 
 
 def _propose(conditional, draws, key, samples):
-    """Whole rows (samples, n, dim) and the log-density, (samples, n), that they were drawn from.
+    """Draw whole rows (samples, n, dim), and return them with their log-density, (samples, n).
 
-    Of a known number from either part of the mixture, the weights are by the whole (Veach & Guibas
-    1995).
+    The number of rows from each part of the mixture is fixed, and the log-density is that of the
+    whole mixture for all of them: the balance heuristic (Veach & Guibas 1995).
     """
     keys = jr.split(key, 4)
-    defensive = max(1, round(DEFENSIVE * samples))
+    defensive = max(1, round(GAUSSIAN_SHARE * samples))
     number, n, dim = draws.shape
     missing = conditional.missing
     count = missing.sum(axis=1)
-    # Silverman's width of a kernel, on the covariance of the row's own draws.
+    # A kernel around each draw has the covariance of the row's draws, scaled by Silverman's rule.
+    # The small share of the conditional's covariance keeps it regular if a chain hardly moved.
     width = (4 / (count + 2) / number) ** (1 / (count + 4))
-    centred = np.where(missing, draws - draws.mean(axis=0, dtype=np.float64), 0.0)
-    covariance = np.einsum("sni,snj->nij", centred, centred) / number
-    covariance += NARROWEST**2 * conditional.factor @ np.swapaxes(conditional.factor, 1, 2)
+    centered = np.where(missing, draws - draws.mean(axis=0, dtype=np.float64), 0.0)
+    covariance = np.einsum("sni,snj->nij", centered, centered) / number
+    covariance += MIN_SPREAD**2 * conditional.factor @ np.swapaxes(conditional.factor, 1, 2)
     covariance = covariance * width[:, None, None] ** 2
     both = missing[:, :, None] & missing[:, None]
     factor = np.linalg.cholesky(np.where(both, covariance, np.eye(dim)))
 
     chosen = np.asarray(jr.randint(keys[0], (samples - defensive, n), 0, number))
     e = np.asarray(jr.normal(keys[1], (samples - defensive, n, dim)), np.float64)
-    chi = np.asarray(jr.chisquare(keys[2], FREEDOM, shape=chosen.shape), np.float64)[..., None]
-    e = np.einsum("nij,snj->sni", factor, e * np.sqrt(FREEDOM / chi))
+    chi = np.asarray(jr.chisquare(keys[2], STUDENT_DOF, shape=chosen.shape), np.float64)[..., None]
+    e = np.einsum("nij,snj->sni", factor, e * np.sqrt(STUDENT_DOF / chi))
     around = draws[chosen, np.arange(n)] + np.where(missing, e, 0.0)
     rows = np.concatenate([conditional.draw(keys[3], defensive), around])
 
+    # Squared distances |a - b|^2 from every row to every draw, and from them the log-density of the
+    # Student's t mixture at each row.
     a, b = (whiten(factor, np.where(missing, y - conditional.mean, 0.0)) for y in (rows, draws))
     squares = np.sum(a**2, -1)[:, None] + np.sum(b**2, -1) - 2 * np.einsum("sni,tni->stn", a, b)
-    kernel = -(FREEDOM + count) / 2 * np.log1p(np.maximum(squares, 0.0) / FREEDOM)
+    kernel = -(STUDENT_DOF + count) / 2 * np.log1p(np.maximum(squares, 0.0) / STUDENT_DOF)
     log_kernels = np.logaddexp.reduce(kernel, axis=1) - np.log(number) - log_det(factor)
-    log_kernels += gammaln((FREEDOM + count) / 2) - gammaln(FREEDOM / 2)
-    log_kernels -= count / 2 * np.log(FREEDOM * np.pi)
+    log_kernels += gammaln((STUDENT_DOF + count) / 2) - gammaln(STUDENT_DOF / 2)
+    log_kernels -= count / 2 * np.log(STUDENT_DOF * np.pi)
     share = defensive / samples
     log_q = np.logaddexp(np.log(share) + conditional.log_prob(rows), np.log1p(-share) + log_kernels)
     return rows, log_q

@@ -1,12 +1,13 @@
-"""Filling in what is missing: the modes and the samples of p(x_missing | x_known).
+"""Inpainting: modes and samples of p(x_missing | x_known).
 
-A sampler takes a log-density `log_prob`, x (batch, dim) -> (batch,) nats, each row's a function of
-that row: `Density(flow)` is a flow's, and a preprocessing goes around it. Entries of `x` that are
-`known` come back as they were, bit for bit; the others are where the sampler starts. Conditioning
-takes no more than this: as a function of the missing entries, p(x) is p(x_missing | x_known) but
-for a factor. A value or gradient that is not finite is a place where the row does not go, counted
-and nothing worse. Each step takes value and gradient once; everything is one `lax` program without
-callbacks to the host, to be jitted by whoever calls it (`equinox.filter_jit`).
+A sampler takes a log-density `log_prob`, x (batch, dim) -> (batch,) nats, in which each value
+depends on its own row only. `Density(flow)` is the log-density of a flow; wrap it for any
+preprocessing. Entries of `x` that are `known` come back unchanged, bit for bit; the others are
+where the sampler starts. Conditioning needs nothing more: as a function of the missing entries,
+p(x) is proportional to p(x_missing | x_known). A row does not move to a place where the value or
+gradient is not finite; such steps are only counted. Each step evaluates value and gradient once.
+Everything is one `lax` program without callbacks to the host; the caller jits it
+(`equinox.filter_jit`).
 """
 
 from collections.abc import Callable
@@ -34,18 +35,18 @@ from jcnf.ode import Solve
 
 LogProb = Callable[[Float[Array, "batch dim"]], Float[Array, " batch"]]
 SIDES = ("top", "bottom", "left", "right")
-OPTIMAL = 0.574  # acceptance of Langevin proposals in many dimensions (Roberts & Rosenthal 1998)
+OPTIMAL_ACCEPTANCE = 0.574  # of MALA in many dimensions (Roberts & Rosenthal 1998)
 
 
 class Density(eqx.Module):
-    """log p of a flow as a function of x alone, nats (batch,): NaN where a solve failed.
+    """The log-density of a flow as a function of x alone, (batch,) nats; NaN if a solve failed.
 
-    Gradients go through the solve by its adjoint: any but "forward", and "backsolve" only where
-    raising is welcome.
+    Gradients go through the solve by its adjoint. Any adjoint but "forward" works; use "backsolve"
+    only if it may raise.
 
-    The steps of an adaptive solve are the batch's, so that a row's value depends on the others'
-    within the tolerance, by which the samples of `langevin` are then out; under a fixed step it
-    does not.
+    An adaptive solve shares its steps among the batch, so a row's value depends on the other rows,
+    within the tolerance, and the samples of `langevin` are inexact to that degree. With a fixed
+    step it does not.
     """
 
     flow: Flow
@@ -54,8 +55,6 @@ class Density(eqx.Module):
     divergence: Divergence = Exact()
 
     def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, " batch"]:
-        """log p of each row."""
-
         result = transform(
             self.flow, x, context=self.context, solve=self.solve, divergence=self.divergence
         )
@@ -63,20 +62,20 @@ class Density(eqx.Module):
 
 
 class Ascent(NamedTuple):
-    """What `ascend` returns."""
+    """The result of `ascend`."""
 
     x: Float[Array, "keep batch dim"]  # after `kept_steps(steps, keep)`
-    log_prob: Float[Array, "keep batch"]  # nats, of these; -inf where it was never finite
-    failed: Int[Array, " batch"]  # steps not taken: value or gradient were not finite there
+    log_prob: Float[Array, "keep batch"]  # at these x, in nats; -inf if it was never finite
+    failed: Int[Array, " batch"]  # steps not taken because value or gradient was not finite
 
 
 class Chains(NamedTuple):
-    """What `langevin` returns."""
+    """The result of `langevin`."""
 
-    x: Float[Array, "keep batch dim"]  # after `kept_steps(steps, keep)`, the burn-in not counted
-    log_prob: Float[Array, "keep batch"]  # nats, of these; -inf where it was never finite
+    x: Float[Array, "keep batch dim"]  # after `kept_steps(steps, keep)`, not counting the burn-in
+    log_prob: Float[Array, "keep batch"]  # at these x, in nats; -inf if it was never finite
     acceptance: Float[Array, " batch"]  # share of proposals accepted after the burn-in
-    step: Float[Array, " batch"]  # the step size that the burn-in came to
+    step: Float[Array, " batch"]  # the step size that the burn-in found
     failed: Int[Array, " batch"]  # proposals whose value or gradient was not finite
 
 
@@ -93,24 +92,24 @@ def ascend(
     noise: float = 1.0,
     scale: Float[Array | np.ndarray, "*rows dim"] | None = None,
 ) -> Ascent:
-    """NICE's inpainting: x_H <- x_H + a_i s (s d log p / dx_H + e), e ~ noise N(0, I).
+    """NICE's inpainting: x_H <- x_H + a_i s (s d log p / dx_H + e), with e ~ noise N(0, I).
 
     Noisy gradient ascent on the missing entries x_H, clipped to `bounds` after each step (Dinh et
-    al. 2014, section 5.2). With `noise=0` it goes to a mode of p(x_H | x_known); with noise about
-    one, but not to samples: those are `langevin`'s.
+    al. 2014, section 5.2). With `noise=0` it converges to a mode of p(x_H | x_known). With noise it
+    ends near a mode, but not at a sample: use `langevin` for samples.
 
     **Arguments:**
 
     - `x`: (batch, dim), finite; the missing entries are where it starts.
     - `known`: (dim,) or (batch, dim), True for entries to keep.
     - `key`: consumed once.
-    - `keep`: how many states to return, at even distances, the last among them.
-    - `rate`: a_i of step i = 0, 1, ..., unless given the paper's 10 / (100 + i).
-    - `scale`: s, of x's missing entries, (dim,) or (batch, dim); the paper's is 1. Their spread
-      makes the rule that of x/s: without it steps of a_i throw pixels that hardly vary, whose
-      gradients are large, from one bound to the other.
+    - `keep`: number of states to return, evenly spaced and including the last.
+    - `rate`: a_i as a function of the step i = 0, 1, ...; by default the paper's 10 / (100 + i).
+    - `scale`: s for the missing entries, (dim,) or (batch, dim); the paper's is 1. With their
+      spread as s, the paper's rule applies to x/s. Otherwise pixels that hardly vary, and so have
+      large gradients, jump from one bound to the other.
 
-    **Raises:** `ValueError` for bad shapes and numbers.
+    **Raises:** `ValueError` for wrong shapes and numbers.
     """
     missing = _missing(log_prob, x, known, key, steps, keep, bounds)
     check_callable("a function of the step, i -> a_i", rate=rate)
@@ -145,28 +144,29 @@ def langevin(
     step: float = 1.0,
     scale: Float[Array | np.ndarray, "*rows dim"] | None = None,
 ) -> Chains:
-    """Samples of p(x_missing | x_known) by the Metropolis-adjusted Langevin algorithm, MALA.
+    """Sample p(x_missing | x_known) by the Metropolis-adjusted Langevin algorithm, MALA.
 
     A row proposes x' = x + (h s)^2/2 d log p/dx + h s e, e ~ N(0, I), and accepts it with
-    probability min(1, p(x') q(x | x') / (p(x) q(x' | x))) (Roberts & Tweedie 1996), so that it
-    leaves p(x_missing | x_known) invariant whatever h is. Each row has an h of its own, found in
-    the burn-in by log h <- log h + i^-0.6 (acceptance probability - 0.574), i = 1, 2, ...
-    (Robbins & Monro; Andrieu & Thoms 2008, eq. 19; 0.574 is Roberts & Rosenthal's, 1998) and
-    fixed from then on.
+    probability min(1, p(x') q(x | x') / (p(x) q(x' | x))) (Roberts & Tweedie 1996), which leaves
+    p(x_missing | x_known) invariant for any h. Each row has its own h. The burn-in finds it by
+    log h <- log h + i^-0.6 (acceptance probability - 0.574), i = 1, 2, ... (Robbins & Monro;
+    Andrieu & Thoms 2008, eq. 19; 0.574 is from Roberts & Rosenthal 1998), and it is fixed from then
+    on.
 
     **Arguments:**
 
     - `x`: (batch, dim), finite; the missing entries are where the chains start.
     - `known`: (dim,) or (batch, dim), True for entries to keep.
     - `key`: consumed once.
-    - `keep`: how many states to return, at even distances, the last among them.
-    - `bounds`: of the missing entries. The density is 0 outside: proposals there are rejected,
-      which is Metropolis's own rule. Where x starts outside, it stays till a proposal is inside.
-    - `step`: h at first.
-    - `scale`: s, of x's missing entries, (dim,) or (batch, dim), 1 unless given: their spread
-      makes the chains of a badly scaled density faster.
+    - `keep`: number of states to return, evenly spaced and including the last.
+    - `bounds`: (low, high) of the missing entries. The density is 0 outside, so proposals there are
+      rejected, by Metropolis's own rule. A row that starts outside stays until a proposal is
+      inside.
+    - `step`: the initial h.
+    - `scale`: s for the missing entries, (dim,) or (batch, dim); by default 1. If the density is
+      badly scaled, their spread as s makes the chains faster.
 
-    **Raises:** `ValueError` for bad shapes and numbers.
+    **Raises:** `ValueError` for wrong shapes and numbers.
     """
     missing = _missing(log_prob, x, known, key, steps, keep, bounds)
     check_int(0, burn_in=burn_in)
@@ -189,12 +189,13 @@ def langevin(
         moved = jnp.where(inside[:, None], moved, x)
         new = (moved, *_value_and_gradient(log_prob, moved))
         valid = inside & jnp.isfinite(new[1])
-        # The noise that would lead back: x = x' + (h s)^2/2 g' + h s e'.
+        # The noise e' that would lead back: x = x' + (h s)^2/2 g' + h s e'. The density of a
+        # proposal is that of its noise, so log q(x | x') - log q(x' | x) = (|e|^2 - |e'|^2)/2.
         back = -e - hs / 2 * (gradient + new[2])
         log_ratio = new[1] - value + jnp.sum(e**2 - back**2, axis=1) / 2
         log_ratio = jnp.where(valid, log_ratio, -jnp.inf)
         accept = jnp.log(jr.uniform(uniform_key, value.shape, x.dtype)) < log_ratio
-        excess = jnp.exp(jnp.minimum(log_ratio, 0)) - jnp.asarray(OPTIMAL, x.dtype)
+        excess = jnp.exp(jnp.minimum(log_ratio, 0)) - jnp.asarray(OPTIMAL_ACCEPTANCE, x.dtype)
         gain = jnp.where((i > 0) & (i <= burn_in), i.astype(x.dtype) ** -0.6, 0)
         return (
             _choose(accept, new, current),
@@ -214,15 +215,15 @@ def langevin(
 
 
 def kept_steps(steps: int, keep: int) -> np.ndarray:
-    """The numbers of steps, (keep,), after which `ascend` and `langevin` keep a state."""
+    """Return the numbers of steps, (keep,), after which `ascend` and `langevin` keep a state."""
     return np.linspace(0, steps, keep + 1).round().astype(int)[1:]
 
 
 def half(shape: tuple[int, int, int], side: str) -> Bool[np.ndarray, " dim"]:
-    """A mask `known` for pictures: True on that side, "top", "bottom", "left" or "right".
+    """Return a mask `known` for images, True on one side: "top", "bottom", "left" or "right".
 
-    `shape`: (height, width, channels), in which pictures are flattened row by row. Of an odd
-    number of rows or columns the middle one is not known.
+    `shape` is (height, width, channels); images are flattened row by row. If the number of rows or
+    columns is odd, the middle one is not known.
     """
     check_shape("shape", shape)
     if side not in SIDES:
@@ -236,8 +237,8 @@ def half(shape: tuple[int, int, int], side: str) -> Bool[np.ndarray, " dim"]:
 
 
 def _missing(log_prob, x, known, key, steps, keep, bounds):
-    """Which entries may move, (batch, dim)."""
-    check_callable("a function of x (batch, dim), as Density(flow) is", log_prob=log_prob)
+    """Check the arguments, and return which entries may move, (batch, dim)."""
+    check_callable("a function of x (batch, dim), such as Density(flow)", log_prob=log_prob)
     check_key(key)
     check_int(steps=steps, keep=keep)
     if jnp.ndim(x) != 2 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -249,7 +250,9 @@ def _missing(log_prob, x, known, key, steps, keep, bounds):
             f"expected known of shape {x.shape} or {x.shape[1:]}; got {jnp.shape(known)}"
         )
     if not jnp.issubdtype(jnp.result_type(known), jnp.bool_):
-        raise ValueError(f"expected known of bool, True to keep; got {jnp.result_type(known)}")
+        raise ValueError(
+            f"expected known of dtype bool, True to keep; got {jnp.result_type(known)}"
+        )
     check_finite(x=x)
     if keep > steps:
         raise ValueError(f"keep must be from 1 to steps; got {keep} of {steps}")
@@ -260,12 +263,12 @@ def _missing(log_prob, x, known, key, steps, keep, bounds):
 
 def _spread(scale, x):
     if scale is not None and not isinstance(scale, Tracer) and not np.all(np.asarray(scale) > 0):
-        raise ValueError("scale must be positive, for it is a spread; got 0, less or NaN in it")
+        raise ValueError("scale must be positive in every entry; got 0, negative or NaN entries")
     return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, x.dtype), x.shape)
 
 
 def _start(x):
-    """x with a value and a gradient that any finite ones replace: step 0 is to stay and look."""
+    """Return x with a value and gradient that step 0, which does not move, replaces if finite."""
     return x, jnp.full(x.shape[0], -jnp.inf, x.dtype), jnp.zeros_like(x)
 
 
@@ -274,7 +277,7 @@ def _none(x):
 
 
 def _value_and_gradient(log_prob, x):
-    """log p (batch,), -inf where it or its gradient is not finite, and the gradient, 0 there."""
+    """Return log p (batch,) and its gradient; -inf and 0 in rows where either is not finite."""
 
     def total(x):
         value = log_prob(x)
@@ -286,7 +289,7 @@ def _value_and_gradient(log_prob, x):
 
 
 def _choose(rows, new, old):
-    """Of each array the new rows where `rows`, the old ones elsewhere."""
+    """Take the rows of `new` where `rows` is True and of `old` elsewhere, array by array."""
     return tuple(
         jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         for a, b in zip(new, old, strict=True)
@@ -294,7 +297,10 @@ def _choose(rows, new, old):
 
 
 def _march(step, state, first, steps, keep) -> Any:
-    """`state <- step(i, state)`, i from 0 to `first + steps`; the last, and x and log p of some."""
+    """Run `state <- step(i, state)` for i from 0 to `first + steps`.
+
+    Returns the last state, and x and log p of the `keep` states.
+    """
     ends = first + kept_steps(steps, keep) + 1
 
     def to_next(state, interval):

@@ -1,12 +1,13 @@
-"""What is minimised: `objective(flow, x, key, *, context=None, ...) -> (loss, metrics)`, scalars.
+"""Training objectives: `objective(flow, x, key, *, context=None, ...) -> (loss, metrics)`.
 
-`metrics` may have "failed", true where too many solves failed for the loss to be trained on. A new
-objective is one function of that form; `functools.partial` binds its settings.
+The loss, a scalar, is minimized; the metrics are a dict of scalars. They may include "failed", true
+if too many solves failed for the loss to be trained on. A new objective is one function of this
+form; bind its settings with `functools.partial`.
 """
 
-from jcnf.objectives.combine import in_precision as in_precision
-from jcnf.objectives.combine import mixed as mixed
-from jcnf.objectives.combine import of_inner as of_inner
+from jcnf.objectives.combine import cast_fields as cast_fields
+from jcnf.objectives.combine import for_first_ode as for_first_ode
+from jcnf.objectives.combine import weighted_sum as weighted_sum
 from jcnf.objectives.combine import with_context as with_context
 from jcnf.objectives.elbo import elbo as elbo
 from jcnf.objectives.likelihood import RESERVED as RESERVED
@@ -15,5 +16,5 @@ from jcnf.objectives.matching import flow_matching as flow_matching
 from jcnf.objectives.matching import rectified as rectified
 from jcnf.objectives.reverse_kl import reverse_kl as reverse_kl
 from jcnf.objectives.trajectory import Windows as Windows
-from jcnf.objectives.trajectory import draw_windows as draw_windows
+from jcnf.objectives.trajectory import sample_windows as sample_windows
 from jcnf.objectives.trajectory import trajectory_fit as trajectory_fit

@@ -1,4 +1,4 @@
-"""Objectives made of others: with a context, a weighted sum, in another precision."""
+"""Objectives built from others: with a context, for a chain, in another precision, summed."""
 
 import functools
 import inspect
@@ -18,12 +18,12 @@ from jcnf.ode import Solve
 
 
 def with_context(objective: Callable) -> Callable:
-    """An objective of x and a context as one of a batch: x, or a pair (x, context).
+    """Return `objective` in the form `objective(flow, batch, key)`, with any context in the batch.
 
-    That is what `jcnf.training.make_run` trains by: `objective(flow, batch, key)`. Settings go on.
+    `batch` is x or a pair (x, context). `jcnf.training.make_train_loop` takes this form.
     """
 
-    @functools.wraps(objective)  # what it can be given is to be seen
+    @functools.wraps(objective)  # keeps the signature, which make_train_loop inspects
     def of_batch(flow, batch, key, **settings):
         x, context = batch if isinstance(batch, tuple) else (batch, None)
         return objective(flow, x, key, context=context, **settings)
@@ -31,33 +31,40 @@ def with_context(objective: Callable) -> Callable:
     return of_batch
 
 
-def of_inner(objective: Callable) -> Callable:
-    """An objective of a `jcnf.CNF`, such as flow matching, as one of a chain that starts with it.
+def for_first_ode(objective: Callable) -> Callable:
+    """Return an objective of a chain whose first part is an ODE, from one of a `jcnf.CNF`.
 
-    The chain's first part is a `jcnf.flows.ODE`; its other ones, such as a preprocessing, carry the
-    data to that, without a gradient of their own: they have to be fixed. Arguments are those of
-    `objective`.
+    `objective`, such as flow matching, is given the chain's first part, a `jcnf.flows.ODE`, with
+    the chain's base. The other parts, such as preprocessing, carry the data to it and receive no
+    gradient, so they must be fixed. The arguments are those of `objective`.
 
-    **Raises:** `ValueError` for a flow of another make.
+    **Raises:** `ValueError` if the flow is not such a chain.
     """
 
-    @functools.wraps(objective)  # what it can be given is to be seen
+    @functools.wraps(objective)  # keeps the signature, which make_train_loop inspects
     def of_chain(flow, x, key, *, context=None, **settings):
         if not isinstance(flow, Chain) or not isinstance(flow.parts[0], ODE):
-            raise ValueError("expected a jcnf.Chain whose first part is a jcnf.flows.ODE")
+            of_type = type(flow.parts[0] if isinstance(flow, Chain) else flow).__name__
+            start = "one that starts with " if isinstance(flow, Chain) else ""
+            raise ValueError(
+                "expected flow to be a jcnf.Chain whose first part is a jcnf.flows.ODE; got "
+                f"{start}{of_type}"
+            )
         ode: Any = flow.parts[0]
         outer = flow.parts[1:]
         if outer:
-            x = jax.lax.stop_gradient(Composition(outer).carry(x, "to_base", context, Solve())[0])
+            x = jax.lax.stop_gradient(
+                Composition(outer).transform(x, "to_base", context, Solve())[0]
+            )
         return objective(CNF(ode.field, flow.base, ode.t1), x, key, context=context, **settings)
 
     return of_chain
 
 
-def in_precision(objective: Callable, dtype: Any) -> Callable:
-    """`objective` with the fields of all ODEs computed in `dtype`, such as `jnp.bfloat16`.
+def cast_fields(objective: Callable, dtype: Any) -> Callable:
+    """Return `objective` with the fields of all ODEs computed in `dtype`, such as `jnp.bfloat16`.
 
-    Parameters, gradients, states and losses keep the precision they have (`jcnf.fields.Cast`).
+    Parameters, gradients, states and losses keep their precision (`jcnf.fields.Cast`).
     """
 
     @functools.wraps(objective)
@@ -67,10 +74,11 @@ def in_precision(objective: Callable, dtype: Any) -> Callable:
     return lowered
 
 
+# How to combine metrics that more than one objective may report.
 _MERGED = {"failed": operator.or_, "failed_rows": operator.add, "step_plan": jnp.maximum}
 
 
-def mixed(
+def weighted_sum(
     flow: Flow,
     x: Any,
     key: Key[Array, ""],
@@ -79,21 +87,23 @@ def mixed(
     solve: Solve | None = None,
     **settings: Any,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The weighted sum of objectives on one batch: flow matching together with likelihood, say.
+    """Weighted sum of objectives on one batch, such as flow matching plus likelihood.
 
-    `weights` maps objectives, settings bound, to their weights; `settings`, a context, go to
-    all, and `solve` to those that take one, in place of one that is bound. `key` is split among
-    them. The metrics are those of all; "failed" where any failed, and the finest "step_plan".
+    `weights` maps objectives, with their settings bound, to their weights. `settings`, such as a
+    context, are passed to all of them, and `solve` to those that take one, where it replaces a
+    bound one. `key` is split among the objectives. The metrics are those of all objectives:
+    "failed" is true if any failed, "failed_rows" is their sum, "step_plan" is the finest.
 
-    **Raises:** `ValueError` for no objectives, a weight that is negative or not finite, and where
-    two have a metric of one name.
+    **Raises:** `ValueError` if there are no objectives, if a weight is negative or not finite, or
+    if two objectives report another metric of the same name.
     """
     if not weights or not isinstance(weights, Mapping):
         raise ValueError(
-            f"mixed needs objectives: give weights={{objective: weight}}; got {weights!r}"
+            "expected weights to map at least one objective to its weight, as in "
+            f"{{objective: 1.0}}; got {weights!r}"
         )
     for objective, weight in weights.items():
-        check_callable("a function, as those of jcnf.objectives are", objective=objective)
+        check_callable("a function such as those in jcnf.objectives", objective=objective)
         check_number("[0, inf)", weights=weight)
     check_key(key)
     losses, metrics = [], {}
@@ -106,7 +116,7 @@ def mixed(
         twice = (metrics.keys() & more.keys()) - _MERGED.keys()
         if twice:
             raise ValueError(
-                f"two objectives have a metric of one name: {', '.join(sorted(twice))}"
+                f"two objectives report a metric of the same name: {', '.join(sorted(twice))}"
             )
         both = {n: _MERGED[n](metrics[n], more[n]) for n in metrics.keys() & more.keys()}
         losses.append(weight * value)

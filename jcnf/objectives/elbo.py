@@ -1,4 +1,4 @@
-"""The evidence lower bound of a variational autoencoder, through the solve of its posterior."""
+"""Evidence lower bound (ELBO) of a variational autoencoder, through its posterior's ODE solve."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_key
 from jcnf.divergence import Divergence, Exact
 from jcnf.flows.vae import VAE, weigh
-from jcnf.objectives.likelihood import check_penalties, mean_of_solved, penalised
+from jcnf.objectives.likelihood import check_regularizers, mean_of_solved, regularized
 from jcnf.ode import Solve
 
 
@@ -20,20 +20,20 @@ def elbo(
     *,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
-    penalties: Mapping[Callable, float] = MappingProxyType({}),
+    regularizers: Mapping[Callable, float] = MappingProxyType({}),
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean of log q(z | x) - log p(z) - log p(x | z) in nats, one z ~ q(z | x) for each x.
+    """Mean of log q(z | x) - log p(z) - log p(x | z) in nats, with one z ~ q(z | x) for each x.
 
-    Without penalties an unbiased estimate of the negative ELBO (Kingma & Welling 2014, eq. 3; with
-    a flow, Rezende & Mohamed 2015, eq. 15). `penalties` maps regularizers, as in
-    `jcnf.regularizers`, to their weights. `key` is consumed once,
-    split between z and the divergence's noise. The metrics are "negative_elbo", its two parts
-    "reconstruction" (the mean of -log p(x | z)) and "kl", each penalty's mean by the name of its
-    function, "nfe", "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out.
+    Without regularizers this is an unbiased estimate of the negative ELBO (Kingma & Welling 2014,
+    eq. 3; with a flow, Rezende & Mohamed 2015, eq. 15). `regularizers` maps functions such as those
+    in `jcnf.regularizers` to their weights. `key` is consumed once, split between z and the
+    divergence's noise. The metrics are "negative_elbo", its two parts "reconstruction" (the mean of
+    -log p(x | z)) and "kl", each regularizer's mean under the name of its function, "nfe",
+    "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out of all means.
 
     **Raises:** `ValueError` as `jcnf.flows.vae.weigh` does.
     """
-    check_penalties(penalties)
+    check_regularizers(regularizers)
     check_key(key)
     eps_key, noise_key = jr.split(key)
     weighed = weigh(
@@ -43,9 +43,9 @@ def elbo(
         key=noise_key,
         solve=solve,
         divergence=divergence,
-        regularizers=tuple(penalties),
+        regularizers=tuple(regularizers),
     )
-    loss, metrics = penalised("negative_elbo", -weighed.log_weight, penalties, weighed.carried)
+    loss, metrics = regularized("negative_elbo", -weighed.log_weight, regularizers, weighed.carried)
     stats = weighed.carried.stats
     parts = {
         "reconstruction": -mean_of_solved(weighed.log_likelihood, stats),

@@ -1,4 +1,4 @@
-"""Maximum likelihood, through the solve."""
+"""Maximum likelihood, through the ODE solve."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,15 +10,15 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_key, check_number
 from jcnf.divergence import Divergence, Exact
-from jcnf.fields import TimeChange
+from jcnf.fields import TimeRescaling
 from jcnf.flows import CNF, Flow, Transformed, transform
 from jcnf.ode import Solve, Stats
 
-# Names of metrics, of objectives and of `jcnf.training.loop`.
+# Metric names of the objectives and of `jcnf.training.loop`: no regularizer may have one of them.
 RESERVED = {"nll", "reverse_kl", "matching", "negative_elbo", "reconstruction", "kl"}
 RESERVED |= {"nfe", "failed", "failed_rows", "step_plan", "loss", "grad_norm", "skipped"}
-# Share of a batch's rows whose solve may fail. The loss is over the others, and a flow could learn
-# to make hard samples fail.
+# Largest share of a batch's rows whose solve may fail. The loss leaves these rows out, so without a
+# limit a flow could learn to make hard samples fail.
 MAX_FAILED = 0.1
 
 
@@ -30,30 +30,33 @@ def likelihood(
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
-    penalties: Mapping[Callable, float] = MappingProxyType({}),
+    regularizers: Mapping[Callable, float] = MappingProxyType({}),
     steer: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean negative log-likelihood in nats, plus weighted penalties (FFJORD; RNODE).
+    """Mean negative log-likelihood in nats, plus weighted regularizers (FFJORD; RNODE).
 
-    `penalties` maps regularizers, as in `jcnf.regularizers`, to their weights. With `steer` = b > 0
-    the base is at a time drawn from (-b, b), one for the batch, in place of 0 (STEER, Ghosh et al.
-    2020, whose end is the base's). `key` is consumed once, by a stochastic divergence and by
-    `steer` only. The metrics are "nll", each penalty's mean by the name of its function, "nfe",
-    "failed_rows", "failed" and "step_plan". Rows whose solve failed are left out of all means.
+    `regularizers` maps functions such as those in `jcnf.regularizers` to their weights. With
+    `steer` = b > 0, the base is not at time 0 but at a time drawn from (-b, b), once for the batch
+    (STEER, Ghosh et al. 2020, where the base is at the end time). `key` is consumed once, and only
+    by a stochastic divergence or `steer`. The metrics are "nll", each regularizer's mean under the
+    name of its function, "nfe", "failed_rows", "failed" and "step_plan". Rows whose solve failed
+    are left out of all means.
 
-    **Raises:** `ValueError` as `jcnf.transform` does, and for a `steer` not in [0, t1).
+    **Raises:** `ValueError` as `jcnf.transform` does, and if `steer` is not in [0, t1).
     """
-    check_penalties(penalties)
+    check_regularizers(regularizers)
     if steer:
         if not isinstance(flow, CNF):
-            raise ValueError("steer moves the end time of a CNF; this flow has none")
+            raise ValueError(
+                f"steer moves the end time of a CNF; got {type(flow).__name__}: set steer=0"
+            )
         check_number(f"[0, {flow.t1})", steer=steer)
         if key is None:
-            raise ValueError("steer draws a time: it needs a key, jax.random.key(seed)")
+            raise ValueError("steer draws a random time: pass key=jax.random.key(seed)")
         check_key(key)
         key, steer_key = jr.split(key)
         start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
-        steered = TimeChange(flow.field, rate=1 - start / flow.t1, start=start)
+        steered = TimeRescaling(flow.field, rate=1 - start / flow.t1, start=start)
         flow = eqx.tree_at(lambda flow: flow.field, flow, steered)
     result = transform(
         flow,
@@ -62,55 +65,58 @@ def likelihood(
         context=context,
         solve=solve,
         divergence=divergence,
-        regularizers=tuple(penalties),
+        regularizers=tuple(regularizers),
     )
     nll = -(flow.base.log_prob(result.x) + result.logdet)
-    return penalised("nll", nll, penalties, result)
+    return regularized("nll", nll, regularizers, result)
 
 
-def check_penalties(penalties: Mapping[Callable, float]) -> None:
-    """Raise `ValueError` for what is no penalty, bad weights, and names that metrics have."""
-    if not isinstance(penalties, Mapping) or not all(hasattr(r, "__name__") for r in penalties):
+def check_regularizers(regularizers: Mapping[Callable, float]) -> None:
+    """Raise `ValueError` unless all are functions with valid weights and no metric's name."""
+    if not isinstance(regularizers, Mapping) or not all(
+        hasattr(r, "__name__") for r in regularizers
+    ):
         raise ValueError(
-            "penalties must be functions as in jcnf.regularizers, each with its weight, as in "
-            f"{{kinetic: 0.01}}; got {penalties}"
+            "regularizers must map functions as in jcnf.regularizers to their weights, such as "
+            f"{{kinetic: 0.01}}; got {regularizers}"
         )
-    for regularizer, weight in penalties.items():
+    for regularizer, weight in regularizers.items():
         check_number("[0, inf)", **{f"the weight of {regularizer.__name__}": weight})
-    taken = RESERVED & {r.__name__ for r in penalties}
+    taken = RESERVED & {r.__name__ for r in regularizers}
     if taken:
-        raise ValueError(f"no penalty may have the name of a metric: rename {', '.join(taken)}")
+        raise ValueError(f"no regularizer may have a metric's name: rename {', '.join(taken)}")
 
 
-def penalised(
+def regularized(
     name: str,
     values: Float[Array, " batch"],
-    penalties: Mapping[Callable, float],
+    regularizers: Mapping[Callable, float],
     result: Transformed,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the mean of `values` plus weighted penalties, and the metrics: these and the solve's.
+    """Return the mean of `values` plus weighted regularizers, and the metrics.
 
     Means are over the rows whose solve did not fail.
     """
     means = {
-        penalty: mean_of_solved(rows, result.stats) for penalty, rows in result.penalties.items()
+        penalty: mean_of_solved(rows, result.stats) for penalty, rows in result.regularizers.items()
     }
     value = mean_of_solved(values, result.stats)
-    loss = value + sum(weight * means[r.__name__] for r, weight in penalties.items())
+    loss = value + sum(weight * means[r.__name__] for r, weight in regularizers.items())
     return loss, {name: value, **means, **costs(result.stats)}
 
 
 def mean_of_solved(values: Float[Array, " batch"], stats: Stats) -> Float[Array, ""]:
-    """Return the mean over the rows whose solve did not fail, 0 where all did."""
+    """Return the mean over the rows whose solve did not fail, or 0 if all failed."""
     number = jnp.maximum(jnp.sum(~stats.failed), 1).astype(values.dtype)
     return jnp.sum(jnp.where(stats.failed, 0, values)) / number
 
 
 def costs(stats: Stats) -> dict[str, Array]:
-    """Return what `jcnf.training.loop` is told of a solve.
+    """Return the metrics of a solve that `jcnf.training.loop` uses.
 
-    "nfe", "step_plan", "failed_rows" (how many rows failed, which have left the loss) and "failed":
-    whether they are more than `MAX_FAILED` of the batch, too many to train on the rest.
+    They are "nfe", "step_plan", "failed_rows" (the number of failed rows, which the loss leaves
+    out) and "failed": whether these are more than `MAX_FAILED` of the batch, too many to train on
+    the others.
     """
     number = jnp.sum(stats.failed)
     return {

@@ -1,4 +1,4 @@
-"""Flow matching: a field learns its velocity from paths drawn at random, and nothing is solved."""
+"""Flow matching: the field learns the velocities of random paths, without an ODE solve."""
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +18,41 @@ def flow_matching(
     context: Float[Array, "batch context"] | None = None,
     path: paths.Path = paths.linear,
     coupling: couplings.Coupling = couplings.independent,
-    time: times.Times = times.late,
+    time: times.Times = times.data_biased,
     drop_context: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean of |v(t, x_t, c) - dx_t/dt|^2, x_t on a path from a base sample to the data point x.
+    """Mean of |v(t, x_t, c) - dx_t/dt|^2, with x_t on a path from a base sample to the data x.
 
-    Its minimiser carries the base to the data as likelihood's does (Lipman et al. 2023, theorem 2;
-    Albergo & Vanden-Eijnden 2023; Liu et al. 2023), so that `log_prob` and `sample` are those of
-    any flow. The loss is a sum over coordinates and has an unknown positive minimum, unlike nats.
+    Its minimizer carries the base to the data, as that of the likelihood does (Lipman et al. 2023,
+    theorem 2; Albergo & Vanden-Eijnden 2023; Liu et al. 2023), so `log_prob` and `sample` work as
+    for any flow. The loss is summed over coordinates; it is not in nats, and its minimum is unknown
+    and positive.
 
-    `path`, `coupling` and `time` are functions as in the modules `paths`, `couplings` and `times`
-    of `jcnf.objectives`. With `drop_context` p > 0 each context is 0 with probability p, as
-    guidance needs (`jcnf.fields.Guided`). `key` is consumed once. The metrics are "matching", the
-    loss.
+    `path`, `coupling` and `time` are functions as described in the modules `paths`, `couplings` and
+    `times` of `jcnf.objectives`. With `drop_context` = p > 0, each context is replaced by 0 with
+    probability p, as guidance requires (`jcnf.fields.Guided`). `key` is consumed once. The only
+    metric is "matching", the loss.
 
-    **Raises:** `ValueError` for bad shapes, a path that returns another shape than x, and a
-    `drop_context` not in [0, 1) or without a context.
+    **Raises:** `ValueError` for bad shapes, if the path returns another shape than x has, and if
+    `drop_context` is not in [0, 1) or there is no context to drop.
     """
     _check(flow, x, context, key)
-    check_callable("a function, as those of jcnf.objectives.paths are", path=path)
-    check_callable("a function, as those of jcnf.objectives.couplings are", coupling=coupling)
-    check_callable("a function, as those of jcnf.objectives.times are", time=time)
+    check_callable("a function such as those in jcnf.objectives.paths", path=path)
+    check_callable("a function such as those in jcnf.objectives.couplings", coupling=coupling)
+    check_callable("a function such as those in jcnf.objectives.times", time=time)
     check_number("[0, 1)", drop_context=drop_context)
     base_key, coupling_key, drop_key, key = jr.split(key, 4)
     x0 = flow.base.sample(base_key, len(x), x.dtype)
     partners = coupling(coupling_key, x0, x, context)
     if partners.shape != (len(x),) or not jnp.issubdtype(partners.dtype, jnp.integer):
         raise ValueError(
-            f"a coupling must give whole numbers of shape ({len(x)},); "
+            f"coupling must return whole numbers of shape ({len(x)},); "
             f"got {partners.dtype} of shape {partners.shape}"
         )
     x0 = x0[partners]
     if drop_context:
         if context is None:
-            raise ValueError(f"drop_context is of a context; got {drop_context} and no context")
+            raise ValueError(f"drop_context={drop_context} needs a context; got none: pass context")
         kept = jr.bernoulli(drop_key, 1 - drop_context, (len(x), 1))
         context = jnp.where(kept, context, 0)
     return _match(flow, x0, x, key, context, path, time)
@@ -63,12 +64,13 @@ def rectified(
     key: Key[Array, ""],
     *,
     context: Float[Array, "batch context"] | None = None,
-    time: times.Times = times.late,
+    time: times.Times = times.data_biased,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Flow matching along straight lines between given `pairs` (x0, x1): reflow (Liu et al. 2023).
 
-    With pairs that a trained flow joins (`jcnf.evaluate.draw` gives them), the new flow has the
-    same ends and straighter paths, which a few Euler steps follow. `key` is consumed once.
+    If a trained flow maps each x0 to its x1 (`jcnf.evaluate.sample` returns such pairs), the new
+    flow keeps these end points but has straighter paths, which a few Euler steps follow. `key` is
+    consumed once.
 
     **Raises:** `ValueError` for bad shapes.
     """
@@ -78,7 +80,7 @@ def rectified(
         or jnp.shape(pairs[0]) != jnp.shape(pairs[1])
     ):
         raise ValueError(
-            "expected pairs (x0, x1) of one shape; with a context, batches ((x0, x1), context)"
+            "expected pairs (x0, x1) of the same shape; with a context, batches ((x0, x1), context)"
         )
     x0, x1 = pairs
     for end in pairs:
@@ -87,19 +89,19 @@ def rectified(
 
 
 def _check(flow, x, context, key):
-    check_instance(CNF, "a jcnf.CNF, whose field is to be matched", flow=flow)
+    check_instance(CNF, "a jcnf.CNF, whose field flow matching trains", flow=flow)
     check_batch(flow, x, context)
     check_key(key)
 
 
 def _match(flow, x0, x1, key, context, path, time):
     time_key, noise_key = jr.split(key)
-    # Rounding to the dtype of x must not make it 1, where velocities may be infinite.
+    # Rounding to the dtype of x must not make s equal to 1, where velocities may be infinite.
     s = jnp.minimum(time(time_key, len(x1)).astype(x1.dtype), 1 - jnp.finfo(x1.dtype).eps)
     z = jr.normal(noise_key, x1.shape, x1.dtype)
     x, u = jax.vmap(lambda *args: paths.velocity(path, *args))(s, x0, x1, z)
     if x.shape != x1.shape:
-        raise ValueError(f"the path must give points of shape {x1.shape}; got {x.shape}")
+        raise ValueError(f"path must return points of shape {x1.shape}; got {x.shape}")
     # The field's time runs to t1: dx/dt = dx/ds / t1.
     v = jax.vmap(flow.field)(flow.t1 * s, x, context)
     loss = jnp.mean(jnp.sum((v - u / flow.t1) ** 2, axis=-1))

@@ -1,8 +1,8 @@
 """Probability paths: how a base sample x0 at s=0 becomes a data point x1 at s=1.
 
-A path is a function `path(s, x0, x1, z) -> x_s` of one sample, smooth in s, where s in [0, 1] is
-the share of the time that has passed and z is standard normal noise, for paths that take some. Its
-velocity is its derivative in s: a path of one's own is one function, and nothing else.
+A path is a function `path(s, x0, x1, z) -> x_s` of one sample, smooth in s. Here s in [0, 1] is the
+fraction of the time that has passed, and z is standard normal noise, which a path may ignore. Its
+velocity is its derivative in s, computed automatically, so a new path is a single function.
 """
 
 import dataclasses
@@ -22,26 +22,29 @@ Path = Callable[[Float[Array, ""], Vector, Vector, Vector], Vector]
 def velocity(
     path: Path, s: Float[Array, ""], x0: Vector, x1: Vector, z: Vector
 ) -> tuple[Vector, Vector]:
-    """The point x_s of a path and its velocity dx_s/ds, (dim,) each."""
+    """Return the point x_s of a path and its velocity dx_s/ds, each (dim,)."""
     return jax.jvp(lambda s: path(s, x0, x1, z), (s,), (jnp.ones_like(s),))
 
 
 def linear(s, x0, x1, z):
-    """(1 - s) x0 + s x1: straight lines (Liu et al. 2023; Lipman et al. 2023 with sigma_min 0)."""
+    """Straight line (1 - s) x0 + s x1 (Liu et al. 2023; Lipman et al. 2023 with sigma_min 0)."""
     return (1 - s) * x0 + s * x1
 
 
 def trigonometric(s, x0, x1, z):
-    """cos(pi s/2) x0 + sin(pi s/2) x1: of constant variance (Albergo & Vanden-Eijnden 2023)."""
+    """Path cos(pi s/2) x0 + sin(pi s/2) x1 (Albergo & Vanden-Eijnden 2023).
+
+    Its variance is constant if x0 and x1 have the same variance and are independent.
+    """
     angle = jnp.asarray(np.pi / 2, s.dtype) * s
     return jnp.cos(angle) * x0 + jnp.sin(angle) * x1
 
 
 @dataclasses.dataclass(frozen=True)
 class SigmaMin:
-    """(1 - (1 - sigma) s) x0 + s x1: ends in x1 blurred by sigma x0 (Lipman et al. 2023, eq. 22).
+    """Path (1 - (1 - sigma) s) x0 + s x1, which ends at x1 + sigma x0 (Lipman et al. 2023, eq. 22).
 
-    **Raises:** `ValueError` for a sigma not in [0, 1).
+    **Raises:** `ValueError` if `sigma` is not in [0, 1).
     """
 
     sigma: float = 1e-2
@@ -50,19 +53,18 @@ class SigmaMin:
         check_number("[0, 1)", sigma=self.sigma)
 
     def __call__(self, s, x0, x1, z):
-        """The point at s."""
         return (1 - (1 - self.sigma) * s) * x0 + s * x1
 
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
-    """a x1 + sqrt(1 - a^2) x0, log a = -(low u + (high - low) u^2 / 2) / 2, u = 1 - (1 - end) s.
+    """Path a x1 + sqrt(1 - a^2) x0 of a variance-preserving diffusion.
 
-    The path of a variance-preserving diffusion with the linear schedule from `low` to `high` (Song
-    et al. 2021; Lipman et al. 2023, eq. 18), for a standard normal base. At s=0 a is exp(-(low +
-    high) / 4), 0.0066 by default, so that it starts in the base up to that. At u=0 the velocity
-    would be infinite: the path stops at u = `end`, in x1 blurred by (low end)^(1/2) x0, 0.01 by
-    default.
+    Here log a = -(low u + (high - low) u^2 / 2) / 2 with u = 1 - (1 - end) s: the linear schedule
+    from `low` to `high` (Song et al. 2021; Lipman et al. 2023, eq. 18), for a standard normal base.
+    At s=0, a is exp(-(low + high) / 4), 0.0066 by default, so the path does not start exactly in
+    the base. At u=0 the velocity would be infinite, so the path stops at u = `end`, where x1 is
+    blurred by (low end)^(1/2) x0, by default 0.01 x0.
 
     **Raises:** `ValueError` unless 0 < low <= high and 0 < end < 1.
     """
@@ -78,25 +80,24 @@ class VariancePreserving:
             raise ValueError(f"expected low <= high; got {self.low} and {self.high}")
 
     def __call__(self, s, x0, x1, z):
-        """The point at s."""
         u = 1 - (1 - self.end) * s
         exponent = self.low * u + (self.high - self.low) * u**2 / 2
         return jnp.exp(-exponent / 2) * x1 + jnp.sqrt(-jnp.expm1(-exponent)) * x0
 
 
 def bump(s):
-    """sin^2(pi s): noise that comes and goes with a velocity of 0."""
+    """Return sin^2(pi s), noise that is 0 at both ends, with slope 0."""
     return jnp.sin(jnp.asarray(np.pi, s.dtype) * s) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
-    """path + sigma gamma(s) z: a stochastic interpolant (Albergo et al. 2023, definition 2.1).
+    """Stochastic interpolant: path + sigma gamma(s) z (Albergo et al. 2023, definition 2.1).
 
-    `gamma` is 0 at both ends. sqrt(s (1 - s)), the Brownian bridge, is possible too, but its
+    `gamma` must be 0 at both ends. The Brownian bridge, sqrt(s (1 - s)), also works, but its
     velocity has infinite variance at the ends: draw times away from them.
 
-    **Raises:** `ValueError` for a negative sigma.
+    **Raises:** `ValueError` if `sigma` is negative or not finite, or a function is not callable.
     """
 
     sigma: float = 0.1
@@ -105,12 +106,10 @@ class Stochastic:
 
     def __post_init__(self):
         check_number("[0, inf)", sigma=self.sigma)
-        check_callable(
-            "a function, as jcnf.objectives.paths.linear is", path=self.path, gamma=self.gamma
-        )
+        check_callable("a function such as jcnf.objectives.paths.linear", path=self.path)
+        check_callable("a function such as jcnf.objectives.paths.bump", gamma=self.gamma)
 
     def __call__(self, s, x0, x1, z):
-        """The point at s."""
         return self.path(s, x0, x1, z) + self.sigma * self.gamma(s) * z
 
 

@@ -1,6 +1,6 @@
-"""Where along its path a sample is looked at: `times(key, num) -> (num,)` in [0, 1).
+"""Random times for flow matching, one per sample's path: `times(key, num) -> (num,)` in [0, 1).
 
-Flow matching is an average over these times: a density other than the uniform one weights them.
+The loss is an average over these times, so a density other than the uniform one weights it.
 """
 
 from collections.abc import Callable
@@ -16,29 +16,30 @@ Times = Callable[[Key[Array, ""], int], Float[Array, " num"]]
 
 
 def uniform(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
-    """Independent and uniform; consumes `key`."""
+    """Draw independent uniform times; consumes `key`."""
     _check(key, num)
     return jr.uniform(key, (num,))
 
 
-def lattice(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
-    """Each uniform, and together evenly spread: u + i/num modulo 1 with one u; consumes `key`.
+def stratified(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
+    """Draw evenly spread times, u + i/num modulo 1 with one uniform u; consumes `key`.
 
-    The average over a batch then has less variance (Kingma et al. 2021, variational diffusion).
+    Each time is uniform, and the average over a batch has less variance than with independent times
+    (Kingma et al. 2021, variational diffusion).
     """
     _check(key, num)
     return (jr.uniform(key) + jnp.arange(num) / num) % 1
 
 
-def late(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
-    """1 - u^(3/2): more of them near the data, where details arise; consumes `key`."""
-    share = lattice(key, num) ** 1.5
-    # Not 1 itself, which small ones are rounded to: there a velocity may have no value.
+def data_biased(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
+    """Draw times 1 - u^(3/2), more of them near the data, where details arise; consumes `key`."""
+    share = stratified(key, num) ** 1.5
+    # A small share must not round the time to 1, where a velocity may be undefined.
     return 1 - jnp.maximum(share, jnp.finfo(share.dtype).eps)
 
 
 def logit_normal(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
-    """sigmoid of a standard normal: most around the middle (Esser et al. 2024); consumes `key`."""
+    """Draw sigmoids of normals, most near the middle (Esser et al. 2024); consumes `key`."""
     _check(key, num)
     return jax.nn.sigmoid(jr.normal(key, (num,)))
 
@@ -50,7 +51,7 @@ def _check(key, num):
 
 TIMES: dict[str, Times] = {
     "uniform": uniform,
-    "lattice": lattice,
-    "late": late,
+    "lattice": stratified,
+    "late": data_biased,
     "logit_normal": logit_normal,
 }

@@ -1,4 +1,4 @@
-"""Trajectories fitted to observations, on windows of a series: neural ODEs."""
+"""Neural ODEs: trajectories fitted to observations, on windows of a series."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from jcnf.ode import Solve
 
 
 class Windows(NamedTuple):
-    """Stretches of a series, each with its times; the shorter ones repeat their last row."""
+    """Windows of a series, each with its times; shorter ones repeat their last row."""
 
     times: Float[Array, "times batch"]
     values: Float[Array, "times batch dim"]
-    observed: Bool[Array, "times batch"]  # false for a repeated row, and for the start
-    batch_axis = 1  # for `jcnf.sharding.split`
+    observed: Bool[Array, "times batch"]  # false for repeated rows and for the start
+    batch_axis = 1  # for `jcnf.sharding.shard`
 
 
 def trajectory_fit(
@@ -33,21 +33,22 @@ def trajectory_fit(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean squared error of trajectories from each window's first row (Chen et al. 2018).
 
-    The mean is over the rows `observed` and their components, in the units of the values squared;
-    a window of n rows has n - 1, for its start is given. `field` is as in `jcnf.trajectory`; no
-    `key` is consumed. The metrics are "rmse" (the root), "nfe", "failed_rows",
-    "failed" and "step_plan". Windows whose solve failed are left out.
+    The mean is over the `observed` rows and their components, in squared units of the values; a
+    window of n rows has n - 1 of them, because its start is given. `field` is as in
+    `jcnf.trajectory`. `key` is not consumed. The metrics are "rmse" (the square root of the loss),
+    "nfe", "failed_rows", "failed" and "step_plan". Windows whose solve failed are left out.
 
     **Raises:** `ValueError` as `jcnf.trajectory` does.
     """
     check_instance(
-        Windows, "a Windows(times, values, observed), as draw_windows draws them", windows=windows
+        Windows, "a Windows(times, values, observed), as from sample_windows", windows=windows
     )
     times, values, observed = windows
     if not values.shape[:2] == times.shape == observed.shape or observed.dtype != bool:
         raise ValueError(
-            "expected times and bool observed of shape (times, batch), and values (times, batch, "
-            f"dim); got {times.shape}, {observed.dtype} {observed.shape} and {values.shape}"
+            "expected times and bool observed of shape (times, batch), and values of shape "
+            f"(times, batch, dim); got times {times.shape}, {observed.dtype} observed "
+            f"{observed.shape} and values {values.shape}"
         )
     xs, stats = solve_trajectory(field, values[0], times, context=context, solve=solve)
     squares = jnp.mean((xs - values) ** 2, axis=2)
@@ -57,17 +58,19 @@ def trajectory_fit(
     return loss, {"rmse": jnp.sqrt(loss), **costs(stats)}
 
 
-def draw_windows(
+def sample_windows(
     num: int | None, *, shortest: float, longest: float, rows: int = 32
 ) -> Callable[[Key[Array, ""], tuple[Array, Array]], Windows]:
-    """`draw_batch` for a series (times (n,), values (n, dim)): `num` random windows of it.
+    """Return a `draw_batch(key, (times, values))` that draws `num` random windows of a series.
 
-    A window starts at a random row but the last. Its length is uniform between `shortest` and
-    `longest`, in units of the times; its other rows are those that follow within that length, at
-    the least one, and if they are more than `rows` - 1, that many of them at random. None gives
-    the n - 1 windows of the length `longest`, and the first rows of each.
+    The series is times (n,) and values (n, dim). A window starts at a random row other than the
+    last. Its length is uniform between `shortest` and `longest`, in units of the times. Its other
+    rows are those that follow within this length, and at least the next one; if there are more than
+    `rows` - 1, that many of them at random. `num` None gives all n - 1 windows of length `longest`,
+    with the first rows of each, and consumes no key.
 
-    **Raises:** `ValueError` for lengths or rows that make no window.
+    **Raises:** `ValueError` if `num` is below 1, `rows` is below 2, or not 0 < `shortest` <=
+    `longest` < inf; from `draw_batch`, for a series of fewer than 2 rows.
     """
     if num is not None:
         check_int(num=num)
@@ -77,14 +80,14 @@ def draw_windows(
         raise ValueError(f"expected shortest <= longest; got {shortest} and {longest}")
 
     def window(times, values, start, length, order):
-        """Its rows, those that come first in `order` (n,)."""
+        """Return one window, of the eligible rows that are lowest in `order` (n,)."""
         n = len(times)
         place = jnp.arange(n)
         inside = (place > start) & (times <= times[start] + length) | (place == start + 1)
         chosen = jnp.argsort(jnp.where(inside, order, jnp.inf))[: rows - 1]
         chosen = jnp.sort(jnp.where(inside[chosen], chosen, n))
         observed = chosen < n
-        # The first of all follows from `start`, and is never observed twice.
+        # Row 0 never follows a start, so 0 is a safe filler in the search for the last row.
         last = jnp.max(jnp.where(observed, chosen, 0))
         chosen = jnp.concatenate([start[None], jnp.where(observed, chosen, last)])
         return Windows(
@@ -96,8 +99,8 @@ def draw_windows(
         n = len(times)
         if n < 2 or len(values) != n:
             raise ValueError(
-                f"expected a series of at least 2 times, and as many values; got {n} and "
-                f"{len(values)}"
+                f"expected a series of at least 2 times and as many values; got {n} times and "
+                f"{len(values)} values"
             )
         if num is None:
             start, length = jnp.arange(n - 1), jnp.full(n - 1, longest, times.dtype)

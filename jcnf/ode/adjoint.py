@@ -1,15 +1,17 @@
-"""Backpropagation through a Runge-Kutta solve that takes each accepted step again, once.
+"""Backpropagation through a Runge-Kutta solve, one accepted step at a time.
 
-The gradient is that of the very numbers the solve computed (discretise, then optimise). Forwards,
-the states that accepted steps start from are kept: `STATES` of them, or the root of `max_steps` if
-that is more. Where there are more steps, every other state gives its place to a later one, again
-and again, and the states between two that were kept are computed anew on the way back. So a solve
-of any number of steps costs at most one forward pass more, and memory as the root of `max_steps`.
-The step sizes are not differentiated, and rejected steps leave nothing behind.
+The gradient is exact for the numbers that the solve computed (discretize, then optimize). The
+forward pass keeps the states that accepted steps start from: `MIN_KEPT_STATES` of them, or about
+the square root of `max_steps` if that is more. When the buffer is full, every other state is
+dropped to make room for later ones. The backward pass recomputes the states between two kept ones.
+A solve of any number of steps therefore costs at most one extra forward pass, and memory grows as
+the square root of `max_steps` (beside the time of each step). Step sizes are not differentiated,
+and rejected steps leave no trace in the gradient.
 
-diffrax's own `RecursiveCheckpointAdjoint` differentiates its loop as a whole, controller and saving
-included, and recomputes steps in the order of a binomial schedule. Knowing that the state of a
-Runge-Kutta method at the start of a step is all that the step needs is what makes this one faster.
+diffrax's own `RecursiveCheckpointAdjoint` differentiates its loop as a whole, including the
+step-size controller and the saving of outputs, and recomputes steps in a binomial schedule. This
+adjoint is faster because it uses a fact about Runge-Kutta methods: the state at the start of a step
+is all that the step needs.
 """
 
 import functools
@@ -26,23 +28,23 @@ from jaxtyping import Array, Int
 
 from jcnf.ode.failing_rows import FreezeFailingRows, with_copies
 
-STATES = 32  # kept at least
+MIN_KEPT_STATES = 32
 
 
 class AbstractEndAdjoint(diffrax.AbstractAdjoint):
-    """Base of adjoints that differentiate the state at t1, and nothing else.
+    """Base class of adjoints that differentiate only the state at t1.
 
-    They differentiate with respect to `y0`, `args` and `terms`, in reverse mode, once.
+    They give first derivatives with respect to `y0`, `args` and `terms`, in reverse mode only.
 
-    **Raises:** `ValueError` for anything but `SaveAt(t1=True)`, for events, and without
-    `max_steps`.
+    **Raises:** `ValueError` for any `SaveAt` other than `SaveAt(t1=True)`, for events, and if
+    `max_steps` is None.
     """
 
     @abstractmethod
     def solve(self, y0_args_terms, **settings):
-        """Return diffrax's last state, by a function with a backward pass of its own.
+        """Return the final state of diffrax's loop; implementations define a custom backward pass.
 
-        `settings` are those of `run_from`.
+        `settings` are passed on to `run_from`.
         """
 
     def loop(
@@ -63,12 +65,17 @@ class AbstractEndAdjoint(diffrax.AbstractAdjoint):
         only_end = isinstance(subs, diffrax.SubSaveAt) and subs.t1 and not subs.t0
         if not only_end or subs.ts is not None or subs.steps or saveat.dense:
             raise ValueError(
-                f"{name} differentiates the state at t1 only: use SaveAt(t1=True), or "
+                f"{name} differentiates only the state at t1: use SaveAt(t1=True), or "
                 "RecursiveCheckpointAdjoint for a trajectory"
             )
         if event is not None or max_steps is None:
-            raise ValueError(f"{name} needs max_steps, and cannot handle events")
-        # What the solver and the controller computed from y0 at the start has no gradient.
+            raise ValueError(
+                f"{name} needs an integer max_steps and no event; got max_steps={max_steps}, "
+                f"event={event}"
+            )
+        # The initial state also holds what the solver and the controller computed from y0 (a
+        # first slope, a first step size). The backward passes recompute the slopes and treat
+        # step sizes as constants, so y is the only part of it that has a gradient.
         start = jax.tree.map(
             lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
             eqx.tree_at(lambda state: state.y, init_state, None),
@@ -86,25 +93,32 @@ class AbstractEndAdjoint(diffrax.AbstractAdjoint):
 
 
 class StepCheckpointAdjoint(AbstractEndAdjoint):
-    """The backward pass of this module, for Runge-Kutta methods."""
+    """Exact gradients of a Runge-Kutta solve from the states kept on the way.
+
+    See the module's docstring for the method and its cost.
+    """
 
     def solve(self, y0_args_terms, **settings):
         return _solve(y0_args_terms, **settings)
 
 
 class Kept(NamedTuple):
-    """The states that are kept: every `stride`-th one."""
+    """A buffer of every `stride`-th state."""
 
-    states: Any  # one place more than `numbers`, for what is not kept
-    numbers: Int[Array, " states"]  # of the step that starts there; -1 for a free place
+    states: Any  # one row more than `numbers` has: states that are not kept are written there
+    numbers: Int[Array, " states"]  # the step that starts from each state; -1 for a free place
     stride: Int[Array, ""]
 
 
 def run_from(y0_args_terms, observe, record, *, loop, init_state, **settings):
-    """Run diffrax's loop from y0; return its last state, and the record made on the way.
+    """Run diffrax's loop from y0; return its final state and a record made on the way.
 
-    `observe(record, state)` updates the record before each attempt at a step, and after the last.
+    `observe(record, state)` returns the updated record. It is called before each attempt at a step
+    and after the last one.
     """
+    # diffrax's loop passes its condition and body to an outer while loop that adjoints may choose.
+    # This one carries the record beside diffrax's state. The loop returns only diffrax's state, so
+    # the record comes out through `found`.
     y0, args, terms = y0_args_terms
     init_state = eqx.tree_at(lambda s: s.y, init_state, y0, is_leaf=lambda leaf: leaf is None)
     found = []
@@ -133,21 +147,21 @@ def run_from(y0_args_terms, observe, record, *, loop, init_state, **settings):
 
 
 def no_record(record, state):
-    """Write nothing down."""
+    """Record nothing."""
 
 
 def record_time(times, state):
-    """Write down where the next step starts; a rejected step writes the same again."""
+    """Record the time at which the next step starts; a retry writes the same time again."""
     return times.at[state.num_accepted_steps].set(state.tprev)
 
 
 def failed_rows(solver, final):
-    """Return which rows failed, or None for a solver that has no such rows."""
+    """Return which rows failed, or None for a solver that does not track failing rows."""
     return final.solver_state.failed if isinstance(solver, FreezeFailingRows) else None
 
 
 def steps_to_pull_back(final, failed):
-    """Return the number of accepted steps, 0 if all rows failed: nothing depends on them."""
+    """Return the number of steps to differentiate: the accepted ones, or 0 if all rows failed."""
     if failed is None:
         return final.num_accepted_steps
     return jnp.where(jnp.all(failed), 0, final.num_accepted_steps)
@@ -162,7 +176,8 @@ def _solve(y0_args_terms, **settings):
 def _solve_forwards(perturbed, y0_args_terms, *, init_state, max_steps, **settings):
     def observe(record, state):
         times, kept = record
-        # No step starts from the state after the last that there may be, and it has no place.
+        # After max_steps accepted steps no further step can start, and the buffer has no place for
+        # the state.
         number = jnp.where(state.num_accepted_steps < max_steps, state.num_accepted_steps, -1)
         return record_time(times, state), _keep(kept, number, state.y)
 
@@ -192,8 +207,9 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_args_terms, *, solver,
 
     def pull(number, y, y_bar, moving_bar):
         if failed is not None:
-            # Rows that fail later are copies from the start: no cotangent comes from there, but
-            # the NaN that they met would turn the zero into NaN.
+            # The cotangent of a failed row is zero, but zero times the NaN that the row met before
+            # it failed would be NaN. So the row is a copy of a good row in every step, also in
+            # those before its failure.
             y = with_copies(y, failed)
         y_bar, more = jax.vjp(lambda *at: step(number, *at), y, moving)[1](y_bar)
         return y_bar, jax.tree.map(jnp.add, moving_bar, more)
@@ -205,7 +221,7 @@ def _solve_backwards(residuals, cotangents, perturbed, y0_args_terms, *, solver,
 
 
 def end_cotangent(cotangents, y0):
-    """Return the cotangent of the state at t1, from that of diffrax's last state."""
+    """Return the cotangent of the state at t1, given the one of diffrax's final state."""
     ys_bar = cotangents.save_state.ys
     return jax.tree.map(
         lambda y, bar: jnp.zeros_like(y) if bar is None else bar[0],
@@ -216,25 +232,30 @@ def end_cotangent(cotangents, y0):
 
 
 def unwrapped(solver):
-    """Return the solver that takes the steps of rows that have not failed."""
+    """Return the solver inside `FreezeFailingRows`, or the solver itself."""
     return solver.solver if isinstance(solver, FreezeFailingRows) else solver
 
 
 def retake(solver, terms, t0, t1, y, args):
-    """Return the state at t1 of a step that is known to be accepted."""
+    """Take one step from t0 to t1 again and return the state at t1."""
     state = solver.init(terms, t0, t1, y, args)
     return solver.step(terms, t0, t1, y, args, state, made_jump=False)[0]
 
 
 def _room(y, max_steps):
-    """Return places for states like `y`, all free."""
+    """Return an empty buffer for states like `y`."""
     places = _places(max_steps)
     states = jax.tree.map(lambda a: jnp.zeros((places + 1, *a.shape), a.dtype), y)
     return Kept(states, jnp.full(places, -1, jnp.int32), jnp.ones((), jnp.int32))
 
 
 def _keep(kept, number, y):
-    """Keep the state that step `number` starts from, if it is due and not there yet."""
+    """Keep the state that step `number` starts from, if it falls on the stride.
+
+    A state that is already there is not written again: a rejected step is tried from it repeatedly.
+    When the buffer is full, the stride doubles and every other state is dropped. A state that is
+    not kept goes to the spare last row, so that the write needs no branch.
+    """
     due = (number > jnp.max(kept.numbers)) & (number % kept.stride == 0)
     full = jnp.min(kept.numbers) >= 0
     stride = jnp.where(due & full, 2 * kept.stride, kept.stride)
@@ -249,9 +270,13 @@ def _keep(kept, number, y):
 
 
 def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
-    """Pull the cotangents of the end back to the start, segment by segment between kept states."""
+    """Pull the cotangents back from the end to the start, one segment at a time.
+
+    A segment is the steps from one kept state to the next. Its states are first recomputed into the
+    buffer `within`, then its steps are pulled back in reverse order.
+    """
     places = len(kept.numbers)
-    # The state at t1, or after a rejected last attempt, starts no step of the way back.
+    # The final state may have been kept too, but no accepted step starts from it.
     started = jnp.where(kept.numbers < accepted, kept.numbers, -1)
     order = jnp.argsort(started)
     numbers = jnp.append(started[order], accepted)
@@ -293,12 +318,16 @@ def _walk_back(kept, accepted, max_steps, bars, step, pull, moving):
 
 
 def _places(max_steps):
-    """Return how many states are kept: an even number, or one for each step."""
-    return min(max_steps, max(STATES, 2 * math.ceil(math.sqrt(max_steps) / 2)))
+    """Return how many states are kept: an even number, or one for each step.
+
+    With an even number of places, the state that finds the buffer full (number places * stride)
+    is a multiple of the doubled stride, so it can be kept.
+    """
+    return min(max_steps, max(MIN_KEPT_STATES, 2 * math.ceil(math.sqrt(max_steps) / 2)))
 
 
 def _longest_stride(places, max_steps):
-    """Return the distance between the states that are kept of `max_steps` steps."""
+    """Return the stride of the kept states after `max_steps` steps, its largest value."""
     stride = 1
     while places * stride < max_steps:
         stride *= 2

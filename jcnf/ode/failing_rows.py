@@ -1,8 +1,14 @@
-"""A batch solved as one ODE, in which rows that cannot be solved hold up no others.
+"""Keep rows that cannot be solved from stopping a batch that is solved as one ODE.
 
-One step size serves all rows. A row that blows up, or meets NaN, would therefore shorten the steps
-of all the others until the solve gives up. The wrapper below finds such rows, takes them out of
-the error estimate and lets the others go on.
+All rows share one step size, so a row that blows up or meets NaN would shorten everyone's steps
+until the solve gives up. `FreezeFailingRows` finds such rows, takes them out of the error estimate,
+and lets the others go on.
+
+The difficulty is to tell them from rows that are merely hard. A step size too small for `max_steps`
+is not enough evidence: the batch may be stiff as a whole, or a row may oscillate fast. So the main
+test is that the others could take a larger step, and that the row's slope reacts to a small change
+of the *state* far more than theirs do. Blow-up and the stiffness of a single row have this in
+common, and oscillation in time does not have it.
 """
 
 # diffrax declares these members as class variables, and its own wrappers override them likewise.
@@ -19,42 +25,53 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jcnf.ode.unrolled import Unrolled
 
-SHORTEST_STEPS = 4  # average steps, with max_steps of them, are the shortest that a row may need
-TIMES_TYPICAL = 16  # how much faster than a typical row's the slope of a failing row changes
-LATE = 1 / 4  # of max_steps: from then on no row may need steps too short for what is left
-IN_TIME = 3 / 4  # of max_steps, by which a solve is to arrive
-LAST_RESORT = 1e-3  # of an average step: a row that fails such a step fails
+# Step sizes in units of the mean step, interval / max_steps.
+SUSPECT_STEP = 4  # a row that asks for a smaller step is examined
+HOPELESS_STEP = 1e-3  # a row that fails a step this small fails, whatever the others do
+
+FAILING_SLOPE_RATIO = 16  # the slope of a failing row changes this many times the typical change
+
+# Shares of max_steps.
+LATE_SHARE = 1 / 4  # after this many accepted steps, no row may make the solve arrive too late
+ARRIVAL_SHARE = 3 / 4  # a solve that needs more accepted steps than this arrives too late
 
 
 class FreezeFailingRows(diffrax.AbstractWrappedSolver):
-    """A solver for batches, in which rows that it cannot keep within tolerance fail alone.
+    """A solver wrapper for batches: rows that cannot be kept within tolerance fail alone.
 
-    The error norm rejects a step that would do for a typical row, one with the geometric mean of
-    the errors. Then those rows fail whose own error is above the tolerance and who ask for a step
-    of less than 4 / `max_steps` of the interval, if over so short a step their slope changes 16
-    times as much as that of a typical row, and more than doubles or the step has been tried. A row
-    that is not finite over so short a step fails too.
+    Rows are examined when the error norm rejects a step that a typical row, one with the geometric
+    mean of the rows' errors, would accept. A row then fails if all of these hold:
 
-    Other rows are followed, however slow they make the solve. But after a quarter of `max_steps`
-    those fail whose steps would be too short to arrive within three quarters of it. And whatever
-    the other rows do, a row fails that a step of 1e-3 / `max_steps` of the interval cannot keep.
+    - its own error is above the tolerance;
+    - it asks for a step shorter than `4 / max_steps` of the interval;
+    - over a step of that length its slope changes at least 16 times as much as a typical row's, and
+      by at least its own size (the second condition is dropped once a step this short has been
+      tried); or the row is not finite after a step this short.
 
-    States that are not finite have an infinite error. Under fixed steps they alone make a row fail.
+    All other rows are followed, however slow they make the solve, with two exceptions. After a
+    quarter of `max_steps` accepted steps, an examined row above the tolerance also fails if the
+    step is too short to arrive within three quarters of `max_steps`. And a row fails if its error
+    is above the tolerance in a step of `1e-3 / max_steps` of the interval, whatever the other rows
+    do.
 
-    A row that has failed is given the state and the error of the first one that has not, at every
-    step. So the error norm is that of the others, and gradients are finite as long as the caller
-    drops the row, for then no cotangent comes from there. (They are NaN if what belongs to the row
-    in `args`, such as its context, makes the field NaN at good states too.) Every leaf of the state
-    has the batch as its first axis.
+    A state that is not finite has an infinite error. With fixed steps, this is the only way to
+    fail.
+
+    In every step, a row that has failed gets the state and the error of the first row that has not.
+    The error norm is therefore the one of the remaining rows, and gradients are finite as long as
+    the caller drops the failed rows, so that their cotangents are zero. (Gradients are NaN if the
+    row's own part of `args`, such as its context, makes the field NaN at good states too.) Every
+    leaf of the state has the batch as its first axis.
 
     **Arguments:**
 
-    - `solver`: takes the steps.
-    - `rtol`, `atol`: those of the step-size controller.
-    - `over_rows`: how its norm, squared, comes from the mean squares of the rows: `jnp.mean` or
-      `jnp.max`. None for fixed steps.
-    - `end`: where the solve ends, in time that increases: t1, or -t1 for a solve back in time.
-    - `max_steps`: that of the solve.
+    - `solver`: the solver that takes the steps.
+    - `rtol`, `atol`: the tolerances of the step-size controller.
+    - `over_rows`: how the controller's norm, squared, follows from the mean squares of the rows:
+      `jnp.mean` or `jnp.max`. None for fixed steps.
+    - `end`: the time at which the solve ends, on diffrax's increasing time axis: t1, or -t1 for a
+      solve backward in time.
+    - `max_steps`: the `max_steps` of the solve.
     """
 
     solver: Any  # a diffrax.AbstractSolver
@@ -94,7 +111,8 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
             accepted=jnp.zeros((), jnp.int32),
         )
 
-    # diffrax traces its loop several times: the step is traced once, and written out there.
+    # diffrax traces its loop several times. Under filter_jit the step is traced only once, and
+    # `inline` copies the result into each of them.
     @eqx.filter_jit(inline=True)  # pyright: ignore[reportCallIssue]
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state = solver_state
@@ -102,10 +120,12 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
             terms, t0, t1, y0, args, state.inner, made_jump
         )
         failing = jax.lax.stop_gradient(self._failing(terms, t0, t1, y0, args, y1, error, state))
+        # The failure counts only if the step is accepted: after a rejected step, diffrax restores
+        # the old solver state, and the row is judged again in the next, shorter step.
         failed_at = jnp.where(failing & ~state.failed, t0, state.failed_at)
         failed = jnp.isfinite(failed_at)
         y1, error, inner = with_copies((y1, error, inner), failed)
-        # Where none is left to copy, all stay where they are and wait for the end.
+        # If no row is left to copy from, all stay where they are, with no error, until the end.
         none_left = jnp.all(failed)
         y1 = jax.tree.map(lambda y1, y0: jnp.where(none_left, y0, y1), y1, y0)
         error = jax.tree.map(lambda e: jnp.where(none_left, 0, e), error)
@@ -118,7 +138,7 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
             return ~jnp.isfinite(mean_square(y1))
 
         def scaled(y0, y1, error):
-            # The difference is zero, and NaN where y1 is not finite.
+            # y1 - y1 is zero, or NaN where y1 is not finite: then the error estimate is void.
             tolerance = self.atol + self.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
             return error / tolerance + (y1 - y1)
 
@@ -126,14 +146,19 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         squares = jnp.where(jnp.isfinite(squares), squares, jnp.inf)
         squares = with_copies(squares, state.failed)
         over = squares >= 1
-        do_for_typical = jnp.mean(jnp.log(jnp.clip(squares, 1e-20, 1e20))) <= 0
+        # The geometric mean is robust: the arithmetic mean is dominated by the rows that fail.
+        typical_accepts = jnp.mean(jnp.log(jnp.clip(squares, 1e-20, 1e20))) <= 0
         h, average = t1 - t0, (self.end - state.start) / self.max_steps
-        left = jnp.maximum(int(IN_TIME * self.max_steps) - state.accepted, 1).astype(h.dtype)
-        late = (state.accepted > int(LATE * self.max_steps)) & (h * left < self.end - t0)
-        shortest = SHORTEST_STEPS * average
+        left = jnp.maximum(int(ARRIVAL_SHARE * self.max_steps) - state.accepted, 1).astype(h.dtype)
+        late = (state.accepted > int(LATE_SHARE * self.max_steps)) & (h * left < self.end - t0)
+        shortest = SUSPECT_STEP * average
+        # The step at which the row's own error would be the tolerance, by the solver's order.
         asked = h * squares.astype(h.dtype) ** (-0.5 / self.solver.error_order(terms))
-        rejected = do_for_typical & (self.over_rows(squares) >= 1)
+        # If a typical row is over the tolerance too, the whole batch is hard, and the controller's
+        # shorter step is the right answer.
+        rejected = typical_accepts & (self.over_rows(squares) >= 1)
         suspect = over & (asked < shortest) & rejected
+        # The test costs one or two evaluations of the field, so it runs only if it is needed.
         bent = jax.lax.cond(
             jnp.any(suspect),
             lambda: self._bent(terms, t0, shortest, y0, args, state, h),
@@ -141,17 +166,25 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         )
         not_finite = jnp.isinf(squares) & (h <= shortest)
         hopeless = suspect & (bent | not_finite) | over & rejected & late
-        return hopeless | over & (h <= LAST_RESORT * average)
+        return hopeless | over & (h <= HOPELESS_STEP * average)
 
     def _bent(self, terms, t0, shortest, y0, args, state, h):
-        """Return in which rows the slope changes much more than elsewhere over a step."""
+        """Return in which rows the slope reacts much more to the state than in a typical row.
+
+        The state moves by one step of length `shortest` while t stays the same. The change of the
+        slope then measures step times Lipschitz constant: it is large for a row that blows up or is
+        stiff, and zero for a row that only oscillates in time. It is compared with a typical row
+        because a batch that is stiff as a whole can be solved, by many steps.
+        """
         if isinstance(self.solver, Unrolled) and state.inner is not None:
             slope = state.inner
         else:
             slope = self.func(terms, t0, y0, args)
 
         def direction(k):
-            # Not along the slope alone: stiff components hardly change on the way of a solution.
+            # The slope alone would miss stiff components: after the transient they hardly change
+            # along a solution. The slope with its components rotated by one is added to it, so that
+            # the move has a part across the solution too.
             flat = k.reshape(len(k), -1)
             if flat.shape[1] == 1:
                 return k
@@ -162,32 +195,34 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
         step = terms.contr(t0, t0 + shortest)
         moved = jax.tree.map(lambda y, d: y + step.astype(y.dtype) * d, y0, way)
         change = jax.tree.map(jnp.subtract, self.func(terms, t0, moved, args), slope)
-        # About (step times Lipschitz constant)^2; where nothing moves, 0.
+        # About (step times Lipschitz constant)^2; 0 where nothing moves.
         tiny = float(jnp.finfo(jax.tree.leaves(slope)[0].dtype).tiny)
         bend = mean_square(change) / jnp.maximum(mean_square(slope), tiny)
         bend = with_copies(jnp.where(jnp.isnan(bend), jnp.inf, bend), state.failed)
         typical = jnp.exp(jnp.mean(jnp.log(jnp.clip(bend, 1e-20, 1e20))))
-        return (bend >= TIMES_TYPICAL**2 * typical) & ((bend >= 1) | (h <= shortest))
+        # bend < 1 says that the row could be solved with steps of this length. That is believed
+        # until such a step has been tried.
+        return (bend >= FAILING_SLOPE_RATIO**2 * typical) & ((bend >= 1) | (h <= shortest))
 
 
 class RowsState(eqx.Module):
-    """What `FreezeFailingRows` knows between steps; times are in time that increases."""
+    """State of `FreezeFailingRows` between steps, with times on diffrax's increasing time axis."""
 
-    inner: Any
+    inner: Any  # the wrapped solver's state
     failed_at: Float[Array, " batch"]  # start of the step in which a row failed, or inf
-    start: Float[Array, ""]
-    accepted: Int[Array, ""]  # steps
+    start: Float[Array, ""]  # of the solve
+    accepted: Int[Array, ""]  # number of accepted steps
 
     @property
     def failed(self) -> Bool[Array, " batch"]:
-        """Whether each row has failed."""
+        """True for each row that has failed."""
         return jnp.isfinite(self.failed_at)
 
 
 def with_copies(tree: Any, failed: Bool[Array, " batch"]) -> Any:
-    """Return `tree` with the rows that have failed replaced by the first that has not.
+    """Return `tree` with each failed row replaced by the first row that has not failed.
 
-    Leaves that do not have the batch as their first axis are left as they are.
+    Leaves whose first axis is not the batch are returned unchanged.
     """
     first = jnp.argmin(failed)
 

@@ -1,8 +1,8 @@
-"""The solve of an ODE over a whole batch by diffrax, and which samples failed.
+"""Solve an ODE over a whole batch with diffrax, and report which samples failed.
 
-The batch is one ODE, never a `vmap` of solves: under `vmap` every sample waits for the slowest, the
-loop carries selects, and the backward pass holds one parameter cotangent per sample. Per-sample
-accuracy is bought by the error norm instead: `norm="worst"`.
+The batch is solved as one ODE, never as a `vmap` of solves: under `vmap` every sample waits for the
+slowest, the loop carries selects, and the backward pass holds one parameter cotangent per sample.
+For accuracy in every sample, use the error norm `norm="worst"` instead.
 """
 
 from collections.abc import Callable
@@ -29,33 +29,35 @@ def integrate(
     solve: Solve,
     times: Float[Array, " times"] | None = None,
 ) -> tuple[Any, Stats]:
-    """Return the state at `t1`, or at each of `times` along a new first axis, and what it cost.
+    """Return the state at `t1`, or at each of `times` along a new first axis, and the `Stats`.
 
-    `vector_field(t, y, args)` is a Module and everything differentiable is in `args`, as backsolve
-    needs. Every leaf of `y0` has the batch as its first axis.
+    `vector_field(t, y, args)` is an Equinox module, and everything to differentiate with respect to
+    is in `args`, because backsolve needs it there. Every leaf of `y0` has the batch as its first
+    axis.
 
-    Failure is a value, `Stats.failed`. Rows that cannot be solved fail alone
-    (`jcnf.ode.FreezeFailingRows`); where a solve ends at `max_steps`, all rows have failed. At the
-    end a failed row holds the finite values of another row, so that whatever is computed from it is
-    finite and can be masked by `jnp.where` without NaN in gradients. At `times` it is NaN from its
-    failure on.
+    A failure raises no error; it is reported in `Stats.failed`. Rows that cannot be solved fail
+    alone (see `jcnf.ode.FreezeFailingRows`); if the solve ends at `max_steps`, all rows have
+    failed. In the state at `t1`, a failed row holds finite values of another row, so that anything
+    computed from it is finite and can be masked by `jnp.where` without NaN in gradients. In a
+    trajectory, a failed row is NaN from its failure on.
 
-    **Raises:** `ValueError` for `times` under the "reversible" adjoint, which keeps the end only,
-    and for tolerances that the state's dtype cannot meet.
+    **Raises:** `ValueError` for `times` under the "reversible" adjoint, which gives only the end of
+    a solve, and for tolerances that the state's dtype cannot meet.
     """
     dtype = jax.tree.leaves(y0)[0].dtype
     check_tolerance(solve, dtype)
     if times is not None and solve.adjoint == "reversible":
         raise ValueError(
-            "the 'reversible' adjoint keeps the end of a solve only: "
+            "expected no times with adjoint='reversible', which gives only the state at t1: "
             "use adjoint='checkpoint' for a trajectory"
         )
-    y0 = sharding.split_where_even(y0)
+    y0 = sharding.shard_if_even(y0)
     t0, t1 = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1))
     direction = jnp.where(t0 < t1, 1, -1).astype(dtype)
     lost_at_start = jax.lax.stop_gradient(~jnp.isfinite(mean_square(y0)))
     y0 = with_copies(y0, lost_at_start)
-    # Flat, for the adjoint state of a continuous adjoint may hold no empty tuple, as a field may.
+    # args are flattened because the state of a continuous adjoint must not contain empty tuples,
+    # and a field may.
     leaves, structure = jax.tree.flatten(args)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(_OfLeaves(vector_field, structure)),
@@ -69,11 +71,11 @@ def integrate(
         stepsize_controller=solve.controller(jnp.abs(t1 - t0)),
         adjoint=solve.diffrax_adjoint(y0, jnp.abs(t1 - t0), at_times=times is not None),
         max_steps=solve.max_steps,
-        # Raising from inside a compiled program costs a host callback a step.
+        # Raising from inside a compiled program costs a host callback in every step.
         throw=False,
     )
-    # The last state follows those at `times`, or those of them that were reached; the rest of the
-    # buffer is infinite.
+    # diffrax writes the states at those `times` that were reached, then the last state, and leaves
+    # inf in the rest of the buffer.
     ts: Any = solution.ts
     count = jnp.sum(jnp.isfinite(ts)) - 1
     last, t = jax.tree.map(lambda rows: rows[count], (solution.ys, ts))
@@ -102,13 +104,14 @@ def integrate(
 
 
 class _OfLeaves(eqx.Module):
-    """A vector field of the leaves of its arguments."""
+    """A vector field that takes its arguments as a list of leaves."""
 
     vector_field: Callable[..., Any]
     structure: Any = eqx.field(static=True)
-    # diffrax compiles its solve, and would reuse the program of an earlier call where a field is a
-    # plain function or object that has been changed since. Each call differs by this; inside a
-    # compiled function it is traced once all the same.
+    # diffrax compiles its solve and caches the program by the static parts of its arguments. A
+    # field may be a plain function or object that has changed since an earlier call, and would then
+    # get the old program. A new object in each call prevents that; inside a compiled function the
+    # solve is still traced only once.
     call: object = eqx.field(static=True, default_factory=object)
 
     def __call__(self, t, y, leaves):

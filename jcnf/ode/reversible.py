@@ -1,15 +1,16 @@
-"""Algebraically reversible Runge-Kutta solves: exact gradients in memory that no step adds to.
+"""Algebraically reversible Runge-Kutta solves: exact gradients in constant memory.
 
-Over the increment Psi_h(t, y) of an explicit method, which it keeps the order of, and with a copy z
-of the state beside y (McCallum & Foster 2024, "Efficient, Accurate and Stable Gradients for Neural
-ODEs"):
+The method (McCallum & Foster 2024, "Efficient, Accurate and Stable Gradients for Neural ODEs")
+carries a second copy z of the state beside y. With the increment Psi_h(t, y) of an explicit method,
+whose order it keeps, a step is
 
     y_{n+1} = lam y_n + (1 - lam) z_n + Psi_h(t_n, z_n)
     z_{n+1} = z_n - Psi_{-h}(t_{n+1}, y_{n+1}),                 y_0 = z_0, 0 < lam <= 1.
 
-Each line can be solved for z_n, then y_n. The backward pass therefore walks the steps from their
-end instead of storing them: it finds the states up to rounding, which grows as lam^-n, and with
-them the gradient of the very numbers that the forward pass computed.
+The second line can be solved for z_n, and then the first for y_n. The backward pass therefore
+recomputes the states from the end instead of storing them. It finds them up to rounding errors,
+which grow as lam^-n, and with them the exact gradient of the numbers that the forward pass
+computed. Only the times of the steps are stored.
 
 The interfaces follow diffrax's pull request 727.
 """
@@ -40,30 +41,30 @@ from jcnf.ode.unrolled import is_explicit, needed, slopes_of_step, weighted_sum
 
 
 class AbstractReversibleSolver(diffrax.AbstractSolver):
-    """A solver whose steps can be taken back."""
+    """A solver whose steps can be inverted."""
 
     @abstractmethod
     def backward_step(self, terms, t0, t1, y1, args, ts_state, solver_state, made_jump):
-        """Take back the step from t0 to t1, given `y1` and `solver_state` at t1.
+        """Invert the step from t0 to t1, given `y1` and `solver_state` at t1.
 
         `ts_state` holds earlier times, for solvers that need them.
 
-        **Returns:** y and the solver state at t0 as `(y0, dense_info, solver_state, result)`.
+        **Returns:** `(y0, dense_info, solver_state, result)`, with y and the solver state at t0.
         """
 
 
 class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
     """An explicit Runge-Kutta method made reversible; its solver state is z.
 
-    With s stages that reach the solution (6 of dopri5's 7), a step costs 2 s evaluations of the
-    field, and one more for the error estimate where that needs the last stage.
+    If the solution needs s stages (6 of dopri5's 7), a step costs 2 s evaluations of the field, and
+    one more if the error estimate needs the last stage.
 
     **Arguments:**
 
     - `solver`: an explicit Runge-Kutta method of diffrax.
-    - `coupling`: lam.
+    - `coupling`: lam, above 0 and at most 1.
 
-    **Raises:** `ValueError` for another kind of solver, and for a coupling out of range.
+    **Raises:** `ValueError` for another kind of solver, and for a `coupling` out of range.
     """
 
     solver: Any  # a diffrax.AbstractERK, or Euler
@@ -72,8 +73,8 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
     def __check_init__(self):
         if not (is_explicit(self.solver) or isinstance(self.solver, diffrax.Euler)):
             raise ValueError(
-                "a reversible solve needs an explicit Runge-Kutta method, as diffrax.Dopri5() is; "
-                f"got {self.solver}"
+                "solver must be an explicit Runge-Kutta method, such as diffrax.Dopri5(), for a "
+                f"reversible solve; got {self.solver}"
             )
         if not 0 < self.coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1; got {self.coupling}")
@@ -101,7 +102,7 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
         y1 = jax.tree.map(lambda y, z, p: lam * y + (1 - lam) * z + p, y0, z0, psi)
         psi, _ = self._increment(terms, t1, t0, y1, args)
         z1 = jax.tree.map(jnp.subtract, z0, psi)
-        # A step over a wall that only z meets is to be rejected too.
+        # A step in which only z stops being finite must be rejected too.
         error = jax.tree.map(lambda e, z: jnp.where(jnp.isfinite(z), e, jnp.inf), error, z1)
         return y1, error, {"y0": y0, "y1": y1}, z1, diffrax.RESULTS.successful
 
@@ -114,7 +115,7 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
         return y0, {"y0": y0, "y1": y1}, z0, diffrax.RESULTS.successful
 
     def _increment(self, terms, t0, t1, y, args, *, with_error=False):
-        """Return Psi for a step from t0 to t1, either way, and its embedded error."""
+        """Return Psi for a step from t0 to t1, in either direction, and its embedded error."""
         first, h = terms.vf(t0, y, args), terms.contr(t0, t1)
         if isinstance(self.solver, diffrax.Euler):
             psi = jax.tree.map(lambda k: h.astype(k.dtype) * k, first)
@@ -128,14 +129,17 @@ class Reversible(AbstractReversibleSolver, diffrax.AbstractWrappedSolver):
 
 
 class ReversibleAdjoint(AbstractEndAdjoint):
-    """Backpropagation that takes a reversible solver's steps back, and keeps their times only.
+    """Backpropagation that inverts a reversible solver's steps and stores only their times.
 
-    **Raises:** `ValueError` for a solver that is not reversible too.
+    **Raises:** `ValueError` as `AbstractEndAdjoint` does, and for a solver that is not reversible.
     """
 
     def solve(self, y0_args_terms, *, solver, **settings):
         if not isinstance(unwrapped(solver), AbstractReversibleSolver):
-            raise ValueError(f"ReversibleAdjoint needs a reversible solver; got {solver}")
+            raise ValueError(
+                f"ReversibleAdjoint needs a reversible solver; got {unwrapped(solver)}: wrap an "
+                "explicit Runge-Kutta method in jcnf.ode.Reversible"
+            )
         return _solve(y0_args_terms, solver=solver, **settings)
 
 

@@ -1,4 +1,4 @@
-"""How a flow's ODE is solved: solver, tolerances, norm, adjoint; and what a solve cost."""
+"""Settings of a flow's ODE solve (solver, tolerances, norm, adjoint) and its statistics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,33 +17,37 @@ from jcnf._checks import check_floats, check_int, check_number
 from jcnf.ode.adjoint import StepCheckpointAdjoint
 from jcnf.ode.failing_rows import FreezeFailingRows, mean_square
 from jcnf.ode.reversible import Reversible, ReversibleAdjoint
-from jcnf.ode.step_plan import PARTS, PlannedSteps, unknown
+from jcnf.ode.step_plan import NUM_BINS, PlannedSteps, unknown
 from jcnf.ode.unrolled import Unrolled, is_explicit, needed
 
-# From the mean squares of the rows to the square of the norm.
+# Map the mean squares of the rows to the square of the norm.
 OVER_ROWS: dict[str, Callable[[Array], Array]] = {"batch": jnp.mean, "worst": jnp.max}
 
 
-def batch_norm(error: Any) -> Float[Array, ""]:
+def rms_norm(error: Any) -> Float[Array, ""]:
     """Return the root mean square over all components of a pytree of arrays."""
     leaves = jax.tree.leaves(error)
     return _root(sum(jnp.sum(leaf**2) for leaf in leaves) / sum(leaf.size for leaf in leaves))
 
 
-def worst_norm(error: Any) -> Float[Array, ""]:
-    """Return the largest root mean square of a row, the first axis of each array."""
+def max_sample_rms_norm(error: Any) -> Float[Array, ""]:
+    """Return the largest root mean square of a row; rows are the first axis of each array."""
     return _root(jnp.max(mean_square(error)))
 
 
 def _root(square):
-    # A NaN error would make the next step NaN; an infinite one rejects and shortens the step.
+    # A NaN error would make the next step size NaN; an infinite one rejects and shortens the step.
     return jnp.sqrt(jnp.where(jnp.isnan(square), jnp.inf, square))
 
 
-NORMS: dict[str, Callable[[Any], Float[Array, ""]]] = {"batch": batch_norm, "worst": worst_norm}
+NORMS: dict[str, Callable[[Any], Float[Array, ""]]] = {
+    "batch": rms_norm,
+    "worst": max_sample_rms_norm,
+}
 
 
-MOST_STEPS = 1_000_000  # of a solve: memory for its checkpoints grows as their root
+# The adjoints store the time of each step, and states in the square root of max_steps.
+MAX_STEPS_LIMIT = 1_000_000
 
 
 class RK4(diffrax.AbstractERK):
@@ -58,7 +62,6 @@ class RK4(diffrax.AbstractERK):
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
 
     def order(self, terms):
-        """Of the error of a solve in its step."""
         return 4
 
 
@@ -75,23 +78,26 @@ SOLVERS: dict[str, type[diffrax.AbstractSolver]] = {
 
 
 class Stats(eqx.Module):
-    """What a solve cost, as scalars, and which of the batch did not arrive."""
+    """The cost of a solve, and the samples that failed."""
 
-    nfe: Int[Array, ""]  # evaluations of the right-hand side, forward
+    nfe: Int[Array, ""]  # evaluations of the right-hand side in the forward pass
     steps: Int[Array, ""]  # steps tried
-    rejected: Int[Array, ""]  # of them, rejected
-    failed: Bool[Array, " batch"]  # samples that did not arrive, finite, at the end
-    step_plan: Float[Array, " parts"]  # for the `Solve.step_plan` of the next solve like it
+    rejected: Int[Array, ""]  # steps rejected, among those tried
+    failed: Bool[Array, " batch"]  # samples that did not reach the end with finite values
+    step_plan: Float[Array, " parts"]  # pass it as `Solve.step_plan` to a similar solve
 
     @classmethod
     def unsolved(cls, end: Float[Array, "batch dim"]) -> "Stats":
-        """Of a map that solves nothing and ends there: samples that are not finite have failed."""
+        """Return the statistics of a map without a solve, which fails where `end` is not finite."""
         zero = jnp.int32(0)
         failed = ~jnp.all(jnp.isfinite(end), axis=1)
         return cls(zero, zero, zero, failed, step_plan=unknown(end.dtype))
 
     def __add__(self, other: "Stats") -> "Stats":
-        """Of two solves, one after the other."""
+        """Return the statistics of two solves, one after the other.
+
+        The step plan is the finer of the two in each part.
+        """
         return Stats(
             nfe=self.nfe + other.nfe,
             steps=self.steps + other.steps,
@@ -102,42 +108,45 @@ class Stats(eqx.Module):
 
 
 def _plain_integer(value):
-    # A NumPy integer would be an argument of compiled programs, which need it as a constant.
+    # Compiled programs need a constant here, and a NumPy integer would be traced as an argument.
     return int(value) if isinstance(value, np.integer) else value
 
 
 class Solve(eqx.Module):
     """Solver, accuracy and adjoint of one batched ODE solve.
 
-    Frozen, and hashable unless it holds arrays: a step plan, or tolerances. One whose step plan
-    changes is an argument of the compiled function: what a function closes over is a constant, for
-    which it is compiled anew.
+    It is frozen, and hashable unless it holds arrays (a step plan or tolerances). If its step plan
+    changes from call to call, pass it to the compiled function as an argument: a function that
+    closes over it would be compiled again for every new plan.
 
     **Arguments:**
 
     - `solver`: a name in `SOLVERS` or a diffrax solver.
-    - `rtol`, `atol`: a step is accepted when norm(error / (atol + rtol |y|)) < 1, over x, log-det
-      and penalties alike.
-    - `step`: a fixed step in t instead, positive; the tolerances are then unused.
-    - `adjoint`: how reverse mode goes through the solve. "checkpoint": discretise, then optimise,
-      exact, from the states that were kept on the way (`jcnf.ode.StepCheckpointAdjoint`; for a
-      trajectory and for methods other than explicit Runge-Kutta ones, diffrax's recursive
-      checkpoints, Stumm & Walther 2010); "direct": the same by plain
-      backpropagation through a bounded loop; "backsolve": the continuous adjoint (Chen et al.
-      2018), constant memory, accurate to the tolerance, and the one that raises where its
-      backward solve fails; "backsolve_seminorm": the same without error control on the
-      parameters' adjoint (Kidger et al. 2021); "reversible": an algebraically reversible form of
-      the solver, exact and in constant memory, at two evaluations for one (McCallum & Foster 2024);
-      "forward": no reverse mode but `jax.jvp`, for few parameters. Or a diffrax adjoint.
-    - `norm`: "batch" = RMS over batch and components; "worst" = the largest over the batch of
-      each sample's RMS, so that every sample is within tolerance.
-    - `max_steps`: the solve gives up after so many steps tried.
+    - `rtol`, `atol`: a step is accepted if norm(error / (atol + rtol |y|)) < 1, where y holds x,
+      logdet and the regularizers.
+    - `step`: a fixed, positive step in t; the tolerances are then ignored.
+    - `adjoint`: how the solve is differentiated; one of the names below, or a diffrax adjoint.
+        - "checkpoint": discretize, then optimize; exact. It uses states kept in the forward pass
+          (`jcnf.ode.StepCheckpointAdjoint`) or, for trajectories and for solvers that are not
+          explicit Runge-Kutta methods, diffrax's recursive checkpoints (Stumm & Walther 2010).
+        - "direct": the same gradient by plain backpropagation through a bounded loop.
+        - "backsolve": the continuous adjoint (Chen et al. 2018), with constant memory and an error
+          of the order of the tolerance. It is the only one that raises if its backward solve fails.
+        - "backsolve_seminorm": backsolve without error control on the adjoint of the parameters
+          (Kidger et al. 2021).
+        - "reversible": an algebraically reversible form of the solver (McCallum & Foster 2024);
+          exact and in constant memory, with twice the evaluations per step.
+        - "forward": forward mode (`jax.jvp`) only, for few parameters.
+    - `norm`: "batch" is the RMS over batch and components; "worst" is the largest RMS of a single
+      sample, so that every sample is within tolerance.
+    - `max_steps`: the number of tried steps after which the solve gives up.
     - `first_step`: the first step as a fraction of the interval.
-    - `step_plan`: the `Stats.step_plan` of a solve like it, such as the last one in training. It
-      says where steps are best put, so that none is rejected to find that out; the error of each
-      step is still controlled. Not for fixed steps.
+    - `step_plan`: the `Stats.step_plan` of a similar solve, such as the last one in training. It
+      says where to put the steps, so that fewer are rejected; the error of each step is still
+      controlled. Ignored with a fixed `step`.
 
-    **Raises:** `ValueError` for unknown names and for numbers out of range.
+    **Raises:** `ValueError` for unknown names, for numbers out of range, and for a solver without
+    an error estimate if `step` is None.
     """
 
     solver: str | diffrax.AbstractSolver = "dopri5"
@@ -158,13 +167,13 @@ class Solve(eqx.Module):
         check_number("(0, 1]", first_step=self.first_step)
         if self.step is not None:
             check_number("(0, inf)", step=self.step)
-        check_int(1, MOST_STEPS, max_steps=self.max_steps)
+        check_int(1, MAX_STEPS_LIMIT, max_steps=self.max_steps)
         if self.step_plan is not None:
-            check_floats(PARTS, step_plan=self.step_plan)
+            check_floats(NUM_BINS, step_plan=self.step_plan)
         if self.step is None and not self._estimates_errors():
             raise ValueError(
-                f"solver {self.solver!r} has no error estimate: give it a fixed step, "
-                "as in Solve(solver='euler', step=0.05)"
+                f"solver {self.solver!r} has no error estimate and needs a fixed step; got "
+                "step=None: give it one, as in Solve(solver='euler', step=0.05)"
             )
 
     def _estimates_errors(self):
@@ -175,13 +184,15 @@ class Solve(eqx.Module):
         )
 
     def diffrax_solver(self) -> diffrax.AbstractSolver:
-        """The solver as diffrax's object."""
+        """Return the solver as a diffrax object."""
         return SOLVERS[self.solver]() if isinstance(self.solver, str) else self.solver
 
     def stepper(self, end: Float[Array, ""]) -> FreezeFailingRows:
-        """Return what takes the steps of a solve up to `end`, in time that increases.
+        """Return the solver that diffrax is given, in which failing rows fail alone.
 
-        The solver is unrolled, made reversible, or as it is, with rows that fail alone.
+        `end` is the end of the solve on diffrax's increasing time axis, as in `FreezeFailingRows`.
+        The solver in it is made reversible under the "reversible" adjoint, and otherwise unrolled
+        if it is an explicit Runge-Kutta method.
         """
         solver: Any = self.diffrax_solver()
         if self.adjoint == "reversible":
@@ -194,7 +205,8 @@ class Solve(eqx.Module):
         return FreezeFailingRows(solver, self.rtol, self.atol, over_rows, end, self.max_steps)
 
     def _with_tolerances(self, solver):
-        # diffrax gives the controller's tolerances to the root finder of a bare solver only.
+        # diffrax passes the controller's tolerances to the root finder of a solver, but not to the
+        # one of a solver inside a wrapper.
         def of(solver):
             return [getattr(solver.root_finder, name) for name in ("rtol", "atol", "norm")]
 
@@ -205,7 +217,7 @@ class Solve(eqx.Module):
     def diffrax_adjoint(
         self, y0: Any, interval: Float[Array, ""], *, at_times: bool
     ) -> diffrax.AbstractAdjoint:
-        """Return the adjoint as diffrax's object, for the gradient of a mean over the batch."""
+        """Return the adjoint as a diffrax object, for the gradient of a mean over the batch."""
         if not isinstance(self.adjoint, str):
             return self.adjoint
         match self.adjoint:
@@ -220,14 +232,15 @@ class Solve(eqx.Module):
             case "forward":
                 return diffrax.ForwardMode()
             case "backsolve":
-                return self._backsolve(y0, interval, batch_norm)
+                return self._backsolve(y0, interval, rms_norm)
             case _:
                 return self._backsolve(y0, interval, diffrax.adjoint_rms_seminorm)
 
     def _backsolve(self, y0, interval, norm):
-        # The cotangents of a mean over the batch are of the order of 1/batch, and so must atol be.
-        # The adjoint's state has parameters in it, which have no batch axis: it needs a norm of its
-        # own and cannot have rows that fail alone. No flag leaves a backward solve, so it raises.
+        # The cotangents of a mean over the batch scale as 1/batch, and atol must scale with them.
+        # The adjoint state contains parameters, which have no batch axis, so it needs a norm
+        # without rows, and rows cannot fail alone in it. A backward solve cannot return a flag, so
+        # it raises.
         batch = jax.tree.leaves(y0)[0].shape[0]
         solve = dataclasses.replace(self, atol=self.atol / batch)
         return diffrax.BacksolveAdjoint(
@@ -237,7 +250,10 @@ class Solve(eqx.Module):
         )
 
     def controller(self, interval: Float[Array, ""], norm=None) -> PlannedSteps:
-        """Return the control of steps over an interval of this length."""
+        """Return the step-size controller for an interval of this length.
+
+        `norm` replaces the error norm named by `self.norm`.
+        """
         dtype = interval.dtype
         if self.step is not None:
             first = jnp.asarray(self.step, dtype)
@@ -252,11 +268,11 @@ class Solve(eqx.Module):
 
     @property
     def heeds_step_plans(self) -> bool:
-        """Whether its solves follow a step plan, and return one."""
+        """True if solves with these settings follow a step plan and return one."""
         return self.step is None
 
     def evaluations(self, steps):
-        """Return how often `steps` steps of an explicit Runge-Kutta solver evaluate the field."""
+        """Return the number of field evaluations in `steps` steps of an explicit solver."""
         tableau = getattr(self.diffrax_solver(), "tableau", None)
         if self.adjoint == "reversible":
             if tableau is None:  # Euler
@@ -265,32 +281,34 @@ class Solve(eqx.Module):
             return steps * (2 * solution + (max(error - solution, 0) if self.step is None else 0))
         if tableau is None:
             return steps
-        # First same as last: a step's last evaluation is the next one's first.
+        # First same as last (fsal): the last evaluation of a step is the first one of the next.
         return steps * (tableau.num_stages - tableau.fsal) + int(tableau.fsal)
 
 
 def check_tolerance(solve: Solve, dtype: Any) -> None:
-    """Raise `ValueError` for tolerances below half a rounding of `dtype`.
+    """Raise `ValueError` if both tolerances are below half the machine epsilon of `dtype`.
 
-    In float32 errors of log-densities stop falling at tolerances of 1e-7; at 1e-9 a solve takes ten
-    times the steps, most of which it rejects, and is no more accurate.
+    In float32, errors of log-densities stop falling at tolerances of 1e-7. At 1e-9 a solve takes
+    ten times as many steps, rejects most of them, and is no more accurate. Traced tolerances are
+    not checked.
     """
     if isinstance(solve.rtol, Tracer) or isinstance(solve.atol, Tracer):
         return
     loosest = max(float(np.asarray(tolerance)) for tolerance in (solve.rtol, solve.atol))
     eps = float(jnp.finfo(dtype).eps)
     if solve.step is None and loosest < eps / 2:
+        wider = ", or use float64 (JAX_ENABLE_X64=1)" if eps > 1e-15 else ""
         raise ValueError(
-            f"tolerance {loosest:g} is below what {dtype} can give (about {eps:.0e}): "
-            "use x64 (JAX_ENABLE_X64=1, --x64) or a larger tolerance"
+            f"the larger of rtol and atol must be at least {eps / 2:.0e} for {dtype}; "
+            f"got {loosest:g}: raise it{wider}"
         )
 
 
 def with_array_tolerances(solve: Solve, dtype: Any) -> Solve:
-    """Return `solve` with its tolerances as scalar arrays of `dtype`, the state's.
+    """Return `solve` with its tolerances as scalar arrays of `dtype`, the dtype of the state.
 
-    Python floats are compile-time constants, so that each new value would recompile; arrays are
-    arguments.
+    Python floats are compile-time constants, so each new value would compile the solve again;
+    arrays are arguments.
 
     **Raises:** `ValueError` as `check_tolerance` does.
     """
@@ -313,4 +331,5 @@ def _known(what, given, table, kind):
     if isinstance(given, str) and given not in table:
         raise ValueError(f"unknown {what} {given!r}: use one of {', '.join(table)}")
     if not isinstance(given, str) and not isinstance(given, kind):
-        raise ValueError(f"{what} must be one of {', '.join(table)}, or diffrax's; got {given!r}")
+        own = f" or a diffrax.{kind.__name__}" if kind else ""
+        raise ValueError(f"{what} must be one of {', '.join(table)}{own}; got {given!r}")

@@ -1,10 +1,15 @@
-"""Where the steps of a solve are best put, learnt from a solve like it.
+"""Step plans: where to put the steps of a solve, learned from an earlier, similar solve.
 
-A step plan is the number of steps, of the size that the controller finds right, in each of `PARTS`
-equal parts of the interval; zeros where nothing is known. Their sum, rounded up, is how many steps
-a solve needs, and points between which they are equally many share its error equally (de Boor 1973,
-"Good approximation by splines with variable knots"). A solver that looks back only finds out by
-rejections where its steps must be short, and in training finds it out at every step anew.
+A step plan divides the interval into `NUM_BINS` equal parts and gives, for each part, the number of
+steps of the size that the controller finds right there. It is a fraction where steps are longer
+than a part, and all zeros if nothing is known. In other words, it is a density of steps over time.
+Its sum, rounded up, is the number of steps that a solve needs. Steps that each contain an equal
+amount of the density have about equal errors (de Boor 1973, "Good approximation by splines with
+variable knots").
+
+A step-size controller knows only the past, so it finds out by rejected steps where steps must be
+short. In training, consecutive solves are nearly alike, and it would find out the same thing in
+each of them. With the plan of the last solve, nearly all of those rejections are saved.
 """
 
 # diffrax declares these members as class variables, and its own wrappers override them likewise.
@@ -18,27 +23,31 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-PARTS = 64
-SHORT = 0.1  # of a step: less is added to the next
+NUM_BINS = 64
+MIN_STEP_FRACTION = 0.1  # a shorter remainder of a planned step is joined to the next step
 StepPlan = Float[Array, " parts"]
 
 
 def unknown(dtype) -> StepPlan:
-    """Return the plan of a solve that nothing is known of: zeros."""
-    return jnp.zeros(PARTS, dtype)
+    """Return the plan that stands for no knowledge: zeros."""
+    return jnp.zeros(NUM_BINS, dtype)
 
 
 def is_known(step_plan: StepPlan) -> Bool[Array, ""]:
-    """Whether the plan is that of a solve that reached its end."""
+    """Return whether the plan is usable: positive and finite in every part.
+
+    The plan of a solve that gave up is zero in the parts that it did not reach.
+    """
     return jnp.all(step_plan > 0) & jnp.all(jnp.isfinite(step_plan))
 
 
 def with_step(
     step_plan: StepPlan, start: Float[Array, ""], end: Float[Array, ""], steps: Float[Array, ""]
 ) -> StepPlan:
-    """Add one accepted step, from `start` to `end`, fractions of the interval, to the plan.
+    """Add one accepted step to the plan.
 
-    At the size that the controller proposes next the whole interval would take `steps` steps.
+    The step goes from `start` to `end`, both fractions of the interval. At the size that the
+    controller proposes next, the whole interval would take `steps` steps.
     """
     edges = jnp.arange(len(step_plan) + 1, dtype=step_plan.dtype) / len(step_plan)
     within = jnp.clip(edges, start.astype(step_plan.dtype), end.astype(step_plan.dtype))
@@ -51,27 +60,32 @@ def next_point(step_plan: StepPlan, start: Float[Array, ""]) -> Float[Array, ""]
     steps = jnp.append(jnp.zeros_like(step_plan[:1]), jnp.cumsum(step_plan))
     number = jnp.ceil(steps[-1])
     done = jnp.interp(start.astype(step_plan.dtype), edges, steps) / steps[-1] * number
-    # What is left of a step that was cut short is added to the next step.
-    following = jnp.floor(done + SHORT) + 1
+    # After rejected steps a solve is between two points of the plan. If it has almost reached the
+    # next point, go on to the one after it rather than take a tiny step.
+    following = jnp.floor(done + MIN_STEP_FRACTION) + 1
     point = jnp.interp(following / number * steps[-1], steps, edges)
-    # Not by interpolation: the last parts may have less than a rounding of all steps.
+    # The last point is 1 exactly. Interpolation could fall short of it where the last parts hold
+    # less than one rounding error of the sum.
     return jnp.where(following < number, point, 1).astype(start.dtype)
 
 
 class PlannedSteps(diffrax.AbstractStepSizeController):
-    """A step-size controller whose accepted steps end where the plan of an earlier solve says.
+    """A step-size controller that takes steps where the plan of an earlier solve puts them.
 
-    After a rejected step it goes as far as the wrapped controller says, and so it does altogether
-    where there is no plan, where it has more than `max_steps` steps, or where so many steps
-    are rejected that the plan is of a solve unlike this. The plan of this solve comes out with the
-    controller's state, `PlanState.step_plan`, by `diffrax.SaveAt(controller_state=True)`.
+    The wrapped controller still accepts or rejects each step, so a bad plan costs evaluations but
+    no accuracy. Its proposal is used after a rejected step, and throughout if there is no plan, if
+    the plan has more than `max_steps` steps, or once so many steps have been rejected that the plan
+    cannot be right for this solve.
+
+    The solve also makes a new plan. Read it from the controller's state, `PlanState.step_plan`, by
+    `diffrax.SaveAt(controller_state=True)`.
 
     **Arguments:**
 
-    - `controller`: accepts and rejects steps, and proposes the next.
-    - `first`: the length of the first step, where `diffeqsolve` is given none (`dt0=None`).
-    - `step_plan`: of a solve like this one, or `unknown`.
-    - `max_steps`: that of the solve.
+    - `controller`: accepts or rejects steps, and proposes the next one.
+    - `first`: the length of the first step, used if `diffeqsolve` is given `dt0=None`.
+    - `step_plan`: the plan of a similar solve, or `unknown(dtype)`.
+    - `max_steps`: the `max_steps` of the solve.
     """
 
     controller: diffrax.AbstractStepSizeController
@@ -94,7 +108,9 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
         keep, start, end, jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, state.inner
         )
-        # What the controller would take next is what it finds to be the right size of this step.
+        # The controller's proposal for the next step is the step size that would have met the
+        # tolerance here. That, rather than the step that was taken, goes into the new plan: the
+        # taken steps would only reproduce the old plan.
         steps = (state.end - state.start) / (end - start)
         taken = with_step(state.step_plan, state.share(t0), state.share(t1), steps)
         after = PlanState(
@@ -115,8 +131,9 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
         )
 
     def _planned(self, start, otherwise, state):
-        """Return the end of a step from `start`."""
+        """Return where a step from `start` ends by the plan, or `otherwise` if it is not used."""
         heeded = is_known(self.step_plan) & (jnp.sum(self.step_plan) <= self.max_steps)
+        # The plan is dropped once rejections outnumber a quarter of the accepted steps, plus two.
         heeded &= 4 * state.rejected <= state.accepted + 8
         share = next_point(self.step_plan, state.share(start))
         point = state.start + share * (state.end - state.start)
@@ -124,14 +141,14 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
 
 
 class PlanState(eqx.Module):
-    """What `PlannedSteps` knows between steps."""
+    """State of `PlannedSteps` between steps."""
 
-    inner: Any
-    step_plan: StepPlan  # of the steps accepted so far
+    inner: Any  # the wrapped controller's state
+    step_plan: StepPlan  # the new plan, from the steps accepted so far
     start: Float[Array, ""]  # of the solve
-    end: Float[Array, ""]
-    accepted: Int[Array, ""]
-    rejected: Int[Array, ""]
+    end: Float[Array, ""]  # of the solve
+    accepted: Int[Array, ""]  # number of steps
+    rejected: Int[Array, ""]  # number of steps
 
     def share(self, t):
         """Return the fraction of the interval that lies before `t`."""

@@ -1,8 +1,9 @@
 """Explicit Runge-Kutta steps with their stages written out.
 
-diffrax runs the stages of a step as a loop over a buffer of slopes. A field of a few matrix
-products costs no more than that loop does, and XLA can neither fuse across its iterations nor leave
-out what nobody reads, such as the error estimate of a step that is retaken on the way back.
+diffrax runs the stages of a step as a loop over a buffer of slopes. For a field of a few matrix
+products, that loop costs as much as the field. XLA also cannot fuse across its iterations, and it
+cannot drop results that nobody reads, such as the error estimate of a step that the backward pass
+takes again.
 """
 
 # diffrax declares these members as class variables, and its own wrappers override them likewise.
@@ -21,13 +22,14 @@ from jaxtyping import Array, Float
 class Unrolled(diffrax.AbstractWrappedSolver):
     """An explicit Runge-Kutta method of diffrax, for ODEs, with the stages of a step unrolled.
 
-    Method, coefficients and dense output are those of `solver`. The solver state is the slope at
-    the start of a step where the last step has computed it (methods that are "first same as last"),
-    and None otherwise.
+    It has the coefficients and the dense output of `solver`. For "first same as last" methods, the
+    solver state is the slope at the start of the step, which the last step has computed; otherwise
+    it is None.
     """
 
     solver: Any  # a diffrax.AbstractERK
-    # diffrax sees the wrapped solver and would set how its stages are looped over.
+    # diffrax counts a wrapper as an instance of what it wraps, and some of its adjoints set
+    # `scan_kind` of a Runge-Kutta method where it is None. Here it has no effect.
     scan_kind: ClassVar[str] = "lax"
 
     @property
@@ -71,16 +73,16 @@ def is_explicit(solver: diffrax.AbstractSolver) -> bool:
 
 
 def needed(weights: np.ndarray) -> int:
-    """Return how many of the slopes these weights need."""
+    """Return the number of leading slopes that these weights use."""
     return int(np.max(np.flatnonzero(weights), initial=-1)) + 1
 
 
 def slopes_of_step(
     tableau, terms, t0, t1, y0, args, first, number: int | None = None
 ) -> tuple[list[Any], Any]:
-    """Return the slopes of a step, `number` or all, and the state of its last stage.
+    """Return the slopes of a step and the state of its last stage.
 
-    The `first` slope is given.
+    `first` is the first slope. With `number`, only this many slopes are computed.
     """
     last = None if number is None else number - 1
     h, slopes, stage = terms.contr(t0, t1), [first], y0
@@ -91,7 +93,7 @@ def slopes_of_step(
 
 
 def weighted_sum(h: Float[Array, ""], weights: np.ndarray, slopes: Sequence[Any]) -> Any:
-    """Return h sum_i w_i k_i over the slopes k_i that are there; zeros if all weights are zero."""
+    """Return h sum_i w_i k_i over the given slopes k_i; zeros if all weights are zero."""
     used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w != 0]
     if not used:
         return jax.tree.map(jnp.zeros_like, slopes[0])

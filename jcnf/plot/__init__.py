@@ -1,4 +1,4 @@
-"""Figures by matplotlib, which is imported only when one is drawn."""
+"""Figures drawn with matplotlib, which is imported only when a figure is drawn."""
 
 from jcnf.plot.curves import CurvePanel as CurvePanel
 from jcnf.plot.curves import scaling as scaling

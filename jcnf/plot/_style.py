@@ -1,4 +1,4 @@
-"""What figures share: style, checks, robust views, counts, clouds of points."""
+"""Shared parts of figures: style, checks, robust views, counts, clouds of points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 P = ParamSpec("P")
 Extent = float | int | Sequence[float | int]  # e for [-e, e]^2, or (xmin, xmax, ymin, ymax)
 
-DATA, MODEL, BASE = "#0072B2", "#D55E00", "#7F7F7F"  # Okabe and Ito's blue and vermilion, grey
+DATA, MODEL, BASE = "#0072B2", "#D55E00", "#7F7F7F"  # blue and vermilion of Okabe and Ito; gray
 MAX_DOTS = 5_000
 WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
 RC: Any = (
@@ -32,7 +32,7 @@ RC: Any = (
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw under this module's style, and settle ticks and layout before it is gone."""
+    """Wrap `draw` in this module's style, and fix ticks and layout before the style is reset."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -47,7 +47,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
-    """An empty Figure of that many inches on an Agg canvas, unknown to pyplot."""
+    """Return an empty Figure, in inches, on an Agg canvas, which pyplot does not manage."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,11 +55,11 @@ def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
 
 
 def array(x: ArrayLike, name: str, shape: str, last: int | None = None) -> np.ndarray:
-    """Return x in float64, checked to have the axes that `shape` names and a last one of `last`."""
+    """Return x in float64, after checks of its axes (as in `shape`) and of the last one's size."""
     try:
         x = np.asarray(x).astype(np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"expected {name} of numbers, of shape {shape}; got others") from None
+        raise ValueError(f"expected {name} of numbers of shape {shape}; got other values") from None
     ndim = len(shape.strip("()").replace(",", " ").split())
     if x.ndim != ndim or last not in (None, x.shape[-1]):
         raise ValueError(f"expected {name} of shape {shape}; got {x.shape}: select or add axes")
@@ -67,42 +67,45 @@ def array(x: ArrayLike, name: str, shape: str, last: int | None = None) -> np.nd
 
 
 def finite(x: np.ndarray) -> np.ndarray:
-    """The rows of x without a NaN, an infinity or a number too large to draw."""
+    """Return the rows of x without NaN, infinities and numbers too large to draw."""
     return x[(np.abs(x) < 1e100).all(axis=tuple(range(1, x.ndim)))]
 
 
 def both(
     data: ArrayLike, samples: ArrayLike, shape: str, last: int | None = None
 ) -> dict[str, Any]:
-    """Data and samples, checked, by name."""
+    """Return data and samples by name, after checks."""
     return {n: array(x, n, shape, last) for n, x in (("data", data), ("samples", samples))}
 
 
 def check_paths(paths: ArrayLike, times: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Paths (times, batch, 2) and their times (times,), checked and in the order of time."""
+    """Return paths (times, batch, 2) and their times (times,), checked and in order of time."""
     paths, times = array(paths, "paths", "(times, batch, 2)", 2), array(times, "times", "(times,)")
     if len(times) != len(paths) or len(times) < 2 or not np.isfinite(times).all():
         raise ValueError(
             f"expected two or more finite times, one for each of the {len(paths)} rows of paths; "
-            f"got shape {times.shape}: pass the times that the paths were saved at"
+            f"got shape {times.shape}: pass the times at which the paths were saved"
         )
     return paths[np.argsort(times)], np.sort(times)
 
 
 def thin(x: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` rows of x, evenly spaced."""
+    """Return at most `most` rows of x, evenly spaced."""
     return x[np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)]
 
 
 def notes(noun: str, total: int, rows: np.ndarray, low: Any, high: Any) -> list[str]:
-    """Lines that say how many rows there are, were dropped, and leave the view [low, high]."""
+    """Return lines that count the rows kept, dropped, and outside the view [low, high]."""
     outside = ((rows < low) | (rows > high)).any(axis=tuple(range(1, rows.ndim))).sum()
     lost = {"non-finite dropped": total - len(rows), "outside the view": outside}
     return [f"{len(rows):,} {noun}", *(f"{n:,} {what}" for what, n in lost.items() if n)]
 
 
 def limits_of(x: np.ndarray) -> tuple[float, float]:
-    """All of x, less what lies beyond its central 99 % by a quarter of it, by more for few x."""
+    """Return padded limits of x without outliers.
+
+    Outliers are beyond the central 99 % of x by a quarter of its width, or more for few values.
+    """
     if x.size == 0:
         return -1.0, 1.0
     low, high = np.quantile(x, 0.005, method="higher"), np.quantile(x, 0.995, method="lower")
@@ -114,7 +117,7 @@ def limits_of(x: np.ndarray) -> tuple[float, float]:
 
 
 def box_of(extent: Extent | None, points: np.ndarray) -> np.ndarray:
-    """[[xmin, ymin], [xmax, ymax]] of the view: as asked, else a square around the points."""
+    """Return the view [[xmin, ymin], [xmax, ymax]]: `extent`, or a square around the points."""
     if extent is None:
         box = np.array([limits_of(points[..., i].ravel()) for i in range(2)]).T
         return box.mean(axis=0) + (box[1] - box[0]).max() * np.array([[-0.5], [0.5]])
@@ -126,20 +129,20 @@ def box_of(extent: Extent | None, points: np.ndarray) -> np.ndarray:
     return box
 
 
-def clouds_in(axes: Any, clouds: Any, boxes: Any, colours: Sequence[str]) -> None:
-    """Draw clouds (batch, 2) in one way: dots if they are few, else densities on one scale."""
+def clouds_in(axes: Any, clouds: Any, boxes: Any, colors: Sequence[str]) -> None:
+    """Draw clouds (batch, 2), either all as dots if they are few, or as densities on one scale."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     most, images = max(len(cloud) for cloud in clouds), []
     bins = int(np.clip(0.8 * np.sqrt(most), 24, 110))
-    for ax, cloud, box, colour in zip(axes, clouds, boxes, colours, strict=True):
+    for ax, cloud, box, color in zip(axes, clouds, boxes, colors, strict=True):
         x = cloud[((cloud >= box[0]) & (cloud <= box[1])).all(axis=1)]
         if most <= MAX_DOTS:
-            dots_in(ax, x, colour)
+            dots_in(ax, x, color)
         else:
             counts = np.histogram2d(x[:, 1], x[:, 0], bins, box.T[::-1])[0] / max(len(cloud), 1)
-            rgb = np.array(to_rgb(colour))
-            ramp: Any = [0.85 + 0.15 * rgb, rgb, 0.35 * rgb]  # from the colour's tint to its shade
+            rgb = np.array(to_rgb(color))
+            ramp: Any = [0.85 + 0.15 * rgb, rgb, 0.35 * rgb]  # from a tint of the color to a shade
             ramp = LinearSegmentedColormap.from_list("", ramp)
             shown, edges = np.ma.masked_equal(counts, 0), box.T.ravel()
             images += [ax.imshow(shown, ramp, extent=edges, origin="lower", aspect="auto")]
@@ -150,27 +153,27 @@ def clouds_in(axes: Any, clouds: Any, boxes: Any, colours: Sequence[str]) -> Non
         image.set_clim(0, top)
 
 
-def dots_in(ax: Any, x: np.ndarray, colour: str) -> Any:
-    """Scatter x (batch, 2) in dots that shrink as they grow in number."""
+def dots_in(ax: Any, x: np.ndarray, color: str) -> Any:
+    """Scatter x (batch, 2) as dots, which are smaller if there are more of them."""
     size = float(np.clip(8000 / max(len(x), 1), 1.5, 9.0))
-    return ax.scatter(*x.T, s=size, color=colour, alpha=0.5, linewidths=0, rasterized=True)
+    return ax.scatter(*x.T, s=size, color=color, alpha=0.5, linewidths=0, rasterized=True)
 
 
 def histograms_in(ax: Any, data: np.ndarray, samples: np.ndarray, limits: Any) -> None:
-    """Draw densities of both on common bins; points outside the limits count in their sums."""
+    """Draw densities of both on common bins, normalized over all points, also those outside."""
     span = limits[1] - limits[0]
     quartiles = np.quantile(data, [0.25, 0.75]) if len(data) else np.zeros(2)
     width = 2 * (quartiles[1] - quartiles[0]) / max(len(data), 1) ** (1 / 3)  # Freedman, Diaconis
     bins = np.linspace(limits[0], limits[1], max(15, int(span / max(width, span / 60))) + 1)
     styles = {"data": (data, {"fill": True, "alpha": 0.35}), "samples": (samples, {})}
-    for (name, (x, style)), colour in zip(styles.items(), (DATA, MODEL), strict=True):
+    for (name, (x, style)), color in zip(styles.items(), (DATA, MODEL), strict=True):
         heights = np.histogram(x, bins)[0] / (max(len(x), 1) * np.diff(bins))
-        ax.stairs(heights, bins, color=colour, label=name, **style)
+        ax.stairs(heights, bins, color=color, label=name, **style)
     ax.set(xlim=limits)
 
 
 def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[Any]:
-    """Pillow images of x (batch, times, 2) at each time: only dots and title are drawn anew."""
+    """Return Pillow images of x (batch, times, 2) at all times; only dots and title are redrawn."""
     import matplotlib
     from matplotlib.colors import to_rgb
     from PIL import Image
@@ -180,7 +183,7 @@ def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[A
         ax, canvas, frames = figure.subplots(), figure.canvas, []
         ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$", ylabel="$x_2$")
         moving = title, dots = ax.set_title(f"t\n{note}"), dots_in(ax, x[:, 0], MODEL)
-        figure.draw_without_rendering()  # lays out with the title, which is then drawn apart
+        figure.draw_without_rendering()  # the layout needs the title, which is animated below
         for artist in moving:
             artist.set_animated(True)
         canvas.draw()
@@ -192,7 +195,7 @@ def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[A
             for artist in moving:
                 ax.draw_artist(artist)
             frames.append(Image.fromarray(np.array(canvas.buffer_rgba())[..., :3]))
-    # few colours, the same in all frames, make a small file: white to black, white to the dots'
+    # A small palette, common to all frames, makes a small file: white to black and to the dots'.
     palette, dark = Image.new("P", (1, 1)), 255 * (1 - np.array(to_rgb(MODEL)))
     table = [255 - np.linspace(0, end, 8) for end in (255 * np.ones(3), dark)]
     palette.putpalette(np.rint(table).astype(int).ravel().tolist())
@@ -200,7 +203,7 @@ def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[A
 
 
 def save_gif(path: str | os.PathLike[str], frames: Sequence[Any], fps: int) -> Path:
-    """Write Pillow images as a GIF, whole or not at all; the last stays for 1.5 s."""
+    """Write Pillow images as a GIF, completely or not at all; the last stays for 1.5 s."""
     steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,4 +1,4 @@
-"""Curves on logarithmic axes, for how something scales."""
+"""Curves on logarithmic axes, which show how something scales, and training curves."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class CurvePanel(NamedTuple):
     x_label: str
     y_label: str
     series: Mapping[str, tuple[Values, Values]]
-    labels: Mapping[str, str] = MappingProxyType({})  # for the legend, in place of names
+    labels: Mapping[str, str] = MappingProxyType({})  # for the legend, instead of names
 
 
 @c.styled
 def scaling(panels: Sequence[CurvePanel]) -> Figure:
-    """Show each panel's series as lines with a marker at each point; one colour a name.
+    """Show each panel's series as lines with markers, with one color for each name.
 
-    Points that are not positive and finite have no place on such axes: they are left out. Panels
-    with the same legend share one.
+    Points that are not positive and finite cannot be shown on logarithmic axes and are left out.
+    Panels with the same legend share one.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if not panels:
-        raise ValueError("expected at least one panel")
+        raise ValueError("expected at least one panel; got none")
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     figure = c.new_figure(c.WIDTH, 3.6)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -53,7 +53,7 @@ def scaling(panels: Sequence[CurvePanel]) -> Figure:
         ax.set(xscale="log", yscale="log", title=panel.title)
         ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
         low, high = ax.get_xlim()
-        if high < 100 * low:  # of so few powers of ten not all have a label of their own
+        if high < 100 * low:  # labels at powers of ten only would be too few
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
@@ -68,9 +68,10 @@ def scaling(panels: Sequence[CurvePanel]) -> Figure:
 
 
 def scaling_exponent(x: Values, y: Values) -> float:
-    """p of the fit y = c x^p, by least squares on logarithms.
+    """Return p of the fit y = c x^p, by least squares on logarithms.
 
-    **Raises:** `ValueError` for fewer than 2 points, and for some that are not positive and finite.
+    **Raises:** `ValueError` for fewer than 2 points, and for values that are not positive and
+    finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
@@ -80,7 +81,7 @@ def scaling_exponent(x: Values, y: Values) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-CURVES = {  # key of a record: (title with units, smoothed beside the raw line, logarithmic)
+CURVES = {  # key of a record: (title with units, whether also smoothed, whether logarithmic)
     "loss": ("training loss ({})", True, False),
     "val_nll": ("validation NLL (nats)", False, False),
     "val_bits": ("validation bits/dim", False, False),
@@ -99,9 +100,11 @@ CURVES = {  # key of a record: (title with units, smoothed beside the raw line, 
 def training_curves(records: Sequence[Mapping[str, Any]], *, loss_units: str = "nats") -> Figure:
     """Show what a run logged against its steps: a panel for each key of `CURVES` that occurs.
 
-    records: the lines of metrics.jsonl, each with "step"; keys that are absent, null or unknown
-    are passed over. Records of one step are merged, the later winning, as after a resume. Raises
-    ValueError where a record has no step or none has a known key.
+    `records` are the lines of metrics.jsonl, each with "step"; keys that are absent, null or
+    unknown are skipped. Records of the same step are merged and later values win, as after a
+    resume.
+
+    **Raises:** `ValueError` if a record has no step, or no record has a known key.
     """
     merged: dict[float, dict[str, Any]] = {}
     for record in records:
@@ -111,7 +114,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, loss_units: str = "
     rows = [merged[step] for step in sorted(merged)]
     keys = [key for key in CURVES if any(row.get(key) is not None for row in rows)]
     if not keys:
-        raise ValueError(f"no curve to draw: log one of {', '.join(CURVES)} in some record")
+        raise ValueError(f"no curve to draw: log at least one of {', '.join(CURVES)}")
     columns = len(keys) if len(keys) < 4 else -(-len(keys) // 2)
     lines = -(-len(keys) // columns)
     figure = c.new_figure(WIDTH, 2.3 * lines + 0.2)

@@ -1,11 +1,12 @@
-"""Pictures of flows: arrays in, a matplotlib `Figure` out; nothing here computes a flow.
+"""Figures of densities and of tables.
 
-Time t = 0 is the base, t = 1 the data. matplotlib is imported inside the functions, without pyplot
-and without global state; the caller saves (`figure.savefig(path)`), except for the GIF, which is
-written whole or not at all. Views follow robust quantiles, so that an outlier does not squash a
-picture, and titles count what a panel leaves out: rows with a NaN or an infinity, and points
-outside the view. Everywhere data are blue, samples of the model vermilion, the base grey. Arrays
-are numpy's or jax's; a wrong shape raises ValueError.
+All of `jcnf.plot` takes arrays of numpy or jax and returns a matplotlib `Figure`; nothing in it
+evaluates a flow. Time t = 0 is the base, t = 1 the data. matplotlib is imported inside the
+functions, without pyplot and without global state. The caller saves figures
+(`figure.savefig(path)`); only GIFs are written by their functions, completely or not at all. Views
+follow robust quantiles, so that outliers do not squash a figure, and titles count what a panel
+leaves out: rows with a NaN or an infinity, and points outside the view. Data are always blue,
+samples of the model vermilion, and the base gray. A wrong shape raises `ValueError`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ def densities(
 ) -> Figure:
     """Show data, samples and the model's log-density, and the true one if known, in one view.
 
-    data, samples: (batch, 2). log_density, true_log_density: (ny, nx) in nats, [i, j] for the cell
-    in row i from below and column j of an even division of `extent`. One scale reaches `nats`
-    below the maximum of the densities; what is lower, -inf too, gets its lowest colour; NaN and
-    +inf are red and counted.
+    **Arguments:**
+
+    - `data`, `samples`: (batch, 2).
+    - `log_density`, `true_log_density`: (ny, nx) in nats; [i, j] is the cell in row i from below
+      and column j of an even division of `extent`. NaN and +inf are shown in red and counted.
+    - `extent`: e for the view [-e, e]^2, or (xmin, xmax, ymin, ymax).
+    - `nats`: the common color scale reaches from the maximum of the densities to this far below;
+      lower values, including -inf, have its lowest color.
+
+    **Raises:** `ValueError` for wrong shapes, and for an `extent` or `nats` out of range.
     """
     box = c.box_of(extent, np.empty(0))
     check_number("(0, inf)", nats=nats)
@@ -46,7 +53,8 @@ def densities(
     if true_log_density is not None:
         grids["true"] = c.array(true_log_density, "true_log_density", "(ny, nx)")
     if min(n for grid in grids.values() for n in grid.shape) < 2:
-        raise ValueError("expected log-densities on grids of at least 2 x 2 points")
+        shapes = [grid.shape for grid in grids.values()]
+        raise ValueError(f"expected log-densities on grids of at least 2 x 2 points; got {shapes}")
     points, titles, images = c.both(data, samples, "(batch, 2)", 2), [], []
     clouds = [c.finite(x) for x in points.values()]
     for (name, every), kept in zip(points.items(), clouds, strict=True):
@@ -67,7 +75,7 @@ def densities(
         edges = box.T.ravel()
         scale = {"vmin": top - nats, "vmax": top, "cmap": "viridis"}
         ax.imshow(image.clip(top - nats), extent=edges, origin="lower", **scale)
-        ax.set_facecolor("#CC3311")  # seen where the image is masked
+        ax.set_facecolor("#CC3311")  # visible where the image is masked
     bar = {"extend": "min", "aspect": 25, "pad": 0.02, "label": "log-density (nats)"}
     figure.colorbar(axes[-1].images[0], ax=axes, **bar)
     for ax, text in zip(axes, titles, strict=True):
@@ -82,11 +90,18 @@ def densities(
 def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure:
     """Show a table's columns against each other: data below the diagonal, samples above.
 
-    data, samples: (batch, columns); columns: their names, of which the first 6 are drawn. Limits
-    follow the data's quantiles and hold for both; the diagonal has densities on common bins.
+    Limits follow the quantiles of the data, also for the samples. The diagonal has histograms of
+    both on common bins.
+
+    **Arguments:**
+
+    - `data`, `samples`: (batch, columns).
+    - `columns`: the names of the columns; the first 6 are drawn.
+
+    **Raises:** `ValueError` for fewer than 2 columns, and for other shapes.
     """
     if len(columns) < 2:
-        raise ValueError("expected the names of two columns or more: draw one with histogram")
+        raise ValueError("expected the names of at least two columns: use histogram for one")
     tables = c.both(data, samples, f"(batch, {len(columns)})", len(columns))
     number = min(len(columns), MAX_COLUMNS)
     ours, theirs = (c.finite(x[:, :number]) for x in tables.values())
@@ -109,7 +124,7 @@ def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure
         axes[i, 0].set_ylabel(columns[i])
         axes[-1, i].set_xlabel(columns[i])
     for i, j in np.ndindex(number, number):
-        scale = j == 0 and i > 0  # the diagonal is a density: the first row's scale is on the right
+        scale = j == 0 and i > 0  # the first row shows its scale on the right
         axes[i, j].tick_params(left=scale, labelleft=scale)
     axes[0, -1].tick_params(right=True, labelright=True)
     figure.suptitle("\n".join(notes))

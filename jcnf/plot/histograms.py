@@ -1,4 +1,4 @@
-"""Histograms of scores, for how well they tell strange points from others."""
+"""Histograms of scores of points inside and outside, and of one column of data and samples."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from jcnf.plot import _style as c
 from jcnf.plot._style import DATA, MODEL, WIDTH, Figure
 
 BINS = 60
-REACH = 1.5  # of the view beyond the inside at each side, in widths of the inside
-COLOURS = (DATA, MODEL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
+REACH = 1.5  # how far the view extends beyond the inside on each side, in widths of the inside
+COLORS = (DATA, MODEL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 
 
 class HistogramPanel(NamedTuple):
-    """A score's values (n,) by the name of their set: the first is inside, the others outside."""
+    """Values (n,) of one score for named sets: the first set is inside, the others outside."""
 
     score: str  # with units
     sets: Mapping[str, ArrayLike]
-    auroc: Mapping[str, float] = MappingProxyType({})  # of sets outside, for the legend
+    auroc: Mapping[str, float] = MappingProxyType({})  # of outside sets, for the legend
 
 
 @c.styled
 def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
-    """Show each panel's sets as histograms of shares of the set; one colour a name.
+    """Show each panel's sets as histograms of shares of the set, with one color for each name.
 
-    The view is that of the inside without its outliers, and of what lies `REACH` around it. What
-    lies beyond is in the bins at the edges, whose bars may leave the top, and is counted in the
-    title, as is what is not finite, which is left out.
+    The view is the range of the inside without outliers, extended by up to `REACH` where there are
+    values. Values beyond it count in the bins at the edges, whose bars may exceed the panel, and in
+    the title. Values that are not finite are left out and counted in the title.
     """
     if not panels or not all(panel.sets for panel in panels):
-        raise ValueError("expected a panel or more, each with a set or more")
+        raise ValueError("expected at least one panel, and at least one set in each")
     names = list(dict.fromkeys(name for panel in panels for name in panel.sets))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
@@ -51,8 +51,8 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
             shares = np.histogram(np.clip(x, *view), bins)[0] / max(len(x), 1)
             highest = max(highest, *shares[1:-1])
             auroc = f", AUROC {panel.auroc[name]:.3f}" if name in panel.auroc else ""
-            colour, fill = COLOURS[names.index(name) % len(COLOURS)], {"fill": True, "alpha": 0.35}
-            ax.stairs(shares, bins, color=colour, label=name + auroc, **({} if i else fill))
+            color, fill = COLORS[names.index(name) % len(COLORS)], {"fill": True, "alpha": 0.35}
+            ax.stairs(shares, bins, color=color, label=name + auroc, **({} if i else fill))
         ax.set(xlabel=panel.score, ylabel="share of the set", xlim=view)
         ax.set(ylim=(0, 1.1 * highest or 1.0), title=_title(given, sets, view))
         ax.legend()
@@ -89,8 +89,13 @@ def histogram(
 ) -> Figure:
     """Show one column of data and samples on common bins, and the model's density if given.
 
-    data, samples: (batch,) or (batch, 1); grid, density: (points,), the density itself, not its
-    logarithm, per unit of the column; column: its name.
+    **Arguments:**
+
+    - `data`, `samples`: (batch,) or (batch, 1).
+    - `grid`, `density`: (points,); the density itself, not its logarithm, per unit of the column.
+    - `column`: the name of the column.
+
+    **Raises:** `ValueError` for other shapes, and for `grid` or `density` without the other.
     """
     data, samples = (np.asarray(x) for x in (data, samples))
     data, samples = (x[:, 0] if x.shape[1:] == (1,) else x for x in (data, samples))

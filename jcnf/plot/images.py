@@ -1,4 +1,4 @@
-"""Galleries: pictures in rows and columns."""
+"""Galleries: images in rows and columns."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ if TYPE_CHECKING:
 else:
     Figure = Any  # a name that run-time type checkers can resolve without matplotlib
 
-GAP = 1  # pixels between pictures
-BREADTH = 4.4  # inches of a gallery of ten columns
+GAP = 1  # pixels between images
+BREADTH = 4.4  # inches, for a gallery of ten columns
 
 
 @c.styled
 def gallery(
     groups: Sequence[tuple[str, ArrayLike]], shape: tuple[int, int, int], columns: int = 10
 ) -> Figure:
-    """Show groups of pictures side by side, each in rows of `columns`.
+    """Show groups of images side by side, each group in rows of `columns` images.
 
-    groups: a title and pictures (n, dim) in [0, 1], flattened in the order height, width, channels
-    of `shape`. What is outside [0, 1] is cut off there; a picture that is not finite is red.
+    **Arguments:**
 
-    **Raises:** `ValueError` for no groups, columns or pictures, and for those of another shape.
+    - `groups`: pairs of a title and images (n, dim) in [0, 1], flattened in the order height,
+      width, channels. Values outside [0, 1] are clipped; an image with NaN or inf is shown in red.
+    - `shape`: height, width and channels (1 or 3) of an image.
+    - `columns`: images in a row of each group.
+
+    **Raises:** `ValueError` for no groups, columns or images, and for images of another shape.
     """
     if not groups or columns < 1:
-        raise ValueError(f"give groups of pictures and columns; got {len(groups)} and {columns}")
-    sheets = [_sheet(c.array(x, "pictures", "(n, dim)"), shape, columns) for _, x in groups]
+        raise ValueError(f"expected groups and columns >= 1; got {len(groups)} groups, {columns=}")
+    sheets = [_sheet(c.array(x, "images", "(n, dim)"), shape, columns) for _, x in groups]
     scale = BREADTH * columns / 10 / sheets[0].shape[1]
     heights = max(len(sheet) for sheet in sheets) * scale
     figure = c.new_figure(len(groups) * BREADTH * columns / 10 + 0.1, heights + 0.4)
@@ -42,19 +46,19 @@ def gallery(
         figure.subplots(1, len(groups), squeeze=False)[0], sheets, groups, strict=True
     ):
         ax.imshow(sheet, interpolation="nearest")
-        # About eleven letters an inch.
         ax.set(anchor="N")
+        # Titles fit about eleven letters per inch.
         ax.set_title(textwrap.fill(title, int(11 * BREADTH * columns / 10)))
         ax.set_axis_off()
     return figure
 
 
 def _sheet(x, shape, columns):
-    """One RGB picture (height, width, 3) of all of them."""
+    """Arrange all images in one RGB image (height, width, 3)."""
     if len(shape) != 3 or x.shape[1] != math.prod(shape) or shape[2] not in (1, 3) or not len(x):
         raise ValueError(
-            f"expected pictures (n, height * width * channels) with 1 or 3 channels; got {x.shape} "
-            f"for {shape}"
+            f"expected images (n, height * width * channels) with 1 or 3 channels; got {x.shape} "
+            f"for shape={shape}"
         )
     height, width, _ = shape
     pictures = np.clip(x, 0, 1).reshape(-1, *shape) * np.ones(3)

@@ -1,4 +1,4 @@
-"""Posteriors of latent variables in the plane."""
+"""Figures of posteriors over two latent variables."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ def posteriors(
     names: Sequence[str],
     views: Sequence[c.Extent],
 ) -> Figure:
-    """Show pictures in a row, and below each of them densities over its latents in the plane.
+    """Show images in a row, and below each image the densities of its two latents.
 
-    pictures: (n, dim) in [0, 1], grey, flattened from `shape`; log_densities: (n, kinds, m, m) on
-    grids as `jcnf.evaluate.grid` has them, normalised or not; names: of the kinds; views: of each
-    picture's grid, (xmin, xmax, ymin, ymax). Each density is shown over its largest value.
+    **Arguments:**
+
+    - `pictures`: gray images (n, dim) in [0, 1], flattened from `shape`.
+    - `shape`: height, width and channels of an image.
+    - `log_densities`: (n, kinds, m, m) on grids like those of `jcnf.evaluate.grid`, normalized or
+      not. Each density is shown relative to its largest value.
+    - `names`: the names of the kinds of densities.
+    - `views`: the extent of each image's grid, (xmin, xmax, ymin, ymax).
+
+    **Raises:** `ValueError` for shapes that do not agree.
     """
     pictures = c.array(pictures, "pictures", "(n, dim)", int(np.prod(shape)))
     logs = c.array(log_densities, "log_densities", "(n, kinds, m, m)")
     if len(logs) != len(pictures) or len(views) != len(logs) or len(names) != logs.shape[1]:
         raise ValueError(
-            f"expected a grid and a view for each of {len(pictures)} pictures, and a name for each "
+            f"expected a grid and a view for each of {len(pictures)} images, and a name for each "
             f"kind; got grids {logs.shape}, {len(views)} views and {len(names)} names"
         )
     side = c.WIDTH / max(len(logs), 4)

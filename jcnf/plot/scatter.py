@@ -1,4 +1,4 @@
-"""Clouds of points side by side: those of classes, and values against estimates of them."""
+"""Scatter plots side by side: points by class, and true values against estimates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jcnf.plot._style import MODEL, WIDTH, Figure
 def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: float) -> Figure:
     """Show each cloud, (title, points (batch, 2), classes (batch,)), in a panel of [-half, half]^2.
 
-    A colour for each class; titles count the points that are dropped or outside.
+    Each class has a color. Titles count points that are non-finite or outside.
     """
     if not clouds:
-        raise ValueError("expected at least one cloud of points")
+        raise ValueError("expected at least one cloud of points; got none")
     check_number("(0, inf)", half=half)
     figure = c.new_figure(WIDTH, WIDTH / len(clouds) + 0.75, "compressed")
     axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
@@ -47,13 +47,14 @@ def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: f
 
 @c.styled
 def scatter_against_truth(truth: ArrayLike, estimates: Mapping[str, ArrayLike]) -> Figure:
-    """Show values (values,) against estimates of them, {title: (values,)}, in a panel each.
+    """Show true values (values,) against each of the estimates, {title: (values,)}, in a panel.
 
-    On the line they agree. One view of the truth's; titles count what is outside.
+    On the line the two agree. All panels have the view of the true values; titles count points
+    that are non-finite or outside.
     """
     truth = c.array(truth, "truth", "(values,)")
     if not estimates:
-        raise ValueError("expected at least one estimate")
+        raise ValueError("expected at least one estimate; got none")
     low, high = c.limits_of(c.finite(truth))
     figure = c.new_figure(WIDTH, WIDTH / len(estimates) + 0.5, "compressed")
     axes = figure.subplots(1, len(estimates), sharex=True, sharey=True, squeeze=False)[0]

@@ -1,6 +1,7 @@
-"""Trajectories fitted to observations: in the plane, against time, and as they are learnt.
+"""Trajectories fitted to observations (over training, against time), and paths of particles.
 
-Data are blue, learnt trajectories vermilion, the true one grey. Views are around the data.
+Data are blue, learned trajectories vermilion, and the true one gray. Views of fitted trajectories
+follow the data.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_PATHS = 300
 
 
 class Scene(NamedTuple):
-    """What learnt curves are drawn over."""
+    """The background of learned curves: data and, if known, the true curve."""
 
     data: ArrayLike  # (batch, 2)
     truth: ArrayLike | None = None  # the true curve, (points, 2)
@@ -32,7 +33,7 @@ class Scene(NamedTuple):
 
 @c.styled
 def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
-    """Show each of the curves (curves, times, 2), as training goes, in a panel over the scene."""
+    """Show each of the curves (curves, times, 2), for example over training, in a panel."""
     every = _curves(curves, titles)
     columns = min(len(every), COLUMNS)
     lines = -(-len(every) // columns)
@@ -41,7 +42,7 @@ def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, curve, title in zip(axes, every, titles, strict=False):
         _draw(ax, scene)
-        ax.plot(*_near(ax, curve).T, color=MODEL, lw=1.2, label="learnt")
+        ax.plot(*_near(ax, curve).T, color=MODEL, lw=1.2, label="learned")
         ax.set_title(title)
     for ax in axes[len(every) :]:
         ax.remove()
@@ -66,10 +67,17 @@ def against_time(
     held_out: int = 0,
     title: str = "",
 ) -> Figure:
-    """Show each component of a learnt curve against time, with the data.
+    """Show each component of a learned curve against time, with the data.
 
-    times: (times,); curve, truth: (times, dim); data_times: (batch,); data: (batch, dim); columns:
-    the names of the time and of the components. The last `held_out` data are drawn open.
+    **Arguments:**
+
+    - `times`: (times,), the times of `curve` and `truth`.
+    - `curve`, `truth`: (times, dim), the learned curve and, if known, the true one.
+    - `data_times`, `data`: (batch,) and (batch, dim), the observations.
+    - `columns`: the names of the time and of the components.
+    - `held_out`: number of last observations that were held out; they have open markers.
+
+    **Raises:** `ValueError` for shapes that do not agree.
     """
     x, t = c.array(data, "data", "(batch, dim)"), c.array(data_times, "data_times", "(batch,)")
     grid, line = c.array(times, "times", "(times,)"), c.array(curve, "curve", "(times, dim)")
@@ -79,9 +87,9 @@ def against_time(
         or not x.shape[1] == line.shape[1] == len(columns) - 1
     ):
         raise ValueError(
-            "expected a time for each row and a name for each column; got "
-            f"{len(t)} times of data {x.shape}, {len(grid)} of a curve {line.shape}, "
-            f"{len(columns)} names, of the time and of them"
+            "expected a time for each row, and a name for the time and for each component; got "
+            f"{len(t)} times for data {x.shape}, {len(grid)} for a curve {line.shape}, and "
+            f"{len(columns)} names"
         )
     dim, known = x.shape[1], len(x) - held_out
     figure = c.new_figure(WIDTH, 1.6 * dim + 0.9)
@@ -93,7 +101,7 @@ def against_time(
         ax.plot(t[:known], x[:known, i], **style, label="data")
         if held_out:
             ax.plot(t[known:], x[known:, i], **style | {"mfc": "none"}, label="held out")
-        ax.plot(grid, line[:, i], color=MODEL, lw=1.2, label="learnt")
+        ax.plot(grid, line[:, i], color=MODEL, lw=1.2, label="learned")
         ax.set(ylabel=columns[i + 1], ylim=c.limits_of(x[:, i]))
     figure.axes[-1].set_xlabel(columns[0])
     figure.suptitle(title)
@@ -112,7 +120,7 @@ def film(
 ) -> Path:
     """Write a GIF with a frame for each of the curves, as in `learning`, and return its path.
 
-    The last frame stays for 1.5 s. The file is written beside `path`, then moved there.
+    The last frame stays for 1.5 s. A file next to `path` is written first and then moved there.
     """
     import matplotlib
     from PIL import Image
@@ -124,7 +132,7 @@ def film(
         ax, canvas, frames = figure.subplots(), figure.canvas, []
         _draw(ax, scene)
         moving = title, line = ax.set_title(titles[0]), ax.plot([], color=MODEL, lw=1.2)[0]
-        figure.draw_without_rendering()  # lays out with the title, which is then drawn apart
+        figure.draw_without_rendering()  # the layout needs the title, which is animated below
         for artist in moving:
             artist.set_animated(True)
         canvas.draw()
@@ -143,12 +151,12 @@ def film(
 def _curves(curves, titles):
     every = c.array(curves, "curves", "(curves, times, 2)", 2)
     if not len(every) or len(titles) != len(every):
-        raise ValueError(f"expected a title for each curve; got {len(titles)}, {len(every)} curves")
+        raise ValueError(f"expected a title for each of {len(every)} curves; got {len(titles)}")
     return every
 
 
 def _draw(ax, scene):
-    """The data and the true curve, and the view around the data."""
+    """Draw the data and the true curve, and set the view around the data."""
     data = c.finite(c.array(scene.data, "data", "(batch, 2)", 2))
     if scene.truth is not None:
         truth = c.array(scene.truth, "truth", "(points, 2)", 2)
@@ -160,17 +168,18 @@ def _draw(ax, scene):
 
 
 def _near(ax, curve):
-    """The curve, cut far outside the view, for Agg's sake."""
+    """Clip the curve far outside the view, because Agg cannot draw huge coordinates."""
     low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
     return np.clip(curve, 21 * low - 20 * high, 21 * high - 20 * low)
 
 
 @c.styled
 def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = None) -> Figure:
-    """Show the particles' paths from the base (grey) to the data's end (vermilion).
+    """Show the paths of particles from the base (gray) to the data (vermilion).
 
-    paths: (times, batch, 2); times: (times,), rising or falling. At most 300 paths, evenly spaced
-    over the batch, are drawn; a path that is non-finite anywhere is dropped and counted.
+    `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. At most 300 paths,
+    evenly spaced over the batch, are drawn; a path that is non-finite anywhere is dropped and
+    counted.
     """
     from matplotlib.collections import LineCollection
 
@@ -178,13 +187,13 @@ def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = 
     kept = c.finite(every.transpose(1, 0, 2))
     lines = c.thin(kept, MAX_PATHS)
     box = c.box_of(extent, lines)
-    shown = np.clip(lines, 21 * box[0] - 20 * box[1], 21 * box[1] - 20 * box[0])  # for Agg's sake
+    shown = np.clip(lines, 21 * box[0] - 20 * box[1], 21 * box[1] - 20 * box[0])  # as in `_near`
     figure = c.new_figure(6.0, 6.0)
     ax = figure.subplots()
     ax.add_collection(LineCollection(list(shown), colors="black", alpha=0.25, linewidths=0.5))
-    for end, colour, name in ((0, BASE, "base"), (-1, MODEL, "data end")):
+    for end, color, name in ((0, BASE, "base"), (-1, MODEL, "data end")):
         label = f"t = {times[end]:g}, {name}"
-        ax.scatter(*shown[:, end].T, s=9, color=colour, linewidths=0, zorder=3, label=label)
+        ax.scatter(*shown[:, end].T, s=9, color=color, linewidths=0, zorder=3, label=label)
     notes = c.notes("paths", len(lines) + every.shape[1] - len(kept), lines, *box)
     if len(lines) < len(kept):
         notes[0] = f"{len(lines):,} of {every.shape[1]:,} paths"
@@ -196,9 +205,10 @@ def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = 
 
 @c.styled
 def snapshots(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = None) -> Figure:
-    """Show the particles at the five saved times that are nearest to evenly spaced ones.
+    """Show the particles at the five saved times that are closest to evenly spaced ones.
 
-    paths: (times, batch, 2); times: (times,), rising or falling; drawn base first, in one view.
+    `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. The base comes
+    first, and all panels share one view.
     """
     every, times = c.check_paths(paths, times)
     wanted = np.linspace(times[0], times[-1], 5)
@@ -228,9 +238,11 @@ def animation(
 ) -> Path:
     """Write a GIF of the base turning into data, a frame for each time, and return its path.
 
-    paths: (times, batch, 2); times: (times,), rising or falling. The last frame stays for 1.5 s. At
-    most 5,000 particles are drawn; those that are non-finite anywhere are dropped and counted. The
-    file is written beside `path`, then moved there. Raises OSError where that cannot be done.
+    `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. The last frame
+    stays for 1.5 s. At most 5,000 particles are drawn; those that are non-finite anywhere are
+    dropped and counted. A file next to `path` is written first and then moved there.
+
+    **Raises:** `OSError` if the file cannot be written, and `ValueError` for wrong shapes.
     """
     check_number("(0, inf)", fps=fps)
     every, times = c.check_paths(paths, times)

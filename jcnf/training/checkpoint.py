@@ -1,8 +1,8 @@
-"""Checkpoints: one file, written atomically, that says when it is damaged and runs no code.
+"""Checkpoint files: written atomically, checked for damage when read, and free of pickles.
 
-The file is one line of JSON (format, whatever the caller notes, length of the rest, and SHA-256 of
-notes and rest), then the leaves of a pytree as `eqx.tree_serialise_leaves` writes them (no pickle).
-`jcnf.training.checkpoint_manager` keeps several of them.
+A file is one line of JSON (the format, the caller's notes, the length of the rest, and the SHA-256
+of notes and rest), followed by the leaves of a pytree as written by `eqx.tree_serialise_leaves`.
+Loading one never runs code from it. `jcnf.training.checkpoint_manager` keeps several of them.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from jcnf._checks import InputError
 FORMAT = 1
 
 
-class Damaged(InputError):
-    """A file that is no checkpoint, or no longer the one that was written."""
+class CorruptCheckpointError(InputError):
+    """The file is not a checkpoint, or its content has changed since it was written."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that exists whole or not at all, whatever happens meanwhile.
+    """Write a file so that, whatever happens, it is there either completely or not at all.
 
-    **Raises:** `OSError`, with the name of the file; what was there before is then untouched.
+    **Raises:** `OSError` with the name of the file; an earlier file of that name is left unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # so that its name outlives a power cut too
+        if hasattr(os, "O_DIRECTORY"):  # so that the new name survives a power cut too
             folder = os.open(path.parent, os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -48,42 +48,51 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # where not even that can be done
+        with contextlib.suppress(OSError):  # the write's own error is the one to report
             temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, tree: PyTree, notes: dict[str, Any]) -> None:
-    """Save the array leaves of `tree`, with JSON-able `notes` to be read back by `load`."""
+def save(path: Path | str, tree: PyTree, notes: dict[str, Any] | None = None) -> None:
+    """Save the array leaves of `tree`, and `notes` that JSON can hold, for `load` to read back."""
+    notes = {} if notes is None else notes
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, eqx.filter(tree, eqx.is_array))
     payload = buffer.getvalue()
     digest = _digest(notes, payload)
     header = {"format": FORMAT, "sha256": digest, "bytes": len(payload), "notes": notes}
-    write_atomically(path, json.dumps(header).encode() + b"\n" + payload)
+    write_atomically(Path(path), json.dumps(header).encode() + b"\n" + payload)
 
 
-def load(path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The saved arrays in place of those of `like`, and the notes.
+def load(path: Path | str, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Return `like` with its arrays replaced by the saved ones, and the notes.
 
-    **Raises:** `InputError` when the file is missing, of another format, or holds another
-    structure than `like`, of which it names the first difference; `Damaged` when it is that.
+    **Raises:** `InputError` if the file is missing, has another format, or does not match the
+    arrays of `like` (the message names the first difference); `CorruptCheckpointError` if the file
+    is damaged or not a checkpoint.
     """
     notes, payload = _read(path)
     arrays, rest = eqx.partition(like, eqx.is_array)
     try:
         difference = _difference(payload, arrays)
     except ValueError:  # whole, but not written by `save`
-        raise Damaged(f"{path} holds no plain arrays: restore it from a copy") from None
+        raise CorruptCheckpointError(
+            f"{path} was not written by jcnf (its content is not plain arrays): "
+            "restore it from a copy"
+        ) from None
     if difference:
         raise InputError(
-            f"{path} holds another model than these settings describe ({difference}): "
-            "use the settings and the precision it was written with"
+            f"{path} does not match the model of these settings ({difference}): "
+            "use the settings and the precision that it was written with"
         )
     return eqx.combine(eqx.tree_deserialise_leaves(io.BytesIO(payload), arrays), rest), notes
 
 
-def read_notes(path: Path) -> dict[str, Any]:
-    """The notes alone; raises as `load` does."""
+def read_notes(path: Path | str) -> dict[str, Any]:
+    """Return only the notes of a checkpoint.
+
+    **Raises:** `InputError` if the file is missing or has another format;
+    `CorruptCheckpointError` if it is damaged or not a checkpoint.
+    """
     return _read(path)[0]
 
 
@@ -92,46 +101,49 @@ def _digest(notes, payload):
 
 
 def _difference(payload, arrays):
-    """The first array of the file that is not of the dtype and shape of its leaf; None if all are.
+    """Describe the first array whose dtype or shape differs from its leaf; None if all agree.
 
-    Arrays of dtypes that numpy does not know, bfloat16 for one, are told by their shape and width.
+    The file holds dtypes that NumPy does not know, such as bfloat16, as raw bytes; these are
+    compared by their item size.
     """
     buffer = io.BytesIO(payload)
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         name = jax.tree_util.keystr(path)
         if buffer.tell() == len(payload):
-            return f"it has no {name}"
+            return f"the file has no {name}"
         there = np.lib.format.read_array(buffer, allow_pickle=False)
         same = there.dtype == leaf.dtype or (
             there.dtype.kind == "V" and there.dtype.itemsize == leaf.dtype.itemsize
         )
         if there.shape != leaf.shape or not same:
             return (
-                f"{name} is {there.dtype} {there.shape} in it, and {leaf.dtype} {leaf.shape} here"
+                f"expected {name} to be {leaf.dtype} {leaf.shape}; "
+                f"the file has {there.dtype} {there.shape}"
             )
-    return "it has more arrays" if buffer.tell() < len(payload) else None
+    return "the file has more arrays" if buffer.tell() < len(payload) else None
 
 
 def _read(path):
+    path = Path(path)
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: check the run directory, or start a new run")
+        raise InputError(f"there is no checkpoint {path}: check the path, or start a new run")
     line, _, payload = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(line)
         form, digest, notes = header["format"], header["sha256"], dict(header["notes"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise Damaged(
+        raise CorruptCheckpointError(
             f"{path} is not a jcnf checkpoint, or its header is damaged: "
-            "restore it from a copy, or start a new run with another --out"
+            "restore it from a copy, or start a new run in another directory"
         ) from None
     if form != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {form}, this jcnf reads {FORMAT}: "
+            f"{path} has checkpoint format {form}, but this version of jcnf reads {FORMAT}: "
             "use the version that wrote it"
         )
     if _digest(notes, payload) != digest:
-        raise Damaged(
+        raise CorruptCheckpointError(
             f"{path} is damaged ({len(payload)} of {header.get('bytes')} bytes, or altered): "
-            "restore it from a copy, or start a new run with another --out"
+            "restore it from a copy, or start a new run in another directory"
         )
     return notes, payload

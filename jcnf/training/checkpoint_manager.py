@@ -1,4 +1,4 @@
-"""The checkpoints of one run: the last few and chosen ones, written beside the training."""
+"""Keep the checkpoints of one run: the last few and selected ones, written in the background."""
 
 import concurrent.futures
 import time
@@ -16,35 +16,36 @@ from jcnf.training import checkpoint
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read."""
+    """A restored checkpoint."""
 
     step: int
     tree: Any
     notes: dict[str, Any]
-    damaged: list[Path]  # newer ones that could not be
+    damaged: list[Path]  # newer checkpoints that could not be read
 
 
-class Keeper:
-    """A folder of checkpoints, a file for each step that was saved.
+class CheckpointManager:
+    """A folder of checkpoints, with one file for each saved step.
 
-    `save` copies the arrays and returns; a thread writes them, and then removes what is neither
-    among the last `keep` nor asked for. One write is under way at a time: every other method waits
-    for it. As a context it waits at the end, whatever happened.
+    `save` copies the arrays and returns. A thread writes them, then removes the checkpoints that
+    are neither among the last `keep` nor asked for. Only one write runs at a time: `save`, `steps`,
+    `restore` and `forget` first wait for it. Leaving the manager as a context waits for the last
+    write too.
 
-    **Raises:** `ValueError` where `keep` is below 1; each method `OSError` where a disk is full or
-    cannot be written, of a write in the background at the next call. What is on disk by then stays
-    whole.
+    **Raises:** `ValueError` if `keep` is below 1. Each method raises `OSError` if the disk is full
+    or cannot be written; an error of a background write is raised at the next call that waits for
+    it. Checkpoints that are already on disk stay intact.
     """
 
     def __init__(self, folder: Path, keep: int = 3):
         if keep < 1:
             raise ValueError(f"keep must be at least 1; got {keep}")
         self.folder, self.keep = folder, keep
-        self.stalled = 0.0  # seconds for which saving has kept the caller
+        self.stalled = 0.0  # seconds that the caller has waited for saving
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -55,18 +56,20 @@ class Keeper:
             self._thread.shutdown()
 
     def steps(self) -> list[int]:
-        """Those on disk, ascending, damaged ones included; other files are passed over."""
+        """Return the steps on disk in ascending order, damaged ones included.
+
+        Files that are not checkpoints are ignored.
+        """
         self.wait()
         return self._on_disk()
 
     def path(self, step: int) -> Path:
-        """The file of a step."""
         return self.folder / f"{step:09}.jcnf"
 
     def save(
         self, step: int, tree: PyTree, notes: dict[str, Any], *, also: Collection[int] = ()
     ) -> None:
-        """Save `tree` as it is now. `also` are the steps to keep beside the last ones."""
+        """Save `tree` as it is now. The steps in `also` are kept in addition to the last ones."""
         self.wait()
         tic = time.perf_counter()
         copy = jax.tree.map(lambda x: np.array(x) if eqx.is_array(x) else x, tree)
@@ -74,12 +77,12 @@ class Keeper:
         self.stalled += time.perf_counter() - tic
 
     def poll(self) -> None:
-        """Raise what a write has met, if one has."""
+        """Raise the error of the background write if it has ended with one; do not wait for it."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return once everything is on disk."""
+        """Wait until everything is on disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             tic = time.perf_counter()
@@ -91,15 +94,16 @@ class Keeper:
     def restore(
         self, like: Callable[[dict[str, Any]], PyTree], *, upto: int | None = None
     ) -> Restored | None:
-        """The newest checkpoint, no later than `upto`, that can be read; None where there is none.
+        """Return the newest readable checkpoint up to step `upto`, or None if there are none.
 
-        `like(notes)` is of the structure that one with these notes has. Damaged ones that are newer
-        are renamed to NAME.damaged.
+        `like(notes)` returns a pytree with the structure of a checkpoint that has these notes.
+        Damaged checkpoints that are newer are renamed to NAME.damaged.
 
-        **Raises:** `InputError` where all are damaged, or it holds another structure.
+        **Raises:** `InputError` if all checkpoints are damaged, or if the newest readable one does
+        not match `like`.
         """
         steps = self.steps()
-        for leftover in self.folder.glob(".*.jcnf.*"):  # of writes that a kill cut short
+        for leftover in self.folder.glob(".*.jcnf.*"):  # of writes that were killed
             leftover.unlink()
         damaged: dict[Path, str] = {}
         for step in reversed(steps):
@@ -108,18 +112,21 @@ class Keeper:
             try:
                 notes = checkpoint.read_notes(self.path(step))
                 tree, notes = checkpoint.load(self.path(step), like(notes))
-            except checkpoint.Damaged as error:
+            except checkpoint.CorruptCheckpointError as error:
                 damaged[self.path(step)] = str(error)
                 continue
             for path in damaged:
                 path.rename(f"{path}.damaged")
             return Restored(step, tree, notes, list(damaged))
         if damaged:
-            raise InputError(f"no checkpoint can be read: {next(iter(damaged.values()))}")
+            raise InputError(
+                f"no checkpoint in {self.folder} can be read; the newest: "
+                f"{next(iter(damaged.values()))}"
+            )
         return None
 
     def forget(self, after: int) -> None:
-        """Remove the checkpoints of later steps."""
+        """Remove the checkpoints of steps later than `after`."""
         for step in self.steps():
             if step > after:
                 self.path(step).unlink()

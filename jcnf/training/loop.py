@@ -1,7 +1,7 @@
-"""Training: one compiled program that runs any number of steps.
+"""The training loop: one compiled program that runs any number of steps.
 
-Data order and noise derive from (key, step) alone, so that a run killed and resumed from a
-checkpoint ends bit for bit where the uninterrupted one does.
+Data order and noise depend only on (key, step), so a run that is killed and resumed from a
+checkpoint ends in the same state, bit for bit, as one that was not interrupted.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jcnf._checks import (
     check_key,
     check_number,
 )
-from jcnf.distributions import Base
+from jcnf.distributions import BaseDistribution
 from jcnf.ode import Solve, unknown
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -45,38 +45,43 @@ DrawBatch = Callable[[Key[Array, ""], Any], Any]
 
 
 class TrainState(eqx.Module):
-    """Everything a run needs to go on; arrays only, and no random key."""
+    """Everything needed to continue training, as arrays; the random key is not part of it."""
 
     params: PyTree  # the trainable part of the model
-    average: PyTree  # its exponential moving average
+    average: PyTree  # exponential moving average of params
     opt_state: PyTree
-    step: Int[Array, ""]  # steps taken, skipped ones included
-    skipped: Int[Array, ""]  # of them, with an update that was not applied
-    stuck: Int[Array, ""]  # the last ones in a row that were skipped
-    rate: Float[Array, ""]  # a factor of the updates: under AdamW, of the learning rate
-    step_plan: Float[Array, " parts"]  # of the next step's solve, as of `jcnf.Solve`
+    step: Int[Array, ""]  # steps taken, including skipped ones
+    skipped: Int[Array, ""]  # steps whose update was not applied
+    stuck: Int[Array, ""]  # the number of skipped steps in a row, up to the last step
+    rate: Float[Array, ""]  # factor of the updates; under AdamW, a factor of the learning rate
+    step_plan: Float[Array, " parts"]  # for the next step's solve, see `jcnf.Solve`
 
 
-class Totals(eqx.Module):
-    """Sums over steps."""
+class MetricSums(eqx.Module):
+    """Sums of metrics, and counts of updates, over training steps."""
 
-    sums: dict[str, Float[Array, ""]]  # of the metrics of the updates applied
-    applied: Int[Array, ""]  # how many these are
-    skipped: dict[str, Int[Array, ""]]  # "skipped", all others, and of them by reason
+    sums: dict[str, Float[Array, ""]]  # metrics, summed over the applied updates
+    applied: Int[Array, ""]  # number of applied updates
+    skipped: dict[str, Int[Array, ""]]  # number of skipped updates: "skipped", and by reason
 
 
-def means(totals: Totals) -> dict[str, Any]:
-    """The mean of each metric over the updates applied, NaN where there were none, and the counts
-    of those that were not."""
+def means(totals: MetricSums) -> dict[str, Any]:
+    """Return the mean of each metric over the applied updates, and the counts of skipped ones.
+
+    Means are NaN if no update was applied.
+    """
     of_all = {n: total / totals.applied.astype(total.dtype) for n, total in totals.sums.items()}
     return of_all | totals.skipped
 
 
 def partition(model: PyTree) -> tuple[PyTree, PyTree]:
-    """The trainable arrays of a flow, or of a field, and the rest: bases are never trained."""
+    """Split a flow, or a field, into its trainable arrays and the rest.
+
+    All floating-point arrays are trainable, except those of base distributions.
+    """
 
     def is_base(node):
-        return isinstance(node, Base)
+        return isinstance(node, BaseDistribution)
 
     def trainable(node):
         return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not is_base(node), node)
@@ -85,11 +90,18 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step.
+
+    **Raises:** `ValueError` if `optimizer` is not an optax optimizer, or if the model has no
+    trainable arrays.
+    """
     _check_optimizer(optimizer)
     params: Any = partition(model)[0]
     if not jax.tree.leaves(params):
-        raise ValueError(f"nothing to train in a {type(model).__name__}: bases are not trained")
+        raise ValueError(
+            "nothing to train: model must have floating-point arrays outside of base "
+            f"distributions, which are not trained; got {type(model).__name__} without any"
+        )
     zero = jnp.zeros((), jnp.int32)
     counts = {"step": zero, "skipped": zero, "stuck": zero}
     pace = {"rate": jnp.ones(()), "step_plan": unknown(float)}
@@ -99,7 +111,7 @@ def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
 def restart(
     state: TrainState, params: PyTree, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """`state` with these parameters, their average too, and a fresh optimiser."""
+    """Return `state` with `params` as parameters and as their average, and a fresh optimizer."""
     return dataclasses.replace(
         state,
         params=params,
@@ -110,12 +122,15 @@ def restart(
 
 
 def with_params(model: PyTree, params: PyTree) -> Any:
-    """`model` with trained parameters in place of its own: `state.average`, to evaluate."""
+    """Return `model` with `params` in place of its own, for example `state.average` to evaluate.
+
+    **Raises:** `ValueError` if the shapes differ.
+    """
     own, rest = partition(model)
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, params)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"parameters of another model: expected shapes {shapes[0]}; got {shapes[1]}"
+            f"params must have the shapes of this model's parameters, {shapes[0]}; got {shapes[1]}"
         )
     return eqx.combine(params, rest)
 
@@ -123,16 +138,19 @@ def with_params(model: PyTree, params: PyTree) -> Any:
 def _check_optimizer(optimizer):
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(
-            "expected an optax optimizer, such as jcnf.training.make_optimizer makes; "
+            "optimizer must be an optax optimizer, such as jcnf.training.make_optimizer returns; "
             f"got {optimizer!r}"
         )
 
 
 def draw_rows(batch: int | None) -> DrawBatch:
-    """`draw_batch` for a table, or a pytree of tables: `batch` rows at random, the same of each.
+    """Return a `draw_batch(key, data)` that draws `batch` rows at random, with replacement.
 
-    None gives all of them, in order. It raises `ValueError` for tables without rows, or of unequal
-    numbers of them.
+    `data` is a table or a pytree of tables; the same rows are drawn from each. With `batch=None`,
+    `draw_batch` returns all rows in order and does not consume its key.
+
+    **Raises:** `ValueError` if `batch` is not a positive integer. `draw_batch` raises `ValueError`
+    for tables without rows or with unequal numbers of rows.
     """
     if batch is not None:
         check_int(batch=batch)
@@ -140,7 +158,9 @@ def draw_rows(batch: int | None) -> DrawBatch:
     def draw(key, data):
         rows = {table.shape[0] for table in jax.tree.leaves(data)}
         if len(rows) != 1 or min(rows) < 1:
-            raise ValueError(f"expected tables of one number of rows, at least 1; got {rows}")
+            raise ValueError(
+                f"data must be tables with equal numbers of rows, at least 1; got {sorted(rows)}"
+            )
         if batch is None:
             return data
         index = jr.randint(key, (batch,), 0, *rows)
@@ -150,7 +170,11 @@ def draw_rows(batch: int | None) -> DrawBatch:
 
 
 def by_reverse_mode(function: Callable) -> Callable:
-    """`function(params) -> (value, aux)`, made to return a function that gives its gradient too."""
+    """Differentiate `function(params) -> (value, aux)` in reverse mode.
+
+    The result maps params to `((value, aux), gradient)`, where `gradient()` runs the backward pass.
+    The caller can therefore skip it after a failed solve.
+    """
 
     def differentiated(params):
         value, pull_back, aux = jax.vjp(function, params, has_aux=True)
@@ -160,7 +184,7 @@ def by_reverse_mode(function: Callable) -> Callable:
 
 
 def by_forward_mode(function: Callable) -> Callable:
-    """As `by_reverse_mode`, with one jvp for each parameter in place of a backward pass."""
+    """Differentiate like `by_reverse_mode`, with one jvp per parameter and no backward pass."""
 
     def differentiated(params):
         flat, unravel = ravel_pytree(params)
@@ -176,22 +200,23 @@ def by_forward_mode(function: Callable) -> Callable:
 
 
 def differentiator(solve: Solve) -> Callable:
-    """Forward mode for the "forward" adjoint, which has no other; reverse mode otherwise."""
+    """Return `by_forward_mode` for the "forward" adjoint, and `by_reverse_mode` otherwise."""
     return by_forward_mode if solve.adjoint == "forward" else by_reverse_mode
 
 
-class Run:
+class TrainLoop:
     """A compiled training program that checks its data and reports skipped updates.
 
     **Arguments:**
 
-    - `program`: `program(state, data, key, until, totals=None) -> (state, totals)`, compiled, as
-      `make_run` builds it. Call it directly where you count skipped updates yourself.
+    - `program`: the compiled `program(state, data, key, until, totals=None) -> (state, totals)`
+      that `make_train_loop` builds. Call it directly to skip the checks and the reports, for
+      example if you handle skipped updates yourself.
     """
 
     def __init__(self, program: jax.stages.Wrapped):
         self.program = program
-        self._checked: list[weakref.ref] = []  # the leaves of the last data, if none can change
+        self._checked: list[weakref.ref] = []  # leaves of the last data, if immutable
 
     def __call__(
         self,
@@ -199,18 +224,19 @@ class Run:
         data: Any,
         key: Key[Array, ""],
         until: int,
-        totals: Totals | None = None,
-    ) -> tuple[TrainState, Totals]:
-        """Train until `state.step == until`; return the new state, and sums over the steps.
+        totals: MetricSums | None = None,
+    ) -> tuple[TrainState, MetricSums]:
+        """Train until `state.step == until`; return the new state and sums over the steps.
 
-        It waits until the steps are done. The sums are added to `totals`, if these are given. `key`
-        is not consumed: each step folds its number into it. Where something is traced, inside jit,
-        vmap or grad, it is `program`, without the report.
+        The call waits until the steps are done. The sums are added to `totals` if given. `key` is
+        not consumed: each step folds its number into it. If anything is traced (inside jit, vmap or
+        grad), the call just runs `program`, without the reports.
 
-        **Raises:** `ValueError` for data with NaN or inf, naming the first rows; `RuntimeError`
-        where no update of the call was applied and the training has had none yet, or
-        `MAX_SKIPPED_IN_A_ROW` were skipped in a row, or as many as `stuck` allows. Warns where some
-        were skipped, and where samples were left out of the loss because their solve failed.
+        **Raises:** `ValueError` for data with NaN or inf, naming the first rows. `RuntimeError` if
+        the call applied no update and either no earlier call did (a single skipped step is excused)
+        or at least `MAX_SKIPPED_IN_A_ROW` updates in a row, or as many as `stuck` allows, were
+        skipped. Warns if some updates were skipped, and if samples were left out of the loss
+        because their solve failed.
         """
         self._check(data)
         after, sums = self.program(state, data, key, until, totals)
@@ -228,12 +254,12 @@ class Run:
             return
         for path, leaf in paths:
             if eqx.is_inexact_array(leaf) and not isinstance(leaf, Tracer):
-                values = sharding.on_host(leaf)
-                # In the dtype that it is trained in: a large float64 may be infinite in float32.
+                values = sharding.to_host(leaf)
+                # Check in the dtype of training: a large float64 may be infinite in float32.
                 with np.errstate(over="ignore"):
                     values = np.asarray(values).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
                 check_finite(**{f"data{jax.tree_util.keystr(path)}": values})
-        # NumPy arrays may be filled anew, and are looked at every time.
+        # The contents of a NumPy array may change, so NumPy data are checked in every call.
         fixed = all(isinstance(leaf, jax.Array) for leaf in leaves)
         self._checked = [weakref.ref(leaf) for leaf in leaves] if fixed else []
 
@@ -259,7 +285,10 @@ class Run:
         why = ", ".join(f"{count} {_REASONS[name]}" for name, count in counts.items() if count)
         told = f"{skipped} of {end - start} updates after step {start} were skipped: {why}. "
         if end < until:
-            told += f"Training ended before step {until}, after {after.stuck} skipped in a row. "
+            told += (
+                f"Training ended before step {until}, "
+                f"after {after.stuck} skipped updates in a row. "
+            )
         told += (
             "Look for NaN, inf or huge values in the batches; lower the learning rate or clip "
             "gradients; loosen the tolerances or raise max_steps of the solve."
@@ -271,7 +300,7 @@ class Run:
         warnings.warn(told, stacklevel=3)
 
 
-def make_run(
+def make_train_loop(
     model: PyTree,
     objective: Objective,
     draw_batch: DrawBatch,
@@ -281,39 +310,50 @@ def make_run(
     solve: Solve | None = None,
     fixed: bool = False,
     stuck: int | None = None,
-) -> Run:
+) -> TrainLoop:
     """Build a compiled training loop, `run(state, data, key, until, totals=None)`.
 
-    `run`, a `Run`, takes steps until `state.step == until` in one dispatch, whatever their number;
-    or until `stuck` steps in a row were skipped, if that is given. It returns a new state and sums
-    over the steps. The old state is not donated, so that you can keep it, and the parameters in it,
-    at the price of memory for a second one.
-    `draw_batch(key, data)` gives a batch inside the compiled program and
-    `objective(model, batch, key)` its loss, of a flow or of whatever is trained. `average` is the
-    decay of the parameters' moving average, lower at first: min(average, (1 + step) / (10 + step)).
-    With `fixed`, every step has the same batch and the same noise, as an optimiser with a line
-    search (`optax.lbfgs`) needs, and the rate of the state is not heeded.
+    `run` takes all steps until `state.step == until` in one dispatch, and returns a new state and
+    sums over the steps. The old state is not donated: it stays valid, at the price of memory for
+    two states.
 
-    An objective that solves is given `solve` if that is: `objective(model, batch, key,
-    solve=solve)`, by forward mode where its adjoint is "forward". Each step's solve then takes the
-    steps that the one before found to be right, by its `Stats.step_plan`, which is to be among the
-    metrics; not so with `fixed`.
+    An update is skipped and counted if its solve failed or its loss or gradient is not finite.
+    `means(totals)` gives the means, over the applied updates, of the objective's metrics, "loss"
+    and "grad_norm", and the counts of skipped updates. Sums are added to `totals` if given, so that
+    the result does not depend on how steps are grouped into dispatches, not even in the last bit.
 
-    An update whose loss or gradient is not finite, or whose solve failed, is not applied, and
-    counted. `means(totals)` gives the means over the updates applied of the objective's metrics,
-    of "loss" and "grad_norm", and the numbers of those that were not. Totals that are given are
-    added to, so that how steps are grouped into dispatches does not change a bit of them.
+    **Arguments:**
 
-    **Raises:** `ValueError` for what is no objective, no optimizer, or nothing to draw batches by,
-    and for a `solve` that the objective does not take.
+    - `model`: a flow, or any other model that `objective` takes.
+    - `objective`: `objective(model, batch, key) -> (loss, metrics)`, see `jcnf.objectives`.
+    - `draw_batch`: `draw_batch(key, data)` returns a batch; it runs inside the compiled program.
+    - `optimizer`: an optax optimizer.
+    - `average`: decay of the moving average of the parameters. The decay is lower in the first
+      steps: min(average, (1 + step) / (10 + step)).
+    - `solve`: passed to the objective as `objective(model, batch, key, solve=solve)`; the loss is
+      differentiated in forward mode if its adjoint is "forward". If the metrics contain the solve's
+      `Stats.step_plan` as "step_plan", the next step's solve follows it (not with `fixed`).
+    - `fixed`: if True, every step has the same batch and the same noise, as an optimizer with a
+      line search (`optax.lbfgs`) needs, and `state.rate` is ignored.
+    - `stuck`: if given, `run` ends early after this many skipped steps in a row.
+
+    **Returns:** a `TrainLoop`.
+
+    **Raises:** `ValueError` if `objective` or `draw_batch` is not a function, if `optimizer` is not
+    an optax optimizer, if `average` is out of range, and if the objective does not take the given
+    `solve`.
     """
-    check_callable("a function of (model, batch, key), as jcnf.objectives has", objective=objective)
-    check_callable("a function of (key, data), as draw_rows(64) is", draw_batch=draw_batch)
+    check_callable(
+        "a function of (model, batch, key), such as jcnf.objectives.likelihood", objective=objective
+    )
+    check_callable("a function of (key, data), such as draw_rows(64)", draw_batch=draw_batch)
     if solve is not None:
         check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
         taken = inspect.signature(objective).parameters.values()
         if not any(p.name == "solve" or p.kind is p.VAR_KEYWORD for p in taken):
-            raise ValueError("the objective solves nothing, or takes no solve: leave out solve=")
+            raise ValueError(
+                "solve must be None for an objective that takes no solve argument: leave out solve="
+            )
     check_number("[0, 1)", average=average)
     _check_optimizer(optimizer)
     _, static = partition(model)
@@ -325,16 +365,16 @@ def make_run(
             return {} if solve is None else {"solve": solve}
         return {"solve": dataclasses.replace(solve, step_plan=state.step_plan)}
 
-    @jax.jit  # so that the two uses below are one trace
+    @jax.jit  # traced only once for the two uses below
     def one_step(state, data, key):
         check_key(key)
         batch_key, noise_key = jr.split(jr.fold_in(key, 0 if fixed else state.step))
-        batch = sharding.split(draw_batch(batch_key, data))
+        batch = sharding.shard(draw_batch(batch_key, data))
 
         def loss_of(params):
             return objective(eqx.combine(params, static), batch, noise_key, **settings(state))
 
-        def value_of(params):  # for a line search, which must not go where solves fail
+        def value_of(params):  # for a line search, which must avoid parameters where solves fail
             loss, metrics = loss_of(params)
             return jnp.where(metrics.get("failed", False), jnp.inf, loss)
 
@@ -343,7 +383,7 @@ def make_run(
         step_plan = metrics.pop("step_plan", state.step_plan).astype(state.step_plan.dtype)
         if "failed" in metrics:
             failed = metrics.pop("failed")
-            # Such a solve took many steps: there is no point in going back through them.
+            # A failed solve has taken many steps, and its gradient would not be used.
             zeros = lambda: jax.tree.map(jnp.zeros_like, state.params)  # noqa: E731
             grads = jax.lax.cond(failed | bad_loss, zeros, gradient)
         else:
@@ -376,7 +416,7 @@ def make_run(
             rate=state.rate,
             step_plan=jnp.where(good, step_plan, state.step_plan),
         )
-        return sharding.everywhere(after), Totals(
+        return sharding.replicate(after), MetricSums(
             {name: jnp.where(good, value, 0).astype(float) for name, value in metrics.items()},
             applied=good.astype(int),
             skipped={
@@ -404,4 +444,4 @@ def make_run(
 
         return jax.lax.while_loop(more, body, (state, totals))
 
-    return Run(jax.jit(run))
+    return TrainLoop(jax.jit(run))

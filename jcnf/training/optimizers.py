@@ -15,12 +15,18 @@ def make_optimizer(
     clip: float = jnp.inf,
     schedule: str = "cosine",
 ) -> optax.GradientTransformation:
-    """AdamW under global-norm clipping; linear warm-up, then a cosine to zero at `steps`.
+    """Return AdamW with gradients clipped by their global norm, and a learning-rate schedule.
 
-    With `schedule="constant"` the rate stays after the warm-up. The decay is decoupled, and of all
-    parameters, biases included.
+    **Arguments:**
 
-    **Raises:** `ValueError` for another schedule, and for numbers out of range.
+    - `learning_rate`: the peak learning rate.
+    - `steps`: the step at which the cosine schedule reaches zero.
+    - `warmup`: number of steps in which the rate rises linearly from zero.
+    - `weight_decay`: decoupled, and applied to all parameters, biases included.
+    - `clip`: the largest global norm of a gradient.
+    - `schedule`: "cosine", or "constant" for a rate that stays constant after the warm-up.
+
+    **Raises:** `ValueError` for an unknown schedule, and for numbers out of range.
     """
     check_number("(0, inf)", learning_rate=learning_rate)
     check_number("(0, inf]", clip=clip)
@@ -35,7 +41,7 @@ def make_optimizer(
     elif schedule == "constant":
         rate = optax.schedules.warmup_constant_schedule(start, learning_rate, warmup)
     else:
-        raise ValueError(f"unknown schedule {schedule!r}: use cosine or constant")
+        raise ValueError(f"schedule must be 'cosine' or 'constant'; got {schedule!r}")
     return optax.chain(
         optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay)
     )

@@ -1,4 +1,4 @@
-"""Two moons by class: the sampler, the density and the entropy belong together."""
+"""Tests that the sampler, the density and the entropy of the two moons by class agree."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Energies against their published formulas; density matching and its figures against Gaussians."""
+"""Tests of energies (published formulas), and of density matching (exact Gaussians)."""
 
 import importlib
 import sys
@@ -39,7 +39,7 @@ PRECISION = np.array([[1.5, 0.3, 0.0], [0.3, 0.8, -0.2], [0.0, -0.2, 2.0]])
 
 
 def published(name, z1, z2):
-    """As in Rezende & Mohamed (2015), table 1, and the wall."""
+    """Return U as in Rezende & Mohamed (2015), table 1, plus the wall."""
     w1, w2 = np.sin(2 * np.pi * z1 / 4), 3 * np.exp(-0.5 * ((z1 - 1) / 0.6) ** 2)
     w3 = 3 * special.expit((z1 - 1) / 0.3)
     wall = 0.5 * (np.maximum(np.abs(z1) - 4, 0) / 0.4) ** 2
@@ -85,7 +85,7 @@ def test_energies_are_as_published_and_have_gradients_everywhere(name):
     away = np.hypot(*x.T) > 0.1
     expected = np.subtract(*moved) / (2 * h)
     np.testing.assert_allclose(gradient[away, 0], expected[away], rtol=1e-5, atol=1e-4)
-    # In float32, where the formula's exponentials have long underflowed, too.
+    # Also in float32, far out, where the exponentials of the formula underflow.
     far = jnp.asarray([[0.0, 0.0], [1e3, -1e3], [-3e4, 2e4], [1.0, 900.0]], jnp.float32)
     assert all(jnp.all(jnp.isfinite(a)) for a in jax.jit(both)(far))
     assert u(far).dtype == jnp.float32
@@ -104,7 +104,7 @@ def test_log_z_by_another_quadrature(name):
 
 
 def gaussian(mean=MEAN, precision=PRECISION):
-    """The energy of N(mean, precision^-1), whose log Z is (d log 2 pi - log|precision|) / 2."""
+    """Return U of N(mean, precision^-1), with log Z = (d log 2 pi - log|precision|) / 2."""
 
     def u(x):
         d = x - jnp.asarray(mean, x.dtype)[None]
@@ -114,14 +114,14 @@ def gaussian(mean=MEAN, precision=PRECISION):
 
 
 def kl_up_to_log_z(matrix, mean=MEAN, shift=0.0):
-    """E_q[log q + U] of q = N(shift, e^{TA} e^{TA}'), exactly."""
+    """Return the exact E_q[log q + U] for q = N(shift, e^{TA} e^{TA}')."""
     propagator = linalg.expm(T * matrix)
     d = mean - shift
     entropy = 1.5 * np.log(2 * np.pi * np.e) + T * np.trace(matrix)
     return 0.5 * (np.trace(PRECISION @ propagator @ propagator.T) + d @ PRECISION @ d) - entropy
 
 
-# Points of mean 0 and covariance I: the mean of any quadratic over them is that over N(0, I).
+# Points with mean 0 and covariance I: any quadratic has the same mean over them as over N(0, I).
 SIGMA = jnp.asarray(np.sqrt(3) * np.concatenate([np.eye(3), -np.eye(3)]))
 
 
@@ -145,8 +145,9 @@ def test_reverse_kl_of_a_gaussian_and_its_gradient():
         assert gradient.field.matrix[i, j] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_reverse_kl_with_context_penalties_and_an_estimated_divergence():
-    """The energy gets the context; each penalty is added by its weight; the key makes the noise."""
+    """The energy gets the context, penalties are weighted, and the key determines the noise."""
     c = jnp.asarray([0.3, -0.8])
     contexts = jnp.broadcast_to(c, (6, 2))
     target = gaussian(np.zeros(3))
@@ -164,12 +165,12 @@ def test_reverse_kl_with_context_penalties_and_an_estimated_divergence():
             key,
             **settings,
             divergence=Hutchinson(),
-            penalties={regularizers.kinetic: 0.3, regularizers.directional: 0.0},
+            regularizers={regularizers.kinetic: 0.3, regularizers.directional: 0.0},
         )
         return plain, other
 
     (value, _), (loss, metrics) = both(affine(), jr.key(0))
-    # q = N(shift, .), where the origin is carried to.
+    # q = N(shift, .), where shift is the image of the origin.
     shift = carried(np.zeros((1, 3)), context=np.asarray(c)[None])[0]
     expected = kl_up_to_log_z(MATRIX, CONTEXT_MATRIX @ np.asarray(c), shift)
     assert value == pytest.approx(expected, abs=1e-8)
@@ -195,21 +196,21 @@ def test_a_failed_solve_and_bad_arguments(unchecked):
     with pytest.raises(ValueError, match=r"shape \(batch, 3\); got \(3,\)"):
         reverse_kl(linear(), SIGMA[0], energy=gaussian())
     with pytest.raises(ValueError, match="rename reverse_kl"):
-        reverse_kl(linear(), SIGMA, energy=gaussian(), penalties={named: 1.0})
+        reverse_kl(linear(), SIGMA, energy=gaussian(), regularizers={named: 1.0})
 
 
 def gaussian_kl(p, q):
-    """KL(p || q) of centred Gaussians, by their covariances."""
+    """Return KL(p || q) of centered Gaussians with covariances `p` and `q`."""
     ratio = np.linalg.solve(q, p)
     return 0.5 * (np.trace(ratio) - len(p) - np.log(np.linalg.det(ratio)))
 
 
 @pytest.mark.parametrize("matched", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_figures_of_a_match(matched, monkeypatch):
-    """Of a flow that is the target: ESS 1, no KL; of one that is not: those of two Gaussians."""
+    """A flow equal to the target has ESS 1 and zero KL; another has the values of two Gaussians."""
     from experiments import energy as experiment
 
-    n, cells = 2025, 45  # as many cells as samples: the same compiled program
+    n, cells = 2025, 45  # as many cells as samples, to share a compiled program
     monkeypatch.setattr(experiment, "CELLS", cells)
     matrix = np.array([[0.2, -0.5], [0.4, 0.1]])
     q = linalg.expm(T * matrix) @ linalg.expm(T * matrix).T
@@ -272,15 +273,15 @@ WINDOW = (-3.0, 3.0, -4.0, 4.0)
 BAD = {
     "nothing": ("u5", None, ["'u5'", "u1, u2", "module:function"]),
     "no function": ("mine:", WINDOW, ["'mine:'"]),
-    "no extent": ("own_energies:bowl", None, ["--extent Z1_MIN"]),
-    "extent of u1": ("u1", WINDOW, ["u1", "--extent"]),
-    "extent falls": ("own_energies:bowl", (3.0, -3.0, -3.0, 3.0), ["rise"]),
+    "no extent": ("own_energies:bowl", None, ["extent=(z1_min"]),
+    "extent of u1": ("u1", WINDOW, ["u1", "leave out extent"]),
+    "extent falls": ("own_energies:bowl", (3.0, -3.0, -3.0, 3.0), ["increase along z1"]),
     "extent without end": ("own_energies:bowl", (-np.inf, 3.0, -3.0, 3.0), ["finite"]),
     "no module": ("no_such_module:bowl", WINDOW, ["no_such_module", "working directory"]),
     "its import": ("imports_nothing:bowl", WINDOW, ["imports no_such_module"]),
     "syntax": ("not_python:bowl", WINDOW, ["not_python failed", "SyntaxError"]),
     "no such function": ("own_energies:cup", WINDOW, ["has no 'cup'"]),
-    "not callable": ("own_energies:number", WINDOW, ["no function", "'number'"]),
+    "not callable": ("own_energies:number", WINDOW, ["needs a function", "'number'"]),
     "of a point": ("own_energies:point", WINDOW, ["4096 points", "shape ()", "jax.vmap"]),
     "a column": ("own_energies:column", WINDOW, ["(4096, 1)"]),
     "whole numbers": ("own_energies:whole", WINDOW, ["floating", "int"]),

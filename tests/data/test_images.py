@@ -1,4 +1,4 @@
-"""Pictures from files in every form, and grey values as reals."""
+"""Tests of image files in every format, and of dequantizing."""
 
 import gzip
 import math
@@ -20,18 +20,18 @@ from jcnf.data.images import load_digits_table, load_images, read_images
 from jcnf.evaluate.log_prob import bits_per_dim
 
 RNG = np.random.default_rng(0)
-GREY = {"train": (20, 28, 28), "test": (7, 28, 28)}
+GRAY = {"train": (20, 28, 28), "test": (7, 28, 28)}
 IDX = {"train": "train", "test": "t10k"}
 
 
-def grey(shape):
+def gray(shape):
     return RNG.integers(0, 256, shape, np.uint8)
 
 
 def mnist():
-    """x_train, y_train and so on, as MNIST's, but few."""
-    x = {f"x_{part}": grey(shape) for part, shape in GREY.items()}
-    return x | {f"y_{part}": grey(shape[:1]) % 10 for part, shape in GREY.items()}
+    """Make x_train, y_train and so on: a small MNIST."""
+    x = {f"x_{part}": gray(shape) for part, shape in GRAY.items()}
+    return x | {f"y_{part}": gray(shape[:1]) % 10 for part, shape in GRAY.items()}
 
 
 def write_npz(path, arrays):
@@ -61,7 +61,7 @@ def flat(x):
 
 
 @pytest.mark.parametrize("write", [write_npz, write_idx, write_idx_gz])
-def test_grey_pictures_come_back_with_the_last_tenth_for_validation(tmp_path, write):
+def test_gray_pictures_come_back_with_the_last_tenth_for_validation(tmp_path, write):
     arrays = mnist()
     images = load_images("mnist", write(tmp_path, arrays))
     assert (images.shape, images.levels) == ((28, 28, 1), 256)
@@ -75,7 +75,7 @@ def test_grey_pictures_come_back_with_the_last_tenth_for_validation(tmp_path, wr
 
 
 def test_validation_is_5000_pictures_at_most(tmp_path):
-    arrays = {"x_train": np.zeros((51_000, 28, 28), np.uint8), "x_test": grey(GREY["test"])}
+    arrays = {"x_train": np.zeros((51_000, 28, 28), np.uint8), "x_test": gray(GRAY["test"])}
     images = load_images("fashion_mnist", write_npz(tmp_path, arrays))
     assert (len(images.train), len(images.val), images.labels) == (46_000, 5000, None)
 
@@ -86,13 +86,13 @@ def test_one_idx_file_and_the_part_that_is_there(tmp_path):
     one = read_images(tmp_path / "train-images-idx3-ubyte")
     np.testing.assert_array_equal(one.pixels, flat(arrays["x_train"]))
     assert (one.labels, one.shape) == (None, (28, 28, 1))
-    named = load_images("mnist", tmp_path / "t10k-images-idx3-ubyte")  # those beside it too
+    named = load_images("mnist", tmp_path / "t10k-images-idx3-ubyte")  # and the files next to it
     np.testing.assert_array_equal(named.test, flat(arrays["x_test"]))
     for file in tmp_path.glob("train-*"):
         file.unlink()
     np.testing.assert_array_equal(read_images(tmp_path).pixels, flat(arrays["x_test"]))
     np.testing.assert_array_equal(read_images(tmp_path).labels, arrays["y_test"])
-    with pytest.raises(InputError, match=r"has t10k-images-idx3-ubyte, .* and no train"):
+    with pytest.raises(InputError, match=r"has t10k-images-idx3-ubyte, .* but no train"):
         load_images("mnist", tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_names_of_idx_files_with_a_dot(tmp_path):
 
 @pytest.mark.parametrize("arrays", [{"x_test": 4, "y_test": 4}, {"anything": 4}])
 def test_an_npz_without_a_training_part(tmp_path, arrays):
-    x = grey((4, 5, 6, 3))
+    x = gray((4, 5, 6, 3))
     arrays = {name: x if name[0] != "y" else np.arange(n) for name, n in arrays.items()}
     read = read_images(write_npz(tmp_path, arrays))
     np.testing.assert_array_equal(read.pixels, flat(x))  # height, width, channels
@@ -117,9 +117,9 @@ def test_an_npz_without_a_training_part(tmp_path, arrays):
 
 
 def cifar():
-    """By batch: pixels (n, 3, 32, 32), and labels."""
+    """Make pixels (n, 3, 32, 32) and labels for each batch."""
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    return {name: (grey((i + 2, 3, 32, 32)), grey(i + 2) % 10) for i, name in enumerate(names)}
+    return {name: (gray((i + 2, 3, 32, 32)), gray(i + 2) % 10) for i, name in enumerate(names)}
 
 
 def binary(x, y):
@@ -127,9 +127,9 @@ def binary(x, y):
 
 
 def python2(x, y):
-    """A batch pickled by protocol 2 as Python 2 does it, whose strings are bytes: opcodes by hand.
+    """Pickle a batch as Python 2 does (protocol 2, strings are bytes), with opcodes by hand.
 
-    U is a short string, T a long one, K a byte, M two of them, c a global, R a call, b the state.
+    U is a short string, T a long one, K a byte, M two bytes, c a global, R a call, b the state.
     """
 
     def short(text):
@@ -180,8 +180,8 @@ def test_cifar10(tmp_path, pack, ending, archived):
 
 
 def test_the_python_batch_of_the_test_is_one():
-    """What the tests of the reader rest on: numpy itself reads the same from those opcodes."""
-    x, y = grey((3, 3, 32, 32)), np.array([1, 9, 0])
+    """The tests of the reader rely on this: numpy reads the same batch from those opcodes."""
+    x, y = gray((3, 3, 32, 32)), np.array([1, 9, 0])
     batch = pickle.loads(python2(x, y), encoding="bytes")
     np.testing.assert_array_equal(batch[b"data"], flat(x))
     assert batch[b"labels"] == [1, 9, 0]
@@ -197,11 +197,11 @@ class Evil:
     [
         (pickle.dumps(Evil(), protocol=2), r"it asks for (posix|nt)\.mkdir"),
         (b"\x80\x02cnumpy\nndarray.__subclasses__\n.", "it asks for numpy.ndarray.__subclasses__"),
-        (pickle.dumps({b"data": [1]}), "is not a whole python batch"),
-        (pickle.dumps([]), "is not a whole python batch"),
-        (python2(*cifar()["test_batch"])[:-200], "is not a whole python batch"),
+        (pickle.dumps({b"data": [1]}), "is not a complete Python batch"),
+        (pickle.dumps([]), "is not a complete Python batch"),
+        (python2(*cifar()["test_batch"])[:-200], "is not a complete Python batch"),
         (python2(*cifar()["test_batch"]).replace(b"U\x02u1", b"U\x02f4"), "not one of bytes"),
-        (b"", "is not a whole python batch"),
+        (b"", "is not a complete Python batch"),
     ],
 )
 def test_other_pickles_are_refused_and_not_run(tmp_path, monkeypatch, data, fault):
@@ -219,21 +219,21 @@ def test_other_pickles_are_refused_and_not_run(tmp_path, monkeypatch, data, faul
     ("change", "fault"),
     [
         ({"x_test": None}, r"no array x_test among its arrays \(x_train \(20, 28, 28\)"),
-        ({"y_test": None}, "one part has labels and one has none"),
-        ({"x_train": grey((20, 28, 28)) / 255}, "x_train: holds float64, not whole grey values"),
-        ({"x_train": grey((20, 28, 28)).astype(int) - 1}, "values from -1 to 254; save grey"),
-        ({"x_train": grey((20, 28, 28)) + np.int16(1)}, "values from 1 to 256; save grey"),
-        ({"x_train": grey((20, 784))}, r"shape \(20, 784\); save pictures as \(n, height, width\)"),
-        ({"x_train": grey((20, 1, 28, 3))}, "save pictures as"),  # channels first, or last?
-        ({"x_train": grey((20, 28, 28, 4))}, "with 1 or 3 channels"),
-        ({"x_train": grey((0, 28, 28))}, r"shape \(0, 28, 28\)"),
-        ({"x_test": grey((7, 32, 32))}, "test pictures of 32x32x1 under the name mnist"),
-        ({"x_train": grey((20, 3, 28, 28))}, "28x28x3 under the name mnist, which has 28x28x1"),
-        ({"x_train": grey((9, 28, 28)), "y_train": grey(9)}, "training pictures: 9 are too few"),
-        ({"x_test": grey((1, 28, 28)), "y_test": grey(1)}, "test pictures: 1 are too few; give 2"),
-        ({"y_train": np.arange(20) - 1}, "one whole number from 0 on"),
-        ({"y_train": grey(19)}, "20 pictures and 19 labels of type uint8"),
-        ({"y_test": np.zeros(7)}, "7 pictures and 7 labels of type float64"),
+        ({"y_test": None}, "only one part has labels"),
+        ({"x_train": gray((20, 28, 28)) / 255}, "x_train: has type float64, not whole gray values"),
+        ({"x_train": gray((20, 28, 28)).astype(int) - 1}, "values from -1 to 254: save gray"),
+        ({"x_train": gray((20, 28, 28)) + np.int16(1)}, "values from 1 to 256: save gray"),
+        ({"x_train": gray((20, 784))}, r"shape \(20, 784\): save images as \(n, height, width\)"),
+        ({"x_train": gray((20, 1, 28, 3))}, "save images as"),  # channels first, or last?
+        ({"x_train": gray((20, 28, 28, 4))}, "with 1 or 3 channels"),
+        ({"x_train": gray((0, 28, 28))}, r"shape \(0, 28, 28\)"),
+        ({"x_test": gray((7, 32, 32))}, "28x28x1 for mnist; got test images of 32x32x1"),
+        ({"x_train": gray((20, 3, 28, 28))}, "28x28x1 for mnist; got training images of 28x28x3"),
+        ({"x_train": gray((9, 28, 28)), "y_train": gray(9)}, "at least 10 training images; got 9"),
+        ({"x_test": gray((1, 28, 28)), "y_test": gray(1)}, "at least 2 test images; got 1"),
+        ({"y_train": np.arange(20) - 1}, "one integer >= 0 for each image"),
+        ({"y_train": gray(19)}, "20 images and 19 labels of type uint8"),
+        ({"y_test": np.zeros(7)}, "7 images and 7 labels of type float64"),
     ],
 )
 def test_arrays_at_fault(tmp_path, change, fault):
@@ -245,13 +245,17 @@ def test_arrays_at_fault(tmp_path, change, fault):
 @pytest.mark.parametrize(
     ("name", "data", "fault"),
     [
-        ("train-images-idx3-ubyte", idx(grey(20)), "starts with the bytes 00 00 08 01 where"),
+        ("train-images-idx3-ubyte", idx(gray(20)), "starts with the bytes 00 00 08 01; an idx"),
         ("train-images-idx3-ubyte", b"", r"starts with the bytes \(none\)"),
-        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0", "6 bytes where its header says 16"),
-        ("t10k-images-idx3-ubyte", idx(grey((7, 28, 28)))[:-1], "5503 bytes .* header says 5504"),
-        ("t10k-images-idx3-ubyte", gzip.compress(idx(grey((7, 28, 28))))[:-9], "cannot be read"),
-        ("t10k-labels-idx1-ubyte", idx(grey(8)), "7 pictures and 8 labels"),
-        ("t10k-labels-idx1-ubyte", idx(grey((7, 1, 1))), "08 03 where an idx file of 1 axes"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0", "6 bytes, but its header says 16"),
+        (
+            "t10k-images-idx3-ubyte",
+            idx(gray((7, 28, 28)))[:-1],
+            "its header says 5504",
+        ),
+        ("t10k-images-idx3-ubyte", gzip.compress(idx(gray((7, 28, 28))))[:-9], "cannot be read"),
+        ("t10k-labels-idx1-ubyte", idx(gray(8)), "7 images and 8 labels"),
+        ("t10k-labels-idx1-ubyte", idx(gray((7, 1, 1))), "08 03; an idx file with 1 axes"),
     ],
 )
 def test_idx_files_at_fault(tmp_path, name, data, fault):
@@ -266,21 +270,21 @@ def test_batches_at_fault(tmp_path):
     archive.write_bytes(archive.read_bytes()[:9000])
     with pytest.raises(InputError, match=r"cannot be read as \.tar\.gz"):
         load_images("cifar10", archive)
-    with pytest.raises(InputError, match="32x32x3 under the name mnist"):
+    with pytest.raises(InputError, match=r"for mnist; got training images of 32x32x3"):
         load_images("mnist", folder)
     batch = folder / "data_batch_3.bin"
     batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"data_batch_3\.bin: has 12291 bytes, no multiple of"):
+    with pytest.raises(InputError, match=r"data_batch_3\.bin: has 12291 bytes, not a multiple of"):
         load_images("cifar10", folder)
     batch.unlink()
-    with pytest.raises(InputError, match=r"and no data_batch_3\.bin; put it there"):
+    with pytest.raises(InputError, match=r"but no data_batch_3\.bin: add it"):
         load_images("cifar10", folder)
 
 
 def test_paths_at_fault(tmp_path):
-    with pytest.raises(InputError, match="there is no such file or folder; give a "):
+    with pytest.raises(InputError, match="no such file or folder: use a "):
         read_images(tmp_path / "missing.npz")
-    with pytest.raises(InputError, match="holds no file of pictures that is known"):
+    with pytest.raises(InputError, match="has no known file of images"):
         load_images("mnist", tmp_path)
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"cannot be read as \.tar\.gz"):
@@ -305,7 +309,7 @@ def test_digits_are_those_of_the_table():
         assert images.labels[part].shape == (len(cells),)
     whole = sum(np.bincount(labels) for labels in images.labels.values())
     assert whole.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    with pytest.raises(InputError, match="leave out --path"):
+    with pytest.raises(InputError, match="scikit-learn: leave out path"):
         load_images("digits", "digits.npz")
     with pytest.raises(InputError, match="'mnits': did you mean mnist"):
         load_images("mnits")
@@ -341,21 +345,21 @@ def test_no_network(monkeypatch):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
-    with pytest.raises(InputError, match=r"no route.*get train-images-idx3.*give --path"):
+    with pytest.raises(InputError, match=r"no route.*get train-images-idx3.*pass path"):
         load_images("mnist")
-    with pytest.raises(InputError, match=r"get cifar-10-binary\.tar\.gz from .*give --path"):
+    with pytest.raises(InputError, match=r"get cifar-10-binary\.tar\.gz from .*pass path"):
         load_images("cifar10")
 
 
-# Grey values as reals
+# Dequantizing
 
 
 @pytest.mark.parametrize("levels", [256, 17, 2])
-def test_dequantised_pixels_stay_in_their_cells_in_float32(levels):
-    """Without care 255 + u rounds to 256 in one of 2^17 draws."""
+def test_dequantized_pixels_stay_in_their_cells_in_float32(levels):
+    """A plain sum 255 + u would round to 256 in one of 2^17 draws."""
     whole = jnp.full(2**21, levels - 1, jnp.uint8)
     with jax.enable_x64(False):
-        x = jax.jit(images.dequantise, static_argnums=2)(jr.key(0), whole, levels)
+        x = jax.jit(images.dequantize, static_argnums=2)(jr.key(0), whole, levels)
     assert x.dtype == jnp.float32
     assert float(x.max()) < 1
     u = np.asarray(x, np.float64) * levels - (levels - 1)
@@ -364,18 +368,18 @@ def test_dequantised_pixels_stay_in_their_cells_in_float32(levels):
     assert abs(u.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / len(u))
 
 
-def test_dequantised_pixels_keep_their_order_and_shape(unchecked):
-    whole = jnp.asarray(grey((50, 6)))
-    x = images.dequantise(jr.key(1), whole, 256)
+def test_dequantized_pixels_keep_their_order_and_shape(unchecked):
+    whole = jnp.asarray(gray((50, 6)))
+    x = images.dequantize(jr.key(1), whole, 256)
     assert x.dtype == jnp.float64
     np.testing.assert_array_equal(jnp.floor(256 * x), whole)
     assert len(np.unique(256 * x % 1)) == 300  # a draw for each pixel
-    with pytest.raises(ValueError, match="whole numbers; got float64"):
-        images.dequantise(jr.key(1), x, 256)
+    with pytest.raises(ValueError, match="integer type; got float64"):
+        images.dequantize(jr.key(1), x, 256)
 
 
 def test_bits_per_dim_by_hand():
-    """Uniform: 8 bits. All mass in a quarter of the interval of each pixel: two bits fewer."""
+    """A uniform density has 8 bits; one on a quarter of each pixel's interval has two bits less."""
     assert bits_per_dim(0.0, 784, 256) == pytest.approx(8, rel=1e-15)
     assert bits_per_dim(0.0, 64, 17) == pytest.approx(math.log2(17), rel=1e-15)
     assert bits_per_dim(3 * math.log(4), 3, 256) == pytest.approx(6, rel=1e-15)
@@ -385,27 +389,27 @@ def test_bits_per_dim_by_hand():
 
 
 def test_bits_per_dim_bound_the_code_length():
-    """Of a density that is linear, p(x) = 2 x on [0, 1]: the mean over u is above -log2 P."""
+    """For the linear density p(x) = 2 x on [0, 1], the mean over u is above -log2 P."""
     whole = np.arange(4)
     u = (np.arange(2000) + 0.5) / 2000
     log_prob = np.log(2 * (whole[:, None] + u) / 4).mean(axis=1)
     code = -np.log2(((whole + 1) ** 2 - whole**2) / 16)
     excess = bits_per_dim(log_prob, 1, 4) - code
-    # In the lowest cell, by hand: the mean of ln(u/2) is -ln 2 - 1, so 3 + 1/ln 2 - log2 16.
+    # In the lowest cell, the mean of ln(u/2) is -ln 2 - 1, which gives 3 + 1/ln 2 - log2 16.
     np.testing.assert_allclose(excess[0], 3 + 1 / math.log(2) - 4, atol=1e-3)
     assert (excess > 0).all()
     assert excess[3] < 0.01
 
 
 def test_what_only_has_the_name_of_a_file(tmp_path):
-    """As archives leave it: a folder of the file's name beside the file, or a link to nowhere."""
+    """Archives can leave a folder with the name of a file next to it, or a dangling link."""
     (tmp_path / "t10k-images-idx3-ubyte").mkdir()
     (tmp_path / "train-images-idx3-ubyte").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match="holds no file of pictures that is known"):
+    with pytest.raises(InputError, match="has no known file of images"):
         read_images(tmp_path)
-    with pytest.raises(InputError, match="holds no file of pictures that is known"):
+    with pytest.raises(InputError, match="has no known file of images"):
         read_images(tmp_path / "t10k-images-idx3-ubyte")
-    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx(grey((3, 4, 4))))
+    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx(gray((3, 4, 4))))
     assert read_images(tmp_path).shape == (4, 4, 1)
 
 
@@ -414,19 +418,19 @@ def test_a_link_in_an_archive_and_a_damaged_header(tmp_path):
         link = tarfile.TarInfo("test_batch.bin")
         link.type, link.linkname = tarfile.SYMTYPE, "gone"
         archive.addfile(link)
-    with pytest.raises(InputError, match="holds no file of pictures"):
+    with pytest.raises(InputError, match="has no known file of images"):
         read_images(tmp_path / "a.tar.gz")
     (tmp_path / "b.tar.gz").write_bytes(b"a,b\n1,2\n")
     with pytest.raises(InputError, match=r"b\.tar\.gz: cannot be read as \.tar\.gz") as refused:
         read_images(tmp_path / "b.tar.gz")
     assert "\n" not in str(refused.value)
-    path = write_npz(tmp_path, {"x_test": grey((3, 4, 4))})
+    path = write_npz(tmp_path, {"x_test": gray((3, 4, 4))})
     data = bytearray(path.read_bytes())
-    data[data.index(b"PK\x01\x02") + 10] = 99  # a compression that there is not
+    data[data.index(b"PK\x01\x02") + 10] = 99  # an unknown compression
     path.write_bytes(data)
     with pytest.raises(InputError, match="cannot be read"):
         read_images(path)
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">III", 2**31, 2**31, 4))
-    with pytest.raises(InputError, match="where its header says"):
+    with pytest.raises(InputError, match="but its header says"):
         read_images(path)

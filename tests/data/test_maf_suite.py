@@ -1,6 +1,6 @@
-"""The MAF suite: its published preprocessing, on small files of the same format.
+"""Tests of the MAF suite's preprocessing, on small files of the published formats.
 
-What each data set should give is computed a second time here, step by step as published.
+The expected tables are computed here a second time, step by step as published.
 """
 
 import gzip
@@ -20,13 +20,13 @@ def normal(rows, dim, seed=0):
 
 
 def fails(*parts, path=""):
-    """The one-line error for which all of `parts`, and the path, must occur."""
+    """Expect a one-line error that contains all of `parts` and the path."""
     pattern = "".join(f"(?=.*{re.escape(part)})" for part in (*parts, str(path)))
     return pytest.raises(InputError, match=rf"\A{pattern}[^\n]*\Z")
 
 
 def saved(folder, name, rows):
-    """Rows as .npy or as text, in a folder that is made."""
+    """Save rows as .npy or text, and make the folder."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if name.endswith(".npy"):
@@ -37,7 +37,7 @@ def saved(folder, name, rows):
 
 
 def same(table, train, val, test, columns):
-    """The table has these parts, to the last bit of float32."""
+    """Assert that the table has these parts, to the last bit of float32."""
     pairs = (table.train, train), (table.val, val), (table.test, test)
     for found, expected in pairs:
         assert found.dtype == np.float32
@@ -46,7 +46,7 @@ def same(table, train, val, test, columns):
 
 
 def tenths(rows):
-    """Train, val and test: the last tenth, and the last tenth of what that leaves."""
+    """Split into train, val and test: test is the last tenth, val the last tenth of the rest."""
     rest, test = np.split(rows, [len(rows) - len(rows) // 10])
     return (*np.split(rest, [len(rest) - len(rest) // 10]), test)
 
@@ -60,7 +60,7 @@ POWER_COLUMNS += ["time"]
 
 
 def power_as_published():
-    """Shuffled, stripped and noisy, not yet standardized."""
+    """Return the rows shuffled, without dropped columns and with noise, not yet standardized."""
     rng = np.random.RandomState(42)
     rows = POWER.copy()
     rng.shuffle(rows)
@@ -81,7 +81,7 @@ def test_power(tmp_path):
 
 
 def test_the_noise_of_power(tmp_path):
-    """Each column's own width, and none on the time: rounding down gives the file's values."""
+    """Each column has noise of its published width, added upwards; the time has none."""
     saved(tmp_path, "power/data.npy", POWER)
     table = load_maf_suite("power", tmp_path)
     rows = table.scale.unstandardize(np.concatenate([table.train, table.val, table.test]))
@@ -97,7 +97,7 @@ def test_a_folder_its_parent_or_the_file_itself(tmp_path):
     tables = [load_maf_suite("POWER", place) for place in (tmp_path, path.parent, path, str(path))]
     for table in tables[1:]:
         np.testing.assert_array_equal(table.test, tables[0].test)
-    # The data set's own folder goes before a file of the same name beside it.
+    # The data set's own folder takes precedence over a file of the same name next to it.
     saved(tmp_path, "data.npy", normal(437, 8, seed=1))
     np.testing.assert_array_equal(load_maf_suite("Power", tmp_path).test, tables[0].test)
 
@@ -106,7 +106,7 @@ def test_a_folder_its_parent_or_the_file_itself(tmp_path):
 
 
 def gas_rows(rows=2000):
-    """Time, two concentrations and 16 sensors, of which published rules leave the 8 of GAS_KEPT."""
+    """Make time, two concentrations and 16 sensors; the published rules keep those of GAS_KEPT."""
     z, jitter = normal(rows, 6), 0.02 * normal(rows, 16, seed=1)
     step = 0.17 * normal(rows, 6, seed=2)  # two steps away, the correlation is below 0.98
     a, b, c, d, e, f = z.T
@@ -129,7 +129,7 @@ def gas_text(rows, header=True):
 
 
 def gas_as_published(rows):
-    """The sample, its columns dropped one by one with correlations found anew, standardized."""
+    """Sample rows, drop columns one by one (recomputing the correlations), and standardize."""
     sample = rows[np.random.RandomState(42).choice(len(rows), len(rows) // 4, replace=False), 3:]
     names = list(range(16))
     while True:
@@ -153,7 +153,7 @@ def test_gas(tmp_path):
     same(table, *tenths(z), [f"sensor{i + 1}" for i in GAS_KEPT])
     assert "another" in table.warnings[0]
     whole = np.concatenate([table.train, table.val, table.test])
-    np.testing.assert_allclose(whole.mean(axis=0), 0, atol=1e-6)  # by all rows, test included
+    np.testing.assert_allclose(whole.mean(axis=0), 0, atol=1e-6)  # over all rows, including test
     np.testing.assert_allclose(whole.std(axis=0, ddof=1), 1, rtol=1e-6)
     bare = saved(tmp_path, "bare/ethylene_CO.txt", gas_text(rows, header=False))
     zipped = bare.with_name("ethylene_CO.txt.gz")
@@ -165,7 +165,7 @@ def test_gas(tmp_path):
 
 
 def test_a_pickle_is_not_read(tmp_path):
-    """One that would leave a file behind is refused, whichever way it is named."""
+    """A pickle that would create a file is refused, however it is named."""
     path = saved(tmp_path, "gas/ethylene_CO.pickle", f"cos\nsystem\n(S'touch {tmp_path}/x'\ntR.")
     parts = "a pickle is not read", "ethylene_CO.txt from UCI's Gas sensor array under dynamic gas"
     for place in (tmp_path, path.parent, path):
@@ -180,12 +180,12 @@ def test_a_pickle_is_not_read(tmp_path):
         load_maf_suite("power", tmp_path)
     assert not (tmp_path / "x").exists()
     saved(tmp_path, "gas/ethylene_CO.txt", gas_text(gas_rows()))
-    assert load_maf_suite("gas", tmp_path).train.shape == (405, 8)  # beside the pickle
+    assert load_maf_suite("gas", tmp_path).train.shape == (405, 8)  # next to the pickle
 
 
 def test_gas_of_other_sensors_does_not_pass(tmp_path):
     path = saved(tmp_path, "ethylene_CO.txt", gas_text(np.round(normal(200, 19), 2)))
-    with fails("16 columns with correlations up to 0.98", "8 are published", path=path):
+    with fails("expected 8 columns with correlations up to 0.98; got 16", path=path):
         load_maf_suite("gas", path)
 
 
@@ -193,13 +193,13 @@ def test_gas_of_other_sensors_does_not_pass(tmp_path):
 
 
 def hepmass_rows(rows, seed):
-    """Label and 27 features, six of which repeat their smallest value."""
+    """Make labels and 27 features, six of which repeat their smallest value."""
     x = normal(rows, 28, seed)
     x[:, 0] = np.arange(rows) % 3 != 0  # two signal events in three
     x[:, [4, 9, 13, 17]] = np.round(np.abs(x[:, [4, 9, 13, 17]]))
     x[:, 24] = np.maximum(x[:, 24], -1)  # an atom at the lower end: dropped
     x[:, 25] = np.minimum(x[:, 25], 1)  # at the upper end: kept, as published
-    x[::3, 26] = -9  # repeated in the background alone: kept
+    x[::3, 26] = -9  # repeated only in the background: kept
     x[[1, 2, 4, 5, 7], 27] = -7  # five times: kept
     x[[1, 2, 4, 5, 7, 8], 21] = -7  # six times: dropped
     return x
@@ -215,7 +215,7 @@ def csv_text(rows, header):
 
 
 def hepmass(folder, rows=300, test_rows=120, name="hepmass/1000_{}.csv"):
-    """A training and a test file; the latter has a column too many, as published."""
+    """Save a training and a test file; the test file has an extra column, as published."""
     train, test = hepmass_rows(rows, 0), hepmass_rows(test_rows, 1)
     saved(folder, name.format("train"), csv_text(train, header=True))
     more = np.hstack([test, np.full((test_rows, 1), 1000.0)])
@@ -246,7 +246,7 @@ def test_hepmass(tmp_path):
 
 
 def test_hepmass_of_uci_stops_at_the_published_events(tmp_path, monkeypatch):
-    """Longer files, gzipped: the same table as of their first rows."""
+    """Longer, gzipped files give the same table as their first rows."""
     hepmass(tmp_path)
     short = load_maf_suite("hepmass", tmp_path)
     for part in ("train", "test"):
@@ -255,8 +255,8 @@ def test_hepmass_of_uci_stops_at_the_published_events(tmp_path, monkeypatch):
         path = tmp_path / f"1000_{part}.csv.gz"
         path.write_bytes(gzip.compress((text + more).encode()))
         (tmp_path / f"hepmass/1000_{part}.csv").unlink()
-    assert maf_suite._SIGNALS == (315_123 + 35_013, 174_987)
-    monkeypatch.setattr(maf_suite, "_SIGNALS", (200, 80))
+    assert maf_suite._HEPMASS_SIGNALS == (315_123 + 35_013, 174_987)
+    monkeypatch.setattr(maf_suite, "_HEPMASS_SIGNALS", (200, 80))
     table = load_maf_suite("hepmass", tmp_path)
     same(table, short.train, short.val, short.test, short.scale.columns)
 
@@ -265,7 +265,7 @@ def test_hepmass_of_other_features_does_not_pass(tmp_path):
     train, _ = hepmass(tmp_path)
     train[:, 4] = np.linspace(0, 1, len(train))
     path = saved(tmp_path, "hepmass/1000_train.csv", csv_text(train, header=True))
-    with fails("22 columns with", "21 are published", path=path):
+    with fails("expected 21 columns with a smallest value", "got 22", path=path):
         load_maf_suite("hepmass", tmp_path)
 
 
@@ -318,10 +318,10 @@ def test_bsds300_of_another_content(tmp_path):
     with fails("no array validation", path=path):
         load_maf_suite("bsds300", path)
     bsds(path, **patches() | {"test": np.full((2, 63), np.nan)})
-    with fails("not finite", path=path):
+    with fails("NaN or infinite", path=path):
         load_maf_suite("bsds300", path)
     path.write_bytes(b"not HDF5")
-    with fails("cannot be read", "fetch it anew", path=path):
+    with fails("cannot be read", "download it again", path=path):
         load_maf_suite("bsds300", path)
 
 
@@ -381,7 +381,7 @@ def test_values_and_rows_no_table_can_have(tmp_path):
     spoilt = POWER.copy()
     spoilt[5, 4] = np.nan
     path = saved(tmp_path, "data.npy", spoilt)
-    with fails("not finite", path=path):
+    with fails("NaN or infinite", path=path):
         load_maf_suite("power", path)
     saved(tmp_path, "data.npy", np.hstack([POWER[:, :7], np.ones((437, 1))]))
     with fails("column time is constant", path=path):
@@ -390,7 +390,7 @@ def test_values_and_rows_no_table_can_have(tmp_path):
     assert len(load_maf_suite("power", path).test) == 1
     for rows in (0, 9, 10):
         saved(tmp_path, "data.npy", POWER[:rows])
-        with fails("too few rows to split", path=path):
+        with fails("too few to split", path=path):
             load_maf_suite("power", path)
 
 
@@ -401,7 +401,7 @@ def test_values_and_rows_no_table_can_have(tmp_path):
         ("Time (seconds), readings\n", ["no rows"]),
         ("1 2 3\n" * 100, ["column"]),
         (" ".join(["x"] * 19) + "\n" + ("1 " * 18 + "high\n") * 100, ["'high'"]),
-        ((" ".join(["1"] * 18) + " nan\n") * 100, ["not finite"]),
+        ((" ".join(["1"] * 18) + " nan\n") * 100, ["NaN or infinite"]),
         (b"\xff\xfe\x00" * 100, ["utf-8"]),
     ],
 )
@@ -423,5 +423,5 @@ def test_damaged_hepmass(tmp_path):
     path.unlink()
     path = path.with_name("1000_test.csv.gz")
     path.write_bytes(gzip.compress(b"1.0," * 5000)[:40])
-    with fails("cannot be read", "fetch it anew", path=path):
+    with fails("cannot be read", "download it again", path=path):
         load_maf_suite("hepmass", tmp_path)

@@ -1,4 +1,4 @@
-"""Pictures as densities: by hand on few pixels, and what pillow makes of files."""
+"""Tests of images as densities (exact values on few pixels) and of reading image files."""
 
 import io
 
@@ -13,10 +13,10 @@ from jcnf._checks import InputError
 from jcnf.data.images import LONGEST, draw_text, picture, piecewise_constant, read_picture
 
 NUM = 20_000
-# Of 10 parts of the mass the upper left pixel has 1, the lower left 3 and the lower right 6; each
+# The upper left pixel has 1/10 of the mass, the lower left 3/10 and the lower right 6/10; each
 # pixel is 4 x 4.
 LEVELS = np.array([[1, 0], [3, 6]])
-CENTRES = jnp.array([[-2.0, 2.0], [2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
+CENTERS = jnp.array([[-2.0, 2.0], [2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
 
 
 def image(levels):
@@ -31,7 +31,7 @@ def four():
 def test_density_and_entropy_by_hand(four):
     shares = LEVELS.ravel() / 10
     with np.errstate(divide="ignore"):
-        np.testing.assert_allclose(four.log_prob(CENTRES), np.log(shares / 16), rtol=1e-12)
+        np.testing.assert_allclose(four.log_prob(CENTERS), np.log(shares / 16), rtol=1e-12)
     expected = -(0.1 * np.log(0.1 / 16) + 0.3 * np.log(0.3 / 16) + 0.6 * np.log(0.6 / 16))
     assert four.entropy == pytest.approx(expected, rel=1e-12)
     edges = jnp.array([[-4.01, 2.0], [4.0, -2.0], [0.0, -4.01], [-2.0, 4.0], [-4.0, 3.99]])
@@ -48,13 +48,13 @@ def test_pixels_are_drawn_as_often_as_is_their_due(four):
     found = np.bincount(2 * row + column, minlength=4) / NUM
     due = LEVELS.ravel() / 10
     assert (np.abs(found - due) <= 4 * np.sqrt(due * (1 - due) / NUM)).all()
-    # Within a pixel they are uniform: mean 2 and deviation 4 / sqrt(12) of |x|.
+    # Within a pixel they are uniform, so |x| has mean 2 and standard deviation 4 / sqrt(12).
     np.testing.assert_allclose(np.abs(x).mean(axis=0), 2, atol=4 * 4 / np.sqrt(12 * NUM))
     np.testing.assert_allclose(np.abs(x).std(axis=0), 4 / np.sqrt(12), rtol=0.02)
 
 
 def test_samples_have_a_density_in_float32_too():
-    """A chessboard of many pixels: what is rounded into the next one has a density of zero."""
+    """On a fine chessboard, a sample rounded into the next pixel would have density zero."""
     board = np.indices((3, LONGEST)).sum(axis=0) % 2
     fine = piecewise_constant(board, "board")
     with jax.enable_x64(False):
@@ -70,10 +70,10 @@ def test_a_dark_corner_is_up_on_the_left():
     levels[0, 0] = 0
     dark = picture(image(levels), "corner")
     x = np.asarray(dark.sample(jr.key(0), 100))
-    # The longer side spans [-4, 4]; the other, half as many pixels, [-2, 2].
+    # The longer side spans [-4, 4]; the other has half as many pixels and spans [-2, 2].
     assert (x > [-4, 1]).all()
     assert (x < [-3, 2]).all()
-    assert dark.entropy == pytest.approx(0)  # of a uniform density on a unit square
+    assert dark.entropy == pytest.approx(0)  # a uniform density on a unit square
     bright = picture(image(levels), "corner", invert=True)
     assert bright.entropy == pytest.approx(np.log(31))
     assert np.isneginf(bright.log_prob(jnp.array([[-3.5, 1.5]])))
@@ -82,10 +82,10 @@ def test_a_dark_corner_is_up_on_the_left():
 def test_transparent_pixels_are_background():
     pixels = np.zeros((2, 2, 4))
     pixels[0, 0] = 255
-    pixels[1, 1] = [0, 0, 0, 255]  # the others are transparent, though black
+    pixels[1, 1] = [0, 0, 0, 255]  # the others are black, but transparent
     dark, bright = (picture(image(pixels), "p", invert=i) for i in (False, True))
-    np.testing.assert_allclose(np.exp(dark.log_prob(CENTRES)), np.array([0, 0, 0, 1]) / 16)
-    np.testing.assert_allclose(np.exp(bright.log_prob(CENTRES)), np.array([1, 0, 0, 0]) / 16)
+    np.testing.assert_allclose(np.exp(dark.log_prob(CENTERS)), np.array([0, 0, 0, 1]) / 16)
+    np.testing.assert_allclose(np.exp(bright.log_prob(CENTERS)), np.array([1, 0, 0, 0]) / 16)
 
 
 def test_a_large_picture_is_scaled_down_by_means():
@@ -101,7 +101,7 @@ def test_letters_are_dark_on_light():
     letters = picture(draw_text("l"), "l")
     x = np.asarray(letters.sample(jr.key(0), 1000))
     assert np.abs(x.mean(axis=0)).max() < 0.2
-    assert np.ptp(x[:, 0]) < 0.3 * np.ptp(x[:, 1])  # a stroke, and not what is around it
+    assert np.ptp(x[:, 0]) < 0.3 * np.ptp(x[:, 1])  # a stroke, not its background
 
 
 def test_files_are_read_upright(tmp_path):
@@ -121,14 +121,14 @@ def _png():
 
 def _turned():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # a quarter turn
     return exif
 
 
 def test_what_is_no_picture_says_what_to_do(tmp_path):
     for name, content, message in (
-        ("text.png", b"letters", "no picture"),
-        ("empty.png", b"", "no picture"),
+        ("text.png", b"letters", "not an image"),
+        ("empty.png", b"", "not an image"),
         ("cut.png", _png()[:-500], "cannot be read"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -141,7 +141,7 @@ def test_what_is_no_picture_says_what_to_do(tmp_path):
         read_picture(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         read_picture(tmp_path / "none.png")
-    with pytest.raises(InputError, match="one grey"):
+    with pytest.raises(InputError, match="same gray value"):
         picture(image(np.full((3, 3), 7)), "flat")
     with pytest.raises(InputError, match="no pixels"):
         picture(Image.new("L", (0, 3)), "nothing")

@@ -1,4 +1,4 @@
-"""Tables: every format, every error and every warning, on small files that show one thing each."""
+"""Tests of every format, error and warning of tables, each on a small file."""
 
 import gzip
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jcnf._checks import InputError
-from jcnf.data.tables import Levels, dequantise, load_table, read_rows, resolutions, write_rows
+from jcnf.data.tables import Levels, dequantize, load_table, read_rows, resolutions, write_rows
 
 
 def normal(rows=400, dim=3, seed=0):
@@ -16,7 +16,7 @@ def normal(rows=400, dim=3, seed=0):
 
 
 def saved(path, rows, **arrays):
-    """Rows as .npy, or named arrays as .npz: exact, where a printed table has steps."""
+    """Save rows as .npy, or named arrays as .npz; both are exact, but printed tables have steps."""
     path = path / ("table.npz" if arrays else "table.npy")
     np.savez(path, **arrays) if arrays else np.save(path, rows)
     return path
@@ -33,7 +33,7 @@ def lines(rows, separator=","):
 
 
 def fails(*parts, path):
-    """The one-line error for which all of `parts`, and the path, must occur."""
+    """Expect a one-line error that contains all of `parts` and the path."""
     pattern = "".join(f"(?=.*{re.escape(part)})" for part in (*parts, str(path)))
     return pytest.raises(InputError, match=rf"\A{pattern}[^\n]*\Z")
 
@@ -60,7 +60,7 @@ def test_standardized_by_the_training_part_alone(tmp_path):
     assert {p.dtype for p in (table.train, table.val, table.test)} == {np.dtype(np.float32)}
     np.testing.assert_allclose(table.train.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(table.train.std(axis=0), 1, rtol=1e-6)
-    assert abs(table.test.mean(axis=0)).max() > 1e-3  # its own mean, not zero
+    assert abs(table.test.mean(axis=0)).max() > 1e-3  # its own mean is not zero
     train = table.scale.unstandardize(table.train)
     np.testing.assert_allclose(train.mean(axis=0), table.scale.mean, rtol=1e-5)
     np.testing.assert_allclose(train.std(axis=0), table.scale.std, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_the_split_is_disjoint_and_depends_on_the_seed_alone(tmp_path):
     np.testing.assert_array_equal(tables[0].test, tables[1].test)
     assert not np.array_equal(tables[0].test, tables[2].test)
 
-    other = load_table(saved(tmp_path, np.round(x * 10)), dequantise=True)
+    other = load_table(saved(tmp_path, np.round(x * 10)), dequantize=True)
     places = [
         [
             int(np.argmin(abs(data[:, 0] - value)))
@@ -124,7 +124,7 @@ def test_the_split_is_disjoint_and_depends_on_the_seed_alone(tmp_path):
         ]
         for table, data in ((tables[0], x), (other, whole(other)))
     ]
-    assert sorted(places[1]) == list(range(180, 200))  # the last part, as `whole` stacks them
+    assert sorted(places[1]) == list(range(180, 200))  # `whole` stacks the test part last
     rounded = np.round(other.scale.unstandardize(other.test))
     np.testing.assert_array_equal(rounded, np.round(x[places[0]] * 10))
 
@@ -134,9 +134,9 @@ def test_fractions(tmp_path):
     table = load_table(path, val_fraction=0.25, test_fraction=0.5)
     assert [len(p) for p in (table.train, table.val, table.test)] == [50, 50, 100]
     for val, test in ((0.5, 0.5), (0, 0.1), (0.1, -1)):
-        with pytest.raises(InputError, match=r"val_fraction .* leave a part empty"):
+        with pytest.raises(InputError, match=r"val_fraction=.* leave a part empty"):
             load_table(path, val_fraction=val, test_fraction=test)
-    with fails("too few rows, 200", "larger val_fraction", path=path):
+    with fails("200 rows are too few", "larger val_fraction", path=path):
         load_table(path, val_fraction=1e-4)
 
 
@@ -165,7 +165,7 @@ def test_writing_checks_shape_and_ending(tmp_path):
 
 X = normal(30, 3)
 HEADER = "a,b,c\n"
-QUOTED = '"a","b","c"\n' + re.sub(r"[^,\n]+", r' "\g<0>"', lines(X))  # and after a blank
+QUOTED = '"a","b","c"\n' + re.sub(r"[^,\n]+", r' "\g<0>"', lines(X))  # quoted, after a blank
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_npz_parts_keep_their_split(tmp_path):
     np.testing.assert_allclose(table.scale.mean, x[:60].mean(axis=0))
     for name, rows in parts.items():
         np.testing.assert_allclose(table.scale.unstandardize(getattr(table, name)), rows, atol=1e-6)
-    with fails("parts train, val, test", "of its own", path=path):
+    with fails("parts train, val, test", "one 2-D array", path=path):
         read_rows(path, ["u", "v"])
 
 
@@ -281,7 +281,7 @@ def test_damaged_files(tmp_path, ending, harm):
         "another": b"%PDF-1.4 not a table",
     }
     path = text(tmp_path, harmed[harm], f"bad{ending}")
-    words = "holds no rows|cannot be read|is not a whole numpy file|not UTF-8"
+    words = "has no rows|cannot be read|is not a complete numpy file|not UTF-8"
     with pytest.raises(InputError, match=rf"\A{re.escape(str(path))}[^\n]*({words})[^\n]*\Z"):
         load_table(path)
 
@@ -313,7 +313,7 @@ def test_shapes_and_types_of_arrays(tmp_path):
     with fails("complex128", path=path):
         load_table(path)
     path = saved(tmp_path, None, a=X, b=X)
-    with fails("holds the arrays a (30, 3), b (30, 3)", "train and test", path=path):
+    with fails("has the arrays a (30, 3), b (30, 3)", "train and test", path=path):
         load_table(path)
     path = saved(tmp_path, None, train=X, test=X[:, :2])
     with fails("unequal numbers of columns", path=path):
@@ -326,16 +326,16 @@ def test_shapes_and_types_of_arrays(tmp_path):
 @pytest.mark.parametrize("content", ["", "\n\n", "# only\n# comments\n"])
 def test_no_rows(tmp_path, content):
     path = text(tmp_path, content)
-    with fails("holds no rows", path=path):
+    with fails("has no rows", path=path):
         load_table(path)
 
 
 def test_header_alone_and_headers_at_odds(tmp_path):
     path = text(tmp_path, "a,b\n")
-    with fails("a header and no rows", path=path):
+    with fails("a header but no rows", path=path):
         load_table(path)
     path = text(tmp_path, "a,b\n" + lines(X))
-    with fails("header has 2 names", "(line 2) 3 cells", path=path):
+    with fails("header has 2 names", "(line 2) has 3 cells", path=path):
         load_table(path)
     path = text(tmp_path, "a,b,a\n" + lines(X))
     with fails("two columns are named 'a'", "rename", path=path):
@@ -346,7 +346,7 @@ def test_header_alone_and_headers_at_odds(tmp_path):
 
 
 def spoilt(tmp_path, cell, header=HEADER):
-    """The cell in row 5, column 2: line 7 under a comment and a header."""
+    """Put the cell in row 5, column 2, which is line 7 below a comment and a header."""
     rows = lines(X).splitlines()
     first, _, last = rows[4].split(",")
     rows[4] = f"{first},{cell},{last}"
@@ -355,18 +355,18 @@ def spoilt(tmp_path, cell, header=HEADER):
 
 def test_text_in_a_row(tmp_path):
     path = spoilt(tmp_path, "high")
-    where = ("row 5 (line 7), column 2 (b)", "the text 'high'", "--drop b")
+    where = ("row 5 (line 7), column 2 (b)", "the text 'high'", "drop=['b']")
     with fails(*where, path=path):
         load_table(path)
     assert load_table(path, drop=["b"]).scale.columns == ("a", "c")
     path = spoilt(tmp_path, "1_000", header="")
-    with fails("row 5 (line 6), column 2 holds", "'1_000'", "--drop x2", path=path):
+    with fails("row 5 (line 6), column 2 holds", "'1_000'", "drop=['x2']", path=path):
         load_table(path)
 
 
 def test_a_text_column_or_a_slip_is_no_header(tmp_path):
     path = text(tmp_path, "".join(f"{line},iris\n" for line in lines(X).splitlines()))
-    with fails("row 1 (line 1), column 4", "'iris'", "--drop x4", path=path):
+    with fails("row 1 (line 1), column 4", "'iris'", "drop=['x4']", path=path):
         load_table(path)
     np.testing.assert_array_equal(read_rows(path, ["x1", "x2", "x3"]), X)
     path = text(tmp_path, "red,low\nblue,high\n")
@@ -381,7 +381,7 @@ def test_a_text_column_or_a_slip_is_no_header(tmp_path):
 def test_missing_and_infinite_cells(tmp_path, cell):
     path = spoilt(tmp_path, cell)
     found = f"'{cell}' is not a finite number" if cell else "an empty cell"
-    with fails("row 5 (line 7), column 2 (b)", found, "(1 such in all)", "--drop b", path=path):
+    with fails("row 5 (line 7), column 2 (b)", found, "(1 in total)", "drop=['b']", path=path):
         load_table(path)
     assert load_table(path, drop=["2"]).scale.columns == ("a", "c")
 
@@ -411,17 +411,17 @@ def test_non_finite_values_in_arrays(tmp_path, value):
     x = X.copy()
     x[4, 1] = x[9, 0] = value
     path = saved(tmp_path, x)
-    with fails("row 5, column 2:", f"'{value}'", "(2 such in all)", "--drop x2", path=path):
+    with fails("row 5, column 2:", f"'{value}'", "(2 in total)", "drop=['x2']", path=path):
         load_table(path)
     path = saved(tmp_path, None, train=X, test=x)
-    with fails("test row 5, column 2:", "(2 such in all)", path=path):
+    with fails("test row 5, column 2:", "(2 in total)", path=path):
         load_table(path)
 
 
 @pytest.mark.parametrize(("row", "cells"), [("1,2", 2), ("1,2,3,4", 4), ('1,"2,3"', 2)])
 def test_ragged_rows(tmp_path, row, cells):
     path = text(tmp_path, HEADER + lines(X[:3]) + row + "\n" + lines(X[3:]))
-    with fails("row 4 (line 5)", f"has {cells} cells where 3 are expected", path=path):
+    with fails("row 4 (line 5)", f"has {cells} cells, expected 3", path=path):
         load_table(path)
     with fails("row 4 (line 5)", path=path):
         load_table(path, drop=["c"])
@@ -432,7 +432,7 @@ def test_values_beyond_float32(tmp_path):
     far = x.copy()
     far[3, 1] = 1e39
     path = saved(tmp_path, None, train=x, val=x, test=far)
-    with fails("test row 4, column x2", "too large for float32", "--drop x2", path=path):
+    with fails("test row 4, column x2", "too large for float32", "drop=['x2']", path=path):
         load_table(path)
     huge = load_table(saved(tmp_path, x * 1e300))
     np.testing.assert_allclose(huge.train.std(axis=0), 1, rtol=1e-6)
@@ -450,9 +450,9 @@ def test_dropping(tmp_path):
     )
     assert load_table(saved(tmp_path, X), drop=["2"]).scale.columns == ("x1", "x3")
     for unknown in ("d", "4", "0", -1):
-        with fails(f"no column {unknown} to --drop", "a, b, c", "number 1 to 3", path=path):
+        with fails(f"no column {str(unknown)!r} to drop", "a, b, c", "number 1 to 3", path=path):
             load_table(path, drop=[unknown])
-    with fails("--drop leaves none of the 3 columns", path=path):
+    with fails("drop leaves none of the 3 columns", path=path):
         load_table(path, drop=["a", "b", 3])
 
 
@@ -460,12 +460,12 @@ def test_constant_columns(tmp_path):
     x = normal(100, 4)
     x[:, [1, 3]] = 3.5
     path = saved(tmp_path, x)
-    with fails("constant", "x2, x4", "--drop x2 x4", path=path):
+    with fails("constant", "x2, x4", "drop=['x2', 'x4']", path=path):
         load_table(path)
     x = normal(100, 2)
     x[:60, 1] = 0  # in the training part only
     path = saved(tmp_path, None, train=x[:60], val=x[60:80], test=x[80:])
-    with fails("constant in the 60 training rows", "--drop x2", path=path):
+    with fails("constant in the 60 training rows", "drop=['x2']", path=path):
         load_table(path)
 
 
@@ -481,7 +481,7 @@ def test_constant_columns(tmp_path):
 def test_copies_of_a_column(tmp_path, copy):
     x = normal(100, 3)
     path = saved(tmp_path, np.stack([*x.T, copy(x[:, 1])], axis=1))
-    with fails("exact copies", "x4 of x2", "--drop x4", path=path):
+    with fails("exact copies", "x4 of x2", "drop=['x4']", path=path):
         load_table(path)
 
 
@@ -493,10 +493,10 @@ def test_a_shared_outlier_makes_no_copies(tmp_path):
 
 def test_too_few_rows(tmp_path):
     path = saved(tmp_path, normal(11, 2))
-    with fails("9 rows to train on with 2 columns are too few", path=path):
+    with fails("at least 10 training rows for 2 columns; got 9", path=path):
         load_table(path)
     path = saved(tmp_path, normal(30, 24))
-    with fails("24 rows to train on with 24 columns", "--drop", path=path):
+    with fails("at least 25 training rows for 24 columns; got 24", "drop=", path=path):
         load_table(path)
 
 
@@ -507,7 +507,7 @@ def test_a_clean_table_warns_of_nothing(tmp_path):
     x = np.random.default_rng(0).uniform(0, 3, (2000, 6))
     x[:, 5] = np.sin(x[:, 0] * x[:, 1]) + 0.1 * x[:, 2]
     assert load_table(saved(tmp_path, x.astype(np.float32))).warnings == ()
-    assert load_table(saved(tmp_path, np.round(x, 4))).warnings == ()  # printed finely enough
+    assert load_table(saved(tmp_path, np.round(x, 4))).warnings == ()  # printed with enough digits
 
 
 def test_duplicate_rows(tmp_path):
@@ -516,8 +516,8 @@ def test_duplicate_rows(tmp_path):
     path = saved(tmp_path, x)
     table = load_table(path)
     assert len(table.warnings) == 1
-    warned(table, "10 of 1000 rows repeat an earlier one", "unbounded", "--dequantise")
-    blurred = load_table(path, dequantise=True)
+    warned(table, "10 of 1000 rows repeat an earlier row", "unbounded", "dequantize=True")
+    blurred = load_table(path, dequantize=True)
     warned(blurred, "10 of 1000 rows", "only blurred")
     assert len(np.unique(whole(blurred).round(12), axis=0)) == 1000
 
@@ -529,10 +529,11 @@ def test_atoms(tmp_path):
     path = saved(tmp_path, x)
     count = (x[:, 2] == 2).sum()
     table = load_table(path)
-    line = warned(table, "x2 (0.25 in 40 rows)", f"x3 (2 in {count} rows)", "--drop x2 x3")
-    assert "dequantising does not cure" in line
+    line = warned(table, "x2 (0.25 in 40 rows)", f"x3 (2 in {count} rows)", "drop=['x2', 'x3']")
+    assert "dequantizing does not remove" in line
     assert len(table.warnings) == 1
-    warned(load_table(path, dequantise=True), "dequantising does not cure", "x2 (0.25 in 40 rows)")
+    blurred = load_table(path, dequantize=True)
+    warned(blurred, "dequantizing does not remove", "x2 (0.25 in 40 rows)")
 
 
 def test_a_frequent_step_is_no_atom(tmp_path):
@@ -541,7 +542,7 @@ def test_a_frequent_step_is_no_atom(tmp_path):
     x[:, 1] = rng.integers(1, 20, 1000) * (rng.random(1000) < 0.4)  # counts, mostly zero
     table = load_table(saved(tmp_path, x))
     assert len(table.warnings) == 1
-    warned(table, "column x2 (20 distinct, steps of 1)", "--dequantise")
+    warned(table, "column x2 (20 distinct, steps of 1)", "dequantize=True")
 
 
 def test_integers_and_coarse_print(tmp_path):
@@ -551,10 +552,10 @@ def test_integers_and_coarse_print(tmp_path):
     path = saved(tmp_path, x)
     table = load_table(path)
     distinct = len(np.unique(x[:, 0]))
-    warned(table, f"x1 ({distinct} distinct, steps of 1)", "steps of 0.25", "of 1000 rows",
-           "--dequantise", "--drop x1 x2")  # fmt: skip
+    warned(table, f"x1 ({distinct} distinct, steps of 1)", "steps of 0.25", "the 1000 rows",
+           "dequantize=True", "drop=['x1', 'x2']")  # fmt: skip
     assert len(table.warnings) == 1
-    line = warned(load_table(path, dequantise=True), "dequantised columns x1 (1), x2 (0.25):")
+    line = warned(load_table(path, dequantize=True), "dequantized columns x1 (1), x2 (0.25):")
     assert "x3" not in line
 
 
@@ -562,15 +563,15 @@ def test_a_lattice_has_steps_not_duplicates(tmp_path):
     x = np.random.default_rng(0).integers(0, 10, (1000, 2))
     table = load_table(saved(tmp_path, x))
     assert len(table.warnings) == 1
-    warned(table, "x1 (10 distinct, steps of 1), x2 (10 distinct, steps of 1), of 1000 rows")
+    warned(table, "1000 rows of columns x1 (10 distinct, steps of 1), x2 (10 distinct, steps of 1)")
     table = load_table(saved(tmp_path, x[:, 0]))
     warned(table, "column x1 (10 distinct")
 
 
-def test_names_in_advice_are_quoted_for_the_shell(tmp_path):
+def test_names_in_advice_are_a_python_list(tmp_path):
     x = np.round(normal(500, 2), 1)
     path = text(tmp_path, "wind speed,b\n" + lines(x))
-    warned(load_table(path), "--drop 'wind speed' b")
+    warned(load_table(path), "drop=['wind speed', 'b']")
 
 
 @pytest.mark.parametrize(
@@ -588,7 +589,7 @@ def test_determined_columns(tmp_path, columns, explanation):
     x = np.stack(columns(*normal(3000, 3).T), axis=1)
     table = load_table(saved(tmp_path, x))
     line = warned(table, f"column {explanation}", "1 - R2 = ", "unbounded")
-    assert line.endswith(f"--drop {line.split()[1]}")
+    assert line.endswith(f"drop=[{line.split()[1]!r}]")
     assert len(table.warnings) == 1, table.warnings
 
 
@@ -624,14 +625,14 @@ def test_wide_tables_are_checked_too(tmp_path):
     warned(load_table(saved(tmp_path, x)), "x64 follows from 63 others together")
 
 
-# Dequantising
+# Dequantizing
 
 
 def test_noise_is_one_step_wide_seeded_and_before_the_split(tmp_path):
     x = normal(1000, 2)
     x[:, 0] = np.round(20 * x[:, 0]) * 0.5
     path = saved(tmp_path, x)
-    table, again, other = (load_table(path, dequantise=True, seed=seed) for seed in (0, 0, 1))
+    table, again, other = (load_table(path, dequantize=True, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(table.train, again.train)
     values = whole(table)
     noise = values[:, 0] - np.round(values[:, 0] * 2) / 2
@@ -643,9 +644,9 @@ def test_noise_is_one_step_wide_seeded_and_before_the_split(tmp_path):
     assert not np.array_equal(np.sort(whole(other)[:, 0]), np.sort(values[:, 0]))
 
 
-def test_dequantising_what_never_repeats_says_so(tmp_path):
+def test_dequantizing_what_never_repeats_says_so(tmp_path):
     x = normal(500, 2)
-    table = load_table(saved(tmp_path, x), dequantise=True)
+    table = load_table(saved(tmp_path, x), dequantize=True)
     warned(table, "changed nothing")
     np.testing.assert_allclose(np.sort(whole(table), axis=0), np.sort(x, axis=0), atol=1e-6)
 
@@ -654,9 +655,9 @@ def test_dequantising_what_never_repeats_says_so(tmp_path):
     ("column", "step"),
     [
         (lambda x: np.round(10 * x), 1.0),
-        (lambda x: np.round(50 * x) * 0.1, 0.1),  # 0.1 + 0.2 != 0.3: rounding is no step
+        (lambda x: np.round(50 * x) * 0.1, 0.1),  # 0.1 + 0.2 != 0.3: rounding is not a step
         (lambda x: np.array([float(f"{value:.3g}") for value in 1e3 * np.exp(x)]), 1.0),
-        (lambda x: np.concatenate([np.round(10 * x), [0.995]]), 1.0),  # one slip
+        (lambda x: np.concatenate([np.round(10 * x), [0.995]]), 1.0),  # one typo
         (lambda x: (x > 0) * 7.0, 7.0),
         (lambda x: np.round(2e4 * np.random.default_rng(1).random(x.shape)), 1.0),  # sparse
         (lambda x: x, 0.0),
@@ -674,9 +675,9 @@ def test_levels_merge_rounding():
     assert one.counts.tolist() == [1, 3, 1]
 
 
-def test_dequantise_leaves_columns_without_a_step():
+def test_dequantize_leaves_columns_without_a_step():
     x = normal(100, 2)
-    noisy = dequantise(x, np.array([0.0, 2.0]), np.random.default_rng(0))
+    noisy = dequantize(x, np.array([0.0, 2.0]), np.random.default_rng(0))
     np.testing.assert_array_equal(noisy[:, 0], x[:, 0])
     assert 0.9 < abs(noisy[:, 1] - x[:, 1]).max() <= 1
 
@@ -700,7 +701,7 @@ def test_columns_left_out_in_training_may_still_be_there(tmp_path):
 
 def test_rows_of_other_columns(tmp_path):
     path = text(tmp_path, HEADER + lines(X))
-    with fails("no column d", "a, b, d", "the file the 3 a, b, c", path=path):
+    with fails("no column d", "a, b, d", "the file has the 3 a, b, c", path=path):
         read_rows(path, ["a", "b", "d"])
     with fails("row 5 (line 7)", "'high'", path=tmp_path):
         read_rows(spoilt(tmp_path, "high"), ["a", "b", "c"])
@@ -722,6 +723,6 @@ def test_columns_are_taken_with_their_scale(tmp_path):
     np.testing.assert_allclose(
         part.scale.unstandardize(part.train), table.scale.unstandardize(table.train)[:, [0, 2]]
     )
-    for wanted, said in ((["q"], "no column q; there are a, b, c"), (["a", 1], "named twice")):
+    for wanted, said in ((["q"], "no column q: the columns are a"), (["a", 1], "named twice")):
         with pytest.raises(InputError, match=said):
             table.scale.positions(wanted)

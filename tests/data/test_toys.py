@@ -1,4 +1,4 @@
-"""The toys' samplers, densities and entropies against each other and against FFJORD's recipes."""
+"""Tests of the toys' samplers, densities and entropies, also against FFJORD's recipes."""
 
 from functools import cache, partial
 
@@ -15,7 +15,7 @@ from jcnf.data.toys import TOYS, toy
 
 NAMES = list(TOYS)
 SIDE = 96  # points along the coarse grid
-NUM = SIDE**2  # samples as many as grid points: one compiled log_prob a toy serves every test
+NUM = SIDE**2  # as many samples as grid points, so that each toy compiles one log_prob
 CELLS = 16  # histogram cells along a side
 
 
@@ -30,7 +30,7 @@ def samples(name):
 
 
 def grid_log_prob(name, half, side):
-    """The log-density at the midpoints of side^2 cells of [-half, half]^2, and their area."""
+    """Log-density at the midpoints of side^2 cells of [-half, half]^2, and the area of a cell."""
     c = (np.arange(side) + 0.5) * (2 * half / side) - half
     points = np.stack(np.meshgrid(c, c, indexing="ij"), axis=-1).reshape(-1, 2)
     log_p = np.asarray(TOYS[name].log_prob(jnp.asarray(points))).reshape(side, side)
@@ -52,13 +52,13 @@ def histogram_p_value(name, x):
     expected = np.exp(log_p).reshape(CELLS, fine, CELLS, fine).sum(axis=(1, 3)) * area * len(x)
     edges = np.linspace(-TOYS[name].extent, TOYS[name].extent, CELLS + 1)
     observed = np.histogram2d(*np.asarray(x).T, bins=(edges, edges))[0]
-    big = expected > 5  # the small cells, and the outside, make one cell
+    big = expected > 5  # small cells and the outside are merged into one
     observed, expected = ([*a[big], len(x) - a[big].sum() + 1e-9] for a in (observed, expected))
     return stats.chisquare(observed, expected, sum_check=False).pvalue
 
 
 def reference(name, num, seed=0):
-    """FFJORD's recipes in numpy, with x1 + i x2 for a point; and scikit-learn's generators."""
+    """Sample by FFJORD's recipes in numpy (points as x1 + i x2) or scikit-learn's generators."""
     rng = np.random.default_rng(seed)
     uniform, normal = (partial(f, size=num) for f in (rng.random, rng.standard_normal))
     noise = normal() + 1j * normal()
@@ -98,7 +98,7 @@ def reference(name, num, seed=0):
 
 def assert_mean_is_entropy(name, x):
     log_p = np.asarray(TOYS[name].log_prob(jnp.asarray(x)))
-    # The checkerboard's is constant: rounding is all that is left.
+    # The log-density of the checkerboard is constant, so only rounding remains.
     assert abs(-log_p.mean() - TOYS[name].entropy) <= 4 * stats.sem(log_p) + 1e-12
 
 
@@ -120,8 +120,7 @@ def test_float32(name):
     assert log_p.dtype == jnp.float32
     exact = TOYS[name].log_prob(jnp.asarray(x, jnp.float64))
     np.testing.assert_allclose(log_p[1:], exact[1:], atol=3e-5)
-    # The parabola's is of the order of x1^4.
-    # The square of a distance, of the parabola its fourth power.
+    # Far out, the log-density grows as the squared distance, for the parabola as its fourth power.
     lowest = -1e17 if name == "parabola" else -1e10
     assert log_p[0] == -np.inf if name == "checkerboard" else lowest < log_p[0] < -1e6
     with jax.enable_x64(False):
@@ -139,7 +138,7 @@ def test_density_has_mass_one_and_the_entropy_of_the_table(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_entropy_on_a_fine_grid(name):
-    # Whole squares, for the checkerboard; for the others wider windows, which hold all but 1e-14.
+    # The checkerboard needs whole squares; the wider windows of the others hold all but 1e-14.
     grids = {"checkerboard": (8, 512), "parabola": (7.5, 900)}
     half, side = grids.get(name, (1.5 * TOYS[name].extent, 900))
     mass, entropy = mass_and_entropy(*grid_log_prob(name, half, side))
@@ -173,7 +172,7 @@ def test_curve_quadrature_against_a_midpoint_rule(name):
     v = (np.arange(20_000) + 0.5) / 20_000
     path = {"2spirals": toys._spiral, "moons": toys._moon, "swissroll": toys._roll}[name]
     curve = np.asarray(path(jnp.asarray(v**2)))
-    centre = np.array([0, 0.3]) if name == "moons" else np.zeros(2)
+    center = np.array([0, 0.3]) if name == "moons" else np.zeros(2)
 
     def density(y):
         d = y[:, None, :] - curve
@@ -184,7 +183,7 @@ def test_curve_quadrature_against_a_midpoint_rule(name):
             p = np.prod(stats.norm.pdf(d, 0, 0.2), -1)
         return np.mean(p * 2 * v, axis=1)
 
-    y = np.asarray(x) - centre
+    y = np.asarray(x) - center
     p = density(y) if name == "swissroll" else (density(y) + density(-y)) / 2
     np.testing.assert_allclose(TOYS[name].log_prob(samples(name))[:32], np.log(p), atol=2e-6)
 

@@ -1,4 +1,4 @@
-"""Divergences: exact ones are the trace of the Jacobian, estimates are on average."""
+"""Divergences: exact ones equal the trace of the Jacobian, estimates do so on average."""
 
 from functools import cache, partial
 
@@ -14,11 +14,18 @@ from jaxtyping import Array, Float
 
 import jcnf
 from jcnf import Exact, ForwardMode, Hutchinson
-from jcnf.divergence import DIVERGENCES, Divergence, Drawn, HutchPlusPlus, Local, XTrace
-from jcnf.divergence.estimators import NOISES, SHIFT
+from jcnf.divergence import (
+    DIVERGENCES,
+    Divergence,
+    FieldEvaluation,
+    FixedNoise,
+    HutchPlusPlus,
+    XTrace,
+)
+from jcnf.divergence.estimators import NOISES, SKETCH_SHIFT
 from jcnf.fields import MLP
 
-NUM = 4000  # draws of an estimator
+NUM_DRAWS = 4000
 TIME, X, CONTEXT = jnp.asarray(0.4), jnp.array([0.3, -1.0, 0.7]), jnp.array([0.9, -0.2])
 EXACT = {
     "exact": Exact(),
@@ -44,7 +51,7 @@ class Diagonal(eqx.Module):
 
 
 def draws(strategy, field, x, noise, context=None):
-    """What a strategy finds at one point, for each of the noises."""
+    """Evaluate a strategy at one point, for each row of `noise`."""
     if noise is None:
         return strategy(field, TIME, x, context, None)
     return jax.vmap(lambda noise: strategy(field, TIME, x, context, noise))(noise)
@@ -52,18 +59,18 @@ def draws(strategy, field, x, noise, context=None):
 
 @cache
 def noises():
-    """Of each strategy, `NUM` times."""
+    """Draw the noise of each strategy `NUM_DRAWS` times."""
 
     @jax.jit
     def draw(key):
-        return {name: s.draw(key, NUM, 3, X.dtype) for name, s in STRATEGIES.items()}
+        return {name: s.draw(key, NUM_DRAWS, 3, X.dtype) for name, s in STRATEGIES.items()}
 
     return draw(jr.key(0))
 
 
 @cache
 def everything(name):
-    """Of a field: each strategy's draws, the velocity, and the Jacobian by reverse mode."""
+    """Return a field, each strategy's draws, the velocity, and the Jacobian by reverse mode."""
     field = FIELDS[name]()
     context = CONTEXT if field.context_dim else None
 
@@ -76,8 +83,8 @@ def everything(name):
 
 
 def assert_mean(values, expected, scale, exact):
-    """Equal if `exact`, and within 4 standard errors otherwise, which are small on this scale."""
-    error = 4 * np.std(values) / np.sqrt(NUM) + 1e-10
+    """Assert equality if `exact`, otherwise within 4 standard errors, small relative to `scale`."""
+    error = 4 * np.std(values) / np.sqrt(NUM_DRAWS) + 1e-10
     assert error < (2e-10 if exact else 0.1 * scale)
     np.testing.assert_allclose(np.mean(values), expected, rtol=0, atol=error)
 
@@ -111,7 +118,7 @@ def test_exact_asks_the_field_first():
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_hutchinsons_variance_is_known_and_falls_as_one_over_probes(noise, probes):
     _, found, _, jacobian = everything("mlp three hidden layers")
-    # Var(e' J e) = 2 |S|^2 for Gaussian e, without the diagonal for Rademacher; S symmetrises J.
+    # Var(e' J e) = 2 |S|^2 for Gaussian e, without the diagonal for Rademacher; S = (J + J')/2.
     symmetric = (jacobian + jacobian.T) / 2
     if noise == "rademacher":
         symmetric -= np.diag(np.diag(symmetric))
@@ -144,7 +151,7 @@ def test_noise_is_white_and_differs_between_samples_and_probes(noise):
 
 @cache
 def of_linear(strategy):
-    """200 draws of the estimate for a matrix, and their gradients in it."""
+    """Return a function of a matrix: 200 draws of the estimate, and their gradients in it."""
 
     @jax.jit
     def values_and_gradients(matrix):
@@ -167,21 +174,21 @@ def test_as_many_directions_as_dimensions_give_the_trace_and_its_gradient(strate
 
 
 def hutch_plus_plus(matrix, noise):
-    """By the definition."""
+    """Estimate the trace by the definition of Hutch++."""
     k = len(noise) // 2
     sketch, probes = noise[:k].T, noise[k:].T
-    q, _ = np.linalg.qr((matrix + SHIFT * np.eye(len(matrix))) @ sketch)
+    q, _ = np.linalg.qr((matrix + SKETCH_SHIFT * np.eye(len(matrix))) @ sketch)
     rest = probes - q @ q.T @ probes
     return np.trace(q.T @ matrix @ q) + np.trace(rest.T @ matrix @ rest) / k
 
 
 def x_trace(matrix, noise):
-    """By the definition: a basis anew for every vector left out."""
+    """Estimate the trace by the definition of XTrace, with a basis for each vector left out."""
     dim, k = len(matrix), len(noise)
     estimates = []
     for i, e in enumerate(noise):
         others = np.delete(noise, i, axis=0).T
-        q, _ = np.linalg.qr((matrix + SHIFT * np.eye(dim)) @ others)
+        q, _ = np.linalg.qr((matrix + SKETCH_SHIFT * np.eye(dim)) @ others)
         rest = e - q @ q.T @ e
         outside = (dim - k + 1) * rest @ matrix @ rest / (rest @ rest)
         estimates.append(np.trace(q.T @ matrix @ q) + outside)
@@ -192,7 +199,7 @@ SPECTRA = {"decaying": 0.3 ** np.arange(20.0), "flat": np.ones(20)}
 
 
 def with_spectrum(singular):
-    """A matrix that is not symmetric, of these singular values."""
+    """Return a nonsymmetric matrix with these singular values."""
     rng = np.random.default_rng(1)
     left, _ = np.linalg.qr(rng.normal(size=(20, 20)))
     right, _ = np.linalg.qr(left + 0.1 * rng.normal(size=(20, 20)))
@@ -201,7 +208,7 @@ def with_spectrum(singular):
 
 @cache
 def in_dimension_20(strategy):
-    """The strategy's noise, and its estimates for the matrix of each of `SPECTRA`."""
+    """Return the strategy's noise, and its estimates for the matrix of each of `SPECTRA`."""
 
     @jax.jit
     def evaluate(key, matrices):
@@ -241,7 +248,7 @@ def test_jacobians_of_hardly_any_rank(strategy, rank):
     matrix = rank * np.outer([1.0, 2.0, -1.0], [0.5, 1.0, 3.0])
     direction = np.array([[0.2, -1.0, 0.4], [0.7, 0.3, -0.6], [-0.1, 0.8, 0.5]])
     values, gradients = of_linear(strategy)(matrix)
-    # Most bases are within `SHIFT` of the range of a matrix of rank one.
+    # Most bases are within `SKETCH_SHIFT` of the range of a matrix of rank one.
     assert np.quantile(np.abs(values - np.trace(matrix)), 0.9) < 0.2
     expected = slope(lambda h: of_linear(strategy)(matrix + h * direction)[0], 1e-6)
     slopes = np.einsum("bij,ij->b", gradients, direction)
@@ -280,10 +287,10 @@ def test_exact_ones_draw_nothing_but_the_probes_asked_for():
 
 def test_drawn_keeps_its_noise_whatever_the_key():
     noise = noises()["xtrace 2"]
-    kept = Drawn(XTrace(2), noise)
-    np.testing.assert_array_equal(kept.draw(None, NUM, 3, X.dtype), noise)
-    assert kept.draw(jr.key(1), NUM, 3, jnp.float32).dtype == jnp.float32
-    assert Drawn(Exact(), None).draw(jr.key(1), NUM, 3, X.dtype) is None
+    kept = FixedNoise(XTrace(2), noise)
+    np.testing.assert_array_equal(kept.draw(None, NUM_DRAWS, 3, X.dtype), noise)
+    assert kept.draw(jr.key(1), NUM_DRAWS, 3, jnp.float32).dtype == jnp.float32
+    assert FixedNoise(Exact(), None).draw(jr.key(1), NUM_DRAWS, 3, X.dtype) is None
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -307,7 +314,7 @@ def test_a_strategy_of_ones_own_is_one_class():
         value: Float[Array, ""]
 
         def __call__(self, field, t, x, context, noise):
-            return Local(field(t, x, context), self.value)
+            return FieldEvaluation(field(t, x, context), self.value)
 
     flow = jcnf.CNF(Linear(jnp.asarray(MATRIX)), jcnf.distributions.StandardNormal(3))
     solve, divergence = jcnf.Solve(solver="euler", step=0.25), Constant(jnp.asarray(3.0))
@@ -326,7 +333,7 @@ def test_estimators_say_what_they_need(kind):
 
 @pytest.mark.parametrize("strategy", [Hutchinson(4, "orthogonal"), HutchPlusPlus(4), XTrace(4)])
 def test_no_more_orthogonal_directions_than_dimensions(strategy):
-    with pytest.raises(ValueError, match="has 4 orthogonal directions in dimension 3: use at most"):
+    with pytest.raises(ValueError, match="at most 3 probes in dimension 3; got probes=4"):
         strategy.draw(jr.key(0), 5, 3, jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a flow's errors is true: against the known densities of linear fields."""
+"""Reported errors of a flow are true ones, by the known densities of linear fields."""
 
 import dataclasses
 
@@ -19,7 +19,9 @@ LOOSE = Solve(rtol=1e-2, atol=1e-2, norm="worst")
 
 @pytest.mark.slow
 def test_the_numerical_error_is_that_to_the_known_density():
-    certificate = evaluate.certify(affine(), X, context=CONTEXT, solve=LOOSE, reference_points=10)
+    certificate = evaluate.accuracy_report(
+        affine(), X, context=CONTEXT, solve=LOOSE, reference_points=10
+    )
     error = np.abs(certificate.scores.log_prob - log_density(X, CONTEXT))
     assert np.max(error) > 1e-4
     few = np.linspace(0, 29, 10).astype(int)
@@ -34,15 +36,18 @@ def test_the_numerical_error_is_that_to_the_known_density():
     assert certificate.warnings() == []
 
 
+@pytest.mark.slow
 def test_rounding_is_part_of_the_error():
     solve = Solve(step=T / 64)  # of order 5: without rounding the error is below 1e-10
-    single = evaluate.certify(astype(linear(), jnp.float32), X.astype(jnp.float32), solve=solve)
+    single = evaluate.accuracy_report(
+        astype(linear(), jnp.float32), X.astype(jnp.float32), solve=solve
+    )
     assert 1e-8 < single.nll_error < 1e-5
-    assert evaluate.certify(linear(), X, solve=solve).nll_error < 1e-8
+    assert evaluate.accuracy_report(linear(), X, solve=solve).nll_error < 1e-8
 
 
 def test_an_estimator_is_averaged_and_its_spread_told():
-    certificate = evaluate.certify(
+    certificate = evaluate.accuracy_report(
         linear(), X, key=jr.key(0), solve=LOOSE, divergence=Hutchinson(), draws=50
     )
     # For a linear field the estimate is e'Ae along the whole path: Var = 2 |S - diag S|^2 T^2.
@@ -50,9 +55,9 @@ def test_an_estimator_is_averaged_and_its_spread_told():
     spread = np.sqrt(2 * np.sum((symmetric - np.diag(np.diag(symmetric))) ** 2)) * T
     expected = spread / np.sqrt(len(X) * 50)
     assert certificate.estimator_stderr == pytest.approx(expected, rel=0.35)
-    exact = evaluate.score(linear(), X, solve=LOOSE).nll
+    exact = evaluate.log_prob(linear(), X, solve=LOOSE).nll
     assert abs(certificate.scores.nll - exact) < 4 * expected
-    assert certificate.nll_error < 1e-2  # the solver's, with the same noise on both sides
+    assert certificate.nll_error < 1e-2  # only the solver's: both sides have the same noise
     assert certificate.numerics()["estimator_stderr"] == certificate.estimator_stderr
 
 
@@ -62,7 +67,7 @@ def test_what_cannot_be_trusted_is_said():
     x = jnp.tile(jnp.array([[0.3, -0.2], [0.3, -0.2001]]), (10, 1))
     euler = Solve(solver="euler", step=0.25, norm="worst")
     extent = (-0.5, 0.5, -0.5, 0.5)
-    found = evaluate.certify(flow, x, solve=euler, extent=extent, cells=10)
+    found = evaluate.accuracy_report(flow, x, solve=euler, extent=extent, cells=10)
     numerical, mass = found.warnings()
     assert "not below its statistical error" in numerical
     assert f"a mass of {found.grid.mass:.4f}" in mass
@@ -70,13 +75,15 @@ def test_what_cannot_be_trusted_is_said():
 
     broken = CNF(NotANumber(), StandardNormal(2))
     x = jnp.asarray(np.full((40, 2), 0.3)).at[7].set(2.0)
-    found = evaluate.certify(broken, x, extent=(-0.1, 0.1, -0.1, 0.1), cells=3)
+    found = evaluate.accuracy_report(broken, x, extent=(-0.1, 0.1, -0.1, 0.1), cells=3)
     assert found.failures == 1
     assert found.warnings()[0].startswith("the solve failed for 1 points")
     assert np.all(np.isfinite(found.log_prob_error))
     assert found.numerics()["grid_failures"] == 0
 
-    found = evaluate.certify(broken, x[7:8].repeat(40, 0), extent=(1.5, 2.0, 1.5, 2.0), cells=3)
+    found = evaluate.accuracy_report(
+        broken, x[7:8].repeat(40, 0), extent=(1.5, 2.0, 1.5, 2.0), cells=3
+    )
     assert found.failures == 40
     assert np.isnan(found.numerics()["log_prob_error"])
     assert any("9 cells of the grid" in warning for warning in found.warnings())
@@ -84,17 +91,18 @@ def test_what_cannot_be_trusted_is_said():
 
 def test_a_spread_needs_two_draws(unchecked):
     with pytest.raises(ValueError, match="at least 2 draws"):
-        evaluate.certify(linear(), X, key=jr.key(0), divergence=Hutchinson(), draws=1)
+        evaluate.accuracy_report(linear(), X, key=jr.key(0), divergence=Hutchinson(), draws=1)
     with pytest.raises(ValueError, match="Hutchinson draws noise: pass key"):
-        evaluate.certify(linear(), X, divergence=Hutchinson())
+        evaluate.accuracy_report(linear(), X, divergence=Hutchinson())
     with pytest.raises(ValueError, match="at least one sample"):
-        evaluate.score(linear(), X[:0])
+        evaluate.log_prob(linear(), X[:0])
 
 
+@pytest.mark.slow
 def test_mass_in_one_dimension():
     flow = CNF(mlp(1, (8, 8)), StandardNormal(1))
     x = flow.base.sample(jr.key(0), 200, X.dtype)
-    found = evaluate.certify(flow, 3 * x, cells=100, reference_points=0)
+    found = evaluate.accuracy_report(flow, 3 * x, cells=100, reference_points=0)
     assert found.numerics()["mass"] == pytest.approx(1, abs=1e-3)
     assert found.grid.log_prob.shape == (1000,)
 
@@ -103,16 +111,16 @@ def test_with_little_time_points_and_outer_cells_are_left_out_and_this_is_said()
     flow = CNF(mlp(2, ()), StandardNormal(2))
     x = flow.base.sample(jr.key(0), 3000, X.dtype)
     settings = {"reference_points": 0, "extent": (-4.0, 4.0, -4.0, 4.0), "cells": 120}
-    found = evaluate.certify(flow, x, seconds=1e-6, chunk=1000, **settings)
+    found = evaluate.accuracy_report(flow, x, seconds=1e-6, chunk=1000, **settings)
     assert len(found.points) == len(found.scores.log_prob) == 2000
-    whole = evaluate.score(flow, x[found.points])
+    whole = evaluate.log_prob(flow, x[found.points])
     np.testing.assert_allclose(found.scores.log_prob, whole.log_prob, atol=1e-5)
     assert (found.grid.unmeasured, found.grid.failures) == (120**2 - 10_000, 0)
     inner = slice(10, 110)
     assert not np.isnan(found.grid.log_prob[inner, inner]).any()
     measured = ~np.isnan(found.grid.log_prob)
     assert measured.sum() == 10_000
-    cells = evaluate.score(flow, found.grid.points[measured.ravel()][::100])
+    cells = evaluate.log_prob(flow, found.grid.points[measured.ravel()][::100])
     np.testing.assert_allclose(found.grid.log_prob[measured][::100], cells.log_prob, atol=1e-5)
     assert "2000 of 3000 points and the inner 10000 of 14400 cells" in found.warnings()[0]
 
@@ -127,16 +135,16 @@ def test_a_grid_is_of_one_or_two_dimensions(unchecked):
 @pytest.mark.slow
 @pytest.mark.parametrize("adjoint", ["checkpoint", "backsolve", "reversible"])
 def test_audit_of_a_gradient(adjoint):
-    flow, penalties = CNF(mlp(3, (4,)), StandardNormal(3), t1=T), {kinetic: 0.1}
+    flow, regularizers = CNF(mlp(3, (4,)), StandardNormal(3), t1=T), {kinetic: 0.1}
     solve = Solve(rtol=1e-6, atol=1e-6, adjoint=adjoint)
     audit = evaluate.audit_gradients(
-        flow, X[:5], key=jr.key(0), solve=solve, divergence=Hutchinson(), penalties=penalties
+        flow, X[:5], key=jr.key(0), solve=solve, divergence=Hutchinson(), regularizers=regularizers
     )
     assert not audit.failed
     assert audit.of_reference < 1e-7
     assert 0 < audit.to_true < 1e-3
-    assert audit.to_discretised < 1e-3
-    assert (audit.to_discretised == 0) == (adjoint == "checkpoint")
+    assert audit.to_discretized < 1e-3
+    assert (audit.to_discretized == 0) == (adjoint == "checkpoint")
 
 
 @pytest.mark.slow
@@ -145,7 +153,7 @@ def test_audit_sees_a_wrong_gradient_and_a_failed_solve():
     coarse = Solve(solver="euler", step=0.4, adjoint="backsolve")
     audit = evaluate.audit_gradients(flow, X[:5], solve=coarse)
     assert audit.to_true > 1e-2
-    assert audit.to_discretised > 1e-2
+    assert audit.to_discretized > 1e-2
     assert not audit.failed
     failing = dataclasses.replace(coarse, adjoint="checkpoint", max_steps=1)
     assert evaluate.audit_gradients(flow, X[:5], solve=failing).failed

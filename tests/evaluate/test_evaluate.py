@@ -1,4 +1,4 @@
-"""Held-out numbers: densities that integrate to 1, chunks, failures, baselines."""
+"""Evaluation: densities that integrate to 1, chunks, failures and baselines."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from scipy import stats
 
 from jcnf import CNF, Solve, evaluate
 from jcnf.distributions import Logistic, StandardNormal
-from jcnf.ode import PARTS
+from jcnf.ode import NUM_BINS
 
 pytestmark = pytest.mark.optimized
 
@@ -32,7 +32,7 @@ def test_density_integrates_to_one_on_a_grid(base, extent):
     grid = evaluate.grid(flow, extent, n=160)
     assert grid.failures == 0
     assert grid.log_prob.shape == (160, 160)
-    # The flow is far from the identity, or this would show little.
+    # The test is only meaningful if the flow is far from the identity.
     near = np.exp(grid.log_prob) > 1e-3
     identity = np.reshape(flow.base.log_prob(grid.points), (160, 160))
     assert np.std((grid.log_prob - identity)[near]) > 1
@@ -48,7 +48,7 @@ def test_grid_rows_are_y_and_columns_x():
     solve = Solve(solver="euler", step=1.0)
     grid = evaluate.grid(flow, (-4.0, 6.0, -6.0, 4.0), n=20, solve=solve)
     row, column = np.unravel_index(np.argmax(grid.log_prob), (20, 20))
-    x, y = (evaluate.cell_centres(interval, 20) for interval in (grid.extent[:2], grid.extent[2:]))
+    x, y = (evaluate.cell_centers(interval, 20) for interval in (grid.extent[:2], grid.extent[2:]))
     assert (abs(x[column] - 1), abs(y[row] - 2)) == (0.25, 0.25)
     np.testing.assert_array_equal(grid.points.reshape(20, 20, 2)[row, column], [x[column], y[row]])
     expected = stats.multivariate_normal([1, 2]).logpdf(grid.points)
@@ -58,7 +58,7 @@ def test_grid_rows_are_y_and_columns_x():
 def test_scores_are_log_densities_in_chunks_of_one_program():
     tally = Tally()
     flow = CNF(Traced(affine().field, tally), StandardNormal(3), t1=T)
-    scores = evaluate.score(flow, X, context=CONTEXT, chunk=5)  # a ragged last one
+    scores = evaluate.log_prob(flow, X, context=CONTEXT, chunk=5)  # the last one is smaller
     traced = tally.count
     expected = log_density(X, CONTEXT)
     np.testing.assert_allclose(scores.log_prob, expected, atol=1e-4)
@@ -68,14 +68,14 @@ def test_scores_are_log_densities_in_chunks_of_one_program():
     assert scores.stderr == pytest.approx(stats.sem(scores.log_prob))
     other = jax.tree.map(lambda a: 0.5 * a, flow)
     rows = np.r_[0:12, 0:6]
-    again = evaluate.score(other, X[rows], context=CONTEXT[rows], chunk=5)
+    again = evaluate.log_prob(other, X[rows], context=CONTEXT[rows], chunk=5)
     np.testing.assert_array_equal(again.log_prob[:6], again.log_prob[12:])
     assert not np.allclose(again.log_prob[:12], expected)
     assert tally.count == traced > 0
 
 
 class Burst(eqx.Module):
-    """-g(t) x with the integral 1.2 of g over the unit interval, nearly all of it around 0.4."""
+    """v = -g(t) x, where g integrates to 1.2 over the unit interval, nearly all near t = 0.4."""
 
     dim: int = 2
 
@@ -92,9 +92,9 @@ def test_many_chunks_take_the_steps_that_are_right_for_all(name):
 
     def run(n, solve=evaluate.ACCURATE):
         if name == "score":
-            found = evaluate.score(flow, x[:n], chunk=9, solve=solve)
+            found = evaluate.log_prob(flow, x[:n], chunk=9, solve=solve)
             return found.log_prob, found.nfe
-        found = evaluate.carry(flow, x[:n], name, chunk=9, solve=solve)
+        found = evaluate.transform(flow, x[:n], name, chunk=9, solve=solve)
         return found.x[-1], found.nfe
 
     (few, nfe_of_few), (many, nfe_of_many) = run(27), run(36)
@@ -104,8 +104,8 @@ def test_many_chunks_take_the_steps_that_are_right_for_all(name):
     exact = z if name != "score" else stats.norm.logpdf(z).sum(1) + 2 * 1.2
     for found in (few[:9], many[:9]):
         np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
-    # A given step plan is followed; a solve that follows none takes the same number of evaluations.
-    given = dataclasses.replace(evaluate.ACCURATE, step_plan=np.full(PARTS, 0.5))
+    # A given step plan is followed; a fixed-step solve, which follows none, has the same NFE.
+    given = dataclasses.replace(evaluate.ACCURATE, step_plan=np.full(NUM_BINS, 0.5))
     assert run(36, given)[1] == 6 * 32 + 1
     fixed = Solve(solver="midpoint", step=1 / 8)
     assert run(36, fixed)[1] == run(27, fixed)[1] == 16
@@ -113,7 +113,7 @@ def test_many_chunks_take_the_steps_that_are_right_for_all(name):
 
 def test_one_of_a_few_rows_fails_alone():
     x = jnp.asarray(np.full((5, 2), 0.5)).at[2].set(3.0)
-    scores = evaluate.score(CNF(NotANumber(), StandardNormal(2)), x)
+    scores = evaluate.log_prob(CNF(NotANumber(), StandardNormal(2)), x)
     assert np.flatnonzero(scores.failed).tolist() == [2]
     assert scores.stderr == 0
 
@@ -121,32 +121,32 @@ def test_one_of_a_few_rows_fails_alone():
 def test_a_row_that_fails_is_nan_and_fails_alone():
     flow = CNF(NotANumber(), StandardNormal(2))
     x = np.full((40, 2), 0.5)
-    x[[5, 39]] = 3.0  # in the first and in the last, filled up, of two chunks
-    scores = evaluate.score(flow, jnp.asarray(x), chunk=22)
+    x[[5, 39]] = 3.0  # in the first of two chunks, and in the last, which is padded
+    scores = evaluate.log_prob(flow, jnp.asarray(x), chunk=22)
     assert scores.failures == 2
     np.testing.assert_array_equal(np.flatnonzero(scores.failed), [5, 39])
     np.testing.assert_array_equal(np.isnan(scores.log_prob), scores.failed)
     expected = flow.base.log_prob(jnp.full((1, 2), 0.5 / np.e))[0] - 2
     np.testing.assert_allclose(scores.log_prob[~scores.failed], expected, atol=1e-4)
     assert np.isnan(scores.nll)
-    path = evaluate.transport(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=22)
+    path = evaluate.trajectory(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=22)
     np.testing.assert_array_equal(path.failed, scores.failed)
     np.testing.assert_array_equal(np.isnan(path.x).any((0, 2)), scores.failed)
 
 
 def test_transport_draw_and_roundtrip():
     times = np.array([0, 0.5, T])
-    path = evaluate.transport(affine(), X, jnp.asarray(times), context=CONTEXT, chunk=5)
+    path = evaluate.trajectory(affine(), X, jnp.asarray(times), context=CONTEXT, chunk=5)
     exact = np.stack([carried(X, t, CONTEXT) for t in times])
     assert path.x.shape == (3, 12, 3)
     assert path.failures == 0
     np.testing.assert_allclose(path.x, exact, atol=2e-4)
-    draws = evaluate.draw(linear(), jr.key(0), 12, solve=EULER)
+    draws = evaluate.sample(linear(), jr.key(0), 12, solve=EULER)
     z = linear().base.sample(jr.key(0), 12)
     up, down = (np.linalg.matrix_power(np.eye(3) + h * MATRIX, 4) for h in (T / 4, -T / 4))
     np.testing.assert_allclose(draws.x, [z, z @ up.T], atol=1e-12)
     assert draws.nfe == 4
-    # Euler's method there and back is not the identity, but known.
+    # A round trip by Euler's method is not the identity, but its error is known.
     error = np.max(np.abs(X @ (up @ down).T - X))
     assert error > 0.01
     assert evaluate.roundtrip_error(linear(), X, solve=EULER) == pytest.approx(error, rel=1e-9)
@@ -172,7 +172,7 @@ def test_a_context_of_another_length_is_refused(unchecked):
     flow = CNF(mlp(2, (4,), context_dim=1), StandardNormal(2))
     for rows in (3, 7):
         with pytest.raises(ValueError, match=r"expected context of shape \(5, context\)"):
-            evaluate.score(flow, jnp.zeros((5, 2)), context=jnp.zeros((rows, 1)))
+            evaluate.log_prob(flow, jnp.zeros((5, 2)), context=jnp.zeros((rows, 1)))
 
 
 def test_gaussian_of_a_singular_covariance_has_no_density():
@@ -207,7 +207,7 @@ def test_mmd_grows_with_the_shift_above_its_floor():
 
 @pytest.mark.parametrize("y", [jnp.ones((6, 2)), jnp.full((6, 2), jnp.nan)])
 def test_mmd_is_never_nan(y):
-    with pytest.raises(ValueError, match=r"no discrepancy|NaN or inf"):
+    with pytest.raises(ValueError, match=r"y must vary|NaN or inf"):
         evaluate.mmd(jnp.zeros((5, 2)), y)
 
 
@@ -227,13 +227,13 @@ def test_a_grid_is_cropped_to_the_cells_in_its_middle():
     np.testing.assert_allclose(found.log_prob, inner.log_prob, atol=1e-4)
     assert found.mass == pytest.approx(inner.mass, rel=1e-4)
     assert 0 < found.mass < whole.mass
-    with pytest.raises(ValueError, match="8 less an even number; got cells=5"):
+    with pytest.raises(ValueError, match="8 minus an even number; got cells=5"):
         whole.cropped(5)
 
 
 def test_every_chunk_is_reported_to_whoever_asks():
     flow, x, told = CNF(mlp(2, (4,)), StandardNormal(2)), jnp.zeros((7, 2)), []
     with evaluate.reporting(lambda done, number: told.append((done, number))):
-        evaluate.score(flow, x, chunk=3)
-    evaluate.score(flow, x, chunk=3)
+        evaluate.log_prob(flow, x, chunk=3)
+    evaluate.log_prob(flow, x, chunk=3)
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -1,4 +1,4 @@
-"""Scores of strangeness, codes of pictures, and how well sets are told apart."""
+"""Out-of-distribution scores, codes of images, and the AUROC of a score."""
 
 import itertools
 import math
@@ -24,17 +24,17 @@ def test_scores_by_hand():
 
 def test_complexity_is_the_difference_of_two_codes():
     """P gives each of 2 pixels one of 4 levels with probability 1/2: a density of 16/4 there."""
-    log_prob = np.log([4.0, 1.0])  # the other picture under the uniform density: 2 bits a pixel
+    log_prob = np.log([4.0, 1.0])  # the second image has the uniform density, 2 bits per pixel
     np.testing.assert_allclose(
         ood.complexity(log_prob, np.array([3.0, 3.0]), 2, 4), [2 - 3, 4 - 3], atol=1e-14
     )
 
 
-# The area under the curve
+# AUROC
 
 
 def test_auroc_by_hand():
-    """Of 6 pairs 4 are in order and one is a tie; DeLong's placements 1/2, 1 and 1, 3/4, 1/2."""
+    """4 of 6 pairs are in order and 1 is a tie; DeLong's placements: 1/2, 1 and 1, 3/4, 1/2."""
     value, stderr = auroc(np.array([3.0, 1.0, 2.0]), np.array([2.0, 4.0]))
     assert value == 0.75
     assert stderr == pytest.approx(math.sqrt(0.125 / 2 + 0.0625 / 3), rel=1e-14)
@@ -49,7 +49,7 @@ def test_auroc_counts_pairs(distinct):
 
 
 def test_auroc_of_normals_and_its_error():
-    """Phi(shift / sqrt 2); the error is that over 400 draws."""
+    """The value is Phi(shift / sqrt 2), and the error is its spread over 400 draws."""
     draws = RNG.normal(size=(400, 2, 120)) + np.array([0.0, 1.0])[:, None]
     found = np.array([auroc(*pair) for pair in draws])
     truth = 0.5 * (1 + math.erf(1 / 2))
@@ -87,7 +87,7 @@ def test_noise_takes_the_plain_code_and_no_more():
 
 
 def adaptive(symbols, levels):
-    """Krichevsky and Trofimov's code, a symbol at a time."""
+    """Length of Krichevsky and Trofimov's code, a symbol at a time."""
     counts, bits = [0.5] * levels, 0.0
     for symbol in symbols:
         bits -= math.log2(counts[symbol] / sum(counts))
@@ -98,14 +98,14 @@ def adaptive(symbols, levels):
 def test_small_pictures_take_the_adaptive_code():
     ramp = np.arange(8, dtype=np.uint8)
     pictures = np.stack([np.minimum(ramp[:, None], 2) * ramp % 4, ramp[:, None] % 17 + 0 * ramp])
-    grey, steps = pictures[0], np.diff(pictures[1].astype(int), axis=0, prepend=0)
+    gray, steps = pictures[0], np.diff(pictures[1].astype(int), axis=0, prepend=0)
     codes = code_length(pictures.reshape(2, 64), (8, 8, 1), 17)
-    assert codes[0] <= adaptive(grey.ravel(), 17) + 1e-9
-    assert codes[1] == pytest.approx(adaptive(steps.ravel(), 17), rel=1e-12)  # to the one above
+    assert codes[0] <= adaptive(gray.ravel(), 17) + 1e-9
+    assert codes[1] == pytest.approx(adaptive(steps.ravel(), 17), rel=1e-12)  # to the row above
 
 
 def test_codes_see_order_where_there_is_some():
-    """A slope is longer for deflate, which sees no two rows alike, than for PNG's differences."""
+    """A slope takes more bits by deflate, with no two rows alike, than by PNG's differences."""
     y, x = np.mgrid[:28, :28]
     slope = (5 * y + 3 * x + y * x // 7).astype(np.uint8).reshape(1, 784)
     length = code_length(slope, (28, 28, 1), 256)[0]
@@ -113,12 +113,12 @@ def test_codes_see_order_where_there_is_some():
     mixed = shuffled(RNG, slope)
     assert code_length(mixed, (28, 28, 1), 256)[0] > 2 * length
     assert code_length(np.zeros((1, 784), np.uint8), (28, 28, 1), 256)[0] < 200
-    colour = np.repeat(slope, 3, axis=1)
-    assert length < code_length(colour, (28, 28, 3), 256)[0] < 3 * length
+    color = np.repeat(slope, 3, axis=1)
+    assert length < code_length(color, (28, 28, 3), 256)[0] < 3 * length
 
 
 def test_no_code_is_shorter_than_counting_allows():
-    """Kraft: over all pictures the sum of 2^-length is 1 at most of a code, and there are seven."""
+    """Kraft: summed over all images, 2^-length is at most 1 for each of the seven codes."""
     every = (np.arange(2**12)[:, None] >> np.arange(12)) & 1
     lengths = code_length(every.astype(np.uint8), (3, 4, 1), 2)
     assert 1 <= np.sum(2.0**-lengths) <= 7
@@ -131,11 +131,11 @@ def test_pictures_at_fault(unchecked):
         code_length(pixels, (8, 7, 1), 17)
     with pytest.raises(ValueError, match="1 or 3 channels"):
         code_length(pixels, (4, 8, 2), 17)
-    with pytest.raises(ValueError, match=r"of 5 levels the last is 4"):
+    with pytest.raises(ValueError, match=r"at most 4 for levels=5; got"):
         code_length(pixels, (8, 8, 1), 5)
 
 
-def test_shuffled_pictures_keep_their_grey_values():
+def test_shuffled_pictures_keep_their_gray_values():
     pixels = np.tile(np.arange(200, dtype=np.uint8), (2, 1))
     mixed = shuffled(RNG, pixels)
     np.testing.assert_array_equal(np.sort(mixed, axis=1), pixels)
@@ -143,7 +143,7 @@ def test_shuffled_pictures_keep_their_grey_values():
     assert (mixed[0] != mixed[1]).mean() > 0.9  # each by its own permutation
 
 
-# The picture
+# The figure
 
 
 def test_histograms_are_shares_and_say_what_they_leave_out():
@@ -160,7 +160,7 @@ def test_histograms_are_shares_and_say_what_they_leave_out():
     low, high = left.get_xlim()
     assert inside.min() >= low > -20
     assert high < 20
-    assert left.get_ylim()[1] < 2 * max(first.max(), near.max())  # which the far ones leave
+    assert left.get_ylim()[1] < 2 * max(first.max(), near.max())  # the far values do not squeeze it
     assert left.get_title() == "far: 99 beyond the view\nfar: 1 not finite, left out"
     legend = [text.get_text() for text in left.get_legend().get_texts()]
     assert legend == ["in", "near, AUROC 0.760", "far, AUROC 1.000"]
@@ -174,7 +174,7 @@ def test_codes_and_typicality_refuse_what_gives_no_number(unchecked):
     for x, shape, levels, fault in (
         (pixels, (2, 2), 17, "expected uint8 pixels"),
         (pixels.astype(float), (2, 2, 1), 17, "expected uint8 pixels"),
-        (pixels, (2, 2, 1), 70_000, "at most 256 levels"),
+        (pixels, (2, 2, 1), 70_000, "at most 256 for uint8"),
     ):
         with pytest.raises(ValueError, match=fault):
             code_length(x, shape, levels)

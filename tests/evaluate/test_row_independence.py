@@ -1,7 +1,7 @@
-"""A row's numbers do not depend on the batch it is in, at the compile options that users have.
+"""A row's results do not depend on the batch it is in, with the compile options of users.
 
-Compilers are sometimes wrong for large batches alone: jaxlib 0.10.2 on CPUs gives wrong values from
-row 8192 on, in 2 dimensions, where a field normalizes its input.
+Compilers are sometimes wrong for large batches only: jaxlib 0.10.2 on CPUs gives wrong values from
+row 8192 on, in 2 dimensions, if a field normalizes its input.
 """
 
 import re
@@ -30,7 +30,7 @@ from jcnf import (
     transform,
 )
 from jcnf.distributions import StandardNormal
-from jcnf.divergence import Drawn
+from jcnf.divergence import FixedNoise
 
 pytestmark = pytest.mark.optimized
 
@@ -42,7 +42,7 @@ DIVERGENCES = {
     "hutch++": HutchPlusPlus(),
     "xtrace": XTrace(),
 }
-# Steps that do not depend on the rows, so that all that may differ is rounding.
+# Steps that do not depend on the rows, so that only rounding may differ.
 STEPS = Solve(solver="heun", step=T / 2)
 QUICK = {
     ("normalizing", "exact", "to_base"),
@@ -76,7 +76,7 @@ def test_trace_of_a_jacobian_is_right_in_every_row_of_a_large_batch(batch, dim):
 
 @eqx.filter_jit
 def everything(flow, x, context, divergence, weights, direction):
-    """The ends, log-dets and their gradients in each row and in the parameters."""
+    """Return the ends, log-dets and gradients of each row, and the gradient in the parameters."""
 
     def total(flow, x):
         found = transform(
@@ -111,7 +111,7 @@ def test_rows_of_a_large_batch_are_those_of_small_ones(name, divergence, directi
 
     def run(some, dtype=jnp.float32):
         given, (x, context, weights) = astype((flow, tuple(a[some] for a in rows)), dtype)
-        drawn = Drawn(strategy, None if noise is None else noise[some])
+        drawn = FixedNoise(strategy, None if noise is None else noise[some])
         context = context if flow.context_dim else None
         return everything(given, x, context, drawn, weights, direction)
 
@@ -126,25 +126,25 @@ def test_rows_of_a_large_batch_are_those_of_small_ones(name, divergence, directi
         wrong = np.flatnonzero(~(difference <= 1e-3 * (size + np.median(size))))
         assert wrong.size <= ROWS / 1000, f"{quantity}: {wrong.size} rows, first {wrong[:3]}"
         if wrong.size:
-            # In a few ill-conditioned rows float32 itself is as far from float64.
+            # In a few ill-conditioned rows, float32 is as far from float64 in any batch.
             exact = run(wrong, jnp.float64)[0][quantity]
             error = np.max(np.abs(expected[wrong] - exact), axis=1)
             assert np.all(difference[wrong] <= 10 * error), f"{quantity}: of {wrong}"
     summed = total(of_parameters for _, of_parameters in parts)
     differences = distances(by_params, summed)
     if np.any(differences > 1e-3):
-        # One ill-conditioned row can be most of a gradient, and its rounding too.
+        # One ill-conditioned row can dominate a gradient, and so can its rounding.
         exact = total(run(some, jnp.float64)[1] for some in few)
         assert np.all(differences <= np.maximum(1e-3, 10 * distances(summed, exact)))
 
 
 def total(trees):
-    """The sum of pytrees, leaf by leaf."""
+    """Sum pytrees leaf by leaf."""
     return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *trees)
 
 
 def distances(tree, expected):
-    """How far each leaf is from what is expected, relative to the largest of its entries."""
+    """Largest difference of each leaf from `expected`, relative to its largest entry."""
     pairs = zip(*map(jax.tree.leaves, (tree, expected)), strict=True)
     return np.array([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs])
 
@@ -152,8 +152,8 @@ def distances(tree, expected):
 class WrongLate(CNF):
     """A flow whose log-dets are wrong from row 60 of a batch on."""
 
-    def carry_with_logdet(self, x, *args):
-        found = super().carry_with_logdet(x, *args)
+    def transform_and_log_det(self, x, *args):
+        found = super().transform_and_log_det(x, *args)
         wrong = jnp.where(jnp.arange(len(x)) < 60, 0.0, 0.3)
         return found._replace(logdet=found.logdet + wrong.astype(x.dtype))
 
@@ -161,12 +161,12 @@ class WrongLate(CNF):
 def test_certificate_names_rows_that_depend_on_their_place():
     flow = WrongLate(FIELDS["normalizing"](), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(100, 3)))
-    found = evaluate.certify(flow, x, reference_points=0)
+    found = evaluate.accuracy_report(flow, x, reference_points=0)
     expected = "40 of 100 rows (first: 60, 61, 62, ...) differ from their first copy, by up to 0.3 "
     assert expected in found.warnings()[0]
     assert found.numerics()["row_difference"] == pytest.approx(0.3, rel=1e-6)
     np.testing.assert_array_equal(found.row_independence.wrong_rows, np.arange(60, 100))
-    # In a batch that is small enough none is wrong.
+    # In a small enough batch no row is wrong.
     assert evaluate.row_independence(flow, x, batch=50).warning() is None
 
 
@@ -174,7 +174,7 @@ def test_certificate_names_rows_that_depend_on_their_place():
 def test_certificate_of_a_large_batch_of_a_normalizing_field_has_no_warning():
     flow = astype(CNF(FIELDS["normalizing"](), StandardNormal(3)), jnp.float32)
     x = jr.normal(jr.key(0), (10_000, 3), jnp.float32)
-    found = evaluate.certify(flow, x, reference_points=0)
+    found = evaluate.accuracy_report(flow, x, reference_points=0)
     assert found.row_independence.warning() is None
     assert found.numerics()["row_difference"] < 1e-4
 
@@ -184,7 +184,7 @@ def test_copies_of_rows_go_through_the_program_that_scores(divergence):
     flow = CNF(FIELDS["mlp ignore"](), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(3).normal(size=(20, 3)))
     settings = {"key": jr.key(0), "divergence": divergence}
-    evaluate.score(flow, x, **settings)
+    evaluate.log_prob(flow, x, **settings)
     with compilations() as names:
         evaluate.row_independence(flow, x, batch=20, **settings)
     assert "jit(_score)" not in names

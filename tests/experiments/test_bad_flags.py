@@ -1,4 +1,4 @@
-"""Hostile flags of every experiment are refused by `check`, before anything is compiled."""
+"""Bad values of the flags of every experiment are refused by `check`, before anything compiles."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ import tyro
 
 from jcnf._checks import InputError
 
-THERE = Path(__file__)  # a file that exists, for paths whose content is looked at later
+THERE = Path(__file__)  # an existing file, for paths whose content `check` does not read
 KINDS = {
     "adjoints": ["Adjoints"],
     "benchmark": ["Benchmark"],
@@ -59,11 +59,11 @@ HOSTILE = {
         for name, weight in [("nonsense", 1.0), ("kinetic", math.nan), ("kinetic", -1.0)]
     ),
 }
-FINE = {  # settings whose value is no mistake, or is found out from the file
+FINE = {  # values that are valid, or whose mistake shows only when the file is read
     ("clip", math.inf): "no clipping",
     ("clip", 1e30): "no clipping",
-    ("drop", ("nonsense",)): "the table's columns are known when it is read",
-    ("context", ("nonsense",)): "the same",
+    ("drop", ("nonsense",)): "columns are known only when the table is read",
+    ("context", ("nonsense",)): "columns are known only when the table is read",
     ("time_dims", ()): "nothing is timed",
     ("widths", ()): "an affine field or network",
 }
@@ -82,7 +82,7 @@ def hostile(hint):
 
 
 def sweep(kind):
-    """Every setting with every hostile value of its type."""
+    """Yield every setting with every hostile value of its type."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         for value in hostile(hints[field.name]):
@@ -131,19 +131,19 @@ BAD = {
         "toy2d",
         "Toy2D",
         "--objective likelihood --fixed-step 3",
-        ["--fixed-step", "beyond"],
+        ["--fixed-step", "at most", "got 3"],
     ),
     "a tolerance beyond float32": (
         "toy2d",
         "Toy2D",
         "--objective likelihood --rtol 1e-9 --atol 1e-9",
-        ["1e-09", "float32", "--x64"],
+        ["1e-09", "float32", "JAX_ENABLE_X64"],
     ),
     "test tolerance beyond float32": (
         "toy2d",
         "Toy2D",
         "--test-tolerance 1e-9",
-        ["--test-tolerance", "float32", "--x64"],
+        ["--test-tolerance", "float32", "JAX_ENABLE_X64"],
     ),
     "a tolerance beyond float64": (
         "toy2d",
@@ -158,7 +158,7 @@ BAD = {
         ["--float32-at", "float32"],
     ),
     "a posterior of float32": ("latent", "Latent", "--rtol 1e-10 --atol 1e-10", ["float32"]),
-    "chains beyond float32": ("imputation", "Imputation", "--data t --tolerance 1e-9", ["--x64"]),
+    "chains beyond float32": ("imputation", "Imputation", "--data t --tolerance 1e-9", ["float64"]),
     "steer beyond the end": (
         "toy2d",
         "Toy2D",
@@ -170,19 +170,19 @@ BAD = {
     "a NaN penalty": (
         "toy2d",
         "Toy2D",
-        "--objective likelihood --penalties kinetic nan",
-        ["--penalties", "kinetic"],
+        "--objective likelihood --regularizers kinetic nan",
+        ["--regularizers", "kinetic"],
     ),
     "a penalty twice": (
         "toy2d",
         "Toy2D",
-        "--objective likelihood --penalties kinetic 1 kinetic 2",
+        "--objective likelihood --regularizers kinetic 1 kinetic 2",
         ["twice", "kinetic"],
     ),
     "hjb of a resnet": (
         "toy2d",
         "Toy2D",
-        "--objective likelihood --penalties hjb 1",
+        "--objective likelihood --regularizers hjb 1",
         ["hjb", "potential"],
     ),
     "more orthogonal probes than dimensions": (
@@ -206,7 +206,12 @@ BAD = {
     "seconds for a peer": ("tabular", "Tabular", "--suite digits --peer-seconds -1", ["--peer"]),
     "a suite of nobody": ("tabular", "Tabular", "--suite mnist", ["'mnist'", "power"]),
     "a run of nobody": ("inpaint", "Inpaint", "", ["--from"]),
-    "a flow of nobody": ("estimators", "Estimators", "--from nowhere", ["nowhere", "run dir"]),
+    "a flow of nobody": (
+        "estimators",
+        "Estimators",
+        "--from nowhere",
+        ["nowhere", "checkpoint"],
+    ),
     "no run to hold anything against": ("ood", "OOD", "", ["--from"]),
 }
 

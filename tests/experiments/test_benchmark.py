@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its suites at a tiny size, its flags; peers where they are."""
+"""The benchmark: its arithmetic, its suites at a tiny size, its flags, and installed peers."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ LOOSE = Solve(rtol=1e-3, atol=1e-3)
 
 @pytest.fixture
 def promotion():
-    """As it is outside of tests, where optax takes powers of whole numbers."""
+    """Promotion as it is outside of tests, which optax needs for powers of whole numbers."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -55,7 +55,7 @@ def test_ratios_are_of_the_rounds_that_both_were_in():
 
 
 def test_programs_take_turns_after_runs_that_are_not_timed(monkeypatch):
-    monkeypatch.setattr(timing, "TURN", 0.0)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     order = []
     programs = {
         name: timing.Program(lambda name=name: order.append(name), {"loss": 1.0}, work=4)
@@ -70,7 +70,7 @@ def test_programs_take_turns_after_runs_that_are_not_timed(monkeypatch):
 
 
 def test_a_turn_of_a_short_program_is_many_runs(monkeypatch):
-    monkeypatch.setattr(timing, "TURN", 0.05)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.05)
     runs = []
     program = timing.Program(lambda: (runs.append(0), time.sleep(0.005)), {})
     result = timing.measure({"short": program}, 2)["short"]
@@ -124,7 +124,7 @@ def test_the_step_of_all_jax_programs_is_the_same_work(tiny):
 
 @pytest.mark.slow
 def test_the_unrolled_program_computes_our_loss(tiny):
-    # Weights of which a solve takes several steps.
+    # Larger weights, with which a solve takes several steps.
     flow, solve = jax.tree.map(lambda a: 3 * a, tiny.flow), Solve(rtol=1e-5, atol=1e-5)
     steep = dataclasses.replace(tiny, flow=flow, solve=solve)
     here = ours.training_step(steep)
@@ -133,7 +133,7 @@ def test_the_unrolled_program_computes_our_loss(tiny):
     assert again.figures["grad_norm"] == pytest.approx(here.figures["grad_norm"], rel=1e-9)
     assert program.figures["loss"] == pytest.approx(here.figures["loss"], rel=1e-9)
     assert program.figures["grad_norm"] == pytest.approx(here.figures["grad_norm"], rel=1e-9)
-    # The last evaluation of ours is that of the error alone.
+    # The last evaluation of ours serves only the error estimate.
     assert program.figures["nfe"] == here.figures["nfe"] - 1 >= 3 * 6
 
 
@@ -151,10 +151,10 @@ def test_many_points_at_one_accuracy(tiny):
         found = time_points(tiny, 30, 1, 1.0, with_peers=False)
         assert list(found) == list(evaluate.ERRORS)
         for error, results in found.items():
-            assert len(results) == 3  # as it is, on a step plan, and diffrax
+            assert len(results) == 3  # plain, with a step plan, and diffrax
             for result in results.values():
                 assert result["error"] <= error
-                assert result["tolerance"] in evaluate.LADDER
+                assert result["tolerance"] in evaluate.TOLERANCES
                 assert result["points"] == 30
 
 
@@ -171,7 +171,7 @@ def test_the_fastest_of_those_that_are_accurate():
 @pytest.mark.slow
 def test_flow_matching_against_bare_passes(monkeypatch):
     monkeypatch.setattr(matching, "BATCH", 8)
-    monkeypatch.setattr(matching, "PER_DISPATCH", 2)
+    monkeypatch.setattr(matching, "STEPS_PER_DISPATCH", 2)
     results = matching.run(matching.residual(2, 4), 1, 1.0)
     assert set(results) == {"jcnf", "bare passes"}
 
@@ -226,7 +226,7 @@ def test_bad_settings_say_what_to_do(settings, words):
 
 
 def test_peers_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
+    monkeypatch.setattr(peers, "PACKAGES", ("no_such_peer",))
     with pytest.raises(InputError, match=r"no_such_peer: pip install .* '\.\[peers\]'"):
         Benchmark(peers=True).check()
 
@@ -239,13 +239,14 @@ def test_a_peer_that_cannot_be_imported_is_named_and_left_out(monkeypatch, capsy
     peers._program_of.cache_clear()
     assert peers.load("torchdyn") == peers.load("torchdyn") == {}
     peers._program_of.cache_clear()
-    said = "  torchdyn: left out, for it cannot be imported (operator torchvision::nms does not "
-    assert capsys.readouterr().out == said + "exist)\n"
+    said = "  torchdyn: left out because it cannot be imported (operator torchvision::nms does "
+    assert capsys.readouterr().out == said + "not exist)\n"
 
 
 @pytest.mark.slow
 def test_a_run_writes_its_numbers_and_no_torch_is_imported(tmp_path):
-    script = "import sys; from experiments import benchmark; from experiments.harness import main\n"
+    script = "import sys; from experiments import benchmark\n"
+    script += "from experiments._runner.cli import main\n"
     script += "benchmark.startup.FIRST_STEP = 'pass'\n"
     script += "main(benchmark.run, benchmark.Benchmark); assert 'torch' not in sys.modules"
     flags = ["--suites", "startup", "--rounds", "1", "--out", tmp_path / "run"]
@@ -259,7 +260,7 @@ def test_a_run_writes_its_numbers_and_no_torch_is_imported(tmp_path):
 
 @pytest.fixture(scope="module", params=["toy", "circles", "table"])
 def case_and_gradient(request):
-    """A case, and the norm of our gradient."""
+    """A case and the norm of our gradient."""
     pytest.importorskip("torch")
     with jax.numpy_dtype_promotion("standard"):
         kind = request.param
@@ -281,5 +282,5 @@ def test_a_peer_has_our_loss_and_gradient(name, case_and_gradient):
 
 def test_torchcfm_has_our_loss(monkeypatch):
     pytest.importorskip("torchcfm")
-    monkeypatch.setattr(matching, "PER_DISPATCH", 2)
+    monkeypatch.setattr(matching, "STEPS_PER_DISPATCH", 2)
     assert "torchcfm" in matching.against_torchcfm(matching.dense(2, 8), 1, 1.0)

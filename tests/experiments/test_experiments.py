@@ -1,4 +1,4 @@
-"""The experiments as a person runs them: whole runs, resumption, and what bad input says."""
+"""The experiments as a user runs them: whole runs, resuming, and messages for bad input."""
 
 import errno
 import importlib
@@ -101,7 +101,7 @@ def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
     summary = json.loads((density_run / "summary.json").read_text())
     metrics = summary["metrics"]
     x = np.loadtxt(table, delimiter=",", skiprows=1)
-    # Standardizing by the training part is close to standardizing by the whole.
+    # The standard deviations of the training part are close to those of the whole table.
     log_std = np.log(x.std(axis=0)).sum()
     assert metrics["test_nll_original"] - metrics["test_nll"] == pytest.approx(log_std, abs=0.2)
 
@@ -115,7 +115,7 @@ def test_density_scores_in_the_units_of_the_data(density_run, table, tmp_path):
     samples = np.loadtxt(tmp_path / "samples.csv", delimiter=",", skiprows=1)
     assert samples.shape == (2000, 3)
     assert (tmp_path / "samples.csv").read_text().startswith("a,b,c\n")
-    # The hardly trained flow is near its base: the samples have the data's centre and scale.
+    # The hardly trained flow is near its base: its samples have the center and scale of the data.
     np.testing.assert_allclose(samples.mean(axis=0), x.mean(axis=0), atol=0.5 * x.std(axis=0).min())
 
     again = run("density", "--from", density_run, "--score", table, "--out", tmp_path)
@@ -132,12 +132,12 @@ def test_density_given_a_column_scores_and_samples_the_others(table, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     metrics = summary["metrics"]
     x = np.loadtxt(table, delimiter=",", skiprows=1)
-    # A density of c alone: of one column, in its units.
+    # The density is of c alone, in its units.
     assert metrics["test_nll_original"] - metrics["test_nll"] == pytest.approx(
         np.log(x[:, 2].std()), abs=0.2
     )
     samples = np.loadtxt(out / "samples.csv", delimiter=",", skiprows=1)
-    # The given columns are those of test rows.
+    # The given columns come from test rows.
     known = {tuple(row) for row in np.round(x[:, :2], 2)}
     assert {tuple(row) for row in np.round(samples[:50, :2], 2)} <= known
 
@@ -171,17 +171,17 @@ BAD = {
     "out of something else": (["toy2d", "--out", "."], ["not empty", "--out"]),
     "no data": (["density"], ["--data", "--from"]),
     "missing file": (["density", "--data", "none.csv"], ["none.csv"]),
-    "text": (["density", "--data", "text.csv"], ["row 2", "column 2", "'high'", "--drop"]),
+    "text": (["density", "--data", "text.csv"], ["row 2", "column 2", "'high'", "drop="]),
     "NaN": (["density", "--data", "nan.csv"], ["row 3", "column 1"]),
-    "constant": (["density", "--data", "constant.csv"], ["constant", "--drop"]),
-    "duplicated": (["density", "--data", "copy.csv"], ["copies", "--drop"]),
+    "constant": (["density", "--data", "constant.csv"], ["constant", "drop="]),
+    "duplicated": (["density", "--data", "copy.csv"], ["copies", "drop="]),
     "unknown objective": (["toy2d", "--objective", "elbo"], ["elbo", "flow_matching"]),
     "unknown path": (["toy2d", "--path", "round"], ["round", "linear"]),
     "unknown coupling": (["toy2d", "--coupling", "ot"], ["ot", "sinkhorn"]),
     "unknown times": (["toy2d", "--times", "early"], ["early", "lattice"]),
-    "penalties of no use": (
-        ["toy2d", "--penalties", "hjb", "1"],
-        ["--penalties", "likelihood"],
+    "regularizers of no use": (
+        ["toy2d", "--regularizers", "hjb", "1"],
+        ["--regularizers", "likelihood"],
     ),
     "context of a run": (["density", "--from", "r", "--samples", "3", "--drop", "a"], ["--drop"]),
     "couplings of no use": (
@@ -223,7 +223,7 @@ BAD = {
     "unknown context": (["density", "--data", "few.csv", "--context", "q"], ["q", "a, b"]),
     "nothing to model": (["density", "--data", "few.csv", "--context", "a", "b"], ["--context"]),
     "given for nothing": (["density", "--data", "few.csv", "--given", "few.csv"], ["--given"]),
-    "unknown drop": (["density", "--data", "few.csv", "--drop", "q"], ["q", "--drop"]),
+    "unknown drop": (["density", "--data", "few.csv", "--drop", "q"], ["no column 'q'", "drop"]),
     "score missing": (
         ["density", "--data", "few.csv", "--batch", "8", "--score", "n.csv"],
         ["n.csv"],
@@ -237,8 +237,8 @@ BAD = {
     "nothing hidden": (["imputation", "--data", "few.csv", "--hide", "0"], ["--hide"]),
     "from for nothing": (["density", "--from", "nowhere"], ["--score", "--samples"]),
     "unknown energy": (["energy", "--target", "u5"], ["'u5'", "u1", "module:function"]),
-    "energy without extent": (["energy", "--target", "mine:bowl"], ["mine:bowl", "--extent"]),
-    "extent of no use": (["energy", "--extent", "-1", "1", "-1", "1"], ["u1", "--extent"]),
+    "energy without extent": (["energy", "--target", "mine:bowl"], ["mine:bowl", "extent=(z1_min"]),
+    "extent of no use": (["energy", "--extent", "-1", "1", "-1", "1"], ["u1", "its own extent"]),
     "no data to finetune by": (["energy", "--finetune-steps", "5"], ["--finetune-steps"]),
     "energy by likelihood": (["energy", "--objective", "likelihood"], ["reverse_kl"]),
     "path of an energy": (["energy", "--path", "trigonometric"], ["--path", "flow_matching"]),
@@ -351,7 +351,7 @@ def test_bad_input_says_what_to_do(name, bad_files, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [(["--data", "t.csv"], "--resume"), (["--from", "run", "--samples", "3"], "but the files")],
+    [(["--data", "t.csv"], "--resume"), (["--from", "run", "--samples", "3"], "only the files")],
 )
 def test_a_full_disk_is_named_where_its_error_names_none(words, hint, monkeypatch, capsys):
     from experiments._runner.cli import main
@@ -432,7 +432,17 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
         ("conditional", ["--steps", 10, "--test-points", 20, *SMALL], "guidance"),
         (
             "gaussian_1d",
-            ["--steps", 2, "--lbfgs-steps", 2, "--test-points", 50, "--penalties", "lambda2", 0.01],
+            [
+                "--steps",
+                2,
+                "--lbfgs-steps",
+                2,
+                "--test-points",
+                50,
+                "--regularizers",
+                "lambda2",
+                0.01,
+            ],
             "histogram",
         ),
         ("two_circles", ["--steps", 4, "--test-points", 20, *SMALL[2:], *PLANAR], "densities"),
@@ -512,13 +522,18 @@ def test_the_settings_of_a_run_are_found_by_name(tmp_path):
     settings = PlaneNICE(out=tmp_path / "run")
     RunDir("nice", settings).save_flow(CNF(Straight(), StandardNormal(2)), {})
     assert kind_of(tmp_path / "run") is PlaneNICE
-    for name in ("os:system", "experiments.nice:CALIBRATION", "experiments.no:One", "experiments"):
+    for name in (
+        "os:system",
+        "experiments.nice:CALIBRATION_IMAGES",
+        "experiments.no:One",
+        "experiments",
+    ):
         notes = {"experiment": "nice", "settings": name, "config": {}, "dim": 2, "context_dim": 0}
         checkpoint.save(tmp_path / "flow.jcnf", (), notes)
         with pytest.raises(InputError, match="a run of another experiment or version"):
             kind_of(tmp_path)
     checkpoint.save(tmp_path / "flow.jcnf", (), {"place": {}})
-    with pytest.raises(InputError, match="holds something else than a trained flow"):
+    with pytest.raises(InputError, match="is not a trained flow"):
         kind_of(tmp_path)
 
 
@@ -532,14 +547,14 @@ def test_a_table_of_the_suite_is_measured_and_read_by_density(tmp_path):
     done = run("tabular", *words)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((out / "summary.json").read_text())["metrics"]
-    # The hardly trained flow is its base, which is the data's distribution here.
+    # The hardly trained flow is near its base, which is the distribution of the data here.
     assert metrics["test_nll"] == pytest.approx(43 / 2 * np.log(2 * np.pi * np.e), abs=3)
     assert metrics["gaussian_nll"] == pytest.approx(metrics["test_nll"], abs=3)
     done = run("density", "--from", out, "--samples", 5, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_digits_are_dequantised_and_split_for_good():
+def test_digits_are_dequantized_and_split_for_good():
     from jcnf.data.images import load_digits_table
 
     table, again = load_digits_table(), load_digits_table()
@@ -581,7 +596,7 @@ def test_killed_between_stages_ends_bit_for_bit_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_of_training_ends_early_and_the_next_goes_on(tmp_path):
-    """At a rate of nothing no validation after the first is a new best."""
+    """With a learning rate near 0 no validation after the first is a new best."""
     words = ["--steps", 400, "--patience", 2, "--finetune-steps", 6, "--learning-rate", 1e-30]
     out = tmp_path / "run"
     done = run("toy2d", "--out", out, *words, "--test-points", 100, *SMALL)
@@ -605,7 +620,7 @@ def test_a_preset_has_other_defaults_and_the_same_types_and_help():
     assert dataclasses.asdict(FitSettings())["steps"] == 10_000
     types = {field.name: field.type for field in dataclasses.fields(TwoCircles)}
     assert types | {f.name: f.type for f in dataclasses.fields(FitSettings)} == types
-    assert "optimiser steps (default: 1000)" in extras.get_parser(TwoCircles).format_help()
+    assert "optimizer steps (default: 1000)" in extras.get_parser(TwoCircles).format_help()
 
 
 def test_a_preset_names_known_settings_only():
@@ -620,7 +635,7 @@ def test_a_preset_names_known_settings_only():
 
 
 class Straight(eqx.Module):
-    """v = (2, 0) by the potential 2 t - 2 x1: straight, at a constant speed, and HJB holds."""
+    """v = (2, 0) from the potential 2 t - 2 x1: straight, at constant speed, satisfying HJB."""
 
     dim: int = 2
 
@@ -657,7 +672,7 @@ def test_total_variation_on_points_is_half_the_mean_difference():
 
 @pytest.mark.slow
 def test_extra_dimensions_that_do_nothing_change_no_figure(tmp_path):
-    """A field that starts at 0 stays there at a rate of nothing: the model is N(0, I)."""
+    """A field that starts at 0 stays there with a learning rate near 0: the model is N(0, I)."""
     words = [
         "--steps",
         4,
@@ -679,6 +694,6 @@ def test_extra_dimensions_that_do_nothing_change_no_figure(tmp_path):
         metrics[extra] = summary["metrics"]
     for name in ("test_nll", "nll_gap", "test_nll_stderr"):
         assert metrics[0][name] == pytest.approx(metrics[2][name], rel=1e-5)
-    # E|x|^2 / 2 + log(2 pi), of 8 Gaussians at radius 4 and of sigma 0.5, over 1.414.
+    # E|x|^2 / 2 + log(2 pi) for 8 Gaussians at radius 4 with sigma 0.5, x being divided by 1.414.
     expected = (4**2 + 2 * 0.5**2) / 1.414**2 / 2 + np.log(2 * np.pi)
     assert abs(metrics[0]["test_nll"] - expected) < 4 * metrics[0]["test_nll_stderr"]

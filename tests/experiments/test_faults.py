@@ -1,4 +1,4 @@
-"""Faults of a command's surroundings and of its training: what it says, and what is left."""
+"""Faults of a command's files and of its training: the messages, and what is kept."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run(out, *words):
 
 
 def fails(out, *words):
-    """The one line that it ends with."""
+    """The one line with which the command ends."""
     done = run(out, *words)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -38,7 +38,7 @@ def flow_of(out):
 
 
 def steps_kept(out):
-    """Those of the checkpoints, all of which can be read."""
+    """The steps of the checkpoints, all of which can be read."""
     paths = sorted((out / "checkpoints").glob("*.jcnf"))
     for path in paths:
         checkpoint.read_notes(path)
@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def unfinished(whole, tmp_path):
-    """A run that has trained to its end, and has still to be measured."""
+    """A run that has finished training but not its measurements."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "summary.json").unlink()
@@ -65,7 +65,7 @@ def unfinished(whole, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk, of the kilobytes asked for."""
+    """A function that mounts a small disk with the given options."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -96,7 +96,7 @@ def test_newest_checkpoint(unfinished, whole, harm):
 def test_all_checkpoints_damaged(unfinished):
     for path in (unfinished / "checkpoints").glob("*.jcnf"):
         path.write_bytes(path.read_bytes()[:-1])
-    assert "no checkpoint can be read" in fails(unfinished, "--resume")
+    assert "can be read; the newest: " in fails(unfinished, "--resume")
 
 
 @pytest.mark.parametrize("kilobytes", [100, 240, 800])
@@ -124,7 +124,7 @@ def test_read_only_directory(small_disk, unfinished):
 def test_exploding_learning_rate(tmp_path):
     words = ["--clip", 1e30, "--warmup", 0]
     out = tmp_path / "run"
-    assert "nor after 4 returns" in fails(out, "--learning-rate", 1e9, *words)
+    assert "nor after 4 rollbacks" in fails(out, "--learning-rate", 1e9, *words)
     report = json.loads((out / "report.json").read_text())
     assert [r["rate"] for r in report["rollbacks"]] == [0.25, 0.0625, 0.25**3, 0.25**4]
     assert steps_kept(out) == [0]
@@ -140,7 +140,7 @@ def test_solver_forced_to_fail(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_terminated(tmp_path, whole):
-    """SIGTERM while training, and the command that it says goes on."""
+    """SIGTERM in training, and the command that it says resumes."""
     out = tmp_path / "run"
     words = [sys.executable, "-m", "experiments.toy2d", "--out", out, *WORDS]
     process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
@@ -151,7 +151,7 @@ def test_terminated(tmp_path, whole):
     error = process.communicate()[1].strip().splitlines()[-1]
     assert process.returncode == 143
     print(f"  -> {error}")
-    command = error.split("go on with ")[1].split()
+    command = error.split("resume with ")[1].split()
     done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert flow_of(out) == flow_of(whole)

@@ -1,13 +1,13 @@
-"""Tables filled in on the command line, and the experiment that measures it."""
+"""Filling in missing entries of tables on the command line, and measuring how well."""
 
 import json
 
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import COVARIANCE, Affine
 from scipy import linalg
 from test_experiments import SMALL, run
-from test_inpaint import COVARIANCE, Affine
 
 from experiments._tasks.tables import impute_rows
 from experiments.imputation import measure
@@ -15,7 +15,7 @@ from jcnf.data.tables import Standardizer, read_rows, write_rows
 
 
 def test_rows_are_filled_in_in_their_own_units(tmp_path):
-    """By the flow of N(0, COVARIANCE), the mean of c given a and b is a linear function."""
+    """For the flow of N(0, COVARIANCE), the mean of c given a and b is a linear function."""
     scale = Standardizer(np.array([5.0, -3.0, 100.0]), np.array([2.0, 0.1, 30.0]), ("a", "b", "c"))
     rng = np.random.default_rng(0)
     truth = scale.unstandardize(rng.multivariate_normal(np.zeros(3), COVARIANCE, 20))
@@ -43,7 +43,7 @@ def test_measures_are_over_hidden_entries_and_gaps_are_paired():
     hidden = rng.random(truth.shape) < 0.3
     common, small = rng.normal(size=(2, 500, 4))
     good, bad = truth + 0.1 * small, truth + 0.5 * common
-    # Where nothing is hidden it does not matter.
+    # Entries that are not hidden must not count.
     estimates = {
         "mean": np.where(hidden, bad, 1e9),
         "gaussian": np.where(hidden, bad, 1e9),

@@ -1,4 +1,4 @@
-"""Fifty SIGKILLs at random moments of a command's life: each run ends bit for bit as it would."""
+"""Fifty SIGKILLs at random moments of a command: every run still ends bit for bit the same."""
 
 import os
 import random
@@ -51,7 +51,7 @@ def test_fifty_kills(tmp_path):
         process = start(out)
         try:
             if kills == KILLS:
-                code = process.wait()  # the last run is left to its end
+                code = process.wait()  # the last run is not killed
             elif chance.random() < 0.25:
                 code = process.wait(chance.uniform(0, took))
             else:
@@ -65,7 +65,7 @@ def test_fifty_kills(tmp_path):
             kills += 1
             paths = list((out / "checkpoints").glob("[0-9]*"))
             for path in paths:
-                checkpoint.read_notes(path)  # raises where it is damaged
+                checkpoint.read_notes(path)  # raises if it is damaged
             places.append(max((int(path.stem) for path in paths), default=None))
             if not (out / "summary.json").exists():
                 continue

@@ -1,4 +1,4 @@
-"""Learnt trajectories: what is kept of them over a resumption, and their pictures."""
+"""Learned trajectories: their files when a run is resumed, and their figures."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from experiments._tasks.series import SCORE, Learner
 from jcnf import plot
 from jcnf._checks import InputError
 from jcnf.data.series import spiral
-from jcnf.objectives import draw_windows
+from jcnf.objectives import sample_windows
 
 RNG = np.random.default_rng(0)
 DATA = RNG.normal(size=(20, 2))
@@ -23,6 +23,7 @@ SCENE = plot.Scene(DATA, CURVES[0])
 W = jnp.array([[-0.1, -1.0], [1.0, -0.1]])
 
 
+@pytest.mark.slow
 def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_path):
     saved = {}
     (tmp_path / "figures").mkdir()
@@ -30,7 +31,7 @@ def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_p
         path=tmp_path, log=tmp_path / "metrics.jsonl", save_figures=saved.update
     )
     series = spiral("linear", points=50, noise=0)
-    draw_all = draw_windows(None, shortest=1.0, longest=2.0, rows=4)
+    draw_all = sample_windows(None, shortest=1.0, longest=2.0, rows=4)
     solves = {"solve": TIGHT, "quick": TIGHT}
     learner = Learner(run_dir, series, held_out=0, draw_all=draw_all, **solves)
 
@@ -46,7 +47,7 @@ def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_p
         logged([*scores, None])
         scores.append(learner.validate(Linear((1 + i) * W, dim=2)))
     assert learner.curves().shape == (4, len(truth), 2)
-    # Resumed from a checkpoint after the second: what the log does not have is done again.
+    # Resumed from a checkpoint after the second one: what is not in the log is done again.
     logged(scores[:2])
     again = learner.validate(Linear(5 * W, dim=2))
     assert again not in scores
@@ -68,7 +69,7 @@ def test_a_panel_for_each_curve_over_the_same_data():
     assert [ax.get_title() for ax in figure.axes] == TITLES
     for ax, curve in zip(figure.axes, CURVES, strict=True):
         lines = {line.get_label(): line.get_xydata() for line in ax.lines}
-        np.testing.assert_allclose(lines["learnt"], curve)
+        np.testing.assert_allclose(lines["learned"], curve)
         np.testing.assert_allclose(lines["data"], DATA)
         np.testing.assert_allclose(lines["truth"], CURVES[0])
     far = plot.learning(1e30 * CURVES, TITLES, SCENE)
@@ -84,7 +85,7 @@ def test_components_against_time_with_those_held_out_apart():
     assert figure.axes[-1].get_xlabel() == "year"
     for i, ax in enumerate(figure.axes):
         lines = {line.get_label(): line.get_ydata() for line in ax.lines}
-        np.testing.assert_allclose(lines["learnt"], CURVES[0, :, i])
+        np.testing.assert_allclose(lines["learned"], CURVES[0, :, i])
         np.testing.assert_allclose(lines["truth"], CURVES[1, :, i])
         np.testing.assert_allclose(lines["data"], DATA[:-3, i])
         np.testing.assert_allclose(lines["held out"], DATA[-3:, i])
@@ -102,12 +103,12 @@ def test_a_frame_for_each_curve(tmp_path):
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: plot.learning(CURVES, TITLES[1:], SCENE), "a title for each curve; got 4"),
+        (lambda: plot.learning(CURVES, TITLES[1:], SCENE), "a title for each of 5 curves; got 4"),
         (lambda: plot.learning(CURVES[0], TITLES, SCENE), "curves of shape"),
-        (lambda: plot.film("no.gif", CURVES[:0], [], SCENE), "a title for each curve; got 0"),
+        (lambda: plot.film("no.gif", CURVES[:0], [], SCENE), "a title for each of 0 curves; got 0"),
         (
             lambda: plot.against_time(DATA[:, 0], DATA, DATA[:5, 0], DATA, "tab"),
-            "a time for each row and a name for each column; got 5 times of data",
+            "a name for the time and for each component; got 5 times for data",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The loop of the experiments, on a model that compiles at once: nothing lost, nothing silent."""
+"""The training loop of the experiments, on a model that compiles quickly."""
 
 import dataclasses
 import errno
@@ -20,11 +20,11 @@ from experiments._runner.config import LoopSettings
 from experiments._runner.loop import fit
 from experiments._runner.run_dir import RunDir
 from experiments._runner.signals import Stopped
-from experiments._runner.stages import STUCK, Stage, train_stages
-from experiments._runner.trainer import ROLLBACKS
+from experiments._runner.stages import MAX_STUCK_STEPS, Stage, train_stages
+from experiments._runner.trainer import MAX_ROLLBACKS
 from jcnf import Solve, sharding, training
 from jcnf._checks import InputError
-from jcnf.ode import PARTS
+from jcnf.ode import NUM_BINS
 from jcnf.training import checkpoint
 
 TARGET = jnp.array([1.0, -2.0])
@@ -33,9 +33,9 @@ DATA = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2)))
 
 
 def squares(model, x, key, *, solve=None):
-    """(w - target)^2, with noise, and with a plan that step hands to step; it fails where w has
-    gone off."""
-    plan = jnp.zeros(PARTS)
+    """(w - target)^2 with noise and with a step plan that each step passes to the next; it fails
+    where w has diverged."""
+    plan = jnp.zeros(NUM_BINS)
     if solve is not None and solve.step_plan is not None:
         plan = solve.step_plan
     loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0) + 0.01 * plan[0]) ** 2)
@@ -51,21 +51,21 @@ class Settings(LoopSettings):
     validate_every: int = 20
 
     def make_stages(self):
-        """Two of different optimisers."""
+        """Two stages with different optimizers."""
         first = Stage(squares, self.steps, optax.adam(0.1), Solve(), average=0.9, batch=8)
         return [first, first._replace(optimizer=optax.sgd(0.01), steps=self.steps // 2)]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def promotion():
-    """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
+    """Allow optax's Adam to mix dtypes, which is an error elsewhere in the tests."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs():
-    """Those of a resumption are not compiled again."""
+    """Reuse compiled programs when a run is resumed."""
     known, plain = {}, stages.compiled
 
     def compiled(model, stage, *others):
@@ -91,14 +91,14 @@ def trained(out, *, resume=False, validate=distance, **given):
 
 
 def log_of(out):
-    """Records without the times."""
+    """The records without the times."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     times = ("step_ms", "train_s")
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
 
 
 def newest(out):
-    """The arrays of the newest checkpoint, as bytes, and where it says that the run is."""
+    """The arrays of the newest checkpoint, as bytes, and the progress that it notes."""
     path = max((out / "checkpoints").glob("*.jcnf"))
     place = checkpoint.read_notes(path)["place"]
     return path.read_bytes().split(b"\n", 1)[1], place["best"], place["stage"], place["totals"]
@@ -132,8 +132,8 @@ def test_an_uninterrupted_run(whole):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, number):
-    """Stopped after every step."""
-    if signal.getsignal(number) == signal.SIG_IGN:  # as a shell starts what it runs beside itself
+    """The run is stopped after every step."""
+    if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background jobs
         signal.signal(number, signal.SIG_DFL)
     plain, handler = stages.compiled, signal.getsignal(number)
 
@@ -161,7 +161,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeyp
 
 
 def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path):
-    """In the first write, and after it."""
+    """The kill comes in the first write, or right after it."""
     out = tmp_path / "run"
     out.mkdir()
     (out / ".config.json.123").write_bytes(b"{")
@@ -225,7 +225,7 @@ def test_a_damaged_line_of_the_log_is_named_and_the_others_stay(tmp_path, line):
     lines = log.read_bytes().splitlines()
     content = b"\n".join([lines[0], line, *lines[2:]])
     log.write_bytes(content)
-    with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is damaged: mend it, or"):
+    with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is damaged: repair it"):
         trained(tmp_path / "run", resume=True)
     assert log.read_bytes() == content
 
@@ -241,7 +241,7 @@ def test_a_last_line_of_the_log_that_a_kill_cut_short_is_written_anew(tmp_path, 
 def test_without_its_log_a_run_is_not_gone_on_with(tmp_path):
     out = unfinished(tmp_path / "run")
     (out / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match="has no record, though the newest checkpoint is of step"):
+    with pytest.raises(InputError, match="has no record, though the newest checkpoint is from"):
         trained(out, resume=True)
 
 
@@ -261,7 +261,7 @@ def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole):
     with subprocess.Popen([sys.executable, "-c", HOLD, out / "config.json"], **pipes) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(InputError, match="in use by another process: wait for its end"):
+        with pytest.raises(InputError, match="in use by another process: wait for it to end"):
             trained(out, resume=True)
     trained(out, resume=True)
     assert_the_same(out, whole)
@@ -280,7 +280,7 @@ def test_a_damaged_config_is_refused(tmp_path, content):
     [
         ({"versions": {"jcnf": "0.0.1"}}, "was written by jcnf 0.0.1, this is "),
         ({"config": {"steps": 41}}, r"other settings \(.*steps 41 -> 40"),
-        ({"place": None}, "holds something else than a training's state"),
+        ({"place": None}, "is not a checkpoint of a training"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, notes, message):
@@ -307,7 +307,7 @@ def test_other_data_than_before_are_told(tmp_path, capsys):
     for data, times in ((DATA, 0), (DATA.at[7, 1].add(1.0), 1)):
         with pytest.raises(ZeroDivisionError):
             trained(out, resume=True, data=data, validate=lambda model: 1 / 0)
-        assert capsys.readouterr().out.count("warning: the data are others than before") == times
+        assert capsys.readouterr().out.count("warning: the data have changed") == times
 
 
 def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
         made = make()
         return "another digest" if isinstance(made, str) else made
 
-    monkeypatch.setattr(sharding, "first", first)
+    monkeypatch.setattr(sharding, "on_process_zero", first)
     with pytest.raises(InputError, match="different data: give each of them the same files"):
         trained(tmp_path / "run")
 
@@ -327,11 +327,11 @@ def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys)
     later = run_dir.versions() | {"jax": "99"}
     monkeypatch.setattr(run_dir, "versions", lambda: later)
     trained(out, resume=True)
-    assert "not to the bit: jax" in capsys.readouterr().out
+    assert "bit for bit: jax" in capsys.readouterr().out
 
 
 def test_batches_of_nan_are_skipped_and_counted(tmp_path):
-    """Row 0 is NaN, so that some batches of 8 out of 50 have one."""
+    """Row 0 is NaN, and some batches of 8 out of 50 rows contain it."""
     fitted = trained(tmp_path / "run", data=DATA.at[0].set(jnp.nan))
     records = log_of(tmp_path / "run")
     skipped = sum(r["skipped"] for r in records)
@@ -341,7 +341,7 @@ def test_batches_of_nan_are_skipped_and_counted(tmp_path):
 
 
 def wild(rate):
-    """Plain gradient descent, which goes off at a rate above 1 and not below."""
+    """Plain gradient descent, which diverges at a rate above 1 and not below."""
     stage = Settings().make_stages()[0]
     return [stage._replace(optimizer=optax.sgd(rate), steps=300, average=0.0)]
 
@@ -353,15 +353,15 @@ def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path, capsys)
     assert distance(fitted.flow) < 0.1
     place = checkpoint.read_notes(out / "checkpoints" / "000000300.jcnf")["place"]
     assert [r["rate"] for r in place["rollbacks"]] == [1 / 4, 1 / 16]
-    # The failed steps are the 50 that were waited for, each time.
-    assert fitted.skipped == 2 * STUCK
+    # Each time, exactly the 50 steps before the rollback failed.
+    assert fitted.skipped == 2 * MAX_STUCK_STEPS
     records = log_of(out)
     assert [r["step"] for r in records] == list(range(5, 301, 5)), "cut back each time"
     assert all(np.isfinite(r["loss"]) for r in records)
 
 
 def climbing(limit, **others):
-    """w rises by 0.1 a step at the full rate, and fails above `limit`."""
+    """w rises by 0.1 per step at the full rate; steps fail above `limit`."""
 
     def objective(model, x, key, *, solve):
         return -model["w"][0], {"failed": model["w"][0] > limit}
@@ -383,14 +383,14 @@ def test_a_return_waits_for_a_checkpoint_that_is_still_being_written(tmp_path, m
         save(path, *others)
 
     monkeypatch.setattr(checkpoint, "save", slowly)
-    with pytest.raises(InputError, match="says more"):
+    with pytest.raises(InputError, match="details are in"):
         trained(out, stages=climbing(1.35, steps=1000), validate_every=1000)
-    # Back from 1.4 to 1.0, at 0.025 a step; that breaks down after 20, when w is 1.25.
+    # Back from 1.4 to 1.0, at 0.025 per step; that breaks down after step 20, where w is 1.25.
     assert [r["to"] for r in rollbacks_of(out)][:2] == [10, 20]
 
 
 def test_a_signal_between_skipped_updates_leaves_what_is_gone_back_to(tmp_path, monkeypatch):
-    """Also where one checkpoint is kept."""
+    """This also holds if only one checkpoint is kept."""
     plain, parts, out = stages.compiled, climbing(2.05, steps=1000), tmp_path / "run"
     stops = [30, 45]
 
@@ -410,7 +410,7 @@ def test_a_signal_between_skipped_updates_leaves_what_is_gone_back_to(tmp_path, 
     for _ in range(2):
         with pytest.raises(Stopped):
             trained(out, resume=out.exists(), **again)
-    with pytest.raises(InputError, match="says more"):
+    with pytest.raises(InputError, match="details are in"):
         trained(out, resume=True, **again)
     first = rollbacks_of(out)[0]
     assert (first["from"], first["to"]) == (71, 20)
@@ -430,7 +430,7 @@ def test_the_best_parameters_outlive_a_return_to_before_them(tmp_path):
     assert log_of(out)[-1]["val_nll"] > 0.4
     assert fitted.score == abs(float(fitted.flow["w"][0]) - 2) < 1e-9
     notes = checkpoint.read_notes(out / "checkpoints" / "000000010.jcnf")
-    assert notes["place"]["best_step"] == 10, "it has them"
+    assert notes["place"]["best_step"] == 10, "it has the best parameters"
 
 
 @pytest.mark.parametrize("reason", ["solve", "loss", "gradient"])
@@ -447,24 +447,25 @@ def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_p
         return loss, metrics | {"failed": late & (reason == "solve")}
 
     stage = Settings().make_stages()[0]._replace(objective=bad, steps=500)
-    with pytest.raises(InputError, match=f"nor after {ROLLBACKS} returns .* says more"):
+    with pytest.raises(InputError, match=f"nor after {MAX_ROLLBACKS} rollbacks .* details are in"):
         trained(out, stages=[stage])
     report = json.loads((out / "report.json").read_text())
-    assert report["steps_without_update"] == STUCK
-    assert [r["rate"] for r in report["rollbacks"]] == [0.25**n for n in range(1, ROLLBACKS + 1)]
-    assert report["learning_rate_factor"] == 0.25**ROLLBACKS
+    assert report["steps_without_update"] == MAX_STUCK_STEPS
+    rates = [0.25**n for n in range(1, MAX_ROLLBACKS + 1)]
+    assert [r["rate"] for r in report["rollbacks"]] == rates
+    assert report["learning_rate_factor"] == 0.25**MAX_ROLLBACKS
     assert report["last_records"][-1][f"skipped_{reason}"] == 5
     path = max((out / "checkpoints").glob("*.jcnf"))
     like = training.init(START, stage.optimizer)
     (state, _), notes = checkpoint.load(path, (like, like.average))
     assert float(state.params["w"][0]) <= 0.5 + 0.1
     assert int(state.stuck) == 0
-    assert len(notes["place"]["rollbacks"]) == ROLLBACKS
+    assert len(notes["place"]["rollbacks"]) == MAX_ROLLBACKS
 
 
 def test_stages_without_a_loop_say_where_they_break_down(capsys):
     trained = train_stages(START, climbing(0.55, steps=100), training.draw_rows, DATA)
-    assert (trained.steps, trained.skipped) == (6 + STUCK, STUCK)
+    assert (trained.steps, trained.skipped) == (6 + MAX_STUCK_STEPS, MAX_STUCK_STEPS)
     assert "warning: training broke down 44 steps before its end" in capsys.readouterr().out
     train_stages(START, climbing(0.55, steps=6), training.draw_rows, DATA)
     assert not capsys.readouterr().out
@@ -481,7 +482,7 @@ def test_a_stage_on_one_batch_ends_where_it_breaks_down(tmp_path):
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(
     tmp_path, monkeypatch, whole, allowed
 ):
-    """After so many files the disk is full; with room again the run ends as it would have."""
+    """The disk is full after `allowed` files; with free space, the run then ends as usual."""
     out, written, replace = tmp_path / "run", [], os.replace
 
     def filling(*paths):

@@ -1,4 +1,4 @@
-"""Strange data told from a trained run's own: hand-made densities, the command, what it refuses."""
+"""Out-of-distribution detection: densities made by hand, the whole command, and bad input."""
 
 import json
 import math
@@ -28,7 +28,7 @@ SOLVE = Solve(rtol=1e-6, atol=1e-6)
 
 
 def table_run(folder, data, **settings):
-    """A run whose flow does not move: independent normals."""
+    """Save a run whose flow is the identity, so that its density is a standard normal."""
     settings = Density(data=data, out=folder, widths=(4, 4), **settings)
     table = load_table(data, seed=settings.seed)
     given = len(settings.context)
@@ -41,7 +41,7 @@ def table_run(folder, data, **settings):
 
 
 def digits_run(folder, **settings):
-    """NICE of the digits, of no step but calibration."""
+    """Save a run of NICE on the digits, calibrated but not trained."""
     settings = DigitsNICE(out=folder, widths=(4,), **settings)
     x = held_out(load_digits_parts()["train"].pixels, 17, 0, jr.key(0))
     RunDir("nice", settings).save_flow(settings.make_flow(64).calibrated(x), {"classes": 0})
@@ -50,7 +50,7 @@ def digits_run(folder, **settings):
 
 @pytest.fixture(scope="module")
 def normals(tmp_path_factory):
-    """Rows of a normal in the plane, and of one of half and of twice its width."""
+    """Rows of a normal distribution in the plane, and of normals half and twice as wide."""
     folder, rng = tmp_path_factory.mktemp("normals"), np.random.default_rng(0)
     x, units = rng.normal(size=(5, 2000, 2)), np.array([1.0, 100.0])
     np.savez(folder / "all.npz", train=np.concatenate(x[:2]) * units, test=x[2] * units)
@@ -76,14 +76,14 @@ def test_normals_are_told_apart_as_they_must_be(normals, tmp_path, monkeypatch, 
     summary = json.loads((run / "ood" / "summary.json").read_text())
     metrics = summary["metrics"]
     for name, scale in {"half": 0.5, "twice": 2.0}.items():
-        # |z|^2 / 2 is exponential inside and `scale`^2 times one outside.
+        # |z|^2 / 2 is exponential inside, and scale^2 times an exponential outside.
         rate = scale**2
         truth = {"likelihood": rate / (1 + rate), "ratio": 0.5}
         truth["typicality"] = typical(rate)
         for score, value in truth.items():
             stderr = metrics[f"auroc_{score}_{name}_stderr"]
             assert metrics[f"auroc_{score}_{name}"] == pytest.approx(value, abs=4 * stderr + 0.02)
-        # Nats in the units of the table.
+        # log_prob is in nats, in the units of the table.
         nats = -math.log(2 * math.pi * 100) - rate
         assert metrics[f"log_prob_{name}"] == pytest.approx(nats, abs=0.15 * max(rate, 1))
     assert metrics["auroc_likelihood_uniform_noise"] > 0.8
@@ -91,8 +91,8 @@ def test_normals_are_told_apart_as_they_must_be(normals, tmp_path, monkeypatch, 
     half = [line for line in summary["warnings"] if " half " in line]
     assert len(half) == 1
     assert "MORE likely" in half[0]
-    assert "no other score does" in half[0]
-    assert any("hardly tells permuted" in line for line in summary["warnings"])
+    assert "no other score can" in half[0]
+    assert any("hardly tell permuted" in line for line in summary["warnings"])
     assert set(summary["numerics"].values()) == {0}
     assert (run / "ood" / "figures" / "separation.png").exists()
     assert "half" in capsys.readouterr().out
@@ -107,25 +107,25 @@ def typical(rate):
 
 def test_digits_are_told_from_noise_and_from_files(trained, tmp_path, monkeypatch):
     flat = np.random.default_rng(0).integers(120, 136, size=(30, 1, 1))
-    np.savez(tmp_path / "grey.npz", x_test=np.broadcast_to(flat, (30, 8, 8)).astype(np.uint8))
-    words = ["--outside", tmp_path / "grey.npz", "--out", tmp_path / "out", "--count", 100]
+    np.savez(tmp_path / "gray.npz", x_test=np.broadcast_to(flat, (30, 8, 8)).astype(np.uint8))
+    words = ["--outside", tmp_path / "gray.npz", "--out", tmp_path / "out", "--count", 100]
     command(monkeypatch, "--from", trained, *words)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     metrics = summary["metrics"]
-    sets = ["uniform_noise", "shuffled", "grey"]
+    sets = ["uniform_noise", "shuffled", "gray"]
     scores = ["likelihood", "typicality", "complexity"]
     aurocs = {f"auroc_{score}_{name}" for score in scores for name in sets}
     bits = {f"bits_per_dim_{name}" for name in ["test", *sets]}
     assert set(metrics) == aurocs | {f"{name}_stderr" for name in aurocs} | bits
     assert all(0 <= metrics[name] <= 1 for name in aurocs)
-    # A calibrated NICE knows what pixels are dark, which no noise does.
+    # A calibrated NICE knows which pixels are dark, and noise does not follow that.
     assert metrics["auroc_likelihood_uniform_noise"] > 0.95
     assert metrics["auroc_likelihood_shuffled"] > 0.95
     assert metrics["bits_per_dim_test"] < metrics["bits_per_dim_shuffled"]
     assert set(summary["numerics"]) == {f"failures_{n}" for n in ["training", "test", *sets]}
 
 
-def test_files_are_read_in_the_grey_values_of_the_run(trained, tmp_path):
+def test_files_are_read_in_the_gray_values_of_the_run(trained, tmp_path):
     from experiments._tasks.ood_data import load_model, load_sets
 
     model, settings = load_model(trained)
@@ -141,7 +141,7 @@ def test_files_are_read_in_the_grey_values_of_the_run(trained, tmp_path):
     test = load_digits_parts()["test"].pixels
     np.testing.assert_array_equal(sets.pixels["test"], test)
     np.testing.assert_array_equal(np.floor(sets.x["test"] * 17), test)
-    # Shuffled pictures have the grey values of those they are made of.
+    # Shuffling keeps the gray values of each image.
     np.testing.assert_array_equal(np.sort(sets.pixels["shuffled"]), np.sort(test))
     assert (sets.pixels["shuffled"] != test).any(axis=1).all()
 
@@ -152,7 +152,7 @@ def test_of_classes_the_density_is_their_mixture():
     x = np.random.default_rng(0).normal(size=(4, 2))
     model = PictureModel(flow, (1, 2, 1), 3, Exact(), 4)
     each = [
-        evaluate.score(
+        evaluate.log_prob(
             flow, jnp.asarray(x), context=jnp.tile(jnp.eye(3)[k : k + 1], (4, 1)), solve=SOLVE
         ).log_prob
         for k in range(3)
@@ -164,7 +164,7 @@ def test_of_classes_the_density_is_their_mixture():
 
 def test_a_density_given_columns_scores_the_others(normals, tmp_path, monkeypatch):
     run = table_run(tmp_path / "run", normals / "all.npz", context=("1",))
-    # Of the second column alone: what is strange in the first does not count.
+    # Only the second column is modeled, given the first, whose unusual values do not count.
     x = np.load(normals / "all.npz")["test"] * [1000, 1]
     np.save(tmp_path / "far.npy", x)
     command(monkeypatch, "--from", run, "--outside", tmp_path / "far.npy")
@@ -184,7 +184,8 @@ def test_points_without_a_density_are_the_strangest_and_counted():
     assert aurocs["likelihood"]["far"].value == (1 + 0.5) / 2
     assert ood.mean_of(sets, log_prob["far"]) == -2.5
     assert ood.lost(log_prob) == [
-        "1 of 2 points of far have no density, for their solve failed: they count as the strangest"
+        "the solve failed for 1 of 2 points of far: they have no density and count as the most "
+        "unusual"
     ]
 
 
@@ -194,18 +195,18 @@ def test_warnings_are_plain():
 
     assert ood.verdicts(found(likelihood=0.21, typicality=0.7, complexity=0.97)) == [
         "likelihood ranks shoes as MORE likely than the run's own test data (AUROC 0.21): it "
-        "cannot tell them; complexity does (0.97)"
+        "cannot tell them apart; complexity can (0.97)"
     ]
     assert ood.verdicts(found(likelihood=0.49, typicality=0.7)) == [
-        "likelihood hardly tells shoes from the run's own test data (AUROC 0.49); no other score "
-        "does (the best is typicality, 0.70)"
+        "likelihood can hardly tell shoes from the run's own test data (AUROC 0.49); no other "
+        "score can (the best is typicality, 0.70)"
     ]
     assert ood.verdicts(found(likelihood=0.9, typicality=0.1)) == []
 
 
 BAD = {
     "no run": (["--from", "none"], ["none/flow.jcnf"]),
-    "an unfinished run": (["--from", "unfinished"], ["not trained to its end", "--resume"]),
+    "an unfinished run": (["--from", "unfinished"], ["not finished training", "--resume"]),
     "a run of a toy": (["--from", "toy"], ["PlaneNICE", "images, density"]),
     "one point": (["--from", "digits", "--count", "1"], ["--count"]),
     "no tolerance": (["--from", "digits", "--test-tolerance", "0"], ["--test-tolerance"]),
@@ -220,8 +221,8 @@ BAD = {
     ),
     "a name that is taken": (["--from", "digits", "--outside", "test.npz"], ["called test"]),
     "other columns": (["--from", "table", "--outside", "one.npy"], ["one.npy"]),
-    "data that are gone": (["--from", "moved"], ["gone.npz", "not there", "put it back"]),
-    "data that changed": (["--from", "changed"], ["changed.npy", "no longer"]),
+    "data that are gone": (["--from", "moved"], ["gone.npz", "does not exist", "restore it"]),
+    "data that changed": (["--from", "changed"], ["changed.npy", "has changed"]),
     "background of others": (["--from", "digits", "--background", "table"], ["--background"]),
     "no background": (["--from", "digits", "--background", "none"], ["none/flow.jcnf"]),
     "finished before": (["--from", "digits", "--out", "done"], ["done holds a finished run"]),

@@ -1,4 +1,4 @@
-"""The convolution's own derivatives, and the fields made of it: against loops, lax and traces."""
+"""The convolution, its derivatives and the fields built on it, against loops, lax and traces."""
 
 from functools import partial
 from itertools import product
@@ -15,7 +15,7 @@ from jax.experimental.jet import jet
 from jcnf import ForwardMode, Hutchinson
 from jcnf.fields import Cast, Conv, UNet, base, conv
 from jcnf.fields._xla_cpu import LAYOUT, convolve
-from jcnf.fields.unet import normalise
+from jcnf.fields.unet import normalize
 
 T = jnp.asarray(0.3)
 
@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
 
 
 def by_lax(h, weight, bias):
-    """What `convolve` says it is, with the derivatives that jax gives."""
+    """Reference for `convolve`, with the derivatives of jax."""
     kernel = weight.T.reshape(3, 3, h.shape[-1], -1)
     return (
         jax.lax.conv_general_dilated(h[None], kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)[0]
@@ -34,7 +34,7 @@ def by_lax(h, weight, bias):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 2), (1, 1)])
-def test_it_is_the_sum_over_neighbours(shape):
+def test_it_is_the_sum_over_neighbors(shape):
     h, weight, bias = normal(*shape, 2), normal(3, 18, seed=1), normal(3, seed=2)
     expected = np.zeros((*shape, 3)) + np.asarray(bias)
     kernel = np.asarray(weight).T.reshape(3, 3, 2, 3)
@@ -46,7 +46,7 @@ def test_it_is_the_sum_over_neighbours(shape):
 
 
 def derivatives(function):
-    """Products of first, second and third order, in both arguments at once."""
+    """Return products with derivatives of up to third order, in both arguments at once."""
 
     def of(h, weight):
         def f(h, weight):
@@ -112,7 +112,7 @@ def test_in_bfloat16():
 
 
 def test_the_precision_asked_for_reaches_its_lowering_and_its_derivatives():
-    """It is lowered after the context has ended: XLA would round to TF32 on a GPU."""
+    """The primitive is lowered after the context has ended, where XLA would use TF32 on a GPU."""
 
     @jax.jit
     def gradients(h, weight):
@@ -142,8 +142,8 @@ def test_the_divergence_is_the_trace_by_few_products(case, monkeypatch):
     shape, channels = CASES[case]
     field = drawn(Conv, shape, channels, scale=3.0)
     x = normal(field.dim)
-    counted, along = [], base.along
-    monkeypatch.setattr(conv, "along", lambda *a: counted.append(len(a[-1])) or along(*a))
+    counted, plain = [], base.summed_jvps
+    monkeypatch.setattr(conv, "summed_jvps", lambda *a: counted.append(len(a[-1])) or plain(*a))
     v, divergence = jax.jit(lambda *a: field.velocity_and_divergence(*a))(T, x)
     local = jax.jit(lambda t, x: ForwardMode()(field, t, x, None, None))(T, x)
     assert abs(local.divergence) > 0.05
@@ -169,7 +169,7 @@ def test_a_velocity_depends_on_the_pixels_within_reach_alone():
 def test_groups_of_channels_have_mean_0_and_variance_1():
     for channels, size in ((3, 1), (8, 1), (16, 2)):
         h = normal(4, 6, channels) * jnp.arange(1.0, channels + 1)[None, None] + 5
-        groups = np.asarray(normalise(h)).reshape(24, -1, size)
+        groups = np.asarray(normalize(h)).reshape(24, -1, size)
         np.testing.assert_allclose(groups.mean((0, 2)), 0, atol=1e-12)
         np.testing.assert_allclose(groups.std((0, 2)), 1, atol=1e-4)
 
@@ -183,7 +183,8 @@ def test_a_unet_is_0_at_first_and_hears_all_there_is():
     jacobian = jax.jit(jax.jacrev(lambda *a: field(*a), (0, 1, 2)))(T, x, context)
     assert [j.shape for j in jacobian] == [(16,), (16, 16), (16, 2)]
     for j in jacobian:
-        assert np.all(np.abs(j) > 1e-9)  # every output sees every pixel, the time and the context
+        # Every output depends on every pixel, the time and the context.
+        assert np.all(np.abs(j) > 1e-9)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -195,11 +196,11 @@ def test_errors_say_what_to_do():
         Conv((4, 0, 1), key=key)
     with pytest.raises(ValueError, match="channels must be"):
         UNet((4, 4, 1), (), key=key)
-    with pytest.raises(ValueError, match=r"3 levels need pictures .* halved 2 times; got 6 x 4"):
+    with pytest.raises(ValueError, match=r"halved 2 times for 3 levels of channels; got 6 x 4"):
         UNet((6, 4, 1), (2, 2, 2), key=key)
-    with pytest.raises(ValueError, match="multiples of it; got 12"):
+    with pytest.raises(ValueError, match="multiples of 8; got 12"):
         UNet((4, 4, 1), (12,), key=key)
-    with pytest.raises(ValueError, match="got 12 of"):
+    with pytest.raises(ValueError, match="got 12 from"):
         UNet((4, 4, 1), (4, 8), key=key)
 
 
@@ -213,7 +214,7 @@ def test_a_cast_field_rounds_and_keeps_the_dtypes_around_it():
     v, divergence = jax.jit(lambda *a: field.velocity_and_divergence(*a))(t, x)
     found, found_divergence = jax.jit(lambda *a: low.velocity_and_divergence(*a))(t, x)
     assert {found.dtype, found_divergence.dtype, low(t, x).dtype} == {jnp.dtype("float32")}
-    unit = 2**-8  # half the distance of numbers of 8 digits
+    unit = 2**-8  # the rounding error of bfloat16, which has 8 significant bits
     assert 0 < np.max(np.abs(found - v)) < 10 * unit * np.max(np.abs(v))
     assert 0 < abs(found_divergence - divergence) < 20 * unit * np.max(np.abs(v))
     noise = Hutchinson().draw(jr.key(0), 1, 12, jnp.float32)[0]

@@ -1,4 +1,4 @@
-"""MLP fields: closed-form divergences, what time does in a layer, activations and derivatives."""
+"""MLP fields: closed-form divergences, time layers, and activations with their derivatives."""
 
 import re
 from functools import partial
@@ -13,7 +13,7 @@ from helpers import astype, mlp
 from jcnf.fields import ACTIVATIONS, LAYERS, MLP
 from jcnf.fields.layers import resolve
 
-WIDTHS = (4, 5, 4, 5)  # unequal neighbours: no product fits when transposed
+WIDTHS = (4, 5, 4, 5)  # neighbors differ, so that transposed products do not fit
 REFERENCE = {
     "tanh": jnp.tanh,
     "softplus": jax.nn.softplus,
@@ -62,7 +62,7 @@ def test_modulation_is_its_formula():
 
 
 def test_keys_are_consumed_layer_by_layer():
-    """Saved runs rebuild their field from its key: the order must not change."""
+    """Saved runs rebuild their field from its key, so the order must not change."""
     key = jr.key(3)
     field = MLP(3, (4,), time="ignore", key=key)
     for layer, k, sizes in zip(field.layers, jr.split(key), [(3, 4), (4, 3)], strict=True):
@@ -128,13 +128,13 @@ def test_what_depends_on_time_alone_is_computed_once_for_a_batch():
     over_batch = jax.vmap(field.velocity_and_divergence, in_axes=(None, 0))
     jaxpr = jax.make_jaxpr(over_batch)(jnp.asarray(0.5), jnp.zeros((11, 3)))
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
-    assert max(sizes) == 11 * 7  # a batch of hidden units, and never one of matrices
+    assert max(sizes) == 11 * 7  # a batch of hidden units, never of matrices
     gates = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if "logistic" in str(eqn)]
-    assert set(gates) == {(7,), (3,)}  # of one time, not of each sample
+    assert set(gates) == {(7,), (3,)}  # for one time, not for each sample
 
 
 def intermediates(jaxpr):
-    """Shapes of all that a program computes, inner programs included."""
+    """Yield the shapes of all values that a program computes, including inner programs."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars)
         for inner in jax.core.jaxprs_in_params(equation.params):
@@ -249,7 +249,7 @@ def test_errors_say_what_is_known(settings, message):
 @pytest.mark.parametrize(
     ("widths", "output"), [((4, 9, 5), "tanh"), ((2, 5, 9, 4), None), ((9, 3, 5), None)]
 )
-@pytest.mark.parametrize("samples", [3, 7])  # fewer than a layer has units, and more
+@pytest.mark.parametrize("samples", [3, 7])  # fewer and more than the units of a layer
 def test_divergence_of_a_batch_and_its_gradient_are_the_traces(widths, output, samples):
     field = mlp(3, widths, output=output, scale=2.0)
     rng = np.random.default_rng(0)
@@ -292,5 +292,5 @@ def test_matrices_of_time_are_written_for_a_batch_at_one_time_alone():
     of_own = shapes(jax.vmap(field.velocity_and_divergence), t, x)
     assert (8, 3, 8) in of_all
     assert not {(8, 3, 8), (20, 8, 3, 8)} & (of_few | of_own)
-    # W(t) of each sample is the largest.
+    # The largest array is W(t) for each sample.
     assert max(map(np.prod, of_own)) == 20 * 8 * 8

@@ -1,4 +1,4 @@
-"""Planar, potential, residual and wrapped fields against their formulas, written out."""
+"""Planar, potential, residual and wrapped fields against their formulas, written out in NumPy."""
 
 import re
 
@@ -14,12 +14,12 @@ from helpers import MATRIX, Linear, astype
 from jcnf.fields import (
     MLP,
     Guided,
+    MinusIdentity,
     Mixture,
     Planar,
     Potential,
-    Residual,
     ResNet,
-    TimeChange,
+    TimeRescaling,
     velocity_and_divergence,
 )
 
@@ -29,7 +29,7 @@ LINEAR = Linear(jnp.asarray(MATRIX))
 
 
 class Clock(eqx.Module):
-    """v = t c: no x in it."""
+    """v = t c, independent of x."""
 
     direction: jax.Array
     dim: int = eqx.field(static=True, default=3)
@@ -39,7 +39,7 @@ class Clock(eqx.Module):
 
 
 def test_planar_is_its_formula():
-    """theta(t) in the order W, U, G, B; U sigmoid(G); the sum over units, or their mean."""
+    """theta(t) is W, U, G, B in this order; sigmoid(G) scales U; units are summed or averaged."""
     summed, t, x, dim, width = FIELDS["planar summed"](), 0.3, np.asarray(X), 3, 5
     theta = np.array([t])
     for layer in summed.hypernet[:2]:
@@ -60,7 +60,7 @@ def test_planar_is_its_formula():
 
 
 def test_planar_starts_away_from_zero():
-    """With biases of zero in its hypernetwork it would stand still at t=0."""
+    """With zero biases in the hypernetwork, the field would be 0 at t=0."""
     field = jax.jit(lambda key: Planar(2, width=4, hidden=3, key=key))(jr.key(0))
     assert [layer.weight.shape for layer in field.hypernet] == [(3, 1), (3, 3), (28, 3)]
     assert np.max(np.abs(field(jnp.asarray(0.0), jnp.ones(2)))) > 1e-3
@@ -79,7 +79,7 @@ def test_potential_is_its_formula():
 
 @jax.jit
 def derivatives(field, t, x):
-    """Closed forms, and the same by differentiating the potential."""
+    """Return the closed forms, and the same values by differentiating the potential."""
     by_x, by_t = jax.grad(field.potential, argnums=(1, 0))(t, x)
     laplacian = jnp.trace(jax.hessian(field.potential, argnums=1)(t, x))
     own = (field.gradient(t, x), *field.velocity_and_divergence(t, x))
@@ -150,12 +150,12 @@ def test_resnet_starts_at_rest_with_all_blocks_alive():
     for weight in weights:
         assert np.var(weight) == pytest.approx(1 / (3 * weight.shape[1]), rel=0.5)
     corners = {float(weight[0, 0]) for weight in weights}
-    assert len(corners) == len(weights)  # each has a key of its own
+    assert len(corners) == len(weights)  # each has its own key
 
 
 @pytest.mark.parametrize("frequencies", [0, 1, 2])
 def test_frequencies_tell_times_apart(frequencies):
-    """With the weight of the bare time at 0, only they do, and the first has period 2."""
+    """With weight 0 on t itself, only the frequencies depend on time; the first has period 2."""
     field = drawn(ResNet, 3, 5, 2, frequencies=frequencies)
     assert field.blocks[0].condition.weight.shape == (5, 1 + 2 * frequencies)
 
@@ -181,7 +181,7 @@ def test_guidance_is_linear_in_its_scale():
 
 @pytest.mark.parametrize("name", ["guided", "mlp modulated", "resnet"])
 def test_the_divergence_of_a_guided_field_is_the_trace(name):
-    """In closed form where the field inside has one, and by forward mode where not."""
+    """The divergence has a closed form if the field inside has one; otherwise, forward mode."""
     inside = FIELDS[name]()
     field = inside if name == "guided" else Guided(inside, 2.5)
 
@@ -200,7 +200,7 @@ def test_the_divergence_of_a_guided_field_is_the_trace(name):
 
 
 def test_residual_subtracts_x():
-    v, divergence = Residual(LINEAR).velocity_and_divergence(TIME, X)
+    v, divergence = MinusIdentity(LINEAR).velocity_and_divergence(TIME, X)
     np.testing.assert_allclose(v, (MATRIX - np.eye(3)) @ X, rtol=1e-13)
     np.testing.assert_allclose(divergence, np.trace(MATRIX) - 3, rtol=1e-13)
 
@@ -217,35 +217,35 @@ def test_mixture_shares_by_a_softmax_in_time():
 
 
 def test_time_change_runs_the_field_faster_from_its_start():
-    field = TimeChange(Clock(jnp.ones(3)), 2.5, start=0.2)
+    field = TimeRescaling(Clock(jnp.ones(3)), 2.5, start=0.2)
     np.testing.assert_allclose(field.rate, 2.5)
     np.testing.assert_allclose(field(TIME, X), 2.5 * (0.2 + 2.5 * 0.3) * np.ones(3))
-    np.testing.assert_allclose(TimeChange(LINEAR, 2.5).velocity_and_divergence(TIME, X)[1], 2.75)
+    np.testing.assert_allclose(TimeRescaling(LINEAR, 2.5).velocity_and_divergence(TIME, X)[1], 2.75)
 
 
 def test_time_change_trains_its_rate_and_never_its_start():
-    field = TimeChange(Clock(jnp.ones(3)), 2.5, start=0.2)
+    field = TimeRescaling(Clock(jnp.ones(3)), 2.5, start=0.2)
     assert len(jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array))) == 2
-    rate = TimeChange(Clock(jnp.ones(3)), 3.0).sqrt_rate
-    assert not rate.weak_type  # or the first update would compile anew
+    rate = TimeRescaling(Clock(jnp.ones(3)), 3.0).sqrt_rate
+    assert not rate.weak_type  # otherwise the first update would recompile
     np.testing.assert_allclose(rate**2, 3)
 
     @jax.jit
     def gradients(rate, start):
-        return jax.grad(lambda *a: TimeChange(Clock(jnp.ones(3)), *a)(TIME, X)[0], argnums=(0, 1))(
-            rate, start
-        )
+        return jax.grad(
+            lambda *a: TimeRescaling(Clock(jnp.ones(3)), *a)(TIME, X)[0], argnums=(0, 1)
+        )(rate, start)
 
     by_rate, by_start = gradients(jnp.asarray(2.5), jnp.asarray(0.2))
-    np.testing.assert_allclose(by_rate, 0.2 + 2 * 2.5 * 0.3, rtol=1e-13)  # of r (start + r t)
+    np.testing.assert_allclose(by_rate, 0.2 + 2 * 2.5 * 0.3, rtol=1e-13)  # d/dr of r (start + r t)
     assert by_start == 0
 
 
 def test_wrappers_have_the_context_of_what_is_inside():
     conditional, plain = drawn(MLP, 3, (4,), context_dim=2), drawn(MLP, 3, (4,))
     wraps = (
-        Residual,
-        lambda field: TimeChange(field, 2.0),
+        MinusIdentity,
+        lambda field: TimeRescaling(field, 2.0),
         lambda field: Guided(field, 2.0),
         mixture_of_two,
     )
@@ -280,9 +280,9 @@ def mixture_of_two(field):
             lambda: ResNet(2, activation="relu", key=jr.key(0)),
             "unknown activation 'relu': use one of tanh",
         ),
-        (lambda: TimeChange(LINEAR, 0.0), "rate must be positive and finite; got 0.0"),
-        (lambda: TimeChange(LINEAR, float("nan")), "rate must be positive and finite; got nan"),
-        (lambda: Mixture((), key=jr.key(0)), "a mixture needs fields"),
+        (lambda: TimeRescaling(LINEAR, 0.0), "rate must be positive and finite; got 0.0"),
+        (lambda: TimeRescaling(LINEAR, float("nan")), "rate must be positive and finite; got nan"),
+        (lambda: Mixture((), key=jr.key(0)), "fields must be at least one field"),
         (lambda: mixture(LINEAR, Clock(jnp.ones(2), 2)), "got 2 of dim {2, 3}"),
         (
             lambda: mixture(drawn(MLP, 3, (4,)), drawn(MLP, 3, (4,), context_dim=2)),

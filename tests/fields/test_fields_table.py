@@ -1,4 +1,4 @@
-"""What every field must do: shapes, dtypes, and a divergence that is the trace, gradients too."""
+"""Tests of every field: shapes, dtypes, and a divergence that equals the trace, with gradients."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.optimized
 
 TIME, X = jnp.asarray(0.3), jnp.array([0.4, -1.1, 0.7])
 CONTEXT = jnp.array([0.9, -0.2])
-BATCH = 11  # a size that no field has
+BATCH = 11  # a size that does not occur in any field
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -75,11 +75,11 @@ def test_what_depends_on_time_alone_is_computed_once_for_a_batch(name):
     jaxpr = jax.make_jaxpr(over_batch)(TIME, *batched).jaxpr
     of_sample = set(jaxpr.invars[1:])
     for equation in jaxpr.eqns:
-        # A copy for each sample, as of what is joined to a context, computes nothing.
+        # Copies for each sample, such as those joined to a context, take no computation.
         copied = equation.primitive.name == "broadcast_in_dim"
         if copied or of_sample & {v for v in equation.invars if not isinstance(v, Literal)}:
             of_sample.update(equation.outvars)
-            # Units, of which there are at most 10, and never a matrix a sample.
+            # At most 10 units per sample, and never a matrix per sample.
             assert max(v.aval.size for v in equation.outvars) <= BATCH * 10
         else:
             assert not [v for v in equation.outvars if BATCH in v.aval.shape]
@@ -94,7 +94,7 @@ def test_fields_without_a_closed_form_fall_back_on_forward_mode():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_holds_an_empty_tuple(name):
-    """backsolve carries the parameters in its state, where an empty tuple crashes diffrax."""
+    """Backsolve carries the parameters in its state, where an empty tuple crashes diffrax."""
     leaves = jax.tree.leaves(
         FIELDS[name](), is_leaf=lambda node: isinstance(node, tuple) and not node
     )

@@ -9,7 +9,7 @@ from helpers import MATRIX, T, linear
 from scipy import linalg, stats
 
 from jcnf import Hutchinson, Solve
-from jcnf.evaluate import score_marginal
+from jcnf.evaluate import marginal_log_prob
 from jcnf.flows.augmented import augment, log_prob_bound
 
 COVARIANCE = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
@@ -23,7 +23,7 @@ def test_the_bound_is_below_the_marginal_and_closes_with_samples():
         np.mean(MARGINAL - log_prob_bound(linear(), X, jr.key(1), samples=k, solve=SOLVE))
         for k in (1, 3000)
     ]
-    # With one sample it is short by the divergence of N(0, 1) from e given x, a Gaussian.
+    # With one sample the gap is the KL divergence from N(0, 1) to p(e | x), which is Gaussian.
     precision = linalg.inv(COVARIANCE)
     mean, variance = -X @ precision[:2, 2] / precision[2, 2], 1 / precision[2, 2]
     kl = np.mean((1 + mean**2) / variance - 1 + np.log(variance)) / 2
@@ -33,11 +33,11 @@ def test_the_bound_is_below_the_marginal_and_closes_with_samples():
 
 def test_scores_of_many_points_are_the_marginal_whatever_the_chunk():
     scores = [
-        score_marginal(linear(), X, jr.key(2), samples=300, solve=SOLVE, chunk=chunk)
+        marginal_log_prob(linear(), X, jr.key(2), samples=300, solve=SOLVE, chunk=chunk)
         for chunk in (64, 200)
     ]
     np.testing.assert_allclose(scores[0].log_prob, scores[1].log_prob, rtol=1e-12)
-    # The density is unbiased: the mean of these ratios is 1.
+    # The estimate of the density is unbiased, so the mean of these ratios is 1.
     ratios = np.exp(scores[0].log_prob - MARGINAL)
     assert abs(ratios.mean() - 1) < 4 * stats.sem(ratios)
     assert np.mean(MARGINAL - scores[0].log_prob) < 0.1

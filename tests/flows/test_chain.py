@@ -1,4 +1,4 @@
-"""Flows in parts: closed forms of affine parts, and pictures' bijections against autodiff."""
+"""Composed flows: closed forms of affine parts, and bijections of images against autodiff."""
 
 import dataclasses
 from functools import partial
@@ -18,16 +18,16 @@ from scipy import linalg, stats
 import jcnf
 from jcnf import Exact, Hutchinson, Solve, evaluate, objectives
 from jcnf.distributions import StandardNormal
-from jcnf.divergence import Drawn
+from jcnf.divergence import FixedNoise
 from jcnf.fields import Cast, Conv
 from jcnf.flows import (
     CNF,
     ODE,
+    AnalyticBijection,
     Chain,
+    ChannelSplit,
     Composition,
-    Fixed,
     Logit,
-    OnChannels,
     Squeeze,
     multiscale,
     with_fields,
@@ -38,15 +38,15 @@ from jcnf.regularizers import kinetic
 RNG = np.random.default_rng(0)
 X, CONTEXT = jnp.asarray(RNG.normal(size=(30, 3))), jnp.asarray(RNG.normal(size=(30, 2)))
 OTHER = np.array([[-0.3, 0.5, 0.1], [0.2, 0.6, -0.7], [0.4, 0.1, 0.2]])
-S = 0.5  # the time of the other
+S = 0.5  # t1 of the ODE with OTHER
 STEPS = Solve(step=T / 8)
-EULER = Solve("euler", step=T / 2)  # for estimates e'Ae, which are the same everywhere
+EULER = Solve("euler", step=T / 2)  # exact enough for estimates e'Ae, which do not depend on x
 
 transform = eqx.filter_jit(jcnf.transform)
 
 
 class Deaf(Linear):
-    """One that takes no context, and says so."""
+    """A linear field that takes no context and declares a context_dim of 0."""
 
     context_dim: int = eqx.field(static=True, default=0)
 
@@ -92,9 +92,9 @@ def test_logdets_penalties_and_statistics_add_up(direction):
         x = ends[-1].x
     np.testing.assert_allclose(whole.x, x, atol=1e-12)
     np.testing.assert_allclose(whole.logdet, sum(end.logdet for end in ends), atol=1e-12)
-    for name, value in whole.penalties.items():
+    for name, value in whole.regularizers.items():
         assert np.min(value) > 0.1
-        np.testing.assert_allclose(value, sum(e.penalties[name] for e in ends), atol=1e-12)
+        np.testing.assert_allclose(value, sum(e.regularizers[name] for e in ends), atol=1e-12)
     for name in ("nfe", "steps", "rejected"):
         assert getattr(whole.stats, name) == sum(getattr(e.stats, name) for e in ends)
     assert whole.stats.steps == 8 + 5
@@ -102,13 +102,13 @@ def test_logdets_penalties_and_statistics_add_up(direction):
 
 
 def test_a_solve_that_fails_in_one_part_fails_the_sample():
-    """On the way to the base the first solve takes 0.6 to where the second has no velocity."""
+    """On the way to the base, the first solve takes 0.6 to where the second field is NaN."""
     flow = Chain([ODE(NotANumber(), T), ODE(Linear(-jnp.eye(2), dim=2), T)], StandardNormal(2))
     x = jnp.asarray(np.full((40, 2), 0.1)).at[7].set(0.6)
-    scores = evaluate.score(flow, x)
+    scores = evaluate.log_prob(flow, x)
     np.testing.assert_array_equal(np.flatnonzero(scores.failed), [7])
     np.testing.assert_array_equal(np.isnan(scores.log_prob), scores.failed)
-    expected = stats.norm.logpdf(0.1, scale=1).item() * 2  # there, and by as much back again
+    expected = stats.norm.logpdf(0.1, scale=1).item() * 2  # the second solve undoes the first
     np.testing.assert_allclose(np.delete(scores.log_prob, 7), expected, atol=1e-4)
 
 
@@ -126,9 +126,9 @@ def test_contexts_reach_the_parts_that_take_them():
 
 
 def test_errors_say_what_to_do(unchecked):
-    with pytest.raises(ValueError, match=r"needs parts, .*; got 0 with"):
+    with pytest.raises(ValueError, match=r"at least one part, .*; got 0 parts"):
         Composition([])
-    with pytest.raises(ValueError, match=r"a part must be a .* of a field make"):
+    with pytest.raises(ValueError, match=r"each part must be a .* wrap a field in"):
         Composition([affine().field])
     of_3 = drawn(Conv, (1, 3, 1), (2,), context_dim=3)
     with pytest.raises(ValueError, match=r"contexts of one size if any; got 2 .* sizes \[2, 3\]"):
@@ -141,14 +141,14 @@ def test_errors_say_what_to_do(unchecked):
 
 
 def nested():
-    """A solve of the first two components, and one of all."""
+    """Return a chain of a solve of the first two components and a solve of all three."""
     half = ODE(Linear(jnp.asarray(MATRIX[:2, :2]), dim=2), T)
-    inner = OnChannels(Composition([Marker(0.0), half]), (1, 1, 3), 2)
+    inner = ChannelSplit(Composition([Marker(0.0), half]), (1, 1, 3), 2)
     return Chain([inner, Marker(0.0), ODE(linear().field, T)], StandardNormal(3))
 
 
-class Marker(Fixed):
-    """Adds its number to data on the way to the base."""
+class Marker(AnalyticBijection):
+    """Add `number` to the data on the way to the base."""
 
     number: float | Float[Array, ""]
 
@@ -158,7 +158,7 @@ class Marker(Fixed):
 
 
 def quadratic(matrix, noise):
-    """e'Ae, the estimate that a linear field gives at every place."""
+    """Return e'Ae, the estimated divergence of a linear field, which is the same everywhere."""
     return np.einsum("bi,ij,bj->b", noise[:, 0], matrix, noise[:, 0])
 
 
@@ -172,7 +172,7 @@ def test_each_part_has_noise_of_its_own_and_is_unbiased():
     parts = [quadratic(MATRIX[:2, :2], first), quadratic(MATRIX, last)]
     found = estimate(key=jr.key(1), divergence=Hutchinson()).logdet
     np.testing.assert_allclose(found, -T * sum(parts), atol=1e-10)
-    again = estimate(divergence=Drawn(Hutchinson(), noise)).logdet
+    again = estimate(divergence=FixedNoise(Hutchinson(), noise)).logdet
     np.testing.assert_array_equal(found, again)
     assert abs(np.corrcoef(parts)[0, 1]) < 4 / np.sqrt(n)
     expected = -T * (np.trace(MATRIX[:2, :2]) + np.trace(MATRIX))
@@ -181,7 +181,7 @@ def test_each_part_has_noise_of_its_own_and_is_unbiased():
 
 def test_scores_by_an_estimator_do_not_depend_on_the_chunk():
     flow, settings = nested(), {"key": jr.key(2), "solve": EULER, "divergence": Hutchinson(2)}
-    whole, pieces = (evaluate.score(flow, X, **settings, chunk=chunk) for chunk in (30, 7))
+    whole, pieces = (evaluate.log_prob(flow, X, **settings, chunk=chunk) for chunk in (30, 7))
     np.testing.assert_allclose(pieces.log_prob, whole.log_prob, atol=1e-12)
 
 
@@ -189,10 +189,10 @@ def test_scores_by_an_estimator_do_not_depend_on_the_chunk():
 @pytest.mark.parametrize("divergence", [Hutchinson(), Exact()])
 def test_a_certificate_of_a_chain(divergence):
     flow = nested()
-    found = evaluate.certify(
+    found = evaluate.accuracy_report(
         flow, X, key=jr.key(3), solve=STEPS, divergence=divergence, draws=3, reference_points=5
     )
-    assert found.nll_error < 1e-4  # the solver's, with the same noise on both sides
+    assert found.nll_error < 1e-4  # solver error only: both solves use the same noise
     assert found.failures == 0
     assert found.roundtrip_error < 1e-4
     half, all_three = linalg.expm(T * MATRIX[:2, :2]), linalg.expm(T * MATRIX)
@@ -202,11 +202,11 @@ def test_a_certificate_of_a_chain(divergence):
     assert abs(np.mean(error)) < 4 * found.estimator_stderr + 1e-4
 
 
-# Pictures
+# Images
 
 
 def both_ways(bijection, x):
-    """Ends, log-dets and autodiff's Jacobians from x to the base, and from there back."""
+    """Yield the end, log-det and autodiff Jacobian from x to the base, then for the way back."""
     for direction in ("to_base", "to_data"):
 
         def end(x, direction=direction):
@@ -232,10 +232,10 @@ def test_the_logit_by_hand_and_by_autodiff():
 
 def test_what_is_outside_of_the_logit_fails_alone():
     x = jnp.array([[0.2, 0.3], [-0.06, 0.3], [0.3, 1.06], [jnp.nan, 0.1]])
-    _, stats = Logit(0.05).carry(x, "to_base", None, Solve())
+    _, stats = Logit(0.05).transform(x, "to_base", None, Solve())
     np.testing.assert_array_equal(stats.failed, [False, True, True, True])
     flow = Chain([ODE(Linear(jnp.eye(2), dim=2)), Logit(0.05)], StandardNormal(2))
-    scores = evaluate.score(flow, jnp.tile(x[:1], (40, 1)).at[3].set(x[1]))
+    scores = evaluate.log_prob(flow, jnp.tile(x[:1], (40, 1)).at[3].set(x[1]))
     np.testing.assert_array_equal(np.flatnonzero(np.isnan(scores.log_prob)), [3])
     for alpha in (0.0, 0.5, 0.7):
         with pytest.raises(ValueError, match=r"alpha must be in \[1e-7, 0.5\)"):
@@ -271,14 +271,14 @@ def test_squeezing_takes_two_by_two_pixels_to_one():
     np.testing.assert_array_equal(np.sort(jacobian[0], 1)[:, -1], 1)
     with pytest.raises(ValueError, match="even height and width"):
         Squeeze((4, 3, 1))
-    with pytest.raises(ValueError, match=r"shape \(2, 2, 1\); got vectors of 12"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 1\); got vectors of length 12"):
         Squeeze((2, 2, 1)).both(wide, "to_base")
 
 
 def test_other_channels_pass_through_bit_by_bit():
     shape, channels = (2, 1, 3), 2
     inner = ODE(mlp(4, (5,)), T)
-    part = OnChannels(inner, shape, channels)
+    part = ChannelSplit(inner, shape, channels)
     x = jnp.asarray(RNG.normal(size=(5, 6)))
     flow, alone = Chain([part], StandardNormal(6)), CNF(inner.field, StandardNormal(4), T)
     settings = {"solve": STEPS, "regularizers": (kinetic,)}
@@ -290,14 +290,14 @@ def test_other_channels_pass_through_bit_by_bit():
     assert np.max(np.abs(of_first.x - before[..., :2].reshape(5, 4))) > 0.1
     np.testing.assert_allclose(found.logdet, of_first.logdet, atol=1e-12)
     np.testing.assert_allclose(
-        found.penalties["kinetic"], of_first.penalties["kinetic"], atol=1e-12
+        found.regularizers["kinetic"], of_first.regularizers["kinetic"], atol=1e-12
     )
-    plain, stats = eqx.filter_jit(part.carry)(x, "to_base", None, STEPS)
+    plain, stats = eqx.filter_jit(part.transform)(x, "to_base", None, STEPS)
     np.testing.assert_allclose(plain, found.x, atol=1e-12)
     assert stats.nfe == found.stats.nfe == of_first.stats.nfe
     for wrong in (0, 3):
         with pytest.raises(ValueError, match="channels must be"):
-            OnChannels(inner, shape, wrong)
+            ChannelSplit(inner, shape, wrong)
 
 
 def test_scales_end_where_they_should():
@@ -308,30 +308,30 @@ def test_scales_end_where_they_should():
         return [Marker(10.0 ** (len(shapes) - 1))]
 
     flow = multiscale((4, 4, 1), 3, blocks)
-    # From the data: fine and squeezed of each scale; the last, which is not squeezed, alone.
+    # From the data side: each scale before and after its squeeze; the last is not squeezed.
     assert shapes == [(4, 4, 1), (2, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4)]
     x = jnp.asarray(RNG.permutation(16) / 16.0)[None]
-    end, stats = flow.carry(x, "to_base", None, Solve())
+    end, stats = flow.transform(x, "to_base", None, Solve())
     assert stats.nfe == 0
     added = np.floor(np.asarray(end)).reshape(2, 2, 4)
     values = (np.asarray(end).reshape(2, 2, 4) - added) % 1
     squeezed, _ = Squeeze((4, 4, 1)).both(x, "to_base")
     np.testing.assert_allclose(values[..., 2:], np.asarray(squeezed).reshape(2, 2, 4)[..., 2:])
     np.testing.assert_array_equal(added[..., 2:], 11)  # channels 2 and 3 end at the first scale
-    # Of the 2 x 2 x 2 that go on, half ends at the second scale, and the rest at the last.
+    # Of the 2 x 2 x 2 values that go on, half end at the second scale and the rest at the last.
     rest = added[..., :2].ravel()
     np.testing.assert_array_equal(np.sort(rest), [1111] * 4 + [11111] * 4)
     np.testing.assert_array_equal(rest, [11111] * 4 + [1111] * 4)
-    back, _ = flow.carry(end, "to_data", None, Solve())
+    back, _ = flow.transform(end, "to_data", None, Solve())
     np.testing.assert_allclose(back, x, atol=1e-9)
     assert multiscale((3, 5, 1), 1, blocks).parts[0].number == 10.0**5
     for shape, scales in (((6, 4, 1), 3), ((4, 6, 1), 3), ((4, 4, 1), 0)):
-        with pytest.raises(ValueError, match=f"{scales} scales need pictures"):
+        with pytest.raises(ValueError, match=f"{scales} scales need images"):
             multiscale(shape, scales, blocks)
 
 
 def pictures_flow(shape=(4, 4, 1), scales=2):
-    """Convolutional fields far from linear at each place."""
+    """Return a multiscale flow whose convolutional fields are all far from linear."""
     seeds = iter(range(9))
 
     def blocks(shape):
@@ -361,7 +361,7 @@ def test_the_logdet_of_a_multiscale_flow_is_that_of_its_jacobian():
     np.testing.assert_allclose(back.x, x, atol=1e-8)
     np.testing.assert_allclose(back.logdet, -there.logdet, atol=1e-8)
     resting = jax.tree.map(lambda leaf: 0 * leaf, flow)
-    still, _ = eqx.filter_jit(resting.carry)(x, "to_base", None, EULER)
+    still, _ = eqx.filter_jit(resting.transform)(x, "to_base", None, EULER)
     assert np.median(np.abs(there.x - still)) > 0.05
 
 
@@ -375,7 +375,7 @@ def test_flow_matching_inside_is_that_of_preprocessed_data():
     loss = eqx.filter_value_and_grad(
         lambda flow, objective, x: objective(flow, x, jr.key(0))[0].astype(x.dtype)
     )
-    inner = objectives.of_inner(objectives.flow_matching)
+    inner = objectives.for_first_ode(objectives.flow_matching)
     value, gradient = eqx.filter_jit(loss)(chain, inner, x)
     y, _ = logit.both(x, "to_base")
     expected = eqx.filter_jit(loss)(CNF(field, base, T), objectives.flow_matching, y)
@@ -390,7 +390,7 @@ def test_flow_matching_inside_is_that_of_preprocessed_data():
 
 def test_parts_outside_have_no_gradient():
     flow = Chain([ODE(linear().field, T), Marker(jnp.asarray(0.5))], StandardNormal(3))
-    inner = objectives.of_inner(objectives.flow_matching)
+    inner = objectives.for_first_ode(objectives.flow_matching)
     gradient = eqx.filter_grad(lambda flow: inner(flow, X, jr.key(0))[0])(flow)
     assert np.max(np.abs(gradient.parts[0].field.matrix)) > 0.1
     assert gradient.parts[1].number == 0
@@ -405,7 +405,7 @@ def test_in_less_precision_the_loss_is_near_and_gradients_are_of_float32():
         return eqx.filter_value_and_grad(lambda flow: objective(flow, x, jr.key(0))[0])(flow)
 
     whole = objectives.flow_matching
-    low = objectives.in_precision(whole, jnp.bfloat16)
+    low = objectives.cast_fields(whole, jnp.bfloat16)
     (value, gradient), (rounded, of_rounded) = loss(flow, whole), loss(flow, low)
     assert rounded.dtype == jnp.float32
     assert 0 < abs(value - rounded) < 0.02 * value
@@ -429,7 +429,7 @@ def test_fields_are_changed_wherever_they_are():
 
 
 class Pulse(eqx.Module):
-    """x' = r(t) x with r a normal density about `at`: in all, x grows e times."""
+    """x' = r(t) x with r a normal density around `at`: over all times x grows by a factor of e."""
 
     at: float
     width: float

@@ -1,4 +1,4 @@
-"""The public functions are compiled once, and are part of the program inside another jit."""
+"""The public functions compile once, and inside another jit they are part of its program."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.optimized
 FLOW = CNF(mlp(2, (4,)), StandardNormal(2))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
 TIMES = jnp.linspace(0.0, 1.0, 4)
-# Each as a function of the flow, a solve, a key and rows.
+# Each is a function of the flow, a solve, a key and rows.
 CALLS = {
     "log_prob": lambda flow, solve, key, x: jcnf.log_prob(flow, x, solve=solve),
     "log_prob, estimated": lambda flow, solve, key, x: jcnf.log_prob(
@@ -39,7 +39,7 @@ CALLS = {
     "trajectory, times of each": lambda flow, solve, key, x: jcnf.trajectory(
         flow.field, x, jnp.tile(TIMES[:, None], (1, len(x))), solve=solve
     ),
-    "transform, penalties": lambda flow, solve, key, x: jcnf.transform(
+    "transform, regularizers": lambda flow, solve, key, x: jcnf.transform(
         flow, x, direction="to_data", regularizers=(kinetic,), solve=solve
     ),
     "log_prob_bound": lambda flow, solve, key, x: augmented.log_prob_bound(
@@ -89,7 +89,7 @@ def test_another_call_of_another_flow_compiles_nothing(kind):
 
 
 class Scaled:
-    """v = rate x, by an object that is not a pytree."""
+    """The field v = rate x, as an object that is not a pytree."""
 
     dim = 2
 
@@ -101,7 +101,7 @@ class Scaled:
 
 
 class Listed(eqx.Module):
-    """v = rate x, with the rate in a static list."""
+    """The field v = rate x, with the rate in a static list."""
 
     rates: list = eqx.field(static=True)
     dim: int = eqx.field(static=True, default=2)
@@ -111,7 +111,7 @@ class Listed(eqx.Module):
 
 
 def scaled(rate):
-    """An object, a plain function and a Module, with what sets the rate of each."""
+    """Return v = rate x as an object, a function and a Module, each with a setter of its rate."""
     thing, rates, listed = Scaled(rate), [rate], Listed([rate])
 
     def function(t, x, context=None):
@@ -139,7 +139,7 @@ def test_a_field_that_is_changed_in_place_is_never_stale(kind):
         near, solve = {"atol": 1e-3}, Solve("rk4", step=0.25)
         np.testing.assert_allclose(jcnf.log_prob(flow, X, solve=solve), expected, **near)
         np.testing.assert_allclose(jcnf.transform(flow, X, solve=solve).x, z, **near)
-        scores = evaluate.score(flow, X, solve=solve)
+        scores = evaluate.log_prob(flow, X, solve=solve)
         np.testing.assert_allclose(scores.log_prob, expected, **near)
         path = jcnf.trajectory(flow, X, jnp.array([1.0, 0.0]), solve=solve)
         np.testing.assert_allclose(path[-1], z, atol=1e-3)
@@ -216,7 +216,7 @@ def test_gradients_outside_of_jit_compile_once_and_are_those_inside(adjoint):
 
 
 def test_an_error_names_the_rows_that_failed():
-    flow = CNF(NotANumber(), StandardNormal(2))  # v = x, up to 1
+    flow = CNF(NotANumber(), StandardNormal(2))  # v = x, NaN beyond 1
     x = jnp.full((30, 2), 0.1).at[jnp.array([3, 8, 21, 22])].set(2.0)
     message = "the solve failed for 4 of 30 rows (first: 3, 8, 21, ...): max_steps was reached"
     for solve in (Solve("bosh3", norm="worst"), Solve("bosh3")):

@@ -1,4 +1,4 @@
-"""Flows as distrax objects: densities, maps and log-dets, alone and inside distrax's own."""
+"""Flows as distrax objects: densities, maps and log-dets, alone and inside distrax objects."""
 
 import re
 from functools import partial
@@ -28,18 +28,18 @@ PROPAGATOR = linalg.expm(T * MATRIX)
 
 
 class ClosedForm(Flow):
-    """A flow that is no CNF, and compiles at once: what `linear` and `affine` come to."""
+    """The closed form of `linear` and `affine`: a flow that is not a CNF, and quick to compile."""
 
     propagator: Float[Array, "3 3"]
     fails: Bool[Array, ""]
-    size: int = eqx.field(static=True)  # of its context
+    size: int = eqx.field(static=True)  # of the context
     base: StandardNormal
 
     @property
     def context_dim(self):
         return self.size
 
-    def carry(self, x, direction, context, solve):
+    def transform(self, x, direction, context, solve):
         # (e^{TA} - I) A^-1 carries the constant velocity.
         drift = jnp.asarray(np.linalg.solve(MATRIX, PROPAGATOR - np.eye(3)).T)
         shift = 0 if context is None else (context @ CONTEXT_MATRIX.T + SHIFT[None]) @ drift
@@ -52,8 +52,8 @@ class ClosedForm(Flow):
             zero, zero, zero, jnp.broadcast_to(self.fails, x.shape[:1]), step_plan=jnp.zeros(1)
         )
 
-    def carry_with_logdet(self, x, direction, key, context, solve, divergence, regularizers):
-        end, stats = self.carry(x, direction, context, solve)
+    def transform_and_log_det(self, x, direction, key, context, solve, divergence, regularizers):
+        end, stats = self.transform(x, direction, context, solve)
         _, logdet = jnp.linalg.slogdet(self.propagator)
         logdet = jnp.broadcast_to(logdet if direction == "to_data" else -logdet, x.shape[:1])
         return Transformed(end, logdet, {}, stats)
@@ -64,14 +64,14 @@ def closed_form(context_dim=0, fails=False):
 
 
 def density(x, context=None):
-    """`log_density` of events and contexts of any batch shape."""
+    """Return `log_density` for events and contexts of any batch shape."""
     arrays = [np.asarray(a) for a in (x, context) if a is not None]
     shape = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
     rows = [np.broadcast_to(a, (*shape, a.shape[-1])).reshape(-1, a.shape[-1]) for a in arrays]
     return np.reshape(log_density(*rows), shape)
 
 
-# One program is quicker to compile than many operations.
+# One program compiles faster than many separate operations.
 log_prob = jax.jit(lambda dist, x: dist.log_prob(x))
 draw = jax.jit(
     lambda dist, seed, shape=(): dist.sample_and_log_prob(seed=seed, sample_shape=shape),
@@ -87,7 +87,7 @@ CONDITIONAL = FlowDistribution(closed_form(2), CONTEXT)
 
 @jax.jit
 def everything(dist, x, key):
-    """Log-densities of events, samples, and samples with log-densities."""
+    """Return the log-densities of events, samples, and samples with their log-densities."""
     both = dist.sample_and_log_prob(seed=key, sample_shape=(5,))
     return dist.log_prob(x), dist.sample(seed=key, sample_shape=(5,)), both
 
@@ -126,7 +126,7 @@ def test_what_is_drawn_has_the_density():
 
 @jax.jit
 def there_and_back(bijector, x):
-    """Where events go, with the Jacobian (dim, dim) of each by autodiff; what the bijector says."""
+    """Return ends with autodiff Jacobians (dim, dim), and the bijector's log-dets both ways."""
     forward = lambda x: (bijector.forward(x),) * 2  # noqa: E731
     derivative, y = jax.vmap(jax.jacfwd(forward, has_aux=True))(x)
     return (y, derivative), bijector.forward_and_log_det(x), bijector.inverse_and_log_det(y)
@@ -173,7 +173,7 @@ def test_same_as_is_the_same_arrays_and_settings():
     assert (bijector.name, DIST.name) == ("FlowBijector", "FlowDistribution")
 
 
-# Inside distrax's own
+# Inside other distrax objects
 
 
 def base():
@@ -191,7 +191,7 @@ def test_transformed_by_a_bijector_it_is_the_known_density():
 
 def test_a_distrax_base_carried_is_the_flows_distribution():
     built = distrax.Transformed(base(), FlowBijector(closed_form()))
-    with jax.numpy_rank_promotion("allow"):  # distrax's own base, here and below
+    with jax.numpy_rank_promotion("allow"):  # distrax's base needs it, here and below
         np.testing.assert_allclose(log_prob(built, X), density(X), atol=1e-10)
         x, log_p = draw(built, jr.key(0), (2, 2))
         np.testing.assert_allclose(built.sample(seed=jr.key(0), sample_shape=(2, 2)), x, atol=1e-12)
@@ -205,7 +205,7 @@ def test_chained_and_inverted_it_composes():
     y, logdet = chain.forward_and_log_det(X)
     np.testing.assert_allclose(y.reshape(-1, 3), 2 * carried(X.reshape(-1, 3)) + 0.5, atol=1e-10)
     np.testing.assert_allclose(logdet, T * np.trace(MATRIX) + 3 * np.log(2), atol=1e-10)
-    # The flow, and back again, is the base.
+    # Undoing the flow's map leaves the base.
     undone = distrax.Transformed(DIST, distrax.Inverse(FlowBijector(closed_form())))
     with jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(log_prob(undone, X), log_prob(base(), X), atol=1e-10)
@@ -238,7 +238,9 @@ def test_as_an_argument_it_is_traced_once():
     for scale in (1.0, 2.0):
         flow = eqx.tree_at(lambda f: f.propagator, closed_form(2), jnp.asarray(scale * PROPAGATOR))
         log_p = counted(FlowDistribution(flow, CONTEXT, solve=Solve(rtol=1e-3)), X)
-        known = jax.jit(FlowDistribution(flow, CONTEXT).log_prob)(X)  # closed over
+        known = jax.jit(FlowDistribution(flow, CONTEXT).log_prob)(
+            X
+        )  # the distribution is closed over
         np.testing.assert_allclose(log_p, known, atol=1e-12)
     assert traces == [1]
     counted(FlowDistribution(flow, CONTEXT, solve=Solve(rtol=1e-4)), X)
@@ -283,10 +285,10 @@ def test_gradients_go_through_a_solve():
     x, where = X[0], lambda inputs: inputs[0].field.layers[0].bias
     value, (of_flow, of_x) = loss((affine(), x))
     covariance = PROPAGATOR @ PROPAGATOR.T
-    centred = np.asarray(x) - carried(np.zeros((1, 3)), context=CONTEXT[0, :1])
+    centered = np.asarray(x) - carried(np.zeros((1, 3)), context=CONTEXT[0, :1])
     np.testing.assert_allclose(value, density(x, CONTEXT[0, 0]).sum(), atol=1e-4)
-    np.testing.assert_allclose(of_x, -centred @ np.linalg.inv(covariance), atol=1e-4)
-    # A constant velocity is carried by (e^{TA} - I) A^-1, and moves the mean alone.
+    np.testing.assert_allclose(of_x, -centered @ np.linalg.inv(covariance), atol=1e-4)
+    # A constant velocity moves only the mean, by (e^{TA} - I) A^-1 times itself.
     drift = (PROPAGATOR - np.eye(3)) @ np.linalg.inv(MATRIX)
     expected = -np.asarray(of_x).sum(0) @ drift
     np.testing.assert_allclose(where((of_flow, of_x)), expected, atol=1e-4)

@@ -41,7 +41,7 @@ log_prob = eqx.filter_jit(jcnf.log_prob)
 transform = eqx.filter_jit(jcnf.transform)
 
 
-# Closed forms: v = A x + C c + b, tr A != 0, makes a Gaussian of the base
+# Closed forms: v = A x + C c + b with tr A != 0 makes the base a general Gaussian
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_hutchinsons_noise_is_fixed_within_a_solve_and_unbiased():
     log_p = log_prob(linear(), x, key=key, solve=TIGHT, divergence=strategy)
     noise = np.asarray(strategy.draw(key, num, 3, x.dtype))
     estimate = np.einsum("nki,ij,nkj->n", noise, MATRIX, noise) / 2
-    # d logdet/dt = mean_k e_k' A e_k, constant; from data to base time runs backwards.
+    # d logdet/dt = mean_k e_k' A e_k is constant, and time runs backward from data to base.
     exact = log_density(X[:1])
     np.testing.assert_allclose(log_p, exact - T * (estimate - np.trace(MATRIX)), atol=1e-8)
     assert abs(np.mean(log_p) - exact) < 4 * np.std(log_p) / np.sqrt(num)
@@ -95,9 +95,9 @@ def test_penalty_and_logdet_in_both_directions(direction):
     velocity = [carried(z, T * (1 + u) / 2) @ MATRIX.T for u in nodes]
     rates = np.sum(np.square(velocity), axis=2) / 2
     result = transform(linear(), X, direction=direction, solve=TIGHT, regularizers=(kinetic,))
-    assert list(result.penalties) == ["kinetic"]
-    assert np.all(result.penalties["kinetic"] > 0)
-    np.testing.assert_allclose(result.penalties["kinetic"], weights @ rates * T / 2, rtol=1e-8)
+    assert list(result.regularizers) == ["kinetic"]
+    assert np.all(result.regularizers["kinetic"] > 0)
+    np.testing.assert_allclose(result.regularizers["kinetic"], weights @ rates * T / 2, rtol=1e-8)
     sign = 1 if direction == "to_data" else -1
     np.testing.assert_allclose(result.logdet, sign * T * np.trace(MATRIX), atol=1e-9)
     np.testing.assert_allclose(result.x, carried(X, sign * T), atol=1e-9)
@@ -118,12 +118,12 @@ def test_trajectory_follows_the_path_both_ways():
     np.testing.assert_allclose(up[0], X, atol=0)
 
 
-# A field of no closed form
+# A field without a closed form
 
 
 @eqx.filter_jit
 def jacobian(flow, x, direction):
-    """Where a batch goes, the log-det, and the Jacobian (batch, dim, batch, dim) by autodiff."""
+    """Return the end, its log-det, and the Jacobian (batch, dim, batch, dim) by autodiff."""
     solve = Solve(rtol=1e-10, atol=1e-10, adjoint=diffrax.ForwardMode())
 
     def run(x):
@@ -146,7 +146,7 @@ def test_logdet_is_that_of_the_jacobian_both_ways_and_the_way_back_leads_home():
         assert np.ptp(logdet) > 0.1
         np.testing.assert_allclose(logdet, expected, rtol=0, atol=1e-7)
         others = derivative.at[jnp.arange(3), :, jnp.arange(3)].set(0)
-        np.testing.assert_allclose(others, 0, atol=1e-7)  # samples do not meet
+        np.testing.assert_allclose(others, 0, atol=1e-7)  # samples do not interact
         if direction == "to_base":
             assert np.max(np.abs(x - start)) > 0.5
             there = logdet
@@ -171,7 +171,7 @@ def test_regularizers_add_up_by_name():
         return jnp.sum(x**2)
 
     run = partial(jcnf.transform, linear(), solve=COARSE, regularizers=(kinetic, squared_norm))
-    assert sorted(jax.eval_shape(run, X).penalties) == ["kinetic", "squared_norm"]
+    assert sorted(jax.eval_shape(run, X).regularizers) == ["kinetic", "squared_norm"]
 
 
 # dtypes
@@ -320,7 +320,7 @@ def test_other_errors_say_what_to_do():
 
 
 class Narrow(eqx.Module):
-    """A field that gives one component of two."""
+    """A field that returns one component instead of two."""
 
     dim: int = eqx.field(static=True, default=2)
 
@@ -338,9 +338,9 @@ def test_what_has_a_wrong_shape_is_refused_and_not_broadcast(unchecked):
             run(flow, X[:, :2])
     with pytest.raises(ValueError, match=r"penalty per_component must give an array of shape \(\)"):
         transform(linear(), X, regularizers=(per_component,))
-    with pytest.raises(ValueError, match="functions as in"):
+    with pytest.raises(ValueError, match="functions such as"):
         transform(linear(), X, regularizers=("kinetic",))
-    with pytest.raises(ValueError, match=r"cast it, x.astype\(float64\)"):
+    with pytest.raises(ValueError, match=r"use x.astype\(jnp.float64\)"):
         jcnf.log_prob(linear(), X.astype(jnp.float32))
 
 
@@ -380,7 +380,7 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
 
 
 def test_the_times_of_a_trajectory_that_were_not_reached_are_nan():
-    flow = CNF(NotANumber(), StandardNormal(2))  # v = x, up to 1
+    flow = CNF(NotANumber(), StandardNormal(2))  # v = x, NaN beyond 1
     x, times = jnp.array([[0.5, 0.1]]), jnp.linspace(0.0, 1.0, 5)
     path, stats = jcnf.flows.solve_trajectory(flow, x, times, solve=TIGHT)
     assert np.all(stats.failed)

@@ -1,4 +1,4 @@
-"""Flows of distrax bijectors, and NICE: against numpy, autodiff, and laws that are known."""
+"""Flows of distrax bijectors, and NICE, against NumPy, autodiff and known distributions."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from scipy import stats
 import jcnf
 from jcnf import NICE, BijectiveFlow, Hutchinson, evaluate, objectives
 from jcnf.data.toys import PARABOLA, TOYS
-from jcnf.distributions import Base, Logistic, StandardNormal
+from jcnf.distributions import BaseDistribution, Logistic, StandardNormal
 from jcnf.regularizers import kinetic
 
 pytestmark = pytest.mark.optimized
@@ -30,7 +30,7 @@ transform = eqx.filter_jit(jcnf.transform)
 
 
 def nice(dim=5, widths=(8, 7), couplings=4, *, seed=0, scale=0.6, **settings) -> NICE:
-    """No weight is zero; numpy draws them, for compiling initialisers takes long."""
+    """Return a NICE without zero weights; NumPy draws them, because initializers compile slowly."""
     rng = np.random.default_rng(seed)
     make = partial(NICE, dim, widths, couplings, **settings)
     shapes = eqx.filter_eval_shape(make, key=jr.key(0))
@@ -38,7 +38,7 @@ def nice(dim=5, widths=(8, 7), couplings=4, *, seed=0, scale=0.6, **settings) ->
 
 
 def in_numpy(flow, x):
-    """The paper's forward direction: latents of data."""
+    """Return the latents of data `x`, the paper's forward direction."""
     h, components = np.array(x), np.arange(x.shape[1])
     parts = [components < (x.shape[1] + 1) // 2, components % 2 == 0][flow.split == "odd_even"]
     for i, network in enumerate(flow.networks):
@@ -70,9 +70,9 @@ def test_it_is_the_papers(split, base, prior):
     expected = prior.logpdf(h).sum(axis=1) + np.sum(flow.log_scale)
     np.testing.assert_allclose(log_prob(flow, X), expected, atol=1e-12)
     scaled = np.exp(np.asarray(flow.log_scale)) * np.asarray(X)
-    assert np.ptp(h - scaled, axis=0).min() > 0.1  # every component is moved
+    assert np.ptp(h - scaled, axis=0).min() > 0.1  # every component moves
     assert (int(there.stats.nfe), int(there.stats.steps), int(there.stats.rejected)) == (1, 0, 0)
-    assert there.penalties == {}
+    assert there.regularizers == {}
     back = transform(flow, there.x, direction="to_data")
     np.testing.assert_allclose(back.x, X, atol=1e-12)
     np.testing.assert_allclose(back.logdet, -there.logdet, atol=1e-12)
@@ -99,15 +99,15 @@ def jacobian(flow, x, direction):
         return result.x[0], (result.x[0], result.logdet[0])
 
     derivative, (end, logdet) = jax.vmap(jax.jacfwd(one, has_aux=True))(x)
-    alone, _ = flow.carry(x, direction, None, jcnf.Solve())
+    alone, _ = flow.transform(x, direction, None, jcnf.Solve())
     return end, logdet, derivative, alone
 
 
 class Spline(BijectiveFlow):
-    """What it takes to put another distrax bijector behind the same functions."""
+    """An example of another distrax bijector behind the same functions."""
 
     knots: Float[Array, "dim parameters"]
-    base: Base
+    base: BaseDistribution
 
     def bijector(self):
         return distrax.Block(distrax.RationalQuadraticSpline(self.knots, -3.0, 3.0), 1)
@@ -133,7 +133,7 @@ def test_logdet_is_that_of_the_jacobian_both_ways_and_the_way_back_leads_home(ma
 
 def test_the_parabola_is_one_coupling_and_one_scaling():
     class Bent(BijectiveFlow):
-        base: Base
+        base: BaseDistribution
 
         def bijector(self):
             shift = lambda m: distrax.Block(distrax.ScalarAffine(m), 1)  # noqa: E731
@@ -175,7 +175,7 @@ def test_calibrated_latents_have_mean_0_and_the_spread_of_the_prior(base, spread
 
 def test_calibration_leaves_the_scale_of_what_never_varies():
     flow = eqx.tree_at(lambda f: f.log_scale, nice(3, (), 1), jnp.array([0.3, 0.4, 0.5]))
-    x = X[:, :3].at[:, 1].set(0.1)  # whose mean, and so standard deviation, is rounded
+    x = X[:, :3].at[:, 1].set(0.1)  # its mean, and so its deviation, is rounded
     assert jnp.std(x[:, 1]) != 0
     calibrated = flow.calibrated(x)
     assert calibrated.log_scale[1] == 0.4
@@ -188,7 +188,7 @@ def test_calibration_leaves_the_scale_of_what_never_varies():
 
 
 def test_samples_have_the_law():
-    """Without hidden layers NICE is affine, and makes a Gaussian of the normal."""
+    """Without hidden layers NICE is affine, so a normal base gives a Gaussian."""
     flow = nice(3, (), 3, base=StandardNormal(3), scale=0.4)
     mean, _, derivative, _ = jacobian(flow, jnp.zeros((1, 3)), "to_data")
     matrix = np.asarray(derivative[0])
@@ -214,7 +214,9 @@ def test_the_gradient_is_that_of_finite_differences():
     def loss(flat):
         return objectives.likelihood(eqx.combine(unravel(flat), static), X, None)[0]
 
-    expected = slope(lambda h: float(loss(flat + h * direction)), 1e-5)  # between ReLUs' kinks
+    expected = slope(
+        lambda h: float(loss(flat + h * direction)), 1e-5
+    )  # away from the kinks of the ReLUs
     assert abs(expected) > 0.1
     assert jax.jit(jax.grad(loss))(flat) @ direction == pytest.approx(expected, rel=1e-6)
 
@@ -225,13 +227,13 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_everything_that_evaluates_flows_serves_them():
     flow, x = nice(2, (8,), 2), X[:, :2]
     expected = log_prob(flow, x)
-    scores = evaluate.score(flow, x, divergence=Hutchinson(), key=jr.key(0))
+    scores = evaluate.log_prob(flow, x, divergence=Hutchinson(), key=jr.key(0))
     np.testing.assert_allclose(scores.log_prob, expected, atol=1e-12)
     assert (scores.nfe, scores.failures) == (1, 0)
-    drawn = evaluate.draw(flow, jr.key(1), 6)
+    drawn = evaluate.sample(flow, jr.key(1), 6)
     np.testing.assert_allclose(in_numpy(flow, drawn.x[-1]), drawn.x[0], atol=1e-12)
     np.testing.assert_array_equal(drawn.x[0], flow.base.sample(jr.key(1), 6))
-    found = evaluate.certify(flow, x, extent=(-60.0, 60.0, -60.0, 60.0), cells=500)
+    found = evaluate.accuracy_report(flow, x, extent=(-60.0, 60.0, -60.0, 60.0), cells=500)
     assert found.warnings() == []
     assert np.ptp(found.grid.log_prob) > 10
     figures = found.numerics()
@@ -246,7 +248,7 @@ def test_a_sample_that_is_not_finite_fails_alone():
     result = transform(nice(), x)
     np.testing.assert_array_equal(result.stats.failed, failed)
     with pytest.raises(ValueError, match=r"x has NaN or inf in 1 of 6 rows \(first: 2\)"):
-        evaluate.score(nice(), x)
+        evaluate.log_prob(nice(), x)
     with pytest.raises(eqx.EquinoxRuntimeError, match="the solve failed for some rows"):
         log_prob(nice(), x)
 
@@ -317,21 +319,21 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="dim of the flow; got 3 and 2"):
         make(2, base=StandardNormal(3))
     flow = nice()
-    with pytest.raises(ValueError, match="no path to penalise: leave out kinetic"):
+    with pytest.raises(ValueError, match="no path to penalize: remove kinetic"):
         jcnf.transform(flow, X, regularizers=(kinetic,))
     with pytest.raises(ValueError, match="steer moves the end time of a CNF"):
         objectives.likelihood(flow, X, jr.key(0), steer=0.1)
     with pytest.raises(ValueError, match="takes a context of size 0; got 2"):
         jcnf.log_prob(flow, X, context=X[:, :2])
     with pytest.raises(ValueError, match="a CNF or a field"):
-        evaluate.transport(flow, X, jnp.linspace(0.0, 1.0, 3))
+        evaluate.trajectory(flow, X, jnp.linspace(0.0, 1.0, 3))
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_bijector_of_other_events_is_refused():
     class Given(BijectiveFlow):
         what: distrax.Bijector = eqx.field(static=True)
-        base: Base
+        base: BaseDistribution
 
         def bijector(self):
             return self.what

@@ -26,22 +26,22 @@ from jax.flatten_util import ravel_pytree
 
 import jcnf
 from jcnf import Solve
-from jcnf.fields import TimeChange
+from jcnf.fields import TimeRescaling
 from jcnf.flows import solve_trajectory
 from jcnf.training import differentiator, partition
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 2)))
-FIELD = mlp(2, (4,))  # it depends on time
+FIELD = mlp(2, (4,))  # depends on time
 SHARED = np.array([0.1, 0.25, 0.9, 1.0])
-# The first sample goes up in time and the second down.
+# Time increases for the first sample and decreases for the second.
 OWN = np.stack([SHARED, np.array([1.2, 0.7, 0.65, -0.2])], axis=1)
 TIMES = {"up": SHARED, "down": SHARED[::-1].copy(), "own": OWN}
 WEIGHTS = jnp.asarray(RNG.normal(size=(4, 2, 2)))
 PRECISE = Solve(solver="dopri5", rtol=1e-10, atol=1e-10, max_steps=256)
 EULER = Solve(solver="euler", step=0.19, max_steps=8)
 ADJOINTS = ["checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible", "forward"]
-# Where there are seconds and not minutes.
+# The cases of the quick suite.
 QUICK = ["forward-down", "backsolve-down", "reversible-own"]
 TABLE = [
     pytest.param(a, t, marks=() if f"{a}-{t}" in QUICK else pytest.mark.slow, id=f"{a}-{t}")
@@ -52,7 +52,7 @@ in_time = eqx.filter_jit(solve_trajectory)
 
 
 class Problem:
-    """A loss of a trajectory and its gradient at `at`: the parameters, start and times, flat."""
+    """A loss of a trajectory with its gradient in the flat parameters, start and times, `at`."""
 
     def __init__(self, solve, times):
         params, static = partition(FIELD)
@@ -71,8 +71,11 @@ class Problem:
         self.value_and_grad = jax.jit(value_and_grad)
 
     def assert_slopes(self, times, rtol=1e-6):
-        """The gradient's components, at `times`, are the finite differences: along the parameters
-        and the start, each in a random direction, and along each time."""
+        """Check the gradient at `times` against finite differences.
+
+        They are along one random direction in the parameters, one in the start, and along each
+        time.
+        """
         params, x, _ = self.unravel(self.at)
         at = ravel_pytree((params, x, jnp.asarray(times)))[0]
         random = np.random.default_rng(1).normal(size=at.shape)
@@ -142,16 +145,16 @@ def test_each_sample_has_its_own_times():
         alone = [carried(x[one], t - times[0, i], context[one])[0] for t in times[:, i]]
         np.testing.assert_allclose(xs[:, i], alone, atol=1e-9)
     np.testing.assert_array_equal(xs[0], x)
-    # Where a time is repeated the state is.
+    # A repeated time repeats the state.
     np.testing.assert_array_equal(xs[1, 0], xs[2, 0])
     np.testing.assert_array_equal(xs[2, 2], xs[3, 2])
 
 
 def test_both_shapes_of_times_agree():
     shared, _ = in_time(FIELD, X, jnp.asarray(SHARED), solve=PRECISE)
-    # A field made of a field is a field.
+    # A field that wraps another field is accepted, too.
     own = jnp.stack([jnp.asarray(SHARED / 2)] * 2, axis=1)
-    twice, _ = in_time(TimeChange(FIELD, 2.0), X, own, solve=PRECISE)
+    twice, _ = in_time(TimeRescaling(FIELD, 2.0), X, own, solve=PRECISE)
     np.testing.assert_allclose(twice, shared, atol=1e-7)
 
 
@@ -168,11 +171,11 @@ def test_no_step_is_longer_than_asked_and_the_error_is_of_eulers_order():
     for step in (0.02, 0.01, 0.005):
         solve = eqx.tree_at(lambda s: s.step, solve, jnp.asarray(step))
         xs, stats = in_time(Linear(jnp.asarray(MATRIX)), x, jnp.asarray(times), solve=solve)
-        # The longest ways are 0.4, 0.3 and 0.8.
+        # The longest intervals are 0.4, 0.3 and 0.8.
         assert int(stats.nfe) == int(stats.steps) == round(1.5 / step)
         errors.append(np.max(np.abs(xs - exact)))
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2, rtol=0.03)
-    # An interval that is no whole number of steps has equal ones, one more.
+    # An interval that is not a whole number of steps takes one more, and all are equal.
     solve = Solve(solver="euler", step=0.3)
     ends = jnp.array([[0.0], [1.0]])
     xs, stats = in_time(Linear(jnp.asarray(MATRIX)), x[:1], ends, solve=solve)
@@ -185,7 +188,7 @@ def test_no_step_is_longer_than_asked_and_the_error_is_of_eulers_order():
     "adjoint", ["checkpoint", pytest.param("reversible", marks=pytest.mark.slow)]
 )
 def test_a_sample_that_does_not_arrive_is_nan_from_there_on_and_the_others_go_on(adjoint):
-    # v = x, up to 1, where the first sample is at t = 0.69
+    # v = x, NaN beyond 1, which the first sample reaches at t = 0.69.
     x, times = jnp.array([[0.5, 0.1], [0.3, 0.2]]), jnp.array([0.0, 0.5, 0.8, 1.0, 1.1])
     solve = replace(TIGHT, norm="worst", max_steps=128, adjoint=adjoint)
     own = jnp.stack([times, times], axis=1)
@@ -222,10 +225,10 @@ def test_float32_in_float32_out():
     ("field", "times", "message"),
     [
         (lambda t, x, context: x, SHARED, "expected a CNF or a field with an integer dim; got"),
-        (FIELD, OWN[:, :1], "times of each of the 2 samples; got shape (4, 1)"),
+        (FIELD, OWN[:, :1], "a column for each of the 2 samples; got shape (4, 1)"),
         (FIELD, OWN[:1], "vector of at least 2, or of shape (times, batch)"),
         (FIELD, OWN[..., None], "got shape (4, 2, 1)"),
-        (FIELD, OWN[[0, 1, 0]], "times of each sample must not turn back"),
+        (FIELD, OWN[[0, 1, 0]], "times must be monotone for each sample"),
         (FIELD, OWN * np.nan, "times has NaN or inf in 4 of 4 rows"),
     ],
 )
@@ -242,7 +245,7 @@ def test_times_that_float32_cannot_tell_apart_are_refused_and_nan_is_a_failure()
     for times in (late, np.stack([late] * 3, axis=1)):
         with pytest.raises(ValueError, match="equal in float32"):
             jcnf.trajectory(field, x, times)
-    with pytest.raises(ValueError, match="turn back"):
+    with pytest.raises(ValueError, match="monotone for each sample"):
         jcnf.trajectory(field, x, np.array([[2, 0, 1], [0, 1, 2], [1, 2, 3]], np.uint8))
     solve = Solve(solver="euler", step=0.25)
     stats = jax.jit(lambda times: solve_trajectory(field, x, times, solve=solve)[1])

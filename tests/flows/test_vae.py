@@ -22,13 +22,13 @@ from jcnf.regularizers import kinetic
 KEY = jr.key(0)
 STEPS = Solve(solver="rk4", step=0.5)  # quick to compile
 RNG = np.random.default_rng(0)
-# x = W z + NOISE * normal: z in the plane, x in 3 dimensions.
+# x = W z + NOISE * normal, with z in 2 dimensions and x in 3.
 WEIGHT = np.array([[0.9, -0.4], [0.3, 1.1], [-0.7, 0.5]])
 NOISE = 0.8
 COVARIANCE = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / NOISE**2)  # of z given x
 TO_MEAN = COVARIANCE @ WEIGHT.T / NOISE**2  # E[z | x] = TO_MEAN x
-SCALE = np.array([0.5, 1.6])  # of the Gaussian that is refined
-SHARE = 0.3  # of the mean that is the Gaussian's; the flow adds the rest
+SCALE = np.array([0.5, 1.6])  # of the Gaussian that the flow refines
+SHARE = 0.3  # of the mean that the Gaussian contributes; the flow adds the rest
 X = jnp.asarray(RNG.normal(size=(5, 2)) @ WEIGHT.T + NOISE * RNG.normal(size=(5, 3)))
 LOG_P = stats.multivariate_normal(np.zeros(3), WEIGHT @ WEIGHT.T + NOISE**2 * np.eye(3)).logpdf(X)
 
@@ -38,7 +38,7 @@ def gaussian(x, loc):
 
 
 class Matrix(eqx.Module):
-    """z -> M z."""
+    """The linear map z -> M z."""
 
     matrix: Float[Array, "out in"]
 
@@ -47,7 +47,7 @@ class Matrix(eqx.Module):
 
 
 class Known(eqx.Module):
-    """A Gaussian of mean share * E[z | x] and a given scale, with E[z | x] for its features."""
+    """An encoder with mean share * E[z | x], a given scale, and E[z | x] as its features."""
 
     share: float
     scale: Float[Array, " 2"]
@@ -58,14 +58,14 @@ class Known(eqx.Module):
 
 
 def still(dim=2, context_dim=2):
-    """A field at rest."""
+    """Return an ODE whose velocity is zero."""
     field = mlp(dim, (4,), context_dim=context_dim, conditioning="modulate")
     rest = jax.tree.map(jnp.zeros_like, field.layers[-1])
     return ODE(eqx.tree_at(lambda f: f.layers[-1], field, rest))
 
 
 def exact_flow():
-    """v = A e + C c whose end is E e + (1 - SHARE) c / SCALE with E E' the covariance of e."""
+    """Return v = A e + C c, which ends at E e + (1 - SHARE) c / SCALE; E E' is e's covariance."""
     end = linalg.sqrtm(COVARIANCE / np.outer(SCALE, SCALE))
     matrix = linalg.logm(end)
     assert abs(np.trace(matrix)) > 0.3
@@ -80,13 +80,13 @@ def exact_flow():
 
 
 def linear(flow=None, share=SHARE):
-    """The linear-Gaussian model, with a posterior that is exact by `exact_flow` alone."""
+    """Return the linear-Gaussian model, whose posterior is exact only with `exact_flow`."""
     posterior = Posterior(Known(share, jnp.asarray(SCALE)), 2, flow)
     return VAE(posterior, Matrix(jnp.asarray(WEIGHT)), gaussian)
 
 
 def trained(flow=None):
-    """One whose encoder is trained: 3 -> 4 -> 2."""
+    """Return a model whose encoder 3 -> 4 -> 2 has parameters to train."""
     trunk_key, head_key = jr.split(KEY)
     trunk = eqx.nn.MLP(3, 4, 5, 1, final_activation=jnp.tanh, key=trunk_key)
     encoder = Encoder(trunk, 4, 2, key=head_key)
@@ -94,7 +94,7 @@ def trained(flow=None):
 
 
 def test_a_flow_makes_the_gaussian_the_exact_posterior():
-    """Then every sample weighs the evidence, and q is the density of the posterior."""
+    """With it, every log-weight is the evidence, and q is the density of the posterior."""
     model, eps = linear(exact_flow()), jr.normal(KEY, (5, 2))
 
     @jax.jit
@@ -127,7 +127,7 @@ def test_samples_of_the_posterior_are_those_that_are_weighed():
 
 
 def test_bounds_are_in_order_and_below_the_evidence():
-    """With a wrong posterior; the exact one's are all equal to it."""
+    """The posterior is wrong here; with the exact one, all bounds equal the evidence."""
     found = evaluate.bounds(linear(), X, KEY, samples=2000)
     ladder = [found.elbo, found.iwae(4), found.iwae(50), found.iwae(2000)]
     np.testing.assert_allclose(found.iwae(1), found.elbo, rtol=1e-12)
@@ -135,7 +135,7 @@ def test_bounds_are_in_order_and_below_the_evidence():
     assert np.all(np.diff(ladder, axis=0)[:2] > 0)
     np.testing.assert_array_less(found.elbo, LOG_P - 4 * weights.std(axis=1) / np.sqrt(2000))
     np.testing.assert_allclose(ladder[-1], LOG_P, rtol=0, atol=0.1)
-    # The ELBO is short of the evidence by KL(q || p(z | x)), of two Gaussians.
+    # The gap from the ELBO to the evidence is KL(q || p(z | x)), between two Gaussians.
     off = (1 - SHARE) * TO_MEAN @ np.asarray(X).T
     precision = np.linalg.inv(COVARIANCE)
     kl = np.sum(np.diag(precision) * SCALE**2) - 2 + np.sum(off * (precision @ off), axis=0)
@@ -179,12 +179,12 @@ def test_without_a_flow_the_kl_is_that_of_gaussians():
 
 
 def test_the_objective_is_the_mean_of_what_is_weighed():
-    """A flow at rest changes nothing; penalties are of the flow alone."""
+    """A flow with zero velocity changes nothing, and only a flow has regularizers."""
     moving = ODE(mlp(2, (4,), context_dim=4))
     models = [trained(), trained(still(2, 4)), trained(moving)]
 
     def losses():
-        return [elbo(model, X, KEY, solve=STEPS, penalties={kinetic: 0.5}) for model in models]
+        return [elbo(model, X, KEY, solve=STEPS, regularizers={kinetic: 0.5}) for model in models]
 
     (plain, metrics), (rest, at_rest), (moving, moved) = jax.jit(losses)()
     np.testing.assert_allclose(plain, rest, rtol=1e-12)
@@ -258,7 +258,10 @@ WRONG = {
         "samples must be a whole number, at least 1",
     ),
     "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, data)"),
-    "k": (lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3), "from 1 to the 2"),
+    "k": (
+        lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3),
+        "number of samples, 2",
+    ),
     "trials": (lambda: Binomial(0), "at least 1; got trials=0"),
     "half a trial": (lambda: Binomial(1.5), "whole number"),
     "one logit": (lambda: Binomial(1)(jnp.zeros(3), jnp.zeros(1)), "a logit for each component"),

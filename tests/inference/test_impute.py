@@ -1,11 +1,11 @@
-"""Imputation: a linear flow's draws and predictive densities against those of its Gaussian."""
+"""Imputation: draws and predictive densities of a linear flow against its exact Gaussian."""
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import COVARIANCE, Affine
 from scipy import stats
-from test_inpaint import COVARIANCE, Affine
 
 from jcnf import CNF, fields
 from jcnf.distributions import StandardNormal
@@ -13,14 +13,14 @@ from jcnf.inference.gaussian import Gaussian
 from jcnf.inference.impute import impute, predictive
 
 GAUSSIAN = Gaussian(np.zeros(3), COVARIANCE)
-# A start and proposals that are not the flow's own.
+# A wrong Gaussian, so that the starts and proposals differ from the flow's own density.
 ROUGH = Gaussian(np.full(3, 0.3), COVARIANCE * 1.5)
 ROWS = 240
 
 
 @pytest.fixture(scope="module")
 def table():
-    """Rows of the flow's Gaussian with a third of the entries missing, and whole ones."""
+    """Return rows from the flow's Gaussian, whole and with a third of the entries missing."""
     rng = np.random.default_rng(0)
     truth = rng.multivariate_normal(np.zeros(3), COVARIANCE, ROWS)
     hidden = rng.random(truth.shape) < 1 / 3
@@ -68,7 +68,7 @@ def test_draws_are_of_the_conditional(table, imputed):
     expected = GAUSSIAN.given(x)
     assert imputed.draws.shape == (30, ROWS, 3)
     np.testing.assert_array_equal(imputed.draws[:, ~missing], np.tile(x[~missing], (30, 1)))
-    # The last draw of each row alone, for those of one row are not independent.
+    # Take only the last draw of each row, because draws of one row are not independent.
     z = ((imputed.draws[-1] - expected.mean) / expected.std)[missing]
     assert abs(z.mean()) < 4 / np.sqrt(len(z) / 2)
     assert abs(z.std() - 1) < 4 / np.sqrt(len(z))

@@ -1,4 +1,4 @@
-"""Filling in: against the conditional of a linear flow's Gaussian, and what must not move."""
+"""Inpainting, against the conditional of a linear flow's Gaussian; known entries stay fixed."""
 
 import equinox as eqx
 import jax
@@ -6,29 +6,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import MATRIX, NotANumber, T
+from helpers import COVARIANCE, Affine, NotANumber
 from scipy import linalg
 
-from jcnf import CNF, BijectiveFlow, Solve
-from jcnf.distributions import Base, StandardNormal
+from jcnf import CNF, Solve
+from jcnf.distributions import StandardNormal
 from jcnf.inference import inpaint
 
-COVARIANCE = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
 KNOWN = np.array([False, True, False])
 MISSING = [0, 2]
 GAIN = COVARIANCE[MISSING, 1] / COVARIANCE[1, 1]
 CONDITIONAL = COVARIANCE[np.ix_(MISSING, MISSING)] - np.outer(GAIN, COVARIANCE[1, MISSING])
-
-
-class Affine(BijectiveFlow):
-    """The flow of N(0, COVARIANCE)."""
-
-    base: Base = StandardNormal(3)
-
-    def bijector(self):
-        import distrax
-
-        return distrax.UnconstrainedAffine(jnp.asarray(linalg.expm(T * MATRIX)), jnp.zeros(3))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +38,7 @@ def faster(i):
 
 
 def cliff(x):
-    """A standard normal, NaN beyond 1 in the first direction."""
+    """Log-density of a standard normal, but NaN where the first component exceeds 1."""
     return jnp.where(x[:, 0] > 1, jnp.nan, -jnp.sum(x**2, axis=1) / 2)
 
 
@@ -60,20 +48,20 @@ def test_langevin_samples_the_conditional_of_a_gaussian(langevin):
     density = inpaint.Density(Affine())
     scale = np.sqrt(np.diag(COVARIANCE))
     chains = langevin(density, x, KNOWN, jr.key(0), steps=20, burn_in=40, scale=scale)
-    # Rows are independent: one state of each, about its own conditional mean.
-    centred = np.asarray(chains.x[-1])[:, MISSING] - np.asarray(x[:, 1:2]) * GAIN
+    # Rows are independent, so take one state of each, relative to its own conditional mean.
+    centered = np.asarray(chains.x[-1])[:, MISSING] - np.asarray(x[:, 1:2]) * GAIN
     spread = np.sqrt(np.diag(CONDITIONAL) / rows)
-    assert np.all(abs(centred.mean(axis=0)) < 4 * spread)
+    assert np.all(abs(centered.mean(axis=0)) < 4 * spread)
     errors = np.sqrt((CONDITIONAL**2 + np.outer(*[np.diag(CONDITIONAL)] * 2)) / rows)
-    assert np.all(abs(centred.T @ centred / rows - CONDITIONAL) < 4 * errors)
+    assert np.all(abs(centered.T @ centered / rows - CONDITIONAL) < 4 * errors)
     np.testing.assert_array_equal(chains.x[-1][:, 1], x[:, 1])
-    assert abs(chains.acceptance.mean() - inpaint.OPTIMAL) < 0.1
+    assert abs(chains.acceptance.mean() - inpaint.OPTIMAL_ACCEPTANCE) < 0.1
     assert chains.failed.sum() == 0
     np.testing.assert_allclose(chains.log_prob[-1], density(chains.x[-1]), rtol=1e-10)
 
 
 def test_without_its_rejections_it_would_not():
-    """At the step that the burn-in finds the chain without Metropolis is too wide: a test of it."""
+    """At a step size such as the burn-in finds, the chain without rejections is too wide."""
     h, x = 1.4, jnp.zeros((4000, 1))
     for i in range(60):
         x = x - h**2 / 2 * x + h * jr.normal(jr.key(i), x.shape)
@@ -136,13 +124,13 @@ def test_nan_regions_stop_nobody_else(langevin, ascend):
     chains = langevin(cliff, x, known, jr.key(0), steps=40, burn_in=30)
     free = chains.x[-1, 2:, 0]
     assert np.all(free <= 1)
-    # A standard normal cut at 1: its mean is -phi(1) / Phi(1) = -0.2876.
+    # A standard normal truncated at 1 has mean -phi(1) / Phi(1) = -0.2876.
     assert abs(free.mean() + 0.2876) < 4 * free.std() / np.sqrt(len(free))
     assert np.all(chains.failed[:2] > 0)
     assert chains.failed[2:].sum() > 0
     ascent = ascend(cliff, x, known, jr.key(0), steps=5)
     np.testing.assert_array_equal(ascent.x[-1, :2], x[:2])
-    np.testing.assert_array_equal(ascent.failed[:2], 6)  # and the start
+    np.testing.assert_array_equal(ascent.failed[:2], 6)  # 5 steps and the start
     assert np.all(np.isfinite(ascent.log_prob[-1, 2:]))
 
 
@@ -153,7 +141,7 @@ def test_a_solve_that_fails_is_that_of_its_row_alone():
     density = inpaint.Density(flow, solve=solve)
     value, gradient = jax.jit(lambda x: inpaint._value_and_gradient(density, x))(x)
     alone, shrunk = x[np.array([0, 2])], 0.75**4
-    # v = x: four Euler steps back, and a divergence of 2.
+    # With v = x, each of the four Euler steps back multiplies x by 0.75; the divergence is 2.
     expected = -np.sum((alone * shrunk) ** 2, axis=1) / 2 - np.log(2 * np.pi) - 2
     np.testing.assert_allclose(value[np.array([0, 2])], expected, rtol=1e-10)
     np.testing.assert_allclose(gradient[np.array([0, 2])], -alone * shrunk**2, rtol=1e-10)
@@ -222,7 +210,7 @@ def test_errors():
     key, steps = jr.key(0), {"steps": 2}
     with pytest.raises(ValueError, match=r"expected known of shape \(2, 3\) or \(3,\)"):
         inpaint.ascend(gaussian, x, np.ones(2, bool), key, **steps)
-    with pytest.raises(ValueError, match="known of bool"):
+    with pytest.raises(ValueError, match="known of dtype bool"):
         inpaint.ascend(gaussian, x, np.ones(3), key, **steps)
     with pytest.raises(ValueError, match=r"floating x of shape \(batch, dim\)"):
         inpaint.ascend(gaussian, x[0], KNOWN, key, **steps)

@@ -1,4 +1,4 @@
-"""Flow matching: its minimiser for Gaussians, keys, contexts, pairs, mixtures and training."""
+"""Flow matching: its minimizer for Gaussians, keys, contexts, pairs, weighted sums, training."""
 
 import re
 from functools import partial
@@ -16,8 +16,8 @@ from scipy.optimize import linear_sum_assignment
 
 from jcnf import CNF, log_prob, training
 from jcnf.distributions import StandardNormal
-from jcnf.objectives import flow_matching, mixed, rectified
-from jcnf.objectives.couplings import COUPLINGS, Exact
+from jcnf.objectives import flow_matching, rectified, weighted_sum
+from jcnf.objectives.couplings import COUPLINGS, ExactOT
 from jcnf.objectives.paths import (
     PATHS,
     SigmaMin,
@@ -26,17 +26,18 @@ from jcnf.objectives.paths import (
     linear,
     trigonometric,
 )
-from jcnf.objectives.times import late, lattice, logit_normal, uniform
+from jcnf.objectives.times import data_biased, logit_normal, stratified, uniform
 
 KEY = jr.key(0)
 MEAN, SCALE = np.array([0.5, -1.0]), np.array([0.4, 1.5])
 
 
 class Truth(eqx.Module):
-    """E[dx_t/dt | x_t = x] for data N(m, diag s^2) and a standard normal base, and so much off it.
+    """The exact field for data N(m, diag s^2) and a standard normal base, plus an error `off`.
 
-    With x_s = a x0 + b x1 + g z of variance V = a^2 + b^2 s^2 + g^2 it is
-    b' m + (a a' + b b' s^2 + g g') / V (x - b m) in s, and that over t1 in t = s t1.
+    The exact field is E[dx_t/dt | x_t = x]. With x_s = a x0 + b x1 + g z of variance
+    V = a^2 + b^2 s^2 + g^2 it is b' m + (a a' + b b' s^2 + g g') / V (x - b m) per unit of s, and
+    1 / t1 times this per unit of t = s t1.
     """
 
     off: Float[Array, " 3"]
@@ -63,7 +64,7 @@ def truth(path=linear, t1=1.0, off=0.0) -> CNF:
 
 
 class Told(eqx.Module):
-    """v = c, its context."""
+    """v = c, the context."""
 
     dim: int = eqx.field(static=True, default=2)
     context_dim: int = eqx.field(static=True, default=2)
@@ -104,23 +105,23 @@ def test_the_truth_on_straight_lines_is_its_formula():
 
 
 def away_from_the_end(key, num):
-    """There the velocity of a variance-preserving path has no variance."""
-    return 0.95 * lattice(key, num)
+    """Times below 0.95: near 1, the velocity of a variance-preserving path has no variance."""
+    return 0.95 * stratified(key, num)
 
 
 @pytest.mark.parametrize(
     ("path", "time", "t1"),
     [
-        (linear, lattice, 1.0),
+        (linear, stratified, 1.0),
         (linear, logit_normal, T),
-        (trigonometric, late, T),
+        (trigonometric, data_biased, T),
         (SigmaMin(0.3), uniform, 1.0),
         (VariancePreserving(), away_from_the_end, T),
-        (Stochastic(0.7), lattice, T),
+        (Stochastic(0.7), stratified, T),
     ],
 )
 def test_the_truth_is_the_minimum(path, time, t1):
-    """Its gradient is zero, and where it is off by d the loss is larger by |d|^2."""
+    """The gradient is zero there, and an error d in the field adds |d|^2 to the loss."""
     steps = np.array([[0, 0, 0], [0.3, 0, 0], [-0.3, 0, 0], [0, 0.3, 0], [0, -0.3, 0]])
     steps = np.append(steps, [[0, 0, 0.3], [0, 0, -0.3]], axis=0)
 
@@ -143,7 +144,7 @@ def test_the_truth_is_the_minimum(path, time, t1):
     more = loss[:, 1:] - loss[:, :1]
     error = 4 * np.std(more, axis=0) / np.sqrt(num)
     assert np.all(np.mean(more, axis=0) > error)
-    # A constant d is the same everywhere: |d|^2 is that of two components.
+    # A constant error d adds |d|^2, summed over the two components.
     assert np.all(np.abs(np.mean(more[:, :2], axis=0) - 2 * (0.3 / t1) ** 2) < error[:2])
 
 
@@ -164,7 +165,7 @@ def test_the_loss_follows_from_the_key():
 
 
 def test_what_is_drawn_is_independent():
-    """E[x0^2 z^2] is 1 for each component, and would be 3 if they were drawn alike."""
+    """E[x0^2 z^2] is 1 for each component, and would be 3 if x0 and z were the same draw."""
 
     def product(s, x0, x1, z):
         return s * x0 * z
@@ -182,7 +183,7 @@ def test_x0_goes_where_the_coupling_says():
 
     def watched(key, x0, x1, context):
         seen.append((x0, context))
-        return Exact()(key, x0, x1, context)
+        return ExactOT()(key, x0, x1, context)
 
     x, flow = draw(KEY, 16), constant([0.0, 0.0], t1=1.0)
     loss, _ = flow_matching(flow, x, KEY, coupling=watched)
@@ -207,7 +208,7 @@ def test_a_context_stays_with_its_data_point():
 
 
 def test_contexts_are_dropped_at_their_rate():
-    """v = c = (0, 1) where x stays at rest: the loss is the share of contexts that are kept."""
+    """With v = c = (0, 1) and x at rest, the loss is the fraction of contexts that are kept."""
     num, x = 8000, jnp.zeros((8000, 2))
     context = jnp.tile(jnp.array([[0.0, 1.0]]), (num, 1))
     flow, seen = CNF(Told(), StandardNormal(2)), []
@@ -222,7 +223,7 @@ def test_contexts_are_dropped_at_their_rate():
         assert abs(loss - (1 - rate)) <= 4 * np.sqrt(rate * (1 - rate) / num)
     other, _ = flow_matching(flow, x, jr.key(1), drop_context=rate, **settings)
     assert other != loss
-    assert all(c is context for c in seen)  # pairs are made of contexts that are whole
+    assert all(c is context for c in seen)  # the coupling sees the contexts before any is dropped
 
 
 def test_a_dropped_context_is_dropped_whole():
@@ -243,7 +244,7 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (partial(flow_matching, truth(), X, KEY, drop_context=0.1), "of a context; got 0.1"),
+        (partial(flow_matching, truth(), X, KEY, drop_context=0.1), "=0.1 needs a context"),
         *(
             (
                 partial(
@@ -259,24 +260,24 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
             partial(flow_matching, CNF(Told(), StandardNormal(2)), X, KEY),
             "the flow takes a context of size 2; got none",
         ),
-        (partial(rectified, truth(), (X[:, :1], X), KEY), "expected pairs (x0, x1) of one shape"),
+        (partial(rectified, truth(), (X[:, :1], X), KEY), "pairs (x0, x1) of the same shape"),
         (partial(rectified, truth(), (X[:, :1], X[:, :1]), KEY), "expected x of shape (batch, 2)"),
         (
             partial(rectified, CNF(Told(), StandardNormal(2)), (X, X), KEY, context=TWO[:3]),
             "expected context of shape (4, context)",
         ),
-        (partial(mixed, truth(), X, KEY, weights={}), "mixed needs objectives"),
-        (partial(mixed, truth(), X, KEY, weights={flow_matching: -1.0}), "at least 0 and"),
+        (partial(weighted_sum, truth(), X, KEY, weights={}), "expected weights to map"),
+        (partial(weighted_sum, truth(), X, KEY, weights={flow_matching: -1.0}), "at least 0 and"),
         (
             partial(flow_matching, truth(), X, KEY, coupling=lambda *_: jnp.arange(3)),
             "whole numbers of shape (4,)",
         ),
         (
             partial(
-                mixed, truth(), X, KEY,
+                weighted_sum, truth(), X, KEY,
                 weights={flow_matching: 1.0, partial(flow_matching, time=uniform): 1.0},
             ),
-            "two objectives have a metric of one name: matching",
+            "two objectives report a metric of the same name: matching",
         ),
     ],
 )  # fmt: skip
@@ -310,7 +311,9 @@ def test_mixed_is_the_weighted_sum_of_objectives_with_keys_of_their_own():
         value = jr.normal(key) + jnp.sum(context)
         return value, {"noise": value, "failed": jnp.asarray(False)}
 
-    loss, metrics = mixed(flow, x, KEY, weights={flow_matching: 0.5, noise: 3.0}, context=context)
+    loss, metrics = weighted_sum(
+        flow, x, KEY, weights={flow_matching: 0.5, noise: 3.0}, context=context
+    )
     first, second = jr.split(KEY)
     matching, _ = flow_matching(flow, x, first, context=context)
     other, _ = noise(flow, x, second, context=context)
@@ -325,7 +328,7 @@ def test_mixed_has_failed_where_one_has(first, second):
         return jnp.zeros(()), {name: jnp.zeros(()), "failed": jnp.asarray(failed)}
 
     weights = {partial(objective, "a", first): 1.0, partial(objective, "b", second): 2.0}
-    _, metrics = mixed(truth(), X, KEY, weights=weights)
+    _, metrics = weighted_sum(truth(), X, KEY, weights=weights)
     assert metrics.keys() == {"a", "b", "failed"}
     assert bool(metrics["failed"]) == (first or second)
 
@@ -347,19 +350,19 @@ DATA = jnp.asarray(np.random.default_rng(0).normal([2.0, -1.0], [0.3, 0.6], (256
 
 def objective(flow, x, key):
     TRACES.count += 1
-    return flow_matching(flow, x, key, coupling=Exact(group=16))
+    return flow_matching(flow, x, key, coupling=ExactOT(group=16))
 
 
 @pytest.fixture(scope="module")
 def setup():
-    """A flow, its optimizer and the one program that trains it; optax's Adam mixes dtypes."""
+    """A flow, its optimizer and its training program; optax's Adam needs dtype promotion."""
     flow = CNF(mlp(2, (8,), time="concat", scale=0.5), StandardNormal(2), t1=T)
     optimizer = training.make_optimizer(0.02, 1000)
 
     def draw_batch(key, data):
         return data[jr.randint(key, (32,), 0, len(data))]
 
-    run = training.make_run(flow, objective, draw_batch, optimizer)
+    run = training.make_train_loop(flow, objective, draw_batch, optimizer)
     with jax.numpy_dtype_promotion("standard"):
         yield flow, optimizer, run
 

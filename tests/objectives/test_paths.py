@@ -1,4 +1,4 @@
-"""Paths: their ends, coefficients and velocities; and the times at which they are looked at."""
+"""Paths: their ends, coefficients and velocities; and the times drawn along them."""
 
 import re
 
@@ -32,7 +32,7 @@ ALL = PATHS | {
 
 
 def preserving(low, high, u):
-    """The variance-preserving path at noise time u."""
+    """Point of the variance-preserving path at noise time u."""
     exponent = low * u + (high - low) * u**2 / 2
     return np.exp(-exponent / 2) * X1 + np.sqrt(-np.expm1(-exponent)) * X0
 
@@ -51,7 +51,7 @@ ENDS = {
 
 
 def coefficients(path, s):
-    """Those of x0, x1 and z in a path, which is linear in them."""
+    """Coefficients of x0, x1 and z in a path, which is linear in them."""
     zero, one = jnp.zeros(()), jnp.ones(())
     units = [(one, zero, zero), (zero, one, zero), (zero, zero, one)]
     return np.array([path(jnp.asarray(s), *unit) for unit in units])
@@ -100,7 +100,7 @@ def test_a_stochastic_path_takes_another_gamma():
 
 
 def test_a_path_and_times_of_ones_own():
-    """x_s = s^2 x1 at s = 1/4, for the field A x that is to end at T."""
+    """x_s = s^2 x1 at s = 1/4, for the field A x whose flow ends at T."""
     flow, x = linear(), jnp.asarray(RNG.normal(size=(6, 3)))
 
     def path(s, x0, x1, z):
@@ -175,14 +175,14 @@ def test_each_time_follows_its_distribution(name):
 def test_the_lattice_is_evenly_spread(num):
     cells = np.floor(many("lattice", KEYS[:100], num) * num)
     np.testing.assert_array_equal(np.sort(cells), np.tile(np.arange(num), (100, 1)))
-    # The one offset of a batch moves all of them.
+    # The offset that moves all times of a batch is uniform.
     first = np.sort(many("lattice", KEYS[:100], num))[:, 0]
     assert stats.kstest(first * num, "uniform").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("name", TIMES)
 def test_in_float32_no_time_is_one(name):
-    """The velocity of a path may have no value there."""
+    """At time 1 the velocity of a path may be undefined."""
     with jax.enable_x64(False):
         drawn = many(name, KEYS, 512)
     assert drawn.dtype == np.float32

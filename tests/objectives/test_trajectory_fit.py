@@ -1,4 +1,4 @@
-"""Trajectories fitted to windows of a series, and the series that there are."""
+"""Trajectories fitted to windows of a series, and the built-in series."""
 
 import re
 from functools import partial
@@ -14,7 +14,7 @@ from scipy import linalg
 from jcnf._checks import InputError
 from jcnf.data.series import TARGETS, load_series, spiral
 from jcnf.data.tables import read_rows
-from jcnf.objectives import draw_windows, trajectory_fit
+from jcnf.objectives import sample_windows, trajectory_fit
 
 RNG = np.random.default_rng(0)
 TIMES = np.cumsum(RNG.uniform(0.05, 0.3, 40))
@@ -28,7 +28,7 @@ BOUNDS = {"shortest": 0.5, "longest": 1.5}
 
 @pytest.fixture(scope="module")
 def windows():
-    return jax.jit(draw_windows(500, **BOUNDS, rows=9))(jr.key(0), SERIES)
+    return jax.jit(sample_windows(500, **BOUNDS, rows=9))(jr.key(0), SERIES)
 
 
 def test_windows_are_stretches_of_the_series(windows):
@@ -37,13 +37,13 @@ def test_windows_are_stretches_of_the_series(windows):
     rows = np.searchsorted(TIMES, windows.times)
     np.testing.assert_array_equal(windows.times, TIMES[rows])
     np.testing.assert_array_equal(windows.values, np.asarray(SERIES[1])[rows])
-    # What is observed follows the start, each row once; the rest repeats the last.
+    # Observed rows follow the start, each once; the others repeat the last one.
     steps, observed = np.diff(rows, axis=0), np.asarray(windows.observed)
     assert not observed[0].any()
     assert observed[1].all()
     np.testing.assert_array_equal(steps > 0, observed[1:])
     np.testing.assert_array_equal(steps >= 0, True)
-    # Every row but the last starts some.
+    # Every row but the last starts some window.
     assert set(rows[0]) == set(range(39))
 
 
@@ -53,17 +53,17 @@ def test_windows_have_random_lengths_and_random_rows_of_those_within(windows):
     gap = np.diff(TIMES)[rows[0]]
     assert np.all(lengths <= np.maximum(BOUNDS["longest"], gap))
     whole = windows.times[0] < TIMES[-1] - BOUNDS["longest"]
-    # The last row is the last within a length that is uniform.
+    # The last row is the last one within the window's length, which is uniform.
     assert 0.2 < np.min(lengths[whole]) < 0.5 < 1.3 < np.max(lengths[whole])
     assert np.mean(lengths[whole]) == pytest.approx(1 - 0.3 / 4, abs=0.1)
-    # There may be more rows within than 8, of which any may be left out.
+    # If more than 8 rows follow within the length, any of them may be left out.
     left_out = [set(range(r[0], r[-1])) - set(r) for r in rows.T]
     assert any(left_out)
     assert all(len(set(r)) == 9 for r, out in zip(rows.T, left_out, strict=True) if out)
 
 
 def test_all_windows_are_the_longest_from_each_row():
-    windows = draw_windows(None, **BOUNDS, rows=50)(jr.key(0), SERIES)
+    windows = sample_windows(None, **BOUNDS, rows=50)(jr.key(0), SERIES)
     assert windows.times.shape == (41, 39)
     np.testing.assert_array_equal(windows.times[0], TIMES[:-1])
     for start, times, observed in zip(range(39), windows.times.T, windows.observed.T, strict=True):
@@ -72,7 +72,7 @@ def test_all_windows_are_the_longest_from_each_row():
 
 
 def test_the_fit_is_the_mean_squared_error_of_what_is_observed():
-    windows = draw_windows(4, **BOUNDS)(jr.key(1), SERIES)
+    windows = sample_windows(4, **BOUNDS)(jr.key(1), SERIES)
     fit = jax.jit(partial(trajectory_fit, solve=TIGHT))
     loss, metrics = fit(FIELD, windows)
     assert loss < 1e-16
@@ -91,7 +91,7 @@ def test_the_fit_is_the_mean_squared_error_of_what_is_observed():
 def test_windows_of_nothing_are_refused(settings):
     shortest, longest, rows = settings
     with pytest.raises(ValueError, match=r"shortest|rows must be a whole number, at least 2"):
-        draw_windows(3, shortest=shortest, longest=longest, rows=rows)
+        sample_windows(3, shortest=shortest, longest=longest, rows=rows)
 
 
 # Series
@@ -153,7 +153,7 @@ def test_what_is_no_series_is_refused(tmp_path, lines, message):
 
 @pytest.mark.parametrize("cell", ["high", "nan", ""])
 def test_a_bad_cell_of_a_series_names_no_flag(tmp_path, cell):
-    """Experiments that read series, or score rows, have no --drop."""
+    """Readers of series and of rows to score have no argument `drop`."""
     (tmp_path / "bad.csv").write_text(f"t,a,b\n0,1,2\n1,{cell},3\n2,3,5\n")
     for read in (load_series, partial(read_rows, columns=("t", "a", "b"))):
         with pytest.raises(InputError, match=r"row 2 \(line 3\), column 2 \(a\)") as raised:
@@ -172,5 +172,5 @@ def test_rows_held_out_have_no_part_in_the_scale(tmp_path):
     series = load_series(tmp_path / "series.csv", held_out=10)
     assert series.scale.std[0] == pytest.approx(np.std(np.sin(np.arange(20))))
     assert series.unit < 3
-    with pytest.raises(InputError, match="28 rows held out"):
+    with pytest.raises(InputError, match="held_out=28 leaves fewer than 3"):
         load_series(tmp_path / "series.csv", held_out=28)

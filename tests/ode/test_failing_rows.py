@@ -1,4 +1,4 @@
-"""Rows that cannot be solved fail alone, whatever is asked of the flow."""
+"""Rows that cannot be solved fail alone in every function of a flow."""
 
 import re
 from functools import partial
@@ -26,7 +26,7 @@ def flow_of(kind, dtype=jnp.float64):
 
 
 def rows(dtype=jnp.float64):
-    """200 points, of which those of `BAD` are outside of the circle."""
+    """Return 200 points, of which the rows `BAD` are outside the circle."""
     x = np.random.default_rng(0).uniform(-2, 2, (200, 2))
     x[BAD] = [[5, 0], [0, -6], [6, 6], [-20, 1]]
     return jnp.asarray(x, dtype)
@@ -49,7 +49,7 @@ def test_transform_flags_exactly_the_bad_rows_and_leaves_the_others_alone(kind, 
     flow, x, solve = flow_of(kind, dtype), rows(dtype), Solve(norm=norm)
     for direction in ("to_base", "to_data"):
         settings = {"direction": direction, "solve": solve, "regularizers": (kinetic,)}
-        # Good rows in the place of the bad ones, for a batch of the same shape.
+        # Replace the bad rows by good ones, which keeps the batch's shape.
         without = jcnf.transform(flow, x.at[BAD].set(x[GOOD[: len(BAD)]]), **settings)
         found = jcnf.transform(flow, x, **settings)
         np.testing.assert_array_equal(np.flatnonzero(found.stats.failed), BAD)
@@ -66,7 +66,7 @@ def test_log_prob_names_the_bad_rows_and_evaluate_counts_them(kind):
     flow, x = flow_of(kind), rows()
     with pytest.raises(eqx.EquinoxRuntimeError, match=re.escape("4 of 200 rows (first: 0, 7, 31")):
         jcnf.log_prob(flow, x)
-    scores = evaluate.score(flow, x, chunk=60)
+    scores = evaluate.log_prob(flow, x, chunk=60)
     np.testing.assert_array_equal(np.flatnonzero(scores.failed), BAD)
     np.testing.assert_array_equal(np.isnan(scores.log_prob), scores.failed)
     np.testing.assert_allclose(
@@ -102,7 +102,7 @@ def test_training_goes_on_without_the_bad_samples_and_counts_them(kind):
     x = np.array(jr.normal(jr.key(0), (1000, 2)) * 0.3 + 0.5, np.float32)
     x[::100] = [6.0, -6.0]
     optimizer = optax.sgd(0.05)
-    run = training.make_run(
+    run = training.make_train_loop(
         flow, objectives.likelihood, training.draw_rows(200), optimizer, solve=Solve("bosh3")
     )
     state, losses = training.init(flow, optimizer), []
@@ -121,7 +121,7 @@ def test_an_update_is_skipped_where_more_than_a_tenth_of_the_rows_fail():
     flow = flow_of("NaN", jnp.float32)
     optimizer = optax.sgd(0.1)
     objective = partial(objectives.likelihood, solve=Solve("bosh3"))
-    run = training.make_run(flow, objective, training.draw_rows(None), optimizer)
+    run = training.make_train_loop(flow, objective, training.draw_rows(None), optimizer)
     state = training.init(flow, optimizer)
     x = jnp.zeros((20, 2), jnp.float32)
     with pytest.warns(UserWarning, match="for more than a tenth of the rows"):

@@ -1,4 +1,4 @@
-"""Gradients of the likelihood by every field, divergence and adjoint, by finite differences."""
+"""Likelihood gradients for every field, divergence and adjoint, against finite differences."""
 
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve
 from jcnf.distributions import StandardNormal
-from jcnf.divergence import DIVERGENCES, Divergence, HutchPlusPlus, Local, XTrace
+from jcnf.divergence import DIVERGENCES, Divergence, FieldEvaluation, HutchPlusPlus, XTrace
 from jcnf.divergence.estimators import NOISES
 from jcnf.objectives import likelihood
 from jcnf.regularizers import kinetic
@@ -31,8 +31,8 @@ STRATEGIES = {
     "hutch++": HutchPlusPlus(),
     "xtrace": XTrace(2),
 }
-# The gradient of a solve's own steps is exact however few they are; that of a continuous adjoint
-# differs from it by the error of the steps.
+# Adjoints that differentiate the steps of a solve are exact for any number of steps. A continuous
+# adjoint is exact only up to the error of the steps, so it needs tight tolerances.
 FEW_STEPS = Solve(solver="euler", step=T / 3, max_steps=3)
 TIGHT = Solve(rtol=1e-10, atol=1e-10)
 SOLVES = {
@@ -43,7 +43,7 @@ SOLVES = {
     )
     for adjoint in adjoints
 }
-# Where there are seconds and not minutes, these fields have one adjoint, and others none.
+# The fast tests run only these pairs of field and adjoint; all others are marked slow.
 QUICK = {
     "mlp ignore": "reversible",
     "mlp concat": "direct",
@@ -68,9 +68,9 @@ KINDS = {type(strategy): strategy for strategy in STRATEGIES.values()}
 
 
 class Chosen(Divergence):
-    """One of `KINDS`, by the weight 1 among zeros, on noise drawn before.
+    """The divergence in `KINDS` that has weight 1 (the others have 0), on noise drawn in advance.
 
-    One compiled program serves all divergences.
+    The choice is a traced argument, so one compiled program serves all divergences.
     """
 
     weights: Float[Array, " kinds"]
@@ -79,7 +79,7 @@ class Chosen(Divergence):
     def draw(self, key, batch, dim, dtype):
         return self.noise
 
-    @jax.jit  # traced once, for all the traces of a right-hand side in a solve
+    @jax.jit  # traced only once, although a solve traces its right-hand side several times
     def __call__(self, field, t, x, context, noise):
         found = [
             strategy(field, t, x, context, noise)
@@ -87,7 +87,7 @@ class Chosen(Divergence):
         ]
         velocities = jnp.stack([local.velocity for local in found])
         divergences = jnp.stack([local.divergence for local in found])
-        return Local(self.weights @ velocities, self.weights @ divergences)
+        return FieldEvaluation(self.weights @ velocities, self.weights @ divergences)
 
 
 @cache
@@ -99,15 +99,15 @@ def chosen(name):
 
 
 class Problem:
-    """The loss of a field by an adjoint, and its gradient, as one program.
+    """The loss of a field with an adjoint, and its gradient, as one compiled program.
 
-    `at` are its variables, flat: the parameters, the data and the context.
+    `at` holds the variables of the loss as one vector: parameters, data and context.
     """
 
     def __init__(self, name, adjoint):
         flow = CNF(FIELDS[name](), StandardNormal(3), t1=T)
         solve = SOLVES[adjoint]
-        # Normalised by the spread of three numbers, a loss is curved more sharply.
+        # The U-Net normalizes by the spread of only three numbers, so its loss is more curved.
         self.step = 3e-5 if name == "unet" else 1e-3
         params, static = partition(flow)
         context = CONTEXT if flow.field.context_dim else None
@@ -123,7 +123,7 @@ class Problem:
                     context=context,
                     solve=solve,
                     divergence=divergence,
-                    penalties={kinetic: 0.5},
+                    regularizers={kinetic: 0.5},
                 )
 
             (value, metrics), gradient = differentiator(solve)(loss)(at)
@@ -132,7 +132,7 @@ class Problem:
         self.value_and_grad = jax.jit(value_and_grad)
 
     def assert_slope(self, divergence, gradient, direction):
-        """`gradient` is the finite difference of the loss along a direction."""
+        """Compare `gradient` with the finite difference of the loss along a direction."""
 
         def loss_at(step):
             loss, metrics, _ = self.value_and_grad(self.at + step * direction, divergence)
@@ -153,7 +153,7 @@ def test_gradient_is_the_finite_difference(name, adjoint, divergence):
     here = problem(name, adjoint)
     loss, metrics, gradient = here.value_and_grad(here.at, chosen(divergence))
     assert metrics["kinetic"] > 0
-    # A random direction, turned to one in which the loss rises.
+    # A random direction plus the direction of the gradient, so that the slope is not tiny.
     random = np.random.default_rng(1).normal(size=gradient.shape)
     direction = random / np.linalg.norm(random) + gradient / np.linalg.norm(gradient)
     here.assert_slope(chosen(divergence), gradient, direction)
@@ -176,7 +176,7 @@ def test_every_adjoint_and_divergence_is_in_the_table():
 
 @pytest.mark.slow
 def test_backsolve_keeps_its_tolerance_at_any_batch_size():
-    # The mean over copies of a batch has the batch's own gradient.
+    # The mean loss of copies of a batch has the same gradient as that of the batch.
     x = X[:, :2]
     flow = CNF(mlp(2, (4, 4, 4), time="ignore", activation="silu"), StandardNormal(2), t1=T)
 
@@ -195,7 +195,7 @@ def test_backsolve_keeps_its_tolerance_at_any_batch_size():
 
 
 class Ramp(eqx.Module):
-    """v = (a x_0, b t x_1), with the rates a and b."""
+    """v = (a x_0, b t x_1) with rates a and b."""
 
     rates: Float[Array, "2"]
     dim: int = eqx.field(static=True, default=2)
@@ -210,7 +210,7 @@ STEER = 0.3
 @jax.jit
 @jax.value_and_grad
 def steered(rates, key):
-    """The loss of a flow whose base is at a time within `STEER` of 0, and its gradient."""
+    """Return the loss, and its gradient, of a flow whose base is at a time within `STEER` of 0."""
     solve = Solve(step=T / 8, max_steps=8, adjoint="direct")
     flow = CNF(Ramp(rates), StandardNormal(2), t1=T)
     return likelihood(flow, X[:, :2], key, solve=solve, steer=STEER)[0]
@@ -220,7 +220,7 @@ def test_steer_puts_the_base_at_a_random_time_and_has_its_gradient():
     squares, rates = np.mean(np.square(X[:, :2]), axis=0), np.array([0.7, -1.1])
     starts = []
     for key in jr.split(jr.key(1), 8):
-        # At no rates the gradient tells the integrals of 1 and t over the time of the flow.
+        # At zero rates the gradient gives the integrals of 1 and t over the flow's interval.
         length, area = steered(jnp.zeros(2), key)[1] / (1 - squares)
         start, end = area / length - length / 2, area / length + length / 2
         assert end == pytest.approx(T, rel=1e-9)
@@ -246,6 +246,6 @@ def test_steer_is_fixed_by_its_key():
 def test_steer_is_less_than_the_flow_and_takes_a_key(steer, key):
     flow = CNF(Ramp(jnp.ones(2)), StandardNormal(2), t1=T)
     with pytest.raises(
-        ValueError, match=r"steer must be in \[0, 0.8\); got|steer draws a time: it needs a key"
+        ValueError, match=r"steer must be in \[0, 0.8\); got|steer draws a random time: pass key"
     ):
         likelihood(flow, X[:, :2], key, steer=steer)

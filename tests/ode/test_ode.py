@@ -1,4 +1,4 @@
-"""What jcnf adds to diffrax, by `diffeqsolve`: order, gradients, memory, rows that fail."""
+"""jcnf's diffrax solvers and adjoints in `diffeqsolve`: order, gradients, memory, failing rows."""
 
 import itertools
 import re
@@ -20,8 +20,8 @@ from scipy import linalg
 from jcnf import ode
 from jcnf.ode import (
     NORMS,
+    NUM_BINS,
     OVER_ROWS,
-    PARTS,
     SOLVERS,
     FreezeFailingRows,
     PlannedSteps,
@@ -30,7 +30,7 @@ from jcnf.ode import (
     StepCheckpointAdjoint,
     Unrolled,
     adjoint,
-    batch_norm,
+    rms_norm,
     unknown,
 )
 
@@ -44,12 +44,12 @@ ARGS = {"weight": jnp.asarray(RNG.normal(size=(3, 3)))}
 START = {
     "x": jnp.asarray(RNG.normal(size=(4, 3))),
     "logdet": jnp.asarray(RNG.normal(size=4)),
-    "penalties": {},
+    "regularizers": {},
 }
 
 
 class Bernoulli(eqx.Module):
-    """y' = y^2 cos t in the plane of complex numbers: y = y(0) / (1 - y(0) sin t)."""
+    """y' = y^2 cos t for a complex number y: y = y(0) / (1 - y(0) sin t)."""
 
     def __call__(self, t, y, args):
         return jnp.stack([y[0] ** 2 - y[1] ** 2, 2 * y[0] * y[1]]) * jnp.cos(t)
@@ -70,20 +70,20 @@ class Wall(eqx.Module):
 
 
 class Mixing(eqx.Module):
-    """A whole batch's state, leaves that feed each other, and a weight in `args`."""
+    """A batched state whose leaves depend on each other, with a weight in `args`."""
 
     def __call__(self, t, state, args):
         hidden = jnp.tanh(state["x"] @ args["weight"] + jnp.sin(3 * t))
         rate = jnp.sum(hidden**2, axis=1) - jnp.cos(t) * state["logdet"]
-        return {"x": hidden - 0.3 * state["x"], "logdet": rate, "penalties": {}}
+        return {"x": hidden - 0.3 * state["x"], "logdet": rate, "regularizers": {}}
 
 
 class Scripted(diffrax.AbstractStepSizeController):
-    """Steps that grow; rejected, and shrunk, are one in three and those that are not finite."""
+    """Steps that grow; every third one, and any that is not finite, is rejected and shrunk."""
 
     grow: float | Float[Array, ""] = 1.5
     shrink: float | Float[Array, ""] = 0.6
-    third: int | Int[Array, ""] = 1  # which of the three; none of them is number 3
+    third: int | Int[Array, ""] = 1  # which one of three is rejected; 3 stands for none
 
     def wrap(self, direction):
         return self
@@ -100,7 +100,7 @@ class Scripted(diffrax.AbstractStepSizeController):
         return keep, start, end, False, state + 1, diffrax.RESULTS.successful
 
     def times(self, t0, t1, first, max_steps):
-        """When the steps that are accepted start and end."""
+        """Return the times at which accepted steps start and end."""
         times, length, sign = [0.0], abs(first), np.sign(first)
         for number in range(max_steps):
             left = abs(t1 - t0) - times[-1]
@@ -115,12 +115,12 @@ class Scripted(diffrax.AbstractStepSizeController):
         return t0 + sign * np.array(times)
 
 
-def adaptive(tolerance, norm=batch_norm):
+def adaptive(tolerance, norm=rms_norm):
     return diffrax.PIDController(tolerance, tolerance, norm=norm)
 
 
 def stepper(adjoint_name, solver):
-    """What takes the steps of this method under this adjoint."""
+    """Return the solver for this method under this adjoint."""
     solver = SOLVERS[solver]()
     if adjoint_name == "reversible":
         return Reversible(solver)
@@ -128,7 +128,7 @@ def stepper(adjoint_name, solver):
 
 
 class Solved(NamedTuple):
-    """The end of a solve, and what it took."""
+    """The final state of a solve, and its statistics."""
 
     y: Any
     t: Float[Array, ""]
@@ -174,7 +174,7 @@ def solve(
 
 
 def total(state):
-    """A nonlinear number of every entry of a state."""
+    """Return a scalar that is nonlinear in every entry of a state."""
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(state))
 
 
@@ -218,20 +218,20 @@ def bosh3(f, t, h, y):
 
 
 def plain(increment, t, t_next, y, _):
-    """A step of the method itself."""
+    """Take a step of the method itself."""
     y = y + increment(t, t_next - t, y)
     return y, y
 
 
 def coupled(increment, t, t_next, y, z, lam=0.999):
-    """A reversible step, as the paper writes it."""
+    """Take a reversible step as written in the paper."""
     y = lam * y + (1 - lam) * z + increment(t, t_next - t, z)
     return y, z - increment(t_next, t - t_next, y)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def by_plain_reverse_mode(step, increment, times):
-    """Value and gradient of `total` after these steps, all of them stored."""
+    """Return value and gradient of `total` after these steps, with all states stored."""
 
     def loss(y0, args):
         y0, unravel = ravel_pytree(y0)
@@ -250,7 +250,7 @@ def by_plain_reverse_mode(step, increment, times):
     return jax.value_and_grad(loss, argnums=(0, 1))(START, ARGS)
 
 
-# Steps around where the states that are kept have no more room.
+# Numbers of steps around those at which the buffer of kept states is full.
 COUNTS = (1, 31, 32, 33, 63, 64, 65, 125, 126, 128, 200)
 CONTROLS = {
     "steady": {"grow": 1.0, "shrink": 1.0, "third": 3},
@@ -284,7 +284,8 @@ def test_gradient_is_that_of_plain_reverse_mode_through_the_same_steps(
 
     cases = [("steady", count) for count in (*COUNTS, max_steps) if count <= max_steps + 1]
     cases += [("bumpy", max_steps), ("bumpy", max_steps / 2), ("rejected first", 20)]
-    # Between powers of two times add up without rounding: diffrax takes steps down to 100 ulp.
+    # The times stay within [1, 2], where they add up without rounding: diffrax takes steps down to
+    # 100 ulp.
     for (control, count), (t0, t1) in zip(cases, itertools.cycle([(1.05, 1.95), (1.95, 1.05)])):
         first, settings = (t1 - t0) / count, CONTROLS[control]
         times = Scripted(**settings).times(t0, t1, first, max_steps)
@@ -408,7 +409,7 @@ def test_adaptive_solve_and_gradient_of_a_linear_field_are_exact(adjoint_name):
 
 
 def test_a_reversible_step_over_the_wall_that_only_z_meets_is_refused():
-    # Euler's slope is taken before the wall, and z's at y, beyond it.
+    # Euler's slope for y is taken before the wall, and the slope for z at y, beyond it.
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def compiled(y0):
@@ -436,21 +437,23 @@ def growth(few, many):
 def test_reversible_memory_grows_by_the_times_alone_and_evaluations_are_as_promised():
     few, many = (gradient_program("reversible", most) for most in (20, 1280))
     assert 0 <= growth(few, many) <= 3 * 8 * 1260
-    # 6 products forwards and 6 to take the step back. Of the same 6 again, XLA finds the first just
-    # computed, and nobody reads the last. Then 2 for each vjp, one for y and one for the matrix.
+    # 6 products in the forward pass and 6 to invert the step. The vjp computes the same 6 again,
+    # but XLA reuses the first and drops the last, which nobody reads. Its backward pass takes 2 for
+    # each, one for y and one for the matrix.
     assert many.as_text().count(" dot(") == 6 + 6 + 4 + 6 * 2
 
 
 def test_stepwise_memory_grows_by_one_segment_and_evaluations_are_as_promised():
     few, some, many = (gradient_program("checkpoint", most) for most in (32, 64, 4096))
-    segment, state = 4096 // ode.STATES, 2 * 64 * 3 * 8  # y and its slope
+    segment, state = 4096 // ode.MIN_KEPT_STATES, 2 * 64 * 3 * 8  # y and its slope
     assert 0 < growth(some, many) <= segment * state + 3 * 8 * 4032 < 4096 * state / 20
-    # 1 product at the start and 3 a step; on the way back 2 of the step's 3 anew, the last one's
-    # value not being used, and 2 for each vjp; and where states are missing, 3 more.
+    # 1 product at the start and 3 per step. The backward pass recomputes 2 of the step's 3 (the
+    # value of the last is not used), and takes 2 for each of the 3. Recomputing missing states
+    # takes 3 more.
     products = [program.as_text().count(" dot(") for program in (few, some, many)]
     assert products == [4 + 2 + 2 * 3, 4 + 2 + 2 * 3 + 3, 4 + 2 + 2 * 3 + 3]
-    # Memory grows as the root of very many steps: every thousandth state is kept, and a thousand
-    # between two of them are computed anew.
+    # For very many steps, memory grows as their square root: of 10^6 states, 1000 are kept, and at
+    # most 1024 between two of them are recomputed.
     most = gradient_program("checkpoint", 10**6)
     assert growth(some, most) <= (1000 + 1024) * state + 3 * 8 * 10**6
 
@@ -461,7 +464,7 @@ def test_a_solve_that_is_not_differentiated_keeps_no_states():
         solved = solve("checkpoint", Linear(), x, MATRIX, *settings, max_steps=128)
         return total(solved.y)
 
-    states = f"{ode.STATES + 1}x64x3x"
+    states = f"{ode.MIN_KEPT_STATES + 1}x64x3x"
     programs = [jax.jit(f).lower(jnp.zeros((64, 3))).as_text() for f in (end, jax.grad(end))]
     assert [states in program for program in programs] == [False, True]
 
@@ -493,7 +496,7 @@ def test_the_step_plan_tells_how_many_steps_of_the_right_size_each_part_has(adjo
     def compiled(t0, t1, first, controller):
         return solve(adjoint_name, Mixing(), START, ARGS, t0, t1, first, "heun", controller)
 
-    edges = np.linspace(0, 1, PARTS + 1)
+    edges = np.linspace(0, 1, NUM_BINS + 1)
     for t0, t1 in ((0.2, 1.9), (1.9, 0.2)):
         first = (t1 - t0) / 40
         for third, grow in ((1, 1.5), (0, 1.5), (3, 1.0), (3, 0.99)):
@@ -502,7 +505,7 @@ def test_the_step_plan_tells_how_many_steps_of_the_right_size_each_part_has(adjo
             times = script.times(t0, t1, first, 64)
             assert (float(solved.t), int(solved.steps - solved.rejected)) == (t1, len(times) - 1)
             assert (int(solved.rejected) > 0) == (third < 3)
-            # A step of length h says that grow h is right: it is 1 / grow of one that is.
+            # After a step of length h the controller proposes grow * h, so it counts as 1 / grow.
             counts = np.arange(len(times)) / grow
             expected = np.diff(np.interp(edges, (times - t0) / (t1 - t0), counts))
             np.testing.assert_allclose(solved.step_plan, expected, rtol=1e-9)
@@ -511,7 +514,7 @@ def test_the_step_plan_tells_how_many_steps_of_the_right_size_each_part_has(adjo
 def test_the_step_plan_is_of_the_sizes_that_diffrax_chooses_next():
     @eqx.filter_jit
     def both(t0, t1, first, controller):
-        """This solve, and diffrax's with all steps that it accepts."""
+        """Return this solve, and diffrax's solution with all accepted steps."""
         problem = t0, t1, first, START, ARGS
         own = solve("checkpoint", Mixing(), START, ARGS, *problem[:3], controller=controller)
         return own, diffrax.diffeqsolve(
@@ -523,26 +526,26 @@ def test_the_step_plan_is_of_the_sizes_that_diffrax_chooses_next():
             max_steps=64,
         )
 
-    edges = np.linspace(0, 1, PARTS + 1)
+    edges = np.linspace(0, 1, NUM_BINS + 1)
     for t0, t1, tolerance in ((1.0, 1.9, 1e-8), (1.0, 0.2, 1e-5)):
         ends = jnp.asarray(t0), jnp.asarray(t1), jnp.asarray((t1 - t0) / 50)
         solved, solution = both(*ends, adaptive(jnp.asarray(tolerance)))
         taken = int(solution.stats["num_accepted_steps"])
         assert int(solved.steps) == taken > 4
         assert int(solved.rejected) == int(solution.stats["num_rejected_steps"]) == 0
-        # The right size of a step is that of the next, but where that goes no farther than t1.
+        # The right size of a step is the size of the next one, except where t1 cuts that short.
         shares = (np.asarray(solution.ts)[: taken - 1] - t0) / (t1 - t0)
         sizes = np.diff(solution.ts[:taken])
         counts = np.append(0, np.cumsum(sizes[:-1] / sizes[1:]))
         within = edges[edges <= shares[-1]]
         expected = np.diff(np.interp(within, shares, counts))
-        assert len(expected) > PARTS // 4
+        assert len(expected) > NUM_BINS // 4
         np.testing.assert_allclose(solved.step_plan[: len(expected)], expected, rtol=1e-9)
 
 
 @eqx.filter_jit
 def train(adjoint_name, weight, args, state):
-    """Two gradient steps inside a while loop, and what the last solve gave."""
+    """Take two gradient steps in a while loop; return the weight and the last solve's results."""
 
     def loss(weight):
         interval = [jnp.asarray(t, weight.dtype) for t in (0.0, 1.0, 0.25)]
@@ -569,14 +572,14 @@ def test_any_args_in_a_while_loop_in_either_dtype(adjoint_name):
     assert {leaf.dtype for leaf in jax.tree.leaves(in32)} == {np.dtype("float32")}
     assert_close(in32, in64, rtol=1e-4)
     assert float(t) == 1.0
-    assert y["penalties"] == {}
+    assert y["regularizers"] == {}
     assert np.max(np.abs(weight - ARGS["weight"])) > 0.01
 
 
 class Rows(eqx.Module):
     """Each row of y follows a sine at its own rate, with a cubic term, and NaN below -2.
 
-    All rows share the height of the sine. Back in time they do the same in -t.
+    All rows share the height of the sine. With sign -1 they do the same in -t.
     """
 
     def __call__(self, t, y, args):
@@ -586,7 +589,7 @@ class Rows(eqx.Module):
 
 
 def rows(count, dtype=float):
-    """A batch of rows that are easily solved: y0 and args."""
+    """Return y0 and args of a batch whose rows are all easy to solve."""
     rng = np.random.default_rng(2)
     y0, rate = rng.uniform(-1, 1, (count, 2)), rng.uniform(0.5, 3, (count, 1))
     args = {"rate": rate, "cubic": np.full((count, 1), 0.3), "height": np.array(1.0)}
@@ -600,14 +603,14 @@ def set_row(problem, row, y0=None, **numbers):
     return y, args | {name: args[name].at[row].set(number) for name, number in numbers.items()}
 
 
-BY_STATE = {  # what fails because of where it starts
+BY_STATE = {  # rows that fail because of their initial state
     2: {"y0": -2.5},
     5: {"y0": -1.9, "rate": 0.5},  # NaN from t = 0.1 on
     7: {"y0": 30.0},  # blows up at once
-    8: {"y0": 1.7, "rate": 0.5},  # and this on the way
+    8: {"y0": 1.7, "rate": 0.5},  # blows up later
     12: {"y0": np.array([0.0, 30.0])},
 }
-BY_ARGS = {  # what fails, or is unlike the others, at any state
+BY_ARGS = {  # rows that fail because of their args
     1: {"rate": jnp.nan},
     3: {"rate": 1e8},
     6: {"y0": 0.0, "rate": 1e8},
@@ -617,7 +620,7 @@ BY_ARGS = {  # what fails, or is unlike the others, at any state
 
 
 def with_failing(kinds, dtype=float):
-    """A batch with rows that cannot be solved, the others alone, and which these are."""
+    """Return a batch with failing rows, the batch without them, and a mask of the good rows."""
     problem = rows(16, dtype)
     good = np.array([row not in kinds for row in range(16)])
     alone = jax.tree.map(lambda leaf: leaf[good] if leaf.ndim else leaf, problem)
@@ -637,7 +640,7 @@ def solve_rows(
     controller=None,
     max_steps=1024,
 ):
-    """The solve from 0 to 1, or -1, in which rows fail alone."""
+    """Solve from 0 to `sign` with `FreezeFailingRows`."""
     (y0, args), zero = problem, jnp.zeros((), problem[0].dtype)
     if controller is None:
         [name] = [name for name, function in OVER_ROWS.items() if function is over_rows]
@@ -665,13 +668,13 @@ def test_rows_that_cannot_be_solved_fail_alone_and_hold_up_no_others(over_rows, 
         assert not np.any(alone.solver_state.failed)
         assert np.all(np.isfinite(solved.y))
         np.testing.assert_allclose(solved.y[good], alone.y, atol=5 * value)
-        # Three rows fail on the way, each of which is found out by 20 to 30 steps.
+        # Three rows fail after the start, and finding each of them takes 20 to 30 steps.
         assert int(solved.steps) <= int(alone.steps) + 100
 
 
 @eqx.filter_jit
 def gradient_of_rows(adjoint_name, over_rows, problem, sign):
-    """Value and gradient of what the rows that have not failed come to, and which have."""
+    """Return value and gradient of a loss of the good rows, and which rows failed."""
 
     @partial(jax.value_and_grad, has_aux=True)
     def loss(problem):
@@ -682,7 +685,7 @@ def gradient_of_rows(adjoint_name, over_rows, problem, sign):
     return loss(problem)
 
 
-# Args that spoil the field at any state make a gradient that all rows share NaN.
+# Without the rows whose args make the field bad at any state: shared gradients would be NaN.
 GOOD_AT_SOME_STATES = {row: BY_ARGS[row] for row in (10, 11)}
 
 
@@ -714,7 +717,7 @@ def test_gradient_with_failed_rows_masked_is_that_of_the_batch_without_them(
 
 
 class Wave(eqx.Module):
-    """y' = w cos(w t) of each row: sin(w t) from 0."""
+    """y' = w cos(w t) in each row: from 0, y = sin(w t)."""
 
     def __call__(self, t, y, args):
         return args["w"] * jnp.cos(args["w"] * t)
@@ -772,7 +775,7 @@ def test_fixed_steps_fail_the_rows_that_are_not_finite_alone(dtype):
 @pytest.mark.parametrize("spread", [0.01, 0.2])
 def test_a_batch_whose_every_row_is_stiff_does_not_fail(spread, over_rows, dtype):
     y0, args = rows(16, dtype)
-    # All are about equally stiff: stability bounds the step by 3.3 / rate.
+    # All rows are about equally stiff; stability limits the step to 3.3 / rate.
     args["rate"] = jnp.linspace(900 * (1 - spread), 900 * (1 + spread), 16, dtype=dtype)[:, None]
     for sign in (1.0, -1.0):
         sign = jnp.asarray(sign, dtype)
@@ -805,7 +808,7 @@ def test_unrolled_gives_what_diffrax_s_own_solver_does(name):
             stepsize_controller=FIXED,
             max_steps=16,
         )
-        # After a jump the slope at the end of the last step is not to be used.
+        # After a jump, the slope from the end of the last step must not be used.
         state = solver.init(term, t0, t1, jax.tree.map(jnp.zeros_like, START), ARGS)
         step = solver.step(term, t0, t0 + 0.3 * (t1 - t0), START, ARGS, state, made_jump=True)
         return solution.ys, step[:2]
@@ -821,14 +824,14 @@ def test_unrolled_gives_what_diffrax_s_own_solver_does(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"saveat": diffrax.SaveAt(ts=[0.5])}, "StepCheckpointAdjoint differentiates the state at"),
+        ({"saveat": diffrax.SaveAt(ts=[0.5])}, "StepCheckpointAdjoint differentiates only the"),
         ({"saveat": diffrax.SaveAt(t0=True, t1=True)}, "use SaveAt(t1=True), or Recursive"),
-        ({"saveat": diffrax.SaveAt(dense=True)}, "at t1 only: use SaveAt(t1=True)"),
-        ({"max_steps": None}, "StepCheckpointAdjoint needs max_steps, and cannot handle events"),
-        ({"event": diffrax.Event(lambda t, y, args, **_: t > 1)}, "cannot handle events"),
+        ({"saveat": diffrax.SaveAt(dense=True)}, "only the state at t1: use SaveAt(t1=True)"),
+        ({"max_steps": None}, "StepCheckpointAdjoint needs an integer max_steps and no event; got"),
+        ({"event": diffrax.Event(lambda t, y, args, **_: t > 1)}, "and no event; got max_steps=16"),
         (
             {"adjoint": ReversibleAdjoint(), "saveat": diffrax.SaveAt(steps=True)},
-            "ReversibleAdjoint differentiates the state at t1 only",
+            "ReversibleAdjoint differentiates only the state at t1",
         ),
         ({"adjoint": ReversibleAdjoint()}, "ReversibleAdjoint needs a reversible solver; got Heun"),
     ],

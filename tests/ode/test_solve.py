@@ -1,4 +1,4 @@
-"""The solve: order, tolerance, error norms, evaluations counted, and failure as a value."""
+"""Solves by `integrate`: order, tolerance, error norms, nfe, step plans and failures."""
 
 import re
 
@@ -14,7 +14,7 @@ from helpers import Tally, mlp, tolerance
 from jcnf import CNF, Solve
 from jcnf.distributions import StandardNormal
 from jcnf.objectives import likelihood
-from jcnf.ode import PARTS, SOLVERS, Stats, integrate, is_known
+from jcnf.ode import NUM_BINS, SOLVERS, Stats, integrate, is_known
 
 ORDERS = dict(euler=1, heun=2, midpoint=2, rk4=4, bosh3=3, tsit5=5, dopri5=5, dopri8=8)
 START = jnp.array([[1.0, -0.5], [0.3, 0.7]])
@@ -22,7 +22,7 @@ END = 2.0
 
 
 class Growth(eqx.Module):
-    """y' = y cos t: y = y(0) exp(sin t). Counts its evaluations, on the host."""
+    """y' = y cos t: y = y(0) exp(sin t). It counts its evaluations on the host."""
 
     evaluations: Tally = eqx.field(static=True)
 
@@ -42,7 +42,7 @@ class Decay(eqx.Module):
 
 
 class Wave(eqx.Module):
-    """y' = w cos(w t): y = y(0) + sin(w t), with a frequency w for each sample in `args`."""
+    """y' = w cos(w t): y = y(0) + sin(w t), where `args` holds a frequency w for each sample."""
 
     def __call__(self, t, y, args):
         return args * jnp.cos(args * t)
@@ -50,12 +50,12 @@ class Wave(eqx.Module):
 
 @eqx.filter_jit
 def solve_to(field, y0, args, t1, solve):
-    """`integrate` from 0, compiled once for any step and tolerance given as arrays."""
+    """Integrate from 0; compiled once for all steps and tolerances that are given as arrays."""
     return integrate(field, y0, args, jnp.asarray(0.0, y0.dtype), t1, solve)
 
 
 def grow(solve):
-    """Largest error at the end, the statistics, and the evaluations counted."""
+    """Return the largest error at the end, the `Stats`, and the counted evaluations."""
     GROWTH.evaluations.count = 0
     y, stats = solve_to(GROWTH, START, None, jnp.asarray(END), solve)
     jax.effects_barrier()
@@ -118,7 +118,7 @@ def test_a_step_plan_may_change_without_compiling_anew():
         return integrate(Decay(), START, jnp.asarray(3.0), jnp.asarray(0.0), t1, solve)
 
     for end in (END, -END):
-        steps, none = [], jnp.zeros(PARTS)
+        steps, none = [], jnp.zeros(NUM_BINS)
         _, alone = decayed(Solve(first_step=1.0, step_plan=none), jnp.asarray(end))
         for step_plan in (
             none,
@@ -146,19 +146,19 @@ def test_a_solve_tells_what_the_next_may_take_for_its_step_plan(adjoint):
 
     for end in (END, -END):
         y, alone = decay(3.0, end, first_step=1.0)
-        assert (alone.step_plan.shape, alone.step_plan.dtype) == ((PARTS,), START.dtype)
+        assert (alone.step_plan.shape, alone.step_plan.dtype) == ((NUM_BINS,), START.dtype)
         assert is_known(alone.step_plan)
         assert float(jnp.sum(alone.step_plan)) < int(alone.steps)
         again = decay(3.0, end, first_step=1.0, step_plan=alone.step_plan)[1]
         assert int(again.rejected) < int(alone.rejected)
         assert int(again.nfe) < 0.8 * int(alone.nfe)
-        # Zeros change nothing, and where the step plan is known the first step does not count.
-        y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, step_plan=jnp.zeros(PARTS))
+        # A plan of zeros changes nothing, and a known plan overrides `first_step`.
+        y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, step_plan=jnp.zeros(NUM_BINS))
         assert eqx.tree_equal((y_of_zeros, of_zeros), (y, alone))
         other = decay(3.0, end, first_step=1e-3, step_plan=alone.step_plan)[1]
         np.testing.assert_array_equal(other.step_plan, again.step_plan)
         assert int(decay(3.0, end, first_step=1e-3)[1].rejected) < int(alone.rejected)
-        # One step where that is enough.
+        # An easy solve takes a single step.
         easy = decay(1e-4, end, first_step=0.3)[1]
         assert (int(easy.steps), float(jnp.sum(easy.step_plan)) < 1) == (2, True)
         assert int(decay(1e-4, end, first_step=0.3, step_plan=easy.step_plan)[1].steps) == 1
@@ -169,7 +169,7 @@ def test_a_solve_tells_what_the_next_may_take_for_its_step_plan(adjoint):
 
 
 def test_a_step_plan_is_of_no_use_to_fixed_steps_and_unknown_where_a_solve_ended():
-    step_plan, rate, end = jnp.full(PARTS, 0.1), jnp.asarray(3.0), jnp.asarray(END)
+    step_plan, rate, end = jnp.full(NUM_BINS, 0.1), jnp.asarray(3.0), jnp.asarray(END)
     y, stats = solve_to(Decay(), START, rate, end, Solve(step=0.25))
     given = solve_to(Decay(), START, rate, end, Solve(step_plan=step_plan, step=0.25))
     assert eqx.tree_equal(given, (y, stats))
@@ -181,11 +181,11 @@ def test_a_step_plan_is_of_no_use_to_fixed_steps_and_unknown_where_a_solve_ended
     assert np.all(stats.failed)
     assert not is_known(stats.step_plan)
     assert float(stats.step_plan[0]) > 0
-    np.testing.assert_array_equal(Stats.unsolved(START).step_plan, np.zeros(PARTS))
+    np.testing.assert_array_equal(Stats.unsolved(START).step_plan, np.zeros(NUM_BINS))
 
 
 def waves(norm, start, frequencies):
-    """Error at t = 1 under a tolerance of 1e-4, and the statistics."""
+    """Return the error at t = 1 at a tolerance of 1e-4, and the `Stats`."""
     solve = Solve(rtol=1e-4, atol=1e-4, norm=norm)
     y, stats = solve_to(Wave(), start, frequencies, jnp.asarray(1.0), solve)
     return np.max(np.abs(y - start - np.sin(frequencies))), stats
@@ -195,7 +195,7 @@ STILL = jnp.zeros((2001, 1))
 ONE_MOVES = STILL.at[-1].set(20.0)
 
 
-def testworst_norm_bounds_every_sample_where_batch_does_not():
+def test_worst_norm_bounds_every_sample_where_batch_does_not():
     error, stats = waves("worst", STILL, ONE_MOVES)
     assert error < 1e-4
     assert 0 < int(stats.rejected) < int(stats.steps)
@@ -212,14 +212,14 @@ def test_nan_in_the_field_or_in_one_sample_fails_in_few_evaluations(norm):
     assert not jnp.any(waves(norm, STILL, STILL)[1].failed)
 
 
-def testworst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
-    from jcnf.ode import batch_norm, worst_norm
+def test_worst_norm_joins_a_samples_leaves_and_is_the_largest_over_the_batch():
+    from jcnf.ode import max_sample_rms_norm, rms_norm
 
     error = {"x": jnp.array([[3.0, 0.0], [1.0, 1.0]]), "logdet": jnp.array([0.0, 1.0])}
-    assert worst_norm(error) == pytest.approx(np.sqrt(9 / 3))
-    assert batch_norm(error) == pytest.approx(np.sqrt(12 / 6))
+    assert max_sample_rms_norm(error) == pytest.approx(np.sqrt(9 / 3))
+    assert rms_norm(error) == pytest.approx(np.sqrt(12 / 6))
     error["logdet"] = jnp.array([jnp.nan, 1.0])
-    assert worst_norm(error) == batch_norm(error) == jnp.inf
+    assert max_sample_rms_norm(error) == rms_norm(error) == jnp.inf
 
 
 def test_rows_that_fail_under_fixed_steps_keep_the_last_finite_state():
@@ -229,14 +229,14 @@ def test_rows_that_fail_under_fixed_steps_keep_the_last_finite_state():
     assert np.all(stats.failed)
 
 
-def test_under_theworst_norm_the_samples_at_fault_are_flagged():
+def test_under_the_worst_norm_the_samples_at_fault_are_flagged():
     for frequency, settings in ((1e6, {"max_steps": 50}), (np.nan, {}), (np.nan, {"step": 0.1})):
         solve = Solve(norm="worst", **settings)
         y, stats = solve_to(Wave(), STILL, STILL.at[7].set(frequency), jnp.asarray(1.0), solve)
         assert np.flatnonzero(stats.failed).tolist() == [7]
         assert np.all(np.isfinite(y))
         assert int(stats.steps) <= 50
-    # All of them where none is: here every sample needs more than two steps.
+    # If max_steps is reached, all samples have failed: here each needs more than two steps.
     solve = Solve(norm="worst", max_steps=2)
     _, stats = solve_to(Wave(), STILL, STILL + 20, jnp.asarray(1.0), solve)
     assert np.all(stats.failed)
@@ -256,7 +256,7 @@ def test_a_solve_is_hashable_and_takes_diffrax_objects():
     ("settings", "message"),
     [
         ({"solver": "rk9"}, "unknown solver 'rk9': use one of euler, heun, midpoint, rk4, bosh3"),
-        ({"solver": "rk4"}, "give it a fixed step, as in Solve(solver='euler', step=0.05)"),
+        ({"solver": "rk4"}, "solver 'rk4' has no error estimate and needs a fixed step; got step="),
         ({"adjoint": "magic"}, "unknown adjoint 'magic': use one of checkpoint, direct, backsolve"),
         ({"norm": "max"}, "unknown norm 'max': use one of batch, worst"),
         ({"step": -1}, "step must be positive and finite; got -1"),
@@ -268,7 +268,7 @@ def test_a_solve_is_hashable_and_takes_diffrax_objects():
         ({"rtol": None}, "rtol must be positive and finite; got None"),
         ({"step": "0.1"}, "step must be positive and finite; got '0.1'"),
         ({"norm": None}, "norm must be one of batch, worst"),
-        ({"solver": "euler"}, "give it a fixed step, as in Solve(solver='euler', step=0.05)"),
+        ({"solver": "euler"}, "give it one, as in Solve(solver='euler', step=0.05)"),
     ],
 )
 def test_errors_say_what_is_known(settings, message):
@@ -279,7 +279,7 @@ def test_errors_say_what_is_known(settings, message):
 @pytest.mark.parametrize("settings", [{}, {"solver": "euler", "step": 0.1}, {"norm": "worst"}])
 @pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
 def test_a_training_step_calls_nothing_on_the_host(settings, adjoint):
-    """A callback is a wait in every step, and keeps a program out of XLA's cache."""
+    """A callback would stop every step to wait, and keep the program out of XLA's cache."""
     flow, solve = CNF(mlp(2, (4,)), StandardNormal(2)), Solve(adjoint=adjoint, **settings)
 
     def loss(flow, x):

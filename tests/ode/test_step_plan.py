@@ -1,4 +1,4 @@
-"""Meshes: points by quantiles, and whole solves on right ones, wrong ones and none."""
+"""Step plans: their points, and solves with right plans, wrong plans and none."""
 
 import itertools
 from functools import partial
@@ -12,25 +12,33 @@ from helpers import tolerance
 from scipy.special import erf
 
 from jcnf import Solve
-from jcnf.ode import PARTS, SHORT, integrate, is_known, next_point, unknown, with_step
+from jcnf.ode import (
+    MIN_STEP_FRACTION,
+    NUM_BINS,
+    integrate,
+    is_known,
+    next_point,
+    unknown,
+    with_step,
+)
 
-EDGES = np.linspace(0, 1, PARTS + 1)
-LEVEL = np.ones(PARTS)
+EDGES = np.linspace(0, 1, NUM_BINS + 1)
+LEVEL = np.ones(NUM_BINS)
 MESHES = {
     "level": LEVEL * 0.3,
     "level and whole": LEVEL / 4,
     "one step": LEVEL / 1000,
     "many steps": LEVEL * 17.3,
-    "steep": np.geomspace(1e-3, 3, PARTS),
-    "falling": np.geomspace(5, 1e-4, PARTS),
+    "steep": np.geomspace(1e-3, 3, NUM_BINS),
+    "falling": np.geomspace(5, 1e-4, NUM_BINS),
     "nothing in the middle": np.where(abs(EDGES[:-1] - 0.5) < 0.1, 1e-9, 0.7),
     "nothing at the end": np.where(EDGES[:-1] > 0.9, 1e-9, 0.7),
-    "a spike": np.where(np.arange(PARTS) == 40, 9.5, 0.02),
-    "random": np.random.default_rng(3).exponential(0.5, PARTS),
+    "a spike": np.where(np.arange(NUM_BINS) == 40, 9.5, 0.02),
+    "random": np.random.default_rng(3).exponential(0.5, NUM_BINS),
 }
 OF_ALL = pytest.mark.parametrize("name", MESHES)
 BOTH = pytest.mark.parametrize("adjoint", ["checkpoint", "reversible"])
-# The forward pass of "direct" and "backsolve" is that of "checkpoint", but another program.
+# "direct" and "backsolve" take the same forward steps as "checkpoint", but in other programs.
 ALL_ADJOINTS = ["checkpoint", "reversible", "direct", "backsolve"]
 EACH = pytest.mark.parametrize("adjoint", ALL_ADJOINTS)
 WAYS = ((0.3, 2.1), (2.1, 0.3))
@@ -44,9 +52,10 @@ def test_the_next_point_is_the_next_quantile_that_is_no_short_step_away(name):
     quantiles = np.interp(np.arange(number + 1) / number, steps / steps[-1], EDGES)
     starts = np.random.default_rng(0).uniform(0, 1, 50)
     done = np.interp(starts, EDGES, steps / steps[-1] * number)
-    # Nearly there, at a point, or a little past it: from one that is all but reached, the second.
+    # The next quantile, or the one after it where the next has almost been reached.
     expected = [
-        quantiles[min(next(n for n in itertools.count(1) if n - d > SHORT), number)] for d in done
+        quantiles[min(next(n for n in itertools.count(1) if n - d > MIN_STEP_FRACTION), number)]
+        for d in done
     ]
     found = jax.jit(jax.vmap(partial(next_point, jnp.asarray(step_plan))))(jnp.asarray(starts))
     np.testing.assert_allclose(found, expected, rtol=1e-9)
@@ -70,7 +79,7 @@ def test_points_followed_from_the_start_reach_the_end_in_as_many_steps(name, dty
 
 
 class Still(eqx.Module):
-    """y' = 0: no step is ever refused."""
+    """y' = 0: no step is ever rejected."""
 
     def __call__(self, t, y, args):
         return jnp.zeros_like(y)
@@ -96,18 +105,20 @@ def test_a_solve_that_is_never_refused_takes_these_steps_in_either_direction(adj
 
 def test_a_step_adds_to_the_parts_that_it_is_in():
     step_plan = unknown(float)
-    ends = 0.0, 0.3 / PARTS, 10.3 / PARTS, 10.8 / PARTS, 0.9, 1.0
+    ends = 0.0, 0.3 / NUM_BINS, 10.3 / NUM_BINS, 10.8 / NUM_BINS, 0.9, 1.0
     rates = [50.0, 3.0, 640.0, 6.4, 11.0]
     for start, end, rate in zip(ends, ends[1:], rates, strict=False):
         assert not is_known(step_plan)
         step_plan = with_step(step_plan, *(jnp.asarray(number) for number in (start, end, rate)))
     assert is_known(step_plan)
     assert float(jnp.sum(step_plan)) == pytest.approx(np.dot(np.diff(ends), rates), rel=1e-12)
-    np.testing.assert_allclose(step_plan[1:10], 3.0 / PARTS, rtol=1e-9)
-    np.testing.assert_allclose(step_plan[0] * PARTS, 0.3 * 50 + 0.7 * 3, rtol=1e-12)
-    np.testing.assert_allclose(step_plan[10] * PARTS, 0.3 * 3 + 0.5 * 640 + 0.2 * 6.4, rtol=1e-12)
-    np.testing.assert_allclose(step_plan[11:57], 6.4 / PARTS, rtol=1e-9)
-    np.testing.assert_allclose(step_plan[58:], 11.0 / PARTS, rtol=1e-9)
+    np.testing.assert_allclose(step_plan[1:10], 3.0 / NUM_BINS, rtol=1e-9)
+    np.testing.assert_allclose(step_plan[0] * NUM_BINS, 0.3 * 50 + 0.7 * 3, rtol=1e-12)
+    np.testing.assert_allclose(
+        step_plan[10] * NUM_BINS, 0.3 * 3 + 0.5 * 640 + 0.2 * 6.4, rtol=1e-12
+    )
+    np.testing.assert_allclose(step_plan[11:57], 6.4 / NUM_BINS, rtol=1e-9)
+    np.testing.assert_allclose(step_plan[58:], 11.0 / NUM_BINS, rtol=1e-9)
 
 
 def test_known_is_what_is_positive_and_finite_everywhere():
@@ -120,7 +131,7 @@ def test_known_is_what_is_positive_and_finite_everywhere():
 
 
 class Turn(eqx.Module):
-    """Turning in the plane, fast about t = 0.8: the angle is t + rate w sqrt(pi) / 2 erf(...)."""
+    """A rotation of the plane, fast near t = 0.8, by t + rate width sqrt(pi) / 2 erf(...)."""
 
     width: float = 0.2
 
@@ -129,7 +140,7 @@ class Turn(eqx.Module):
         return speed * jnp.stack([-y[:, 1], y[:, 0]], axis=1)
 
     def turned(self, y, t0, t1, rate):
-        """The solution, and its slope in the rate, in closed form."""
+        """Return the solution and its derivative by the rate, in closed form."""
         ends = (np.array([t0, t1]) - 0.8) / self.width
         by_rate = self.width * np.sqrt(np.pi) / 2 * np.diff(erf(ends))[0]
         angle = t1 - t0 + rate * by_rate
@@ -149,7 +160,7 @@ def turn(solve, t0, t1, rate=RATE):
 
 
 def turned(adjoint, way, step_plan=None, value=1e-5, **settings):
-    """Error at the end, and statistics; one program for any step plan, tolerance and direction."""
+    """Return the error at the end and the `Stats`; plan, tolerance and direction are traced."""
     solve = Solve(
         adjoint=adjoint, step_plan=unknown(float) if step_plan is None else step_plan, **settings
     )
@@ -181,12 +192,12 @@ def test_a_wrong_step_plan_costs_evaluations_and_no_accuracy(adjoint, way):
     value, rng = 1e-5, np.random.default_rng(0)
     _, alone = turned(adjoint, way, value=value)
     right = np.asarray(alone.step_plan)
-    wrong = {"a thousandth": right / 1000, "a third": right / 3, "one step": LEVEL / PARTS}
-    wrong |= {"reversed": right[::-1], "random": rng.exponential(np.mean(right), PARTS)}
+    wrong = {"a thousandth": right / 1000, "a third": right / 3, "one step": LEVEL / NUM_BINS}
+    wrong |= {"reversed": right[::-1], "random": rng.exponential(np.mean(right), NUM_BINS)}
     for step_plan in wrong.values():
         error, stats = turned(adjoint, way, jnp.asarray(step_plan), value)
         assert error < 20 * value
-        assert int(stats.rejected) > 1  # and then it is left
+        assert int(stats.rejected) > 1  # then the plan is dropped
         assert int(stats.nfe) < 1.5 * int(alone.nfe)
         again = turned(adjoint, way, stats.step_plan, value)[1]
         assert int(again.rejected) <= 1
@@ -202,7 +213,7 @@ def test_a_step_plan_that_is_too_fine_is_followed_and_more_accurate(adjoint, way
         assert int(stats.rejected) == 0
         assert int(stats.steps) == np.ceil(factor * np.sum(alone.step_plan))
         assert error < 1e-3 * value
-        # Steps grow tenfold at most: what it finds is of a solve like it after another one.
+        # The controller lets steps grow at most tenfold, so the new plan is coarser by that much.
         assert float(jnp.sum(stats.step_plan)) < 1.2 * float(jnp.sum(alone.step_plan)) * factor / 10
 
 
@@ -211,7 +222,7 @@ def test_a_step_plan_that_is_not_known_or_of_too_many_steps_is_as_none(adjoint):
     way = WAYS[0]
     alone = turned(adjoint, way)
     for bad in (0.0, -1.0, np.nan, np.inf, 1025.0):
-        for where in (0, 30, PARTS - 1):
+        for where in (0, 30, NUM_BINS - 1):
             step_plan = alone[1].step_plan.at[where].set(bad)
             assert eqx.tree_equal(turned(adjoint, way, step_plan), alone)
     assert not eqx.tree_equal(turned(adjoint, way, alone[1].step_plan), alone)
@@ -234,7 +245,7 @@ def test_gradients_on_a_step_plan_are_those_of_the_closed_form_and_none_flow_thr
 
     nfe, step_plan = [], unknown(float)
     end, slope = Turn().turned(START, *way, RATE)
-    back = Turn().turned(weights, *way[::-1], RATE)[0]  # of a rotation, the transpose
+    back = Turn().turned(weights, *way[::-1], RATE)[0]  # the inverse of a rotation is its transpose
     for _ in range(3):
         (value, stats), (by_start, by_rate) = loss(START, jnp.asarray(RATE), step_plan)
         assert float(value) == pytest.approx(np.sum(weights * end), abs=1e-8)

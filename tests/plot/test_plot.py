@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, what is counted, and that nothing leaks into matplotlib."""
+"""Tests of what figures draw and count, and that they change no global state of matplotlib."""
 
 import ast
 import sys
@@ -82,12 +82,12 @@ def test_figures_are_savable_and_leave_no_global_state(tmp_path):
         assert isinstance(figure, Figure)
         figure.savefig(tmp_path / f"{i}.png")
         with Image.open(tmp_path / f"{i}.png") as picture:
-            assert 800 <= picture.width <= 1400 or i == 4  # two columns make a small pair plot
+            assert 800 <= picture.width <= 1400 or i == 4  # a pair plot of two columns is small
     assert dict(mpl.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
 
 
-def test_text_stays_inside_the_figure_and_off_its_neighbours():
+def test_text_stays_inside_the_figure_and_off_its_neighbors():
     bad = eight(400)
     bad[:5], bad[5:20] = np.nan, 50.0
     grid = peak(0, 0)
@@ -141,9 +141,9 @@ def test_log_density_row_i_column_j_is_drawn_at_x_j_y_i():
     rgb = pixels(figure)
     ax = panels(figure)[2]
     row, column = np.nonzero((np.abs(rgb - [253, 231, 37]) < 30).all(axis=-1))
-    inside = column < ax.get_window_extent().x1  # not the colour bar
-    centre = np.array([column[inside].mean() + 0.5, len(rgb) - row[inside].mean() - 0.5])
-    np.testing.assert_allclose(ax.transData.inverted().transform(centre), [3, -2], atol=0.05)
+    inside = column < ax.get_window_extent().x1  # not the color bar
+    center = np.array([column[inside].mean() + 0.5, len(rgb) - row[inside].mean() - 0.5])
+    np.testing.assert_allclose(ax.transData.inverted().transform(center), [3, -2], atol=0.05)
 
 
 def test_dense_clouds_are_drawn_where_they_are():
@@ -232,9 +232,9 @@ def test_animation_has_a_frame_per_time_holds_the_last_and_is_small(tmp_path):
         for frame in range(gif.n_frames):
             gif.seek(frame)
             durations.append(gif.info["duration"])
-        colours = {colour for _, colour in gif.convert("RGB").getcolors()}
-    assert {(255, 255, 255), (0, 0, 0), (213, 94, 0)} < colours
-    assert len(colours) <= 16
+        colors = {color for _, color in gif.convert("RGB").getcolors()}
+    assert {(255, 255, 255), (0, 0, 0), (213, 94, 0)} < colors
+    assert len(colors) <= 16
     assert durations == [50] * 59 + [1500]
 
 
@@ -244,14 +244,14 @@ def test_animation_moves_the_way_the_particles_do(tmp_path):
     forward = plot.animation(tmp_path / "a.gif", paths, TIMES, extent=4)
     backward = plot.animation(str(tmp_path / "b.gif"), paths[::-1], TIMES[::-1], extent=4)
     assert forward.read_bytes() == backward.read_bytes()
-    centres = []
+    centers = []
     with Image.open(forward) as gif:
         for frame in range(gif.n_frames):
             gif.seek(frame)
             rgb = np.asarray(gif.convert("RGB")).astype(int)
-            centres.append(np.nonzero(rgb[..., 0] - rgb[..., 2] > 100)[1].mean())
-    assert len(centres) == len(TIMES)
-    assert np.diff(centres).min() > 0.05 * gif.width
+            centers.append(np.nonzero(rgb[..., 0] - rgb[..., 2] > 100)[1].mean())
+    assert len(centers) == len(TIMES)
+    assert np.diff(centers).min() > 0.05 * gif.width
 
 
 def test_animation_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_training_curves_name_the_loss_and_take_logarithms():
     axes = panels(figure)
     assert axes[0].get_title() == "training loss (squared error)"
     assert axes[1].get_yscale() == "log"
-    assert len(axes[0].lines) == 1  # too few to smooth
+    assert len(axes[0].lines) == 1  # too few points to smooth
 
 
 def test_training_curves_without_curves_say_so():

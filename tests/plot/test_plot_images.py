@@ -1,4 +1,4 @@
-"""Galleries: the pixels shown are those given."""
+"""Tests that galleries show the pixels they are given."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from jcnf.plot import gallery
 
 
 def test_pictures_are_in_rows_a_pixel_apart_and_broken_ones_red():
-    grey = np.linspace(-0.5, 1.5, 3 * 2)[:, None] * np.ones((1, 2)) + [0, 0.1]
-    grey[4, 1] = np.nan
-    figure = gallery([("six", grey), ("one", grey[:1])], (1, 2, 1), columns=4)
+    gray = np.linspace(-0.5, 1.5, 3 * 2)[:, None] * np.ones((1, 2)) + [0, 0.1]
+    gray[4, 1] = np.nan
+    figure = gallery([("six", gray), ("one", gray[:1])], (1, 2, 1), columns=4)
     sheet, one = (ax.images[0].get_array() for ax in figure.axes)
     assert sheet.shape == (3, 4 * 2 + 3, 3)
     assert one.shape == (1, 11, 3)
-    expected = np.clip(grey, 0, 1)
+    expected = np.clip(gray, 0, 1)
     for i in (0, 1, 2, 3, 5):
         row, column = i // 4 * 2, i % 4 * 3
         shown = sheet[row, column : column + 2]
@@ -24,16 +24,16 @@ def test_pictures_are_in_rows_a_pixel_apart_and_broken_ones_red():
     assert [ax.get_title() for ax in figure.axes] == ["six", "one"]
 
 
-def test_colours_stay_in_place_and_other_shapes_are_refused():
+def test_colors_stay_in_place_and_other_shapes_are_refused():
     x = np.random.default_rng(0).uniform(size=(2, 2 * 3 * 3))
     (ax,) = gallery([("", x)], (2, 3, 3), columns=1).axes
     np.testing.assert_allclose(ax.images[0].get_array()[:2], x[0].reshape(2, 3, 3))
     np.testing.assert_allclose(ax.images[0].get_array()[3:], x[1].reshape(2, 3, 3))
     for shape in ((2, 3, 1), (3, 3, 2), (6, 3)):
-        with pytest.raises(ValueError, match="expected pictures"):
+        with pytest.raises(ValueError, match="expected images"):
             gallery([("", x)], shape)
-    with pytest.raises(ValueError, match="expected pictures"):
+    with pytest.raises(ValueError, match="expected images"):
         gallery([("", x[:0])], (2, 3, 3))
     for groups, columns in (([], 10), ([("", x)], 0)):
-        with pytest.raises(ValueError, match="groups of pictures and columns"):
+        with pytest.raises(ValueError, match="expected groups and columns"):
             gallery(groups, (2, 3, 3), columns)

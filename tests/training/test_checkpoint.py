@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, or an error that says what to do."""
+"""Checkpoints: what was saved is read back, or an error says what to do."""
 
 import contextlib
 import errno
@@ -57,15 +57,15 @@ def test_the_header_is_a_line_of_json(path):
 @pytest.mark.parametrize(
     ("like", "difference"),
     [
-        ({"a": jnp.zeros((3, 2)), "b": TREE["b"]}, "['a'] is float64 (2, 3) in it, and float64 (3"),
-        ({"a": jnp.zeros((2, 3), jnp.float32), "b": TREE["b"]}, "and float32 (2, 3) here"),
-        ({"a": TREE["a"], "b": (*TREE["b"], jnp.zeros(2))}, "it has no ['b'][2]"),
-        ({"a": TREE["a"], "b": TREE["b"][:1]}, "it has more arrays"),
-        ({"a": TREE["a"]}, "it has more arrays"),
+        ({"a": jnp.zeros((3, 2)), "b": TREE["b"]}, "(3, 2); the file has float64 (2, 3)"),
+        ({"a": jnp.zeros((2, 3), jnp.float32), "b": TREE["b"]}, "['a'] to be float32 (2, 3)"),
+        ({"a": TREE["a"], "b": (*TREE["b"], jnp.zeros(2))}, "the file has no ['b'][2]"),
+        ({"a": TREE["a"], "b": TREE["b"][:1]}, "the file has more arrays"),
+        ({"a": TREE["a"]}, "the file has more arrays"),
     ],
 )
 def test_another_structure_is_named(path, like, difference):
-    with pytest.raises(InputError, match="holds another model than these settings describe") as e:
+    with pytest.raises(InputError, match="does not match the model of these settings") as e:
         checkpoint.load(path, like)
     assert difference in str(e.value)
     assert str(path) in str(e.value)
@@ -80,7 +80,7 @@ def test_bfloat16_comes_back(tmp_path):
 
 
 def test_missing(tmp_path):
-    with pytest.raises(InputError, match=re.escape(f"no checkpoint at {tmp_path}: check the run")):
+    with pytest.raises(InputError, match=re.escape(f"there is no checkpoint {tmp_path}: check")):
         checkpoint.load(tmp_path, TREE)
 
 
@@ -98,7 +98,7 @@ def test_garbage(tmp_path, content):
 
 
 class Opened:
-    """What a pickle of it would run."""
+    """Unpickling it fails the test."""
 
     def __reduce__(self):
         return pytest.fail, ("it was unpickled",)
@@ -122,17 +122,17 @@ PAYLOADS = {
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_a_whole_file_of_something_else_runs_no_code(tmp_path, name):
-    """Of a right SHA-256, as anyone can make one."""
+    """The file has a correct SHA-256, which anyone can compute."""
     path, payload = tmp_path / "state.jcnf", PAYLOADS[name]
     head = {"format": checkpoint.FORMAT, "sha256": checkpoint._digest({}, payload), "notes": {}}
     path.write_bytes(json.dumps(head).encode() + b"\n" + payload)
-    with pytest.raises(InputError, match="holds no plain arrays"):
+    with pytest.raises(InputError, match="was not written by jcnf"):
         checkpoint.load(path, TREE)
 
 
 def test_another_format(path):
     path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 2', 1))
-    with pytest.raises(InputError, match="format 2, this jcnf reads 1: use the version that wrote"):
+    with pytest.raises(InputError, match="format 2, but this version of jcnf reads 1: use the"):
         checkpoint.load(path, TREE)
 
 
@@ -155,7 +155,8 @@ def test_no_flipped_byte_goes_unnoticed(path):
         path.write_bytes(content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :])
         with contextlib.suppress(InputError):
             tree, notes = checkpoint.load(path, TREE)
-            # Read in spite of it: then it was in the length, which only a message tells.
+            # If the file can still be read, the flipped byte is in the length, which is used only
+            # in a message.
             assert_same(tree, TREE)
             assert notes == NOTES
             unnoticed.append(content[i : i + 1])

@@ -1,4 +1,4 @@
-"""Several checkpoints of one run: which are kept, what is restored, and what a full disk leaves."""
+"""The checkpoints of one run: which are kept and restored, and what is left after a full disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from jcnf._checks import InputError
 from jcnf.training import checkpoint
-from jcnf.training.checkpoint_manager import Keeper
+from jcnf.training.checkpoint_manager import CheckpointManager
 
 
 def tree(step):
@@ -23,7 +23,7 @@ def like(notes):
 
 @pytest.fixture
 def keeper(tmp_path):
-    with Keeper(tmp_path / "checkpoints", keep=2) as keeper:
+    with CheckpointManager(tmp_path / "checkpoints", keep=2) as keeper:
         yield keeper
 
 
@@ -53,7 +53,7 @@ def test_the_newest_is_restored_with_its_notes(keeper):
 
 
 def test_what_is_saved_is_the_tree_as_it_was(keeper, monkeypatch):
-    """The write is held up until the array it came from has been written over."""
+    """The write is delayed until the array it came from has been overwritten."""
     array, go, save = np.ones(3), threading.Event(), checkpoint.save
 
     def late(*arguments):
@@ -79,7 +79,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(keeper, harm):
     found = keeper.restore(like)
     assert found.step == 5
     assert found.damaged == [keeper.path(10)]
-    # It is set aside, whole as it was found, and never in the way of the same step again.
+    # The damaged file is set aside unchanged and does not block saving the same step again.
     aside = keeper.folder / "000000010.jcnf.damaged"
     assert aside.read_bytes() == new
     saved(keeper, 10)
@@ -101,14 +101,14 @@ def test_all_damaged_is_an_error_that_touches_nothing(keeper):
     saved(keeper, 5, 10)
     for step in (5, 10):
         keeper.path(step).write_bytes(b"?")
-    with pytest.raises(InputError, match=r"no checkpoint can be read: .*000000010\.jcnf is not"):
+    with pytest.raises(InputError, match=r"can be read; the newest: .*000000010\.jcnf is not"):
         keeper.restore(like)
     assert keeper.steps() == [5, 10]
 
 
 def test_another_model_is_no_reason_to_fall_back(keeper):
     saved(keeper, 5, 10)
-    with pytest.raises(InputError, match=r"\['x'\] is float64 \(3,\) in it, and float64 \(4,\)"):
+    with pytest.raises(InputError, match=r"to be float64 \(4,\); the file has float64 \(3,\)"):
         keeper.restore(lambda notes: {"x": jnp.zeros(4)})
     assert keeper.steps() == [5, 10]
 
@@ -142,13 +142,13 @@ def test_a_full_disk_is_raised_and_leaves_the_last_whole(keeper, monkeypatch):
 
 
 def test_a_context_ends_with_all_on_disk_and_hides_no_error(tmp_path, monkeypatch):
-    with Keeper(tmp_path) as keeper:
+    with CheckpointManager(tmp_path) as keeper:
         keeper.save(1, tree(1), {})
     assert keeper.steps() == [1]
     monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError), Keeper(tmp_path) as keeper:
+    with pytest.raises(ZeroDivisionError), CheckpointManager(tmp_path) as keeper:
         keeper.save(2, tree(2), {})
-    with pytest.raises(KeyError), Keeper(tmp_path) as keeper:
+    with pytest.raises(KeyError), CheckpointManager(tmp_path) as keeper:
         keeper.save(2, {}["no tree"], {})
     with pytest.raises(ValueError, match="keep must be at least 1; got 0"):
-        Keeper(tmp_path, 0)
+        CheckpointManager(tmp_path, 0)

@@ -1,4 +1,4 @@
-"""Training: one program, bit for bit repeatable, that trains on nothing that failed."""
+"""The training loop: one program, repeatable bit for bit, that skips failed updates."""
 
 import dataclasses
 from functools import partial
@@ -14,7 +14,7 @@ from helpers import Tally, mlp
 
 from jcnf import CNF, Solve, objectives, training
 from jcnf.distributions import ScaledNormal
-from jcnf.ode import PARTS
+from jcnf.ode import NUM_BINS
 from jcnf.regularizers import kinetic
 from jcnf.training import checkpoint
 
@@ -24,7 +24,7 @@ TRACES = Tally()
 KEY = jr.key(7)
 DATA = jnp.asarray(np.random.default_rng(0).normal([1.0, -0.5], [0.5, 1.5], (64, 2)))
 SKIPPED = ("skipped", "skipped_solve", "skipped_loss", "skipped_gradient")
-AVERAGE = 0.3  # reached at the fourth step: (1 + 3) / (10 + 3)
+AVERAGE = 0.3  # in effect from the fourth step on: (1 + 3) / (10 + 3) > 0.3
 
 
 def objective(flow, x, key):
@@ -38,25 +38,25 @@ def draw_batch(key, data):
 
 @pytest.fixture(scope="module", autouse=True)
 def promotion():
-    """optax's Adam mixes dtypes, which is an error elsewhere in the tests."""
+    """Allow mixed dtypes, an error in other tests: optax's Adam mixes them."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def after(run, state, until, data=DATA):
-    """The state at a step, and the means of the metrics until then; bad data are let in."""
+    """Return the state at step `until` and the means of the metrics; data are not checked."""
     state, totals = run.program(state, data, KEY, until)
     return state, training.means(totals)
 
 
 class Training:
-    """A flow, its optimizer and the one compiled program of this file."""
+    """A flow, its optimizer and the compiled program that most tests share."""
 
     def __init__(self):
         base = ScaledNormal(2, jnp.array([2.0, 0.5]), jnp.array([0.1, 0.2]))
         self.flow = CNF(mlp(2, (8,), time="concat", scale=0.5), base)
         self.optimizer = training.make_optimizer(0.05, 100, weight_decay=0.1, clip=1.0)
-        self.run = training.make_run(
+        self.run = training.make_train_loop(
             self.flow, objective, draw_batch, self.optimizer, average=AVERAGE
         )
 
@@ -71,7 +71,7 @@ def setup():
 
 @pytest.fixture(scope="module")
 def ten(setup):
-    """The state after 10 uninterrupted steps, and their metrics."""
+    """Return the state after 10 uninterrupted steps, and their metrics."""
     return after(setup.run, setup.start(), 10)
 
 
@@ -81,7 +81,7 @@ def test_rows_of_several_tables_belong_together():
     assert set(np.asarray(rows).tolist()) == set(range(5))
     np.testing.assert_array_equal(squares, rows**2)
     for wrong in ((jnp.zeros((5, 2)), jnp.zeros((4, 2))), jnp.zeros((0, 2))):
-        with pytest.raises(ValueError, match="one number of rows"):
+        with pytest.raises(ValueError, match="equal numbers of rows"):
             training.draw_rows(3)(KEY, wrong)
 
 
@@ -128,10 +128,11 @@ def test_totals_go_on_bit_for_bit_whatever_the_dispatches(setup):
     assert int(totals.applied) == 7
 
 
+@pytest.mark.slow
 def test_a_smaller_rate_is_a_smaller_learning_rate():
     flow = CNF(mlp(2, ()), ScaledNormal(2))
     whole, half = (training.make_optimizer(rate, 100, weight_decay=0.1) for rate in (0.02, 0.01))
-    runs = [training.make_run(flow, objective, draw_batch, each) for each in (whole, half)]
+    runs = [training.make_train_loop(flow, objective, draw_batch, each) for each in (whole, half)]
     start = eqx.tree_at(lambda state: state.rate, training.init(flow, whole), jnp.asarray(0.5))
     scaled, _ = runs[0](start, DATA, KEY, 5)
     small, _ = runs[1](training.init(flow, half), DATA, KEY, 5)
@@ -182,7 +183,7 @@ def test_average_is_that_of_a_hand_computation(setup):
 def test_training_lowers_the_loss_and_leaves_the_base_alone(setup, ten):
     state, _ = setup.run(copied(ten[0]), DATA, KEY, 60)
     state, late = after(setup.run, state, 80)
-    # The data are Gaussian: their entropy is what the loss can reach.
+    # The data are Gaussian; the lowest possible loss is their entropy.
     entropy = np.log(0.5 * 1.5) + np.log(2 * np.pi * np.e)
     assert ten[1]["loss"] - entropy > 1
     assert late["loss"] - entropy < 0.35
@@ -199,7 +200,7 @@ def test_steps_on_bad_data_are_skipped_and_counted(setup, ten, bad):
     assert int(state.step) == 13
     for name in ("params", "average", "opt_state"):
         assert_identical(getattr(state, name), getattr(ten[0], name))
-    # Sound data again: training goes on.
+    # Training continues with good data.
     state, metrics = after(setup.run, state, 14)
     assert int(state.skipped) == 3
     assert metrics["skipped"] == 0
@@ -218,13 +219,13 @@ def test_data_that_are_not_finite_are_refused_before_the_first_step(setup):
 
 
 def sampled(share, **settings):
-    """A training on samples of which this share is NaN, a batch at a time."""
+    """Return a training loop in which this share of the batches is NaN, and its first state."""
     flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.01)
 
     def draw_batch(key, data):
         return jnp.where(jr.bernoulli(key, share), jnp.nan, data)
 
-    run = training.make_run(flow, objective, draw_batch, optimizer, **settings)
+    run = training.make_train_loop(flow, objective, draw_batch, optimizer, **settings)
     return run, training.init(flow, optimizer)
 
 
@@ -237,7 +238,7 @@ def test_skipped_updates_are_warned_of_with_their_reason():
     [message] = [str(each.message) for each in told if "skipped" in str(each.message)]
     assert message.startswith(f"{skipped} of 50 updates after step 0 were skipped: {skipped} ")
     assert "because the ODE solve failed" in message
-    # A later call reports the steps that it took, not those before.
+    # A later call reports only the steps that it took itself.
     with pytest.warns(UserWarning, match="of 50 updates after step 50 were skipped") as told:
         after, totals = run(state, DATA, KEY, 100, totals)
     own = int(after.skipped) - skipped
@@ -253,7 +254,7 @@ def test_training_that_learns_nothing_is_an_error_and_one_bad_step_is_not():
     with pytest.warns(UserWarning, match="1 of 1 updates after step 0 were skipped"):
         state, _ = run(state, DATA, KEY, 1)
     assert int(state.step) == int(state.skipped) == 1
-    # After others that were applied, a few in a row are no breakdown, and many are.
+    # After applied updates, a few skipped ones in a row are not an error, but many are.
     state = dataclasses.replace(state, skipped=jnp.zeros((), jnp.int32))
     with pytest.warns(UserWarning, match="3 of 3 updates"):
         run(state, DATA, KEY, 4)
@@ -272,7 +273,7 @@ def test_runs_are_built_and_taken_inside_vmap_and_jit():
 
     def trained(rate):
         optimizer = optax.sgd(rate)
-        run = training.make_run(flow, objective, draw_batch, optimizer)
+        run = training.make_train_loop(flow, objective, draw_batch, optimizer)
         return run(training.init(flow, optimizer), DATA, KEY, 3)[0].params
 
     rates = jnp.array([0.01, 0.02])
@@ -327,7 +328,7 @@ def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason, counted):
         return loss, {"failed": jnp.asarray(reason == "failed")}
 
     optimizer = optax.sgd(0.1)
-    run = training.make_run(flow, objective, lambda key, data: data, optimizer)
+    run = training.make_train_loop(flow, objective, lambda key, data: data, optimizer)
     with jax.numpy_dtype_promotion("strict"):
         state, metrics = after(run, training.init(flow, optimizer), 5)
     assert int(state.skipped) == int(state.stuck) == metrics["skipped"] == metrics[counted] == 5
@@ -341,7 +342,7 @@ def test_a_run_stops_after_so_many_skipped_in_a_row():
     def bad_from_7(model, key, _):
         return model + jnp.where(model < -0.65, jnp.nan, 1.0), {}
 
-    run = training.make_run(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
+    run = training.make_train_loop(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
     state, totals = run.program(training.init(model, optimizer), DATA, KEY, 100)
     assert (int(state.step), int(state.stuck), int(totals.applied)) == (11, 4, 7)
 
@@ -356,14 +357,14 @@ def test_metrics_are_means_over_the_updates_applied():
     def draw_batch(key, data):
         return jnp.where(jr.bernoulli(key), jnp.nan, 3.0)
 
-    run = training.make_run(flow, objective, draw_batch, optimizer)
+    run = training.make_train_loop(flow, objective, draw_batch, optimizer)
     state, metrics = after(run, training.init(flow, optimizer), 20)
     assert 0 < int(state.skipped) == metrics["skipped"] < 20
     assert (metrics["loss"], metrics["twice"], metrics["grad_norm"]) == (3, 6, 0)
 
 
 def rates(optimizer, steps):
-    """Adam's step under a constant gradient is the learning rate, whatever the gradient."""
+    """Return the learning rates: Adam's steps under a constant gradient, whatever its size."""
 
     def step(state, _):
         updates, state = optimizer.update(jnp.array([0.1, -0.3]), state, jnp.zeros(2))
@@ -373,10 +374,10 @@ def rates(optimizer, steps):
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    # Adam's own epsilon is 1e-8 of the gradient's size.
+    # rtol allows for Adam's epsilon, 1e-8, beside gradients of about 0.1.
     taken = rates(training.make_optimizer(0.2, 20, warmup=4), 21)
     np.testing.assert_allclose(taken[:5], [0, 0.05, 0.1, 0.15, 0.2], rtol=1e-5)
-    np.testing.assert_allclose(taken[12], 0.1, rtol=1e-5)  # half way down the cosine
+    np.testing.assert_allclose(taken[12], 0.1, rtol=1e-5)  # halfway down the cosine
     assert np.all(np.diff(taken[4:]) < 0)
     assert abs(taken[20]) < 1e-12
     plain = rates(training.make_optimizer(0.2, 20), 11)
@@ -409,14 +410,14 @@ def test_weight_decay_is_decoupled():
 def test_likelihood_adds_weighted_penalties():
     flow = CNF(mlp(2, (4,)), ScaledNormal(2))
     settings = {"solve": Solve(solver="euler", step=0.5)}
-    run = eqx.filter_jit(partial(objectives.likelihood, **settings, penalties={kinetic: 2.0}))
+    run = eqx.filter_jit(partial(objectives.likelihood, **settings, regularizers={kinetic: 2.0}))
     loss, metrics = run(flow, DATA, KEY)
     assert float(loss) == pytest.approx(float(metrics["nll"] + 2 * metrics["kinetic"]), rel=1e-12)
     assert metrics["kinetic"] > 0
 
 
 def gaussian(flow, x, key):
-    """Mean NLL of N(loc, diag(exp(2 log_scale))), whose minimum is known; it fails beside that."""
+    """Mean NLL of N(loc, diag(exp(2 log_scale))); it fails where loc[0] < 0.9, near its minimum."""
     z = (x - flow["loc"][None]) * jnp.exp(-flow["log_scale"])[None]
     nll = jnp.mean(jnp.sum(z**2, axis=1)) / 2 + jnp.sum(flow["log_scale"])
     return nll, {"failed": flow["loc"][0] < 0.9}
@@ -425,7 +426,7 @@ def gaussian(flow, x, key):
 def test_lbfgs_on_all_rows_finds_the_maximum_and_keeps_out_of_where_solves_fail():
     model = {"loc": jnp.array([1.6, -2.0]), "log_scale": jnp.array([-0.5, 0.0])}
     optimizer = optax.lbfgs()
-    run = training.make_run(
+    run = training.make_train_loop(
         model, gaussian, training.draw_rows(None), optimizer, average=0.0, fixed=True
     )
     state, metrics = after(run, training.init(model, optimizer), 60)
@@ -441,7 +442,7 @@ def test_a_fixed_batch_is_the_same_at_every_step():
 
     for fixed in (True, False):
         optimizer = optax.sgd(1.0)
-        run = training.make_run(
+        run = training.make_train_loop(
             jnp.zeros(()), seen, draw_batch, optimizer, average=0.0, fixed=fixed
         )
         states = [run(training.init(jnp.zeros(()), optimizer), DATA, KEY, n)[0] for n in (1, 2, 3)]
@@ -450,21 +451,21 @@ def test_a_fixed_batch_is_the_same_at_every_step():
 
 
 def of_steps(number):
-    """A step plan with this number of steps in each part."""
-    return jnp.broadcast_to(jnp.asarray(number, float), (PARTS,))
+    """Return a step plan with this number of steps in each part."""
+    return jnp.broadcast_to(jnp.asarray(number, float), (NUM_BINS,))
 
 
 def probe(model, found, key, *, solve):
-    """It tells the step plan that it was given, and another, or fails if that is negative."""
+    """Report the given step plan as a metric and return `found` as plan; fail if it is negative."""
     given = jnp.where(jnp.ptp(solve.step_plan) == 0, solve.step_plan[0], jnp.nan)
     return model, {"given": given, "step_plan": of_steps(found), "failed": found < 0}
 
 
 def step_plans(found, **settings):
-    """What `probe` was given at each step, None if it was skipped, and what the state had then."""
+    """Return the plan that `probe` got in each step (None if skipped), and the state's plan."""
     model, optimizer = jnp.zeros(()), optax.sgd(0.1)
     settings = {"solve": Solve(step_plan=of_steps(0.25))} | settings
-    run = training.make_run(model, probe, lambda key, data: data, optimizer, **settings)
+    run = training.make_train_loop(model, probe, lambda key, data: data, optimizer, **settings)
     state, given, left = training.init(model, optimizer), [], []
     np.testing.assert_array_equal(state.step_plan, of_steps(0))
     for step, each in enumerate(found):
@@ -476,8 +477,8 @@ def step_plans(found, **settings):
 
 
 def all_of(step_plan):
-    """The number that every part has."""
-    assert step_plan.shape == (PARTS,)
+    """Return the number of steps that every part of the plan has."""
+    assert step_plan.shape == (NUM_BINS,)
     [number] = set(np.asarray(step_plan).tolist())
     return number
 
@@ -486,9 +487,9 @@ def test_a_step_takes_the_step_plan_that_the_last_one_applied_found():
     given, left = step_plans([0.5, 0.125, -1.0, 1.0, 0.75])
     assert given == [0.0, 0.5, None, 0.125, 1.0]
     assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
-    # Until one was applied, none is known.
+    # No plan is known until an update was applied.
     assert step_plans([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
-    # A line search compares losses: its solves are all alike.
+    # A line search compares losses, so all its solves must use the same plan.
     assert step_plans([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
 
 
@@ -496,7 +497,7 @@ def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
     def bad(model, power, key, *, solve):
         return (model - 1) ** power, {"step_plan": of_steps(power)}
 
-    run = training.make_run(
+    run = training.make_train_loop(
         jnp.ones(()), bad, lambda key, data: data, optax.sgd(0.1), solve=Solve()
     )
     state = training.init(jnp.ones(()), optax.sgd(0.1))
@@ -511,7 +512,7 @@ def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():
 def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
     flow, solve = CNF(mlp(2, (4,)), ScaledNormal(2)), Solve("bosh3", first_step=1.0)
     optimizer = optax.sgd(1e-3)
-    run = training.make_run(
+    run = training.make_train_loop(
         flow, objectives.likelihood, training.draw_rows(None), optimizer, solve=solve
     )
 
@@ -523,7 +524,7 @@ def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
         )
         return objectives.likelihood(here, DATA, None, solve=given)[1]
 
-    state, nfe, given = training.init(flow, optimizer), [], jnp.zeros(PARTS)
+    state, nfe, given = training.init(flow, optimizer), [], jnp.zeros(NUM_BINS)
     for step in range(4):
         expected = told(state.params, given)
         state, metrics = after(run, state, step + 1)
@@ -538,9 +539,12 @@ def test_what_is_carried_is_what_the_solve_told_and_saves_evaluations():
 def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_step_plan_is_told():
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
-    # None of them is the finest everywhere.
-    found = {"rising": jnp.arange(float(PARTS)), "falling": PARTS - jnp.arange(float(PARTS))}
-    found |= {"level": of_steps(PARTS * 0.75)}
+    # None of these plans is the finest in every part.
+    found = {
+        "rising": jnp.arange(float(NUM_BINS)),
+        "falling": NUM_BINS - jnp.arange(float(NUM_BINS)),
+    }
+    found |= {"level": of_steps(NUM_BINS * 0.75)}
 
     def solving(flow, x, key, *, solve, name):
         given = jnp.asarray(all_of(solve.step_plan))
@@ -553,7 +557,7 @@ def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_step_pl
         partial(solving, solve=Solve(step_plan=of_steps(own)), name=name)
         for own, name in zip((0.5, 0.25, 0.125), found, strict=True)
     ]
-    mixed = partial(objectives.mixed, flow, DATA, KEY)
+    mixed = partial(objectives.weighted_sum, flow, DATA, KEY)
     finest, given = np.max([*found.values()], axis=0), Solve(step_plan=of_steps(1.0))
     loss, metrics = mixed(weights=dict.fromkeys([*bound, simple], 1.0), solve=given)
     np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
@@ -563,7 +567,7 @@ def test_mixed_objectives_that_have_a_solve_are_given_one_and_the_finest_step_pl
     np.testing.assert_array_equal(metrics.pop("step_plan"), finest)
     assert float(loss) == 1.875
     assert metrics == {"rising": 0.5, "falling": 0.25, "level": 0.125}
-    # One that takes a solve is given it, bound or not, and inside a wrapper.
+    # An objective that takes a solve gets it, whether already bound or not, also in a wrapper.
     unbound = objectives.with_context(
         lambda flow, x, key, *, context, solve: solving(flow, x, key, solve=solve, name="level")
     )

@@ -1,8 +1,8 @@
-"""diffrax as continuous normalizing flows in it are commonly written.
+"""Continuous normalizing flows in diffrax, as they are commonly written.
 
-One solve of the whole batch, which is the strongest rival that ours has, and `jax.vmap` of a solve
-per sample, which is the form that is documented most. Each is timed with diffrax's defaults, and
-tuned: with our first step, our limit of steps, and no error raised from the compiled program.
+There are two forms: one solve of the whole batch, which is our strongest rival, and `jax.vmap` of a
+solve per sample, which is documented most often. Each is timed with diffrax's defaults and tuned:
+with our first step, our limit of steps, and no error raised from the compiled program.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from jcnf.ode import SOLVERS as METHODS
 from jcnf.ode import Solve
 
 SOLVERS = ("bosh3", "tsit5", "dopri8")
-CHECKPOINTS = 32  # of the batched solve's adjoint, when tuned: as many states as ours keeps
+CHECKPOINTS = 32  # of the tuned adjoint of the batched solve: as many states as ours keeps
 
 
 def training_steps(case: Case) -> dict[str, Program]:
-    """The loss by both forms, with defaults and tuned."""
+    """Return training steps by both forms, with defaults and tuned."""
     tuned = {"dt0": _first_step(case), "max_steps": case.solve.max_steps, "throw": False}
     adjoint = {"adjoint": diffrax.RecursiveCheckpointAdjoint(checkpoints=CHECKPOINTS)}
     objectives = {
@@ -35,7 +35,7 @@ def training_steps(case: Case) -> dict[str, Program]:
 
 
 def log_probs(case: Case, solver: str, tolerance: float):
-    """x (n, dim) -> (n,), by one solve of them all."""
+    """Return a function from x (n, dim) to log-densities (n,), by one solve of all rows."""
     solve = Solve(solver=solver, rtol=tolerance, atol=tolerance)
 
     @jax.jit
@@ -46,7 +46,7 @@ def log_probs(case: Case, solver: str, tolerance: float):
 
 
 def samples(case: Case, solver: str, tolerance: float):
-    """z (n, dim) -> (n, dim), by one solve of x alone."""
+    """Return a function from z (n, dim) to samples (n, dim), by one solve of x alone."""
     solve, field = Solve(solver=solver, rtol=tolerance, atol=tolerance), case.flow.field
 
     @jax.jit

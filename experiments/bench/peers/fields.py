@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Our fields in torch, with our weights, and what all of torch's programs share."""
+"""Our fields in torch, with our weights, and code shared by all torch programs."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def tensor(array: Any) -> torch.Tensor:
-    """A copy of an array."""
+    """Return a copy of an array as a tensor."""
     return torch.tensor(np.asarray(array))
 
 
@@ -37,13 +37,12 @@ class ConcatSquashLinear(nn.Module):
         self.shift = _linear(layer.time_weight[:, None], None)
 
     def forward(self, t, x):
-        """At time t, for a batch."""
         t = t.view(1, 1)
         return self.layer(x) * torch.sigmoid(self.gate(t)) + self.shift(t)
 
 
 class ConcatLinear(nn.Module):
-    """W [x, t] + b, time as one more column; `t` is one for the batch or each sample's own."""
+    """W [x, t] + b, with time as another column; `t` is one number or one per sample."""
 
     def __init__(self, layer: layers.Concat):
         super().__init__()
@@ -51,7 +50,6 @@ class ConcatLinear(nn.Module):
         self.layer = _linear(weight, layer.linear.bias)
 
     def forward(self, t, x):
-        """At time t, for a batch."""
         return self.layer(torch.cat([x, torch.ones_like(x[:, :1]) * t.reshape(-1, 1)], 1))
 
 
@@ -66,14 +64,13 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[field.activation]
 
     def forward(self, t, x):
-        """The velocities of a batch."""
         for layer in self.layers[:-1]:
             x = self.activation(layer(t, x))
         return self.layers[-1](t, x)
 
 
 class Planar(nn.Module):
-    """`jcnf.fields.Planar`, as torchdiffeq's example of continuous normalizing flows has it."""
+    """`jcnf.fields.Planar`, as in torchdiffeq's example of continuous normalizing flows."""
 
     def __init__(self, field: fields.Planar):
         super().__init__()
@@ -82,7 +79,6 @@ class Planar(nn.Module):
         self.width = self.hypernet[-1].out_features // (3 * field.dim + 1)
 
     def forward(self, t, x):
-        """The velocities of a batch."""
         *hidden, last = self.hypernet
         h = t.reshape(1, 1)
         for layer in hidden:
@@ -107,13 +103,12 @@ class Counted(nn.Module):
         self.nfe = 0
 
     def forward(self, t, x):
-        """The velocities of a batch."""
         self.nfe += 1
         return self.field(t, x)
 
 
 def base_log_prob(flow: CNF, z: torch.Tensor) -> torch.Tensor:
-    """Of a normal base, without a location, (batch,)."""
+    """Return the log-densities (batch,) under a normal base with mean zero."""
     scale = z.new_ones(z.shape[1])
     if isinstance(flow.base, distributions.ScaledNormal):
         scale = tensor(flow.base.scale)
@@ -122,7 +117,7 @@ def base_log_prob(flow: CNF, z: torch.Tensor) -> torch.Tensor:
 
 
 def training_step(nll: Callable[[], torch.Tensor], field: Counted) -> Program:
-    """Loss, gradient and Adam; at a rate of 0, so that every step is the same work."""
+    """Return a step of loss, gradient and Adam, at a rate of 0 to repeat the same work."""
     parameters = list(field.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.0)
 
@@ -142,13 +137,13 @@ def training_step(nll: Callable[[], torch.Tensor], field: Counted) -> Program:
 
 
 def without_graph(function: Callable[[torch.Tensor], torch.Tensor], x: Any) -> np.ndarray:
-    """`function` of all rows at once."""
+    """Return `function` of all rows at once, without gradients."""
     with torch.no_grad():
         return function(tensor(x)).numpy()
 
 
 def _linear(weight, bias):
-    """A linear layer of torch with these weights."""
+    """Return a linear layer of torch with these weights."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(tensor(weight))
     if bias is not None:

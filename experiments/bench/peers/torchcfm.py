@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""torchcfm's training loop of conditional flow matching, as in its tutorials."""
+"""Conditional flow matching in torchcfm, with the training loop of its tutorials."""
 
 import torch
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
@@ -10,9 +10,9 @@ from experiments.bench.timing import Program
 
 
 def matching_steps(case: Case, table, number: int, pairs) -> Program:
-    """`number` steps: rows of the table, noise, loss, gradient, AdamW.
+    """Return a program of `number` steps: rows of the table, noise, loss, gradient, AdamW.
 
-    The loss among its figures is that of given `pairs`: noise x0, data x1 and times.
+    The loss among its figures is computed on the given `pairs`: noise x0, data x1 and times.
     """
     data = fields.tensor(table)
     field = fields.Counted(case.flow.field)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportCallIssue=false
-"""torchdiffeq, as its example of continuous normalizing flows and FFJORD use it."""
+"""torchdiffeq, used as in FFJORD and in its example of continuous normalizing flows."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from experiments.bench.quality import Learner
 from experiments.bench.timing import Program
 
 WAYS = {"adjoint": odeint_adjoint, "direct": odeint}
-SOLVERS = ("bosh3", "dopri5", "dopri8")  # of its adaptive ones
+SOLVERS = ("bosh3", "dopri5", "dopri8")  # some of its adaptive ones
 
 
 class Augmented(nn.Module):
@@ -27,7 +27,7 @@ class Augmented(nn.Module):
         self.field, self.noise = field, noise
 
     def forward(self, t, states):
-        """Both rates; a graph through the trace is made where it is differentiated."""
+        """Return both rates; the graph of the trace is kept only if it is differentiated."""
         x, differentiated = states[0], torch.is_grad_enabled()
         with torch.enable_grad():
             x = x.requires_grad_(True)
@@ -41,7 +41,7 @@ class Augmented(nn.Module):
 
 
 def brute_force(v: torch.Tensor, x: torch.Tensor, differentiated: bool) -> torch.Tensor:
-    """The trace by a backward pass for each dimension."""
+    """Return the trace by a backward pass for each dimension."""
     trace = 0.0
     for i in range(x.shape[1]):
         (row,) = torch.autograd.grad(
@@ -52,7 +52,7 @@ def brute_force(v: torch.Tensor, x: torch.Tensor, differentiated: bool) -> torch
 
 
 def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance, solver="dopri5"):
-    """(batch,), by `solve`, one of torchdiffeq's two ways to differentiate."""
+    """Return log-densities (batch,) by `solve`, one of torchdiffeq's two gradient methods."""
     z, logdet = solve(
         rates,
         (x, x.new_zeros(len(x))),
@@ -67,7 +67,10 @@ def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance, so
 def training_steps(
     case: Case, noise: np.ndarray | None = None, ways: Sequence[str] = tuple(WAYS)
 ) -> dict[str, Program]:
-    """By the adjoint and by backpropagation; with noise (batch, dim), by Hutchinson's trace."""
+    """Return steps by the adjoint and by backpropagation.
+
+    With noise (batch, dim), the trace is Hutchinson's estimate.
+    """
     x, programs = fields.tensor(case.x), {}
     for way in ways:
         field = fields.Counted(case.flow.field)
@@ -82,7 +85,7 @@ def training_steps(
 
 
 def log_probs(case: Case, solver: str, tolerance: float):
-    """x (n, dim) -> (n,), of all at once."""
+    """Return a function from x (n, dim) to log-densities (n,), by one solve of all rows."""
     rates = Augmented(fields.Counted(case.flow.field))
     return lambda x: fields.without_graph(
         lambda x: log_prob(case, rates, x, odeint, tolerance, solver), x
@@ -90,7 +93,7 @@ def log_probs(case: Case, solver: str, tolerance: float):
 
 
 def samples(case: Case, solver: str, tolerance: float):
-    """z (n, dim) -> (n, dim), by a solve of x alone."""
+    """Return a function from z (n, dim) to samples (n, dim), by one solve of x alone."""
     field = fields.Counted(case.flow.field)
     settings = {"rtol": tolerance, "atol": tolerance, "method": solver}
 
@@ -101,11 +104,11 @@ def samples(case: Case, solver: str, tolerance: float):
 
 
 def learner(case: Case, weight_decay: float, seed: int) -> Learner:
-    """FFJORD's training by the adjoint: a fresh batch each step, Adam at 1e-3."""
+    """Return FFJORD's training by the adjoint: a fresh batch each step, Adam at 1e-3."""
     field = fields.Counted(case.flow.field)
     rates, steps = Augmented(field), 0
     draw = jax.jit(lambda step: case.draw(jr.fold_in(jr.key(seed), step), case.batch))
-    draw(0)  # compiled before the clock starts
+    draw(0)  # compiles before the clock starts
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-3, weight_decay=weight_decay)
 
     def train(number):

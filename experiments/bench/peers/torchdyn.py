@@ -15,25 +15,24 @@ from experiments.bench.timing import Program
 
 
 class FromData(nn.Module):
-    """The velocity from the data's end on: torchdyn has the data at 0, and sets the time `t`."""
+    """The velocity in reversed time, because torchdyn has the data at 0; it sets the time `t`."""
 
     def __init__(self, field: nn.Module, t1: float):
         super().__init__()
         self.field, self.t1, self.t = field, t1, torch.zeros(())
 
     def forward(self, x):
-        """The velocities of a batch."""
         return -self.field(self.t1 - self.t, x)
 
 
 def training_steps(case: Case) -> dict[str, Program]:
-    """By the adjoint and by backpropagation."""
+    """Return steps by the adjoint and by backpropagation."""
     x, programs = fields.tensor(case.x), {}
     span = x.new_tensor([0.0, case.flow.t1])
     tolerances = dict.fromkeys(["atol", "rtol", "atol_adjoint", "rtol_adjoint"], case.solve.rtol)
     for sensitivity in ("adjoint", "autograd"):
         field = fields.Counted(case.flow.field)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says that it wraps the field
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it wraps the field
             model = NeuralODE(
                 CNF(FromData(field, case.flow.t1)),
                 solver="dopri5",

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""zuko's CNF: its free-form Jacobian transformation, dopri5 by its checkpointed adjoint."""
+"""zuko's CNF: its free-form Jacobian transform, by dopri5 with its checkpointed adjoint."""
 
 import torch
 from zuko.transforms import FreeFormJacobianTransform
@@ -8,7 +8,7 @@ from experiments.bench.cases import Case
 from experiments.bench.peers import fields
 from experiments.bench.timing import Program
 
-SOLVERS = ("dopri5",)  # the one that it has
+SOLVERS = ("dopri5",)  # its only one
 
 
 def _transform(case, field, tolerance):
@@ -28,7 +28,7 @@ def _log_prob(case, field, x, tolerance):
 
 
 def training_steps(case: Case) -> dict[str, Program]:
-    """The one way that it has; its error control takes a hundredth of the log-det."""
+    """Return its only kind of step; its error control divides the log-det by a hundred."""
     x, field = fields.tensor(case.x), fields.Counted(case.flow.field)
     return {
         "zuko": fields.training_step(
@@ -38,12 +38,12 @@ def training_steps(case: Case) -> dict[str, Program]:
 
 
 def log_probs(case: Case, solver: str, tolerance: float):
-    """x (n, dim) -> (n,), of all at once."""
+    """Return a function from x (n, dim) to log-densities (n,), by one solve of all rows."""
     field = fields.Counted(case.flow.field)
     return lambda x: fields.without_graph(lambda x: _log_prob(case, field, x, tolerance), x)
 
 
 def samples(case: Case, solver: str, tolerance: float):
-    """z (n, dim) -> (n, dim), by a solve of x alone."""
+    """Return a function from z (n, dim) to samples (n, dim), by one solve of x alone."""
     field = fields.Counted(case.flow.field)
     return lambda z: fields.without_graph(_transform(case, field, tolerance).inv, z)

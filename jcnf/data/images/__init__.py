@@ -1,4 +1,4 @@
-"""Images: data sets, files, and what makes their levels continuous."""
+"""Images: data sets, files, dequantizing, and images as planar densities."""
 
 from jcnf.data.images.digits import load_digits_parts as load_digits_parts
 from jcnf.data.images.digits import load_digits_table as load_digits_table
@@ -7,7 +7,7 @@ from jcnf.data.images.pictures import draw_text as draw_text
 from jcnf.data.images.pictures import picture as picture
 from jcnf.data.images.pictures import piecewise_constant as piecewise_constant
 from jcnf.data.images.pictures import read_picture as read_picture
-from jcnf.data.images.pixels import dequantise as dequantise
+from jcnf.data.images.pixels import dequantize as dequantize
 from jcnf.data.images.sets import Images as Images
 from jcnf.data.images.sets import load_images as load_images
 from jcnf.data.images.sets import read_images as read_images

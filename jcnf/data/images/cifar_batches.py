@@ -1,4 +1,4 @@
-"""The batches of CIFAR-10, binary and python version; nothing is ever unpickled freely."""
+"""Readers of the batches of CIFAR-10, binary and Python version, without general unpickling."""
 
 import io
 import pickle
@@ -12,38 +12,36 @@ DIM = 3 * 32 * 32
 
 
 def read_binary(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, 3072), channel by channel, and labels (n,) of a batch of the binary version.
+    """Read pixels (n, 3072), channel by channel, and labels (n,) from a binary batch.
 
-    Raises:
-        InputError: a batch of another size; its message names `where`.
+    **Raises:** `InputError` for a batch of another size; the message names `where`.
     """
     size = 1 + DIM
     if not data or len(data) % size:
         raise InputError(
-            f"{where}: has {len(data)} bytes, no multiple of the {size} of a label and a picture "
-            "of CIFAR-10; fetch it anew"
+            f"{where}: has {len(data)} bytes, not a multiple of the {size} of a label and an image "
+            "of CIFAR-10: download it again"
         )
     rows = np.frombuffer(data, np.uint8).reshape(-1, size)
     return rows[:, 1:], rows[:, 0]
 
 
 def read_pickled(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """As `read_binary`, of the python version.
+    """Read pixels (n, 3072), channel by channel, and labels (n,) from a Python batch.
 
-    Raises:
-        InputError: any other pickle, and a damaged one.
+    **Raises:** `InputError` for any other pickle, and for a damaged one.
     """
     try:
         batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         return np.reshape(batch[b"data"].array, (-1, DIM)), np.array(batch[b"labels"])
-    except Exception as error:  # of a damaged pickle, any
+    except Exception as error:  # a damaged pickle can raise any error
         raise InputError(
-            f"{where}: is not a whole python batch of CIFAR-10 ({error}); fetch it anew"
+            f"{where}: is not a complete Python batch of CIFAR-10 ({error}): download it again"
         ) from None
 
 
 class _Array:
-    """What stands for numpy's array in a pickle: made of bytes only, whatever else it says."""
+    """Stand-in for numpy's array in a pickle, which accepts only an array of bytes."""
 
     array: np.ndarray
 
@@ -59,11 +57,11 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and fields, which bytes have none of."""
+        """Ignore byte order and fields, which bytes do not have."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what CIFAR-10's batches hold; reading any other pickle could run its author's code."""
+    """Unpickler of CIFAR-10's batches only, because other pickles can run arbitrary code."""
 
     _stand_ins = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),

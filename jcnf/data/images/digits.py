@@ -1,4 +1,4 @@
-"""The 8x8 digits that scikit-learn brings along, as pictures and as a table of 64 columns."""
+"""The 8x8 digits of scikit-learn, as images and as a table of 64 columns."""
 
 from typing import Any, NamedTuple
 
@@ -8,29 +8,28 @@ from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, Table
 
 SIDE = 8
-LEVELS = 17  # grey values 0 to 16
+LEVELS = 17  # gray values 0 to 16
 
 
 class Digits(NamedTuple):
-    """One of the three parts."""
+    """One part of the digits: train, val or test."""
 
     pixels: np.ndarray  # uint8 (n, 64)
     labels: np.ndarray  # int (n,)
-    noise: np.ndarray  # float64 (n, 64), uniform in [0, 1): what the table is dequantised by
+    noise: np.ndarray  # float64 (n, 64), uniform in [0, 1), to dequantize the table
 
 
 def load_digits_parts() -> dict[str, Digits]:
-    """1797 digits by part: train, val, test.
+    """Load the 1797 digits in three parts: train, val, test.
 
-    Noise and split are always the same: a third is the test part, a tenth of the rest validation.
+    Noise and split are always the same: test is a third of the digits, val a tenth of the rest.
 
-    Raises:
-        InputError: scikit-learn is not installed.
+    **Raises:** `InputError` if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("the digits come with scikit-learn: pip install scikit-learn") from None
+        raise InputError("the digits need scikit-learn: pip install scikit-learn") from None
     loaded: Any = load_digits()
     pixels, labels = loaded.data, loaded.target
     rng = np.random.default_rng(0)
@@ -45,7 +44,10 @@ def load_digits_parts() -> dict[str, Digits]:
 
 
 def load_digits_table() -> Table:
-    """The digits as (pixel + noise) / 17, standardized by the training part; raises the same."""
+    """Load the digits as (pixel + noise) / 17, standardized by the training part.
+
+    **Raises:** `InputError` if scikit-learn is not installed.
+    """
     parts = load_digits_parts().values()
     rows = [(part.pixels.astype(np.float64) + part.noise) / LEVELS for part in parts]
     columns = tuple(f"pixel{row}{column}" for row in range(SIDE) for column in range(SIDE))

@@ -1,7 +1,8 @@
-"""Pictures as densities in the plane, after FFJORD's img2d (Grathwohl et al. 2019).
+"""Images as densities in the plane, after FFJORD's img2d (Grathwohl et al. 2019).
 
-A picture's darkness is its density: constant on each pixel, and so known exactly, where FFJORD
-blurs each by a Gaussian. Its longer side spans [-4, 4], its centre is the origin, y points upwards.
+The density is proportional to the image's darkness. It is constant on each pixel, and so known
+exactly; FFJORD blurs each pixel by a Gaussian. The longer side of the image spans [-4, 4], its
+center is the origin, and y points upwards.
 """
 
 import math
@@ -18,40 +19,40 @@ from jcnf._checks import InputError, check_instance
 from jcnf.data.toys import Toy, batched, drawing
 
 EXTENT = 4.0
-LONGEST = 1000  # pixels a side: the sum of all levels is an int32
-# Samples keep off their pixel's edges by this share of it: in float32 none is rounded into the next
-# pixel, where the density may be zero.
-_MARGIN = 1e-4
+LONGEST = 1000  # pixels on the longer side, so that the sum of all levels is an int32
+# Samples stay this share of a pixel away from its edges, so that float32 rounds none of them into
+# the next pixel, where the density may be zero.
+_PIXEL_MARGIN = 1e-4
 
 
 def read_picture(path: str | os.PathLike[str]) -> Any:
-    """The picture of a file in any format that pillow knows, upright, as a pillow image.
+    """Read an image file, in any format that Pillow knows, as an upright Pillow image.
 
-    **Raises:** `InputError` for a missing file, a directory, what is no whole picture, and more
-    than 8 bits a channel.
+    **Raises:** `InputError` for a missing file, a directory, a file that is not a complete image,
+    and more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a directory; give the path of one picture in it")
+        raise InputError(f"{path}: is a directory: give the path of an image in it")
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file; check the path")
+        raise InputError(f"{path}: no such file: check the path")
     try:
         with Image.open(path) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: is no picture that pillow knows; give a .png or .jpg") from None
+        raise InputError(f"{path}: is not an image that Pillow knows: use a .png or .jpg") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
-    if upright.mode[0] in "IF":  # pillow would clip them
-        raise InputError(f"{path}: has more than 8 bits a channel; save it with 8")
+        raise InputError(f"{path}: cannot be read ({error}): download or save it again") from None
+    if upright.mode[0] in "IF":  # Pillow would clip these values
+        raise InputError(f"{path}: has more than 8 bits per channel: save it with 8")
     return upright
 
 
 def draw_text(text: str, height: int = 80) -> Any:
-    """Black letters of that many pixels on white, as a pillow image."""
+    """Draw black letters, `height` pixels high, on white, as a Pillow image."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(height)
@@ -63,45 +64,49 @@ def draw_text(text: str, height: int = 80) -> Any:
 
 
 def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> Toy:
-    """The density of a pillow image, proportional to its darkness, or with `invert` brightness.
+    """Return the density proportional to an image's darkness, or with `invert` to its brightness.
 
-    A longer side of more than `side` pixels, at most 1000, is scaled down to it, each pixel a mean
-    of those it covers. Transparent pixels are background: white, or with `invert` black.
+    `image` is a Pillow image. If its longer side has more than `side` pixels (at most 1000), it is
+    scaled down to `side`, and each new pixel is the mean of those it covers. Transparent pixels are
+    background: white, or black with `invert`.
 
-    **Raises:** `InputError` for a picture that is all background or has no pixels, and `ValueError`
-    for a `side` out of range.
+    **Raises:** `InputError` for an image with one gray value or no pixels, and `ValueError` for a
+    `side` out of range.
     """
     from PIL import Image
 
     if not 2 <= side <= LONGEST:
         raise ValueError(f"side must be from 2 to {LONGEST} pixels; got {side}")
-    check_instance(Image.Image, "pillow's, as read_picture(path) gives it", image=image)
+    check_instance(Image.Image, "a Pillow image, as from read_picture(path)", image=image)
     if min(image.size) < 1:
-        raise InputError(f"{name}: has no pixels; give another")
+        raise InputError(f"{name}: has no pixels: use another image")
     ground = Image.new("RGBA", image.size, "black" if invert else "white")
-    grey = Image.alpha_composite(ground, image.convert("RGBA")).convert("L")
-    grey.thumbnail((side, side), Image.Resampling.BOX)
-    levels = np.asarray(grey, np.int32)
+    gray = Image.alpha_composite(ground, image.convert("RGBA")).convert("L")
+    gray.thumbnail((side, side), Image.Resampling.BOX)
+    levels = np.asarray(gray, np.int32)
     levels = levels if invert else 255 - levels
     if levels.min() == levels.max():
-        hint = "white shows on black with --invert" if not invert else "leave out --invert"
-        raise InputError(f"{name}: is of one grey throughout, which is nothing to learn; {hint}")
+        raise InputError(
+            f"{name}: all pixels have the same gray value, so that there is no shape to learn: use "
+            f"another image, or try invert={not invert}"
+        )
     return piecewise_constant(levels, name)
 
 
 def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -> Toy:
-    """The density proportional to whole numbers >= 0 on square pixels, the first row uppermost.
+    """Return the density proportional to `levels`, whole numbers >= 0, on square pixels.
 
-    Its `log_prob` is -inf where the level is 0 and outside the picture; no sample lies there. A
-    sample's pixel is had exactly as often as is its due: by the pixels' cumulative sum, in which a
-    whole number below their total is looked up.
+    The first row is at the top. `log_prob` is -inf where the level is 0 and outside the image, and
+    no sample lies there. Pixels are drawn with exactly their probabilities: a uniform whole number
+    below the sum of all levels is looked up in the cumulative sum.
     """
     if levels.ndim != 2 or levels.min(initial=0) < 0 or not levels.any():
         raise ValueError(
-            f"expected levels (rows, columns) of whole numbers >= 0, not all 0; got {levels.shape}"
+            "expected levels of shape (rows, columns), whole numbers >= 0 and not all 0; got shape "
+            f"{levels.shape}"
         )
     rows, columns = levels.shape
-    size = 2 * EXTENT / max(rows, columns)  # of a pixel
+    size = 2 * EXTENT / max(rows, columns)  # side of a pixel
     cumulative = np.cumsum(levels, dtype=np.int32)
     share = levels / cumulative[-1]
     with np.errstate(divide="ignore"):
@@ -112,7 +117,8 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
         drawn = jr.randint(pixel_key, (num_samples,), 0, int(cumulative[-1]), jnp.int32)
         pixel = jnp.searchsorted(jnp.asarray(cumulative), drawn, side="right")
         corner = jnp.stack([pixel % columns, rows - 1 - pixel // columns], axis=-1).astype(float)
-        place = jr.uniform(place_key, (num_samples, 2), minval=_MARGIN, maxval=1 - _MARGIN)
+        low, high = _PIXEL_MARGIN, 1 - _PIXEL_MARGIN
+        place = jr.uniform(place_key, (num_samples, 2), minval=low, maxval=high)
         return size * (corner + place - jnp.array([[columns / 2, rows / 2]]))
 
     def density(x):
@@ -124,6 +130,6 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
 
     occupied = share[share > 0]
     entropy = float(-np.sum(occupied * np.log(occupied / size**2)))
-    # Samples keep off the edges of pixels: so much lower is their own entropy.
-    error = -2 * math.log1p(-2 * _MARGIN)
+    # The margin makes the entropy of the samples lower than that of the density by this much.
+    error = -2 * math.log1p(-2 * _PIXEL_MARGIN)
     return Toy(name, drawing(sample), batched(density), entropy, entropy_error=error, extent=EXTENT)

@@ -1,4 +1,4 @@
-"""Grey values, which are whole, and densities, which are of reals."""
+"""Dequantizing: from whole gray values to real numbers, which can have a density."""
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -7,22 +7,22 @@ from jaxtyping import Array, Float, Integer, Key
 from jcnf._checks import check_int, check_key
 
 
-def dequantise(
+def dequantize(
     key: Key[Array, ""], pixels: Integer[Array, "*shape"], levels: int
 ) -> Float[Array, "*shape"]:
-    """x = (pixel + u) / levels in [0, 1), with u uniform in [0, 1); consumes `key`.
+    """Return x = (pixel + u) / levels in [0, 1), with u uniform in [0, 1); consumes `key`.
 
-    The mean log-density of x bounds that of the grey values from below: see `bits_per_dim`.
-    `pixels` are whole numbers from 0 to `levels` - 1. Rounding never takes x to the next grey value
-    or to 1, so that floor(`levels` x) is the pixel (but for rounding of x where `levels` is no
-    power of two).
+    `pixels` are whole numbers from 0 to `levels` - 1. The mean log-density of x is a lower bound on
+    the log-probability of the gray values: see `bits_per_dim`. Rounding never moves x to the next
+    gray value or to 1, so floor(`levels` x) is the pixel (exactly if `levels` is a power of two,
+    otherwise up to rounding of x).
 
-    **Raises:** `ValueError` for pixels that are not of a type of whole numbers, and no levels.
+    **Raises:** `ValueError` for pixels that are not of an integer type, or `levels` below 1.
     """
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise ValueError(
-            f"expected pixels of a type of whole numbers; got {pixels.dtype}: they are grey values "
-            f"0 to {levels - 1}, not yet scaled"
+            f"expected pixels of an integer type; got {pixels.dtype}: pass gray values from 0 to "
+            f"{levels - 1}, not scaled ones"
         )
     check_int(levels=levels)
     check_key(key)

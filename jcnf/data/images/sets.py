@@ -1,9 +1,9 @@
-"""Pictures with whole grey values in three parts: MNIST, Fashion-MNIST, CIFAR-10, 8x8 digits.
+"""Image data sets in three parts: MNIST, Fashion-MNIST, CIFAR-10 and 8x8 digits.
 
 images = load_images("mnist", "mnist.npz")    # or the folder of the idx files
 images.train                                  # uint8 (55000, 784), 0 to 255
 
-What makes of them the reals that a density is of is `jcnf.data.images.dequantise`.
+Gray values are whole numbers; `jcnf.data.images.dequantize` turns them into reals for a density.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ Shape = tuple[int, int, int]  # height, width, channels
 
 
 class _Source(NamedTuple):
-    """What is expected of a data set, and where it comes from."""
+    """The expected shape of a data set's images, and where to get them."""
 
     shape: Shape
-    openml: str  # its name there; the last 10,000 rows are the test part
+    openml: str  # its name on openml.org, where the last 10,000 rows are the test part
     files: str
 
 
@@ -42,23 +42,23 @@ _SOURCES = {
     ),
 }
 NAMES = ("digits", *_SOURCES)
-_TEST = 10_000  # pictures of the test part of all of _SOURCES
+_NUM_TEST = 10_000  # test images of each of _SOURCES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-    """Pictures flattened in the order height, width, channels; three parts."""
+    """Images in three parts, flattened in the order height, width, channels."""
 
     train: np.ndarray  # uint8 (n, dim)
     val: np.ndarray
     test: np.ndarray
     labels: dict[str, np.ndarray] | None  # by part, "train", "val" and "test": int (n,)
     shape: Shape  # height, width, channels
-    levels: int  # grey values are 0 to levels - 1: 256, or 17 of the digits
+    levels: int  # gray values are 0 to levels - 1; 256, for the digits 17
 
 
 class UnsplitImages(NamedTuple):
-    """Pictures of one part, flattened as those of `Images`."""
+    """Images of one part, flattened in the order height, width, channels."""
 
     pixels: np.ndarray  # uint8 (n, dim), 0 to 255
     labels: np.ndarray | None  # int (n,)
@@ -66,32 +66,32 @@ class UnsplitImages(NamedTuple):
 
 
 def shape_of(name: str) -> Shape:
-    """Height, width and channels of the pictures called `name`; `InputError` for another name."""
+    """Height, width and channels of the data set `name`; raises `InputError` if it is unknown."""
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no pictures are called {name!r}: {hint}There are {', '.join(NAMES)}")
+        raise InputError(f"no images are called {name!r}: {hint}There are {', '.join(NAMES)}")
     return (digits.SIDE, digits.SIDE, 1) if name == "digits" else _SOURCES[name].shape
 
 
 def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
-    """The data set called `name`, one of `NAMES`, the same at each call.
+    """Load the data set called `name`, one of `NAMES`; every call returns the same.
 
-    The test part is that of the files. Validation is the last min(5000, a tenth) of the training
-    pictures, in the order of the files: nothing is shuffled. The digits, 8x8 with 17 grey values,
-    are scikit-learn's, and split as `jcnf.data.images.digits` splits them.
+    The test part is the test part of the files. Validation is the last min(5000, a tenth) of the
+    training images, in the order of the files: nothing is shuffled. The digits, 8x8 with 17 gray
+    values, come from scikit-learn and are split by `jcnf.data.images.digits`.
 
-    Args:
-        name: says what pictures are expected; the form of the file, how they are read.
-        path: a .npz with x_train, x_test and perhaps y_train, y_test, (n, height, width) or
-            (n, height, width, channels); a folder of idx files (.gz or not); the folder or .tar.gz
-            of CIFAR-10, binary or python version. Without it scikit-learn gets the pictures from
-            openml.org, and keeps them (`sklearn.datasets.get_data_home`).
+    **Arguments:**
 
-    Raises:
-        InputError: an unknown name; a missing or damaged file, other than whole grey values, and
-            pictures of another size than the name's; a pickle that is not CIFAR-10's; no `path`
-            and no network, or no scikit-learn.
+    - `name`: determines the expected shape; how a file is read depends on its format alone.
+    - `path`: a .npz with x_train, x_test and perhaps y_train, y_test, where the images are
+      (n, height, width) or (n, height, width, channels); a folder of idx files (.gz or not); or the
+      folder or .tar.gz of CIFAR-10, binary or Python version. Without a path, scikit-learn
+      downloads the images from openml.org and caches them (`sklearn.datasets.get_data_home`).
+
+    **Raises:** `InputError` for an unknown name; a missing or damaged file; values other than whole
+    gray values; images of another size than the name's; a pickle that is not CIFAR-10's; and,
+    without `path`, no network or no scikit-learn.
     """
     shape = shape_of(name)
     if name == "digits":
@@ -101,14 +101,14 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
     for part, pictures in {"training": train, "test": test}.items():
         if pictures.pixels.shape[1:] != shape:
             raise InputError(
-                f"{where}: {part} pictures of {_size(pictures.pixels.shape[1:])} under the name "
-                f"{name}, which has {_size(shape)}; give its own files, or the name of these"
+                f"{where}: expected images of {_size(shape)} for {name}; got {part} images of "
+                f"{_size(pictures.pixels.shape[1:])}: use the files of {name}, or another name"
             )
     for part, pictures, fewest in (("training", train, 10), ("test", test, 2)):
         if (count := len(pictures.pixels)) < fewest:
-            raise InputError(f"{where}: {part} pictures: {count} are too few; give {fewest}")
+            raise InputError(f"{where}: expected at least {fewest} {part} images; got {count}")
     if (train.labels is None) != (test.labels is None):
-        raise InputError(f"{where}: one part has labels and one has none; give those of both")
+        raise InputError(f"{where}: only one part has labels: give labels to both or none")
     cut = len(train.pixels) - min(5000, len(train.pixels) // 10)
     parts = {"train": _rows(train, slice(cut)), "val": _rows(train, slice(cut, None)), "test": test}
     labels = {part: each.labels for part, each in parts.items() if each.labels is not None}
@@ -117,14 +117,13 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
 
 
 def read_images(path: str | os.PathLike) -> UnsplitImages:
-    """Pictures to hold against others, of which no training part is needed.
+    """Read images to compare with others; no training part is needed.
 
-    One idx file or batch of CIFAR-10 is read whole; of a .npz, a folder or an archive (as in
-    `load_images`) the test part, which may be all there is; of a .npz with one array of pictures
-    under any name, that.
+    One idx file or one batch of CIFAR-10 is read completely. From a .npz, a folder or an archive
+    (as for `load_images`), the test part is read, and the training part may be missing. A .npz may
+    also have one array of images under any name.
 
-    Raises:
-        InputError: as `load_images` for the file.
+    **Raises:** `InputError` as `load_images` does for the file.
     """
     pixels, labels = read_one(Path(path))
     return UnsplitImages(_flat(pixels), labels, pixels.shape[1:])
@@ -145,7 +144,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _digits(path: str | os.PathLike | None) -> Images:
     if path is not None:
-        raise InputError(f"{path}: the digits come with scikit-learn; leave out --path")
+        raise InputError(f"{path}: the digits come with scikit-learn: leave out path")
     parts = digits.load_digits_parts()
     labels = {name: part.labels for name, part in parts.items()}
     pixels = (part.pixels for part in parts.values())
@@ -153,22 +152,22 @@ def _digits(path: str | os.PathLike | None) -> Images:
 
 
 def _fetched(name: str) -> list[Pictures]:
-    """Training and test part from openml.org, whose rows are in the order of the files."""
+    """Download training and test part from openml.org, whose rows are in the order of the files."""
     (height, width, channels), openml, files = _SOURCES[name]
     try:
         from sklearn.datasets import fetch_openml
     except ImportError:
         raise InputError(
-            f"{name} is fetched by scikit-learn: pip install scikit-learn, or get {files}, and "
-            "give --path"
+            f"downloading {name} needs scikit-learn: pip install scikit-learn, or get {files} and "
+            "pass path"
         ) from None
-    # Without pandas the slower parser: both give the same numbers.
+    # The parser that needs no pandas is slower; both give the same numbers.
     parser = "pandas" if importlib.util.find_spec("pandas") else "liac-arff"
     try:
         fetched: Any = fetch_openml(openml, version=1, as_frame=False, parser=parser)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
-            f"{name} cannot be fetched from openml.org ({error}); get {files}, and give --path"
+            f"{name} cannot be downloaded from openml.org ({error}): get {files} and pass path"
         ) from None
     pixels = np.asarray(fetched.data).reshape(-1, channels, height, width)  # channel by channel
     pixels, labels = (
@@ -176,4 +175,4 @@ def _fetched(name: str) -> list[Pictures]:
         np.asarray(fetched.target, np.int64),
     )
     pictures = Pictures(pixels, labels)
-    return [_rows(pictures, slice(-_TEST)), _rows(pictures, slice(-_TEST, None))]
+    return [_rows(pictures, slice(-_NUM_TEST)), _rows(pictures, slice(-_NUM_TEST, None))]

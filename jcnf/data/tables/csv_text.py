@@ -1,4 +1,4 @@
-"""Numbers from delimited text: the layout is detected, and a fault is named by row and column."""
+"""Read numbers from delimited text of any common layout; errors name the row and the column."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ _MISSING = {"", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "<na>"}
 
 
 class CellError(InputError):
-    """A cell that holds no finite number, of the column of that name: one may do without it."""
+    """Error for a cell without a finite number; `column` names its column, which may be dropped."""
 
     def __init__(self, message: str, column: str):
         super().__init__(message)
@@ -25,25 +25,24 @@ class CellError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The data lines of a file and how they are laid out: no comments, no blanks, no header."""
+    """The data lines of a file (no comments, blank lines or header) and their layout."""
 
     path: Path
-    separator: str  # ",", ";", a tab, or " " for any run of blanks
+    separator: str  # ",", ";", a tab, or " " for any run of spaces and tabs
     header: tuple[str, ...] | None
     width: int
     lines: tuple[str, ...]
-    numbers: tuple[int, ...]  # of each line in the file, from 1
+    numbers: tuple[int, ...]  # number of each line in the file, from 1
 
     def rows(
         self, kept: Sequence[int], names: Sequence[str], missing: bool = False
     ) -> Float[np.ndarray, "rows kept"]:
-        """The columns at the positions `kept` as float64; `names` has all `width` names.
+        """Return the columns at the positions `kept` as float64; `names` has all `width` names.
 
-        Missing values are NaN where they are wanted.
+        With `missing`, missing values become NaN.
 
-        Raises:
-            InputError: rows of unequal length; `CellError`, text, infinite and unwanted missing
-                values in `kept`.
+        **Raises:** `InputError` for rows of unequal length; `CellError` for text and infinite
+        values in `kept`, and for missing values without `missing`.
         """
         self._require_equal_lengths()
         blanks = self.separator == " "
@@ -60,14 +59,14 @@ class Text:
         for row, line in enumerate(self.lines):
             if (length := _length(line, self.separator)) != self.width:
                 raise InputError(
-                    f"{self.path}: row {row + 1} (line {self.numbers[row]}) has {length} cells "
-                    f"where {self.width} are expected; every row needs one cell per column"
+                    f"{self.path}: row {row + 1} (line {self.numbers[row]}) has {length} cells, "
+                    f"expected {self.width}: every row needs one cell per column"
                 )
 
     def _rows_one_by_one(
         self, kept: Sequence[int], names: Sequence[str], missing: bool
     ) -> np.ndarray:
-        """The slow way, for what `np.loadtxt` cannot read: raise for the first cell at fault."""
+        """Read slowly what `np.loadtxt` cannot read, and raise an error for the first bad cell."""
         rows = np.empty((len(self.lines), len(kept)))
         bad = []
         for row, line in enumerate(self.lines):
@@ -79,7 +78,7 @@ class Text:
                     continue
                 if not _is_missing(cells[column]) and np.isnan(value):
                     raise CellError(
-                        f"{self.path}: {where} holds the text {cells[column][:40]!r}; make it a "
+                        f"{self.path}: {where} holds the text {cells[column][:40]!r}: make it a "
                         "number",
                         names[column],
                     )
@@ -91,10 +90,9 @@ class Text:
 
 
 def read_text(path: Path) -> Text:
-    """Open a .csv or .csv.gz and detect its separator, header and width; `Text.rows` reads on.
+    """Open a .csv or .csv.gz and detect its layout; `Text.rows` then reads the numbers.
 
-    Raises:
-        InputError: a damaged file, one that is not UTF-8 text, and one without data rows.
+    **Raises:** `InputError` for a file that is damaged, is not UTF-8 text, or has no data rows.
     """
     numbered = [
         (number, line.strip(" \n"))
@@ -102,41 +100,41 @@ def read_text(path: Path) -> Text:
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if not numbered:
-        raise InputError(f"{path}: holds no rows; a table has one row a line")
+        raise InputError(f"{path}: has no rows: a table needs one row per line")
     numbers, lines = zip(*numbered, strict=True)
     separator = _separator(lines[min(1, len(lines) - 1)])
     head = cells_of(lines[0], separator)
     named = _is_header(head, cells_of(lines[1], separator) if len(lines) > 1 else [])
     numbers, lines = numbers[named:], lines[named:]
     if not lines:
-        raise InputError(f"{path}: holds a header and no rows; a table has one row a line")
+        raise InputError(f"{path}: has a header but no rows: a table needs one row per line")
     if separator != " " and all(line.endswith(separator) for line in lines):
         lines = tuple(line[:-1] for line in lines)
         head = head if head[-1] else head[:-1]
     width = _length(lines[0], separator)
     if len(head) != width:
         raise InputError(
-            f"{path}: the header has {len(head)} names and the row below it (line {numbers[0]}) "
-            f"{width} cells; give every column one name"
+            f"{path}: the header has {len(head)} names, but the row below it (line {numbers[0]}) "
+            f"has {width} cells: give every column one name"
         )
     return Text(path, separator, tuple(head) if named else None, width, lines, numbers)
 
 
 def label(position: int, names: Sequence[str]) -> str:
-    """How a message names a column: "column 3", with the name where the file gives one."""
+    """Return a column as messages name it: "column 3", with its name if the file has one."""
     name = names[position]
     return f"column {position + 1}" + ("" if name == f"x{position + 1}" else f" ({name})")
 
 
 def missing_error(path: Path, where: str, found: str, name: str, count: int) -> CellError:
-    """The error for an empty, NaN or infinite cell, `count` of which were found in all."""
+    """Return the error for an empty, NaN or infinite cell, the first of `count` such cells."""
     what = f"'{found}' is not a finite number" if found else "is an empty cell"
-    message = f"{path}: {where}: {what} ({count} such in all); remove or fill those rows"
+    message = f"{path}: {where}: {what} ({count} in total): remove or fill those rows"
     return CellError(message, name)
 
 
 def cells_of(line: str, separator: str) -> list[str]:
-    """The cells of one line, without their quotes and the blanks around them."""
+    """Return the cells of one line without quotes and surrounding spaces."""
     text = " ".join(line.split()) if separator == " " else line
     cells = next(csv.reader([text], delimiter=separator, skipinitialspace=True))
     return [cell.strip() for cell in cells]
@@ -148,9 +146,9 @@ def _read_lines(path: Path) -> list[str]:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             return list(file)
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save the table as UTF-8 csv") from None
+        raise InputError(f"{path}: is not UTF-8 text: save the table as UTF-8 csv") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
+        raise InputError(f"{path}: cannot be read ({error}): download or save it again") from None
 
 
 def _separator(line: str) -> str:
@@ -164,7 +162,7 @@ def _length(line: str, separator: str) -> int:
 
 
 def _number(cell: str) -> float:
-    """The number in a cell, NaN where there is none."""
+    """Return the number in a cell, or NaN if there is none."""
     try:
         return np.nan if "_" in cell else float(cell)
     except ValueError:
@@ -180,10 +178,11 @@ def _is_text(cell: str) -> bool:
 
 
 def _is_header(first: Sequence[str], second: Iterable[str]) -> bool:
-    """Whether the first line names the columns.
+    """Decide if the first line names the columns.
 
-    At least half of its cells are text, and one stands over a number: so a text cell in a column
-    of text, or one slip in a first row of numbers, does not pass for a header and vanish.
+    In a header, at least half of the cells are text, and at least one is above a number. So the
+    first row of a column of text, or a typo in a first row of numbers, is not taken for a header
+    and lost.
     """
     texts = [_is_text(cell) for cell in first]
     below = [not _is_text(cell) for cell in second] or [True] * len(texts)

@@ -1,7 +1,7 @@
-"""Columns of a table that others determine: linearly, as a product of powers, or quadratically.
+"""Find columns that others determine: linearly, as a product of powers, or quadratically.
 
-Least squares of each column on functions of the others, from one Gram matrix; a column is
-determined where they leave less than 1e-4 of its variance unexplained.
+Each column is regressed by least squares on functions of the others, all from one Gram matrix. It
+is determined if less than 1e-4 of its variance remains unexplained.
 """
 
 import bisect
@@ -11,17 +11,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-_UNEXPLAINED = 1e-4  # 1 - R^2, adjusted for the number of regressors
-_RIDGE = 1e-10  # of the correlation matrix, which is singular where columns are dependent
-_QUADRATIC_COLUMNS = 30  # up to here squares and products are affordable
-_FEW = 30  # columns that an explanation names or tells apart
-_ROWS = 20_000
-_REPORTED = 10
+_MAX_UNEXPLAINED = 1e-4  # 1 - R^2 of a determined column, adjusted for the number of regressors
+_RIDGE = 1e-10  # added to the correlation matrix, which is singular if columns are dependent
+_MAX_QUADRATIC_COLUMNS = 30  # more columns have too many squares and products
+_MAX_EXPLAINING_COLUMNS = 30  # no smaller explanation is searched for among more
+_MAX_ROWS = 20_000
+_MAX_REPORTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Dependence:
-    """That the column `target` is, nearly, a function of others: `how` says which, in words."""
+    """The finding that the column `target` is nearly a function of others: `how` says which."""
 
     target: str
     how: str
@@ -33,7 +33,7 @@ class _Regressors:
     """Correlations of p functions of d columns; the first d are the columns themselves."""
 
     gram: Float[np.ndarray, "p p"]
-    uses: Bool[np.ndarray, "p d"]  # which columns each function needs
+    uses: Bool[np.ndarray, "p d"]  # the columns that each function depends on
     rows: int
 
     @classmethod
@@ -57,10 +57,10 @@ class _Regressors:
         return float(left * self.rows / (self.rows - len(chosen))), beta, chosen
 
     def determined(self, target: int, given: Sequence[int]) -> bool:
-        return self.fit(target, given)[0] < _UNEXPLAINED
+        return self.fit(target, given)[0] < _MAX_UNEXPLAINED
 
     def candidates(self, alive: Sequence[int]) -> list[int]:
-        """Columns of `alive` that all its others determine, the last first."""
+        """Return the columns of `alive` that all the others determine, the last column first."""
         absent = np.ones(self.uses.shape[1], bool)
         absent[list(alive)] = False
         chosen = np.flatnonzero(~self.uses[:, absent].any(axis=1))
@@ -69,18 +69,23 @@ class _Regressors:
         precision = np.linalg.inv(self.gram[np.ix_(chosen, chosen)] + _RIDGE * np.eye(len(chosen)))
         found = []
         for column in alive:
-            # A block of the precision is inverse to its functions' covariance given all others.
+            # The inverse of a block of the precision matrix is the covariance of the block's
+            # functions, given all others.
             own = np.flatnonzero(self.uses[chosen, column])
             left = np.linalg.inv(precision[np.ix_(own, own)])[0, 0]
-            found += [column] if left < _UNEXPLAINED else []
+            found += [column] if left < _MAX_UNEXPLAINED else []
         return found[::-1]
 
     def shortest(self, target: int, given: Sequence[int]) -> list[int]:
-        """Few of the columns `given` that determine `target` still; all, where 30 are too few."""
+        """Return a small subset of the columns `given` that still determines `target`.
+
+        Columns are tried by the size of their coefficients; if the first 30 do not suffice, all of
+        `given` are returned.
+        """
         _, beta, chosen = self.fit(target, given)
         weight = np.where(self.uses[chosen], np.abs(beta)[:, None], 0).max(axis=0)
         order = sorted(given, key=lambda column: -weight[column])
-        sizes = range(min(len(order), _FEW) + 1)
+        sizes = range(min(len(order), _MAX_EXPLAINING_COLUMNS) + 1)
         size = bisect.bisect_left(
             sizes, True, lo=1, key=lambda m: self.determined(target, order[:m])
         )
@@ -94,14 +99,15 @@ class _Regressors:
 
 
 def dependences(rows: Float[np.ndarray, "rows dim"], columns: Sequence[str]) -> list[Dependence]:
-    """Columns that the others determine, each with few of those; a column named is not used again.
+    """Find columns that the others determine, each with few of the others; at most 10.
 
-    Tried in turn: linear; logarithms, where columns are positive (products of powers); squares and
-    products. The last two only up to 30 columns, and each only with 3 rows to a regressor. Uses at
-    most 20,000 rows, evenly spaced, without those beyond 8 standard deviations, which would make
-    R^2 by themselves.
+    A column that is found is not used to explain another. The relations tried are linear ones, then
+    products of powers (linear in the logarithms of positive columns), then squares and products;
+    the last two only up to 30 columns, and each only with at least 3 rows per regressor. At most
+    20,000 evenly spaced rows are used, without those beyond 8 standard deviations, which would
+    dominate R^2.
     """
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).astype(int)]
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MAX_ROWS)).astype(int)]
     found: list[Dependence] = []
     alive = list(range(rows.shape[1]))
     for kind, data, places in _kinds(rows):
@@ -109,7 +115,7 @@ def dependences(rows: Float[np.ndarray, "rows dim"], columns: Sequence[str]) -> 
         here = [i for i, place in enumerate(places) if place in alive]
         for target in regressors.candidates(here):
             given = [i for i in here if i != target]
-            if len(found) == _REPORTED or not regressors.determined(target, given):
+            if len(found) == _MAX_REPORTED or not regressors.determined(target, given):
                 continue
             chosen = regressors.shortest(target, given)
             names = [columns[places[i]] for i in chosen]
@@ -118,16 +124,16 @@ def dependences(rows: Float[np.ndarray, "rows dim"], columns: Sequence[str]) -> 
             found.append(Dependence(columns[places[target]], f"{how}, 1 - R2 = {left:.1g}", left))
             here.remove(target)
             alive.remove(places[target])
-            if len(chosen) > _FEW:  # rank is lost in the mass: one example says so
+            if len(chosen) > _MAX_EXPLAINING_COLUMNS:  # one example of a lost rank is enough
                 break
     return found
 
 
 def _kinds(rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, list[int]]]:
-    """The data for each kind of regression, and the place in the table of each of its columns."""
+    """Yield the data for each kind of regression, and the table positions of its columns."""
     every = list(range(rows.shape[1]))
     yield "linear", _without_extremes(rows), every
-    if len(every) <= _QUADRATIC_COLUMNS:
+    if len(every) <= _MAX_QUADRATIC_COLUMNS:
         positive = [i for i in every if rows[:, i].min() > 0]
         if len(positive) > 1:
             yield "log", _without_extremes(np.log(rows[:, positive])), positive
@@ -151,9 +157,9 @@ def _regressors(kind: str, data: np.ndarray) -> _Regressors:
 
 
 def _in_words(kind: str, given: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
-    """What explains the target, from its few regressors (rows, few)."""
+    """Describe how the target follows from its regressors `given` (rows, few)."""
     listed = ", ".join(names[:6]) + (f" and {len(names) - 6} others" if len(names) > 6 else "")
-    listed = f"{len(names)} others together" if len(names) > _FEW else listed
+    listed = f"{len(names)} others together" if len(names) > _MAX_EXPLAINING_COLUMNS else listed
     if kind == "linear":
         return f"{listed} (linear)"
     if kind == "log":
@@ -161,6 +167,6 @@ def _in_words(kind: str, given: np.ndarray, target: np.ndarray, names: Sequence[
         terms = [f"{name}^{power:.3g}" for name, power in zip(names, powers, strict=True)]
         return f"{' '.join(terms[:6]).replace('^1 ', ' ')} (a product of powers)"
     product = given.prod(axis=1)
-    if len(names) == 2 and 1 - abs(np.corrcoef(product, target)[0, 1]) < _UNEXPLAINED:
+    if len(names) == 2 and 1 - abs(np.corrcoef(product, target)[0, 1]) < _MAX_UNEXPLAINED:
         return f"{names[0]} x {names[1]} (a product)"
     return f"{listed} (squares and products)"

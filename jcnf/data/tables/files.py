@@ -1,4 +1,4 @@
-"""Tables as people keep them, .csv, .csv.gz, .npy and .npz: to and from arrays of numbers."""
+"""Read and write tables of numbers: .csv, .csv.gz, .npy and .npz."""
 
 import csv
 import dataclasses
@@ -19,25 +19,24 @@ ENDINGS = (".csv", ".csv.gz", ".npy", ".npz")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RawTable:
-    """A file's numbers, float64 (rows, dim) in its own units, whole or in the parts it came in."""
+    """The numbers of a file: float64 arrays (rows, dim) in its own units, split as in the file."""
 
     path: Path
     parts: dict[str, np.ndarray]  # {"rows"}, or {"train", "test"} and perhaps "val"
-    columns: tuple[str, ...]  # those kept; "x1", "x2", ... where the file names none
+    columns: tuple[str, ...]  # of the kept columns; "x1", "x2", ... if the file has no names
     named: bool  # whether the names are the file's own
 
 
-# Positions of the columns to read, from the file's path, their names, and whether it named them.
+# From a file's path, its column names, and whether they are its own: positions of columns to read.
 Choose = Callable[[Path, Sequence[str], bool], list[int]]
 
 
 def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) -> RawTable:
-    """Read the columns that `choose` picks; with `missing`, empty and NaN cells as NaN.
+    """Read the columns that `choose` picks; with `missing`, empty and NaN cells become NaN.
 
-    Raises:
-        InputError: a missing, damaged or unknown file; ragged rows; `csv_text.CellError`, text,
-            infinite and, unless asked for, missing values in the columns that are read; whatever
-            `choose` raises.
+    **Raises:** `InputError` for a missing or damaged file, an unknown ending and ragged rows;
+    `csv_text.CellError` for text and infinite values in the columns that are read, and for missing
+    ones without `missing`; whatever `choose` raises.
     """
     check_instance((str, os.PathLike), "a path", path=path)
     path = _existing(Path(path))
@@ -46,7 +45,7 @@ def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) 
 
 
 def all_but(drop: Iterable[str | int]) -> Choose:
-    """Leave out the columns of `drop`, names or 1-based numbers."""
+    """Return a choice of all columns but `drop`, given by name or 1-based number."""
     drop = [str(item) for item in drop]
 
     def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
@@ -55,22 +54,23 @@ def all_but(drop: Iterable[str | int]) -> Choose:
         if unknown := [item for item in drop if item not in places]:
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise InputError(
-                f"{path}: no column {unknown[0]} to --drop; there are {known}, "
-                f"or by number 1 to {len(names)}"
+                f"{path}: no column {unknown[0]!r} to drop: the columns are {known}, or by number "
+                f"1 to {len(names)}"
             )
         gone = {places[item] for item in drop}
         if len(gone) == len(names):
-            raise InputError(f"{path}: --drop leaves none of the {len(names)} columns; drop fewer")
+            raise InputError(f"{path}: drop leaves none of the {len(names)} columns: drop fewer")
         return [i for i in range(len(names)) if i not in gone]
 
     return choose
 
 
 def those_of(columns: Sequence[str]) -> Choose:
-    """The columns of these names, in this order; by place where only the number of them agrees.
+    """Return a choice of these columns, in this order.
 
-    An unnamed file's columns are called by their place, so that one with the columns that were
-    dropped in training still in it is read rightly.
+    Columns are found by name, but by position if either side has no names and their number agrees.
+    Without names, a column's name is its position ("x3"), so a file that still has the columns that
+    were dropped in training is read correctly.
     """
 
     def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
@@ -79,9 +79,9 @@ def those_of(columns: Sequence[str]) -> Choose:
             return list(range(len(names)))
         if missing := [name for name in columns if name not in names]:
             raise InputError(
-                f"{path}: no column {missing[0]}; the model has the {len(columns)} columns "
-                f"{', '.join(columns)} and the file the {len(names)} {', '.join(names)}: "
-                "give those, by name or in that order"
+                f"{path}: no column {missing[0]}: the model needs the {len(columns)} columns "
+                f"{', '.join(columns)}, and the file has the {len(names)} {', '.join(names)}; name "
+                "the columns as the model does, or put exactly these in this order"
             )
         return [list(names).index(name) for name in columns]
 
@@ -91,10 +91,9 @@ def those_of(columns: Sequence[str]) -> Choose:
 def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]) -> None:
     """Write rows (rows, dim) to .csv or .csv.gz with a header, .npy, or .npz (rows, columns).
 
-    The file is there whole or not at all.
+    The file is written completely or not at all.
 
-    Raises:
-        InputError: an unknown ending, or a number of columns that is not `len(columns)`.
+    **Raises:** `InputError` for an unknown ending, or rows without `len(columns)` columns.
     """
     path, rows = _known(Path(path)), np.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != len(columns):
@@ -119,10 +118,9 @@ def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a .npy or .npz, and never a pickle: reading one can run its author's code.
+    """Return all arrays of a .npy or .npz. Pickles are never read: they can run arbitrary code.
 
-    Raises:
-        InputError: a damaged file, and one with object arrays, which are pickles.
+    **Raises:** `InputError` for a damaged file, and for object arrays, which are pickles.
     """
     try:
         with path.open("rb") as file:
@@ -131,18 +129,18 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     except ValueError as error:
         if "Object arrays" in str(error):
             raise InputError(
-                f"{path}: holds an object array (mixed types or ragged rows), which is not read; "
-                "save plain numbers: np.save(path, np.asarray(x, dtype=float))"
+                f"{path}: has an object array (mixed types or ragged rows), which is not read: "
+                "save plain numbers, np.save(path, np.asarray(x, dtype=float))"
             ) from None
-        raise InputError(f"{path}: is not a whole numpy file; write it anew") from None
-    # A damaged header can name a compression, a version or a cipher that there is not.
+        raise InputError(f"{path}: is not a complete numpy file: save it again") from None
+    # A damaged header can name an unknown compression, version or cipher.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch or write it anew") from None
+        raise InputError(f"{path}: cannot be read ({error}): download or save it again") from None
 
 
 def _known(path: Path) -> Path:
     if not path.name.lower().endswith(ENDINGS):
-        raise InputError(f"{path}: unknown ending; a table is one of {', '.join(ENDINGS)}")
+        raise InputError(f"{path}: unknown ending: use one of {', '.join(ENDINGS)}")
     return path
 
 
@@ -150,25 +148,25 @@ def _existing(path: Path) -> Path:
     if path.is_file():
         return _known(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a directory; give the path of one table in it")
+        raise InputError(f"{path}: is a directory: give the path of a table in it")
     stems = {path.name, path.name.split(".")[0]}
     others = (path.with_name(stem + ending) for stem in stems for ending in ENDINGS)
     near = next((other for other in others if other.is_file()), None)
     hint = f"did you mean {near}?" if near else "check the path"
-    raise InputError(f"{path}: there is no such file; {hint}")
+    raise InputError(f"{path}: no such file: {hint}")
 
 
 def _column_names(path: Path, given: Sequence[str] | None, width: int) -> list[str]:
-    """The file's names; a blank or numeric one gets an x, so that a number always means a place."""
+    """Return the names; blank or numeric ones get an x, so that a number is always a position."""
     given = [""] * width if given is None else given
     if len(given) != width:
-        raise InputError(f"{path}: {len(given)} names for {width} columns; name each column once")
+        raise InputError(f"{path}: {len(given)} names for {width} columns: name each column once")
     names = [
         f"x{name or i}" if not name or name.isdigit() else name
         for i, name in enumerate(given, start=1)
     ]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{path}: two columns are named '{twice[0]}'; rename one of them")
+        raise InputError(f"{path}: two columns are named '{twice[0]}': rename one of them")
     return names
 
 
@@ -188,7 +186,9 @@ def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
     parts = {name: _table(path, name, arrays[name]) for name in _parts(path, arrays)}
     widths = {name: part.shape[1] for name, part in parts.items()}
     if len(set(widths.values())) > 1:
-        raise InputError(f"{path}: the parts have unequal numbers of columns, {widths}; make equal")
+        raise InputError(
+            f"{path}: the parts have unequal numbers of columns, {widths}: save the same columns"
+        )
     given = None if given is None else [str(name) for name in np.ravel(given)]
     names = _column_names(path, given, next(iter(widths.values())))
     kept = choose(path, names, given is not None)
@@ -202,7 +202,7 @@ def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
 
 
 def _parts(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
-    """The names of the arrays that make the table: train, val and test, or the only one 2-D."""
+    """Return the names of the arrays of the table: train, val and test, or the only 2-D one."""
     if {"train", "test"} <= arrays.keys():
         return [name for name in ("train", "val", "test") if name in arrays]
     tables = [name for name, array in arrays.items() if array.ndim == 2]
@@ -212,15 +212,15 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
         return list(arrays)
     found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
     raise InputError(
-        f"{path}: holds the arrays {found}; save arrays train and test (and val), or one 2-D array"
+        f"{path}: has the arrays {found}: save arrays train and test (and val), or one 2-D array"
     )
 
 
 def _table(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise InputError(
-            f"{path}: the array {name} holds {array.dtype}, not real numbers; "
-            "save it as float or integer"
+            f"{path}: the array {name} has type {array.dtype}, not real numbers: save it as float "
+            "or integer"
         )
     if array.ndim not in (1, 2):
         raise InputError(

@@ -1,8 +1,8 @@
 """The distinct values of a column, the step between them, and noise one step wide.
 
-`dequantise` makes a density of integers and of rounded numbers: with uniform noise, the mean
-log-density of the noisy values, in units of the step, bounds the log-probability of the rounded
-ones from below (Theis et al. 2016, A note on the evaluation of generative models).
+`dequantize` turns integers and rounded numbers into values that have a density. The mean
+log-density of the noisy values, in units of the step, is a lower bound on the log-probability of
+the rounded ones (Theis et al. 2016, A note on the evaluation of generative models).
 """
 
 import dataclasses
@@ -12,23 +12,24 @@ from jaxtyping import Float, Int
 
 
 def resolutions(rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, " dim"]:
-    """The step of each column with a repeated value (`Levels.step`, its units), 0 for the others.
+    """Return the step (`Levels.step`) of each column that repeats a value, and 0 for the others.
 
-    Duplicate rows repeat every value, so each of their columns has a step.
+    The step is in the column's units. A duplicate row repeats all its values and so gives every
+    column a step.
     """
     levels = [Levels.of(column) for column in rows.T]
     return np.array([one.step if one.variety < 1 else 0.0 for one in levels])
 
 
-def dequantise(
+def dequantize(
     rows: Float[np.ndarray, "rows dim"],
     steps: Float[np.ndarray, " dim"],
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "rows dim"]:
-    """`rows` + (U - 1/2) x `steps`, with U uniform on [0, 1), drawn from `rng`.
+    """Return `rows` + (U - 1/2) x `steps`, with U uniform on [0, 1) and drawn from `rng`.
 
-    Duplicate rows become distinct, but stay neighbours. An atom in an otherwise continuous column
-    stays one, for its rows spread over a single step.
+    Duplicate rows become distinct but stay close to each other. An atom in an otherwise continuous
+    column remains one, because its rows spread over only one step.
     """
     return rows + (rng.random(rows.shape) - 0.5) * steps
 
@@ -42,7 +43,7 @@ class Levels:
 
     @classmethod
     def of(cls, column: Float[np.ndarray, " rows"]) -> "Levels":
-        """Values that differ by rounding alone (a few parts in 1e15) count as one."""
+        """Count the values of a column; those a few parts in 1e15 apart (rounding) are one."""
         values, counts = np.unique(column, return_counts=True)
         new = np.diff(values) > 4e-15 * (np.abs(values[1:]) + np.median(np.abs(column)))
         starts = np.flatnonzero(np.concatenate([[True], new]))
@@ -50,24 +51,25 @@ class Levels:
 
     @property
     def variety(self) -> float:
-        """Distinct values per row: 1 where no value repeats."""
+        """Number of distinct values per row: 1 if no value repeats."""
         return len(self.values) / self.counts.sum()
 
     @property
     def step(self) -> float:
-        """The resolution: the gap that a tenth of the gaps between neighbouring values undercut.
+        """Resolution of the column: the 10 % quantile of the gaps between adjacent values.
 
-        The smallest gap itself is often rounding, or the finer print of small numbers (five
-        digits of 1.2345 and of 123.45); the typical gap is too wide where values are sparse.
+        The smallest gap is often rounding, or comes from small numbers printed more finely than
+        large ones (1.2345 and 123.45 both have five digits). The median gap is too wide where
+        values are sparse.
         """
         gaps = np.diff(self.values)
         return float(np.quantile(gaps, 0.1, method="lower")) if len(gaps) else 0.0
 
     def atoms(self) -> Int[np.ndarray, " atoms"]:
-        """Indices of values in over 0.5% of the rows, 10 times as often as those about them.
+        """Indices of values in over 0.5 % of the rows that are 10 times as frequent as nearby ones.
 
-        None where the other values too repeat, 10 times or more on average: frequent values of a
-        stepped column become a density by dequantising.
+        There are none if the other values repeat too, 10 times or more on average: dequantizing
+        turns the frequent values of a column with steps into a density.
         """
         rows = self.counts.sum()
         near = np.lib.stride_tricks.sliding_window_view(np.pad(self.counts, 5, mode="reflect"), 11)

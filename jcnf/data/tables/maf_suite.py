@@ -3,9 +3,9 @@
 table = load_maf_suite("power", "data")    # the folder that data.tar.gz unpacks to
 table.train, table.val, table.test         # (rows, dim) float32, in the space of published NLLs
 
-The preprocessing is that of Papamakarios, Pavlakou & Murray 2017 (Masked Autoregressive Flow,
-arXiv:1705.07057), by the code of its data sets (github.com/gpapamak/maf, datasets/), which FFJORD
-and Neural Spline Flows kept. What it leaves:
+The preprocessing follows Papamakarios, Pavlakou & Murray 2017 (Masked Autoregressive Flow,
+arXiv:1705.07057) and the code of its data sets (github.com/gpapamak/maf, datasets/), which FFJORD
+and Neural Spline Flows also use. The number of rows after preprocessing:
 
     name       dim       train        val       test
     power        6   1,659,917    184,435    204,928
@@ -34,71 +34,71 @@ from jcnf.data.tables.table import Standardizer, Table
 __all__ = ["MAF_SUITE", "load_maf_suite"]
 
 _SEED = 42
-_CORRELATED = 0.98  # of two GAS columns above it, the first goes
-_REPEATS = 5  # of a HEPMASS column's smallest value; with more of them the column goes
-_GAS_ROWS = (
-    "gas: the published rows are a random quarter of UCI's whose seed is not known, and these are "
-    "another: NLLs compare up to sampling error"
+_MAX_GAS_CORRELATION = 0.98  # of two columns with more, the first is dropped
+_MAX_HEPMASS_REPEATS = 5  # a column that has its smallest value more often is dropped
+_GAS_WARNING = (
+    "gas: the published rows are a random quarter of UCI's, drawn with an unknown seed; these are "
+    "another random quarter: NLLs are comparable up to sampling error"
 )
-_SIGNALS = (350_136, 174_987)  # events of HEPMASS read from its training and test file
+_HEPMASS_SIGNALS = (350_136, 174_987)  # signal events read from the training and the test file
 
 Rows = Float[np.ndarray, "rows dim"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where a data set's files are, and what makes a table of them."""
+    """The files of a data set, and the function that reads them."""
 
     folder: str  # in the archive of the MAF authors
     files: tuple[str, ...]
-    origin: str  # where a person gets them
-    load: Callable[..., Table]  # from the paths of `files`
+    origin: str  # where to download the files
+    load: Callable[..., Table]  # takes the paths of `files`
 
 
 def load_maf_suite(name: str, folder: str | os.PathLike) -> Table:
     """Read one of the five data sets and preprocess it as Papamakarios et al. 2017 did.
 
-    A tenth of the rows is int(0.1 * rows), cut from the end; standardizing is by column.
+    A tenth of the rows means the last int(0.1 * rows) of them. Standardizing is by column.
 
-    - power: rows shuffled by numpy's RandomState(42); columns 2 (reactive power) and 4 (intensity)
-      of data.npy dropped; uniform noise from the same stream, first [0, 0.01) on the voltage, then
-      [0, 0.001) on the active power, then [0, 1) on the three sub-meterings, none on the time;
-      test the last tenth, val the last tenth of the rest; standardized by train and val.
-    - gas: time and the two concentrations dropped, then of the sensors, from the first on, each
-      that has a correlation above 0.98 with one after it; standardized by all rows, test included
-      (std with rows - 1); test and val as for power. The published rows are a quarter of UCI's,
-      drawn without a published seed: here RandomState(42) draws one of the same size, so that NLLs
-      agree with published ones up to sampling error, and are not of the same rows.
-    - hepmass: signal events alone (label 1), the label and whatever follows the 27th feature (the
-      published test file has a column too many) dropped; then columns dropped whose smallest value
-      occurs more than 5 times in the training file; standardized by the training file (train and
-      val; std with rows - 1); val the last tenth of it. UCI's files have ten times the rows: the
-      first 350,136 and 174,987 signal events are read.
+    - power: the rows are shuffled by numpy's RandomState(42), and columns 2 (reactive power) and 4
+      (intensity) of data.npy are dropped. Uniform noise is added from the same stream: first
+      [0, 0.01) to the voltage, then [0, 0.001) to the active power, then [0, 1) to the three
+      sub-meterings, and none to the time. Test is the last tenth, val the last tenth of the rest;
+      standardized by train and val.
+    - gas: the time and the two concentrations are dropped; then, from the first sensor on, each
+      sensor whose correlation with a later one is above 0.98. Standardized by all rows, including
+      test (std with rows - 1); test and val as for power. The published rows are a quarter of
+      UCI's, drawn with an unpublished seed; here RandomState(42) draws another quarter, so NLLs
+      agree with published ones up to sampling error, but are not of the same rows.
+    - hepmass: only signal events (label 1) are kept. The label is dropped, and so is anything after
+      the 27th feature (the published test file has an extra column); then the columns whose
+      smallest value occurs more than 5 times in the training file. Standardized by the training
+      file (train and val; std with rows - 1), whose last tenth is val. UCI's files have ten times
+      the rows: the first 350,136 and 174,987 signal events are read.
     - miniboone: data.npy has the signal events without outliers and without columns of repeated
-      values; test and val as for power, with no shuffle; standardized by train and val.
+      values. Test and val as for power, without a shuffle; standardized by train and val.
     - bsds300: 8 x 8 patches in three parts, as stored (noise added, mean subtracted, last pixel
-      dropped); not standardized: `scale` has mean 0 and std 1.
+      dropped). Not standardized: `scale` has mean 0 and std 1.
 
-    Args:
-        name: power, gas, hepmass, miniboone or bsds300, in any case.
-        folder: the unpacked archive of the MAF authors (Zenodo record 1161203), the data set's own
-            folder, or its file. From UCI: ethylene_CO.txt for gas, and for hepmass 1000_train.csv
-            and 1000_test.csv; each also as .gz.
+    **Arguments:**
 
-    Returns:
-        A `Table` without warnings. `log_prob` of its rows compares with published numbers as it
-        is; `scale.log_scale` leads to the units of the file.
+    - `name`: power, gas, hepmass, miniboone or bsds300, in upper or lower case.
+    - `folder`: the unpacked archive of the MAF authors (Zenodo record 1161203), the data set's own
+      folder, or its file. Files from UCI work too: ethylene_CO.txt for gas, and 1000_train.csv and
+      1000_test.csv for hepmass; each may be a .gz.
 
-    Raises:
-        InputError: an unknown name; a missing or damaged file, or one of another shape; a pickle,
-            which is never read; bsds300 without h5py.
+    **Returns:** a `Table`; only gas has a warning, about its rows. `log_prob` of the rows can be
+    compared directly with published numbers; `scale.log_scale` converts it to the file's units.
+
+    **Raises:** `InputError` for an unknown name; a file that is missing or damaged or has another
+    shape; a pickle, which is never read; and bsds300 without h5py.
     """
     source = MAF_SUITE.get(name.lower())
     if source is None:
         near = difflib.get_close_matches(name.lower(), MAF_SUITE, n=1, cutoff=0)[0]
         raise InputError(
-            f"no data set {name!r} in the MAF suite; there are {', '.join(MAF_SUITE)}: "
-            f"did you mean {near}?"
+            f"no data set {name!r} in the MAF suite, which has {', '.join(MAF_SUITE)}: did you "
+            f"mean {near}?"
         )
     return source.load(*_find(Path(folder), source))
 
@@ -106,7 +106,7 @@ def load_maf_suite(name: str, folder: str | os.PathLike) -> Table:
 def _power(path: Path) -> Table:
     rows = _read_array(path, 8)
     rng = np.random.RandomState(_SEED)
-    order = rng.permutation(len(rows))  # the draws of rng.shuffle(rows), at a fraction of its time
+    order = rng.permutation(len(rows))  # the same draws as rng.shuffle(rows), but faster
     rows = rows[order[:, None], [0, 2, 4, 5, 6, 7]]
     rows[:, 1] += 0.01 * rng.rand(len(rows))
     rows[:, 0] += 0.001 * rng.rand(len(rows))
@@ -121,27 +121,30 @@ def _gas(path: Path) -> Table:
         order = np.random.RandomState(_SEED).permutation(total)[: round(0.25 * total)]
         drawn = np.zeros(total, bool)
         drawn[order] = True
-        # Only the lines drawn are parsed, in the file's order, and then put in that of the draw.
+        # Only the drawn lines are parsed: in the order of the file, then put in the order drawn.
         rows = _numbers(itertools.compress(_lines(path), drawn), range(3, 19), None)
         rows = rows[np.searchsorted(np.flatnonzero(drawn), order)]
     _require_finite(path, rows)
     train, test = _cut(path, rows)
     train, val = _cut(path, train)
-    high = np.corrcoef(rows, rowvar=False) > _CORRELATED
+    high = np.corrcoef(rows, rowvar=False) > _MAX_GAS_CORRELATION
     kept = [i for i in range(16) if not high[i, i + 1 :].any()]
-    _require_width(path, len(kept), 8, f"correlations up to {_CORRELATED}")
+    _require_width(path, len(kept), 8, f"correlations up to {_MAX_GAS_CORRELATION}")
     train, val, test, rows = (part[:, kept] for part in (train, val, test, rows))
     columns = [f"sensor{i + 1}" for i in kept]
     table = _standardized((train, val, test), *_moments(path, rows, columns, ddof=1), columns)
-    return dataclasses.replace(table, warnings=(_GAS_ROWS,))
+    return dataclasses.replace(table, warnings=(_GAS_WARNING,))
 
 
 def _hepmass(train_path: Path, test_path: Path) -> Table:
     fitted, test = (
-        _signals(path, count) for path, count in zip((train_path, test_path), _SIGNALS, strict=True)
+        _signals(path, count)
+        for path, count in zip((train_path, test_path), _HEPMASS_SIGNALS, strict=True)
     )
     train, val = _cut(train_path, fitted)
-    kept = np.flatnonzero((fitted == fitted.min(axis=0)).sum(axis=0) <= _REPEATS).tolist()
+    kept = np.flatnonzero(
+        (fitted == fitted.min(axis=0)).sum(axis=0) <= _MAX_HEPMASS_REPEATS
+    ).tolist()
     _require_width(train_path, len(kept), 21, "a smallest value that hardly repeats")
     train, val, test, fitted = (part[:, kept] for part in (train, val, test, fitted))
     columns = [f"f{i}" for i in kept]
@@ -157,13 +160,13 @@ def _bsds300(path: Path) -> Table:
     try:
         import h5py
     except ImportError:
-        raise InputError(f"{path}: needs h5py to be read: pip install h5py") from None
+        raise InputError(f"{path}: reading it needs h5py: pip install h5py") from None
     parts: dict[str, np.ndarray] = {}
     with _reading(path), h5py.File(path, "r") as file:
         for name in ("train", "validation", "test"):
             data = file.get(name)
             if not isinstance(data, h5py.Dataset):
-                raise InputError(f"{path}: has no array {name}; fetch it anew")
+                raise InputError(f"{path}: has no array {name}: download it again")
             _require_array(path, data, 63)
             parts[name] = data.astype(np.float32)[...]
             _require_finite(path, parts[name])
@@ -208,13 +211,13 @@ MAF_SUITE = {
 
 
 def _find(path: Path, source: _Source) -> list[Path]:
-    """The paths of a data set's files, in `path` or in its folder there, or `path` itself."""
+    """Find a data set's files in `path` or in its folder there; `path` may also be a file."""
     if path.suffix in (".pickle", ".pkl"):
         raise _pickle_error(path, source)
     if path.is_file():
         if len(source.files) == 1:
             return [path]
-        path = path.parent  # one of two files: the other lies beside it
+        path = path.parent  # one of two files; the other is next to it
     folders = (path / source.folder, path)
     found = []
     for name in source.files:
@@ -226,7 +229,7 @@ def _find(path: Path, source: _Source) -> list[Path]:
                 if pickle.is_file():
                     raise _pickle_error(pickle, source)
             raise InputError(
-                f"{path}: there is no {source.folder}/{name}, nor {name}; get it from "
+                f"{path}: there is no {source.folder}/{name} or {name}: download it from "
                 f"{source.origin}"
             )
         found.append(place)
@@ -235,24 +238,24 @@ def _find(path: Path, source: _Source) -> list[Path]:
 
 def _pickle_error(path: Path, source: _Source) -> InputError:
     return InputError(
-        f"{path}: a pickle is not read, since that can run its author's code; get "
+        f"{path}: a pickle is not read, because it can run arbitrary code: download "
         f"{' and '.join(source.files)} from {source.origin}"
     )
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What a damaged file raises, as an error that names it."""
+    """Turn what a damaged file raises into an error that names the file."""
     try:
         yield
     except InputError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch it anew") from None
+        raise InputError(f"{path}: cannot be read ({error}): download it again") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, gzipped or not, but for a header and blanks."""
+    """Yield the lines of a text file, gzipped or not, without a header and blank lines."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file):
@@ -262,7 +265,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _numbers(lines: Iterable[str], columns: Sequence[int], separator: str | None) -> np.ndarray:
-    """The columns at these positions, float64; raises ValueError where there are none."""
+    """Return the columns at these positions as float64; raise ValueError without rows."""
     lines = iter(lines)
     first = next(lines, None)
     if first is None:
@@ -272,7 +275,7 @@ def _numbers(lines: Iterable[str], columns: Sequence[int], separator: str | None
 
 
 def _signals(path: Path, count: int) -> Rows:
-    """The 27 features of the first `count` signal events of a HEPMASS file."""
+    """Read the 27 features of the first `count` signal events of a HEPMASS file."""
     with _reading(path):
         signals = (line for line in _lines(path) if float(line.split(",", 1)[0]) == 1)
         rows = _numbers(itertools.islice(signals, count), range(1, 28), ",")
@@ -288,48 +291,48 @@ def _read_array(path: Path, width: int) -> Rows:
 
 
 def _require_array(path: Path, array, width: int) -> None:
-    """Shape and type of a numpy array or an HDF5 one."""
+    """Check shape and type of a numpy or HDF5 array."""
     if array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != width:
         raise InputError(
             f"{path}: expected numbers of shape (rows, {width}); got {array.dtype} "
-            f"{array.shape}: give the file as published"
+            f"{array.shape}: use the published file"
         )
 
 
 def _require_finite(path: Path, rows: np.ndarray) -> None:
     if not np.isfinite(rows).all():
-        raise InputError(f"{path}: has values that are not finite; fetch it anew")
+        raise InputError(f"{path}: has NaN or infinite values: download it again")
 
 
 def _require_width(path: Path, found: int, published: int, what: str) -> None:
     if found != published:
         raise InputError(
-            f"{path}: {found} columns with {what}, where {published} are published: NLLs would not "
-            "compare; give the file as published"
+            f"{path}: expected {published} columns with {what}; got {found}, so that NLLs would "
+            "not be comparable: use the published file"
         )
 
 
 def _cut(path: Path, rows: Rows) -> tuple[Rows, Rows]:
-    """All rows but the last tenth, which is rounded down, and those."""
+    """Split off the last tenth of the rows, rounded down."""
     size = len(rows) - int(0.1 * len(rows))
     if size == len(rows):
-        raise InputError(f"{path}: too few rows to split, {len(rows)}; give the whole file")
+        raise InputError(f"{path}: {len(rows)} rows are too few to split: use the complete file")
     return rows[:size], rows[size:]
 
 
 def _moments(
     path: Path, rows: Rows, columns: Sequence[str], *, ddof: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, over rows - ddof."""
+    """Mean and standard deviation of each column, with divisor rows - ddof."""
     if (fixed := (rows == rows[0]).all(axis=0)).any():
         raise InputError(
-            f"{path}: column {columns[int(fixed.argmax())]} is constant; give the file as published"
+            f"{path}: column {columns[int(fixed.argmax())]} is constant: use the published file"
         )
     return rows.mean(axis=0), rows.std(axis=0, ddof=ddof)
 
 
 def _split_and_standardized(path: Path, rows: Rows, columns: Sequence[str]) -> Table:
-    """Test the last tenth, val the last tenth of the rest, standardized by that rest."""
+    """Cut off test as the last tenth, then val as a tenth of the rest; standardize by the rest."""
     _require_finite(path, rows)
     fitted, test = _cut(path, rows)
     train, val = _cut(path, fitted)
@@ -342,7 +345,7 @@ def _standardized(
     std: Float[np.ndarray, " dim"],
     columns: Sequence[str],
 ) -> Table:
-    """The parts less `mean`, over `std`: in float64, and then rounded."""
+    """Return (part - mean) / std for each part, computed in float64 and then rounded."""
     train, val, test = (((part - mean) / std).astype(np.float32) for part in parts)
     return Table(train, val, test, Standardizer(mean, std, tuple(columns)), ())
 

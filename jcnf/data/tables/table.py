@@ -1,6 +1,6 @@
-"""Tables of numbers for density estimation: read, split by seed, standardized by the training part.
+"""Tables of numbers for density estimation: read, split by seed, standardized by training rows.
 
-table = load_table("depths.csv", drop=["id"], dequantise=True)
+table = load_table("depths.csv", drop=["id"], dequantize=True)
 table.train, table.val, table.test      # (rows, dim) float32, zero mean and unit variance
 log_p = log_p_standardized - table.scale.log_scale    # nats, in the file's own units
 """
@@ -24,7 +24,7 @@ Path = str | os.PathLike
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Standardizer:
-    """(x - mean) / std, column by column: between a file's own units and the model's."""
+    """The map (x - mean) / std, by column, from a file's own units to the model's, and back."""
 
     mean: Float[np.ndarray, " dim"]  # float64, in the file's own units
     std: Float[np.ndarray, " dim"]
@@ -33,14 +33,14 @@ class Standardizer:
     def __post_init__(self):
         if not len(self.mean) == len(self.std) == len(self.columns):
             raise ValueError(
-                f"expected a mean and a std for each of the columns; got {len(self.mean)}, "
-                f"{len(self.std)} and {len(self.columns)}"
+                f"expected a mean and a std for each of the {len(self.columns)} columns; got "
+                f"{len(self.mean)} and {len(self.std)}"
             )
         bad = ~(np.isfinite(self.mean) & np.isfinite(self.std) & (np.asarray(self.std) > 0))
         if bad.any():
             raise InputError(
                 f"column {self.columns[np.argmax(bad)]} cannot be standardized: its std must be "
-                "positive and finite, its mean finite; leave it out"
+                "positive and finite, and its mean finite; leave the column out"
             )
 
     @property
@@ -49,24 +49,22 @@ class Standardizer:
         return float(np.log(self.std).sum())
 
     def standardize(self, rows: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
-        """Rows in the file's own units, as the model sees them.
+        """Convert rows from the file's own units to the model's.
 
-        Raises:
-            InputError: rows of another shape, or with values that float32 cannot hold.
+        **Raises:** `InputError` for rows of another shape, or with values that float32 cannot hold.
         """
         scaled = (self._rows(rows) - self.mean) / self.std
         if (place := _too_large(scaled)) is not None:
             raise InputError(
                 f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is NaN, or too "
-                "large for float32 when standardized; leave the row out"
+                "large for float32 when standardized; remove the row"
             )
         return scaled.astype(np.float32)
 
     def unstandardize(self, rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
-        """Standardized rows (samples of a model) in the file's own units, float64.
+        """Convert standardized rows (samples of a model) to the file's own units, float64.
 
-        Raises:
-            InputError: rows of another shape.
+        **Raises:** `InputError` for rows of another shape.
         """
         return self._rows(rows) * self.std + self.mean
 
@@ -74,7 +72,7 @@ class Standardizer:
         try:
             rows = np.asarray(rows, np.float64)
         except (TypeError, ValueError):
-            raise InputError("expected rows of numbers; got something else among them") from None
+            raise InputError("expected rows of numbers; got values that are not numbers") from None
         if rows.ndim != 2 or rows.shape[1] != len(self.columns):
             raise InputError(
                 f"expected rows of shape (rows, {len(self.columns)}), the columns "
@@ -83,52 +81,51 @@ class Standardizer:
         return rows
 
     def positions(self, wanted: Iterable[str | int]) -> list[int]:
-        """Where the columns `wanted` are, by name or 1-based number, in the table's order.
+        """Return the positions, in ascending order, of columns given by name or 1-based number.
 
-        Raises:
-            InputError: a column that is not there, or one named twice.
+        **Raises:** `InputError` for an unknown column, or one that is named twice.
         """
         numbers = {str(i + 1): i for i in range(len(self.columns))}
         places = numbers | {name: i for i, name in enumerate(self.columns)}
         wanted = [str(item) for item in wanted]
         if unknown := [item for item in wanted if item not in places]:
             raise InputError(
-                f"no column {unknown[0]}; there are {', '.join(self.columns[:20])}, "
+                f"no column {unknown[0]}: the columns are {', '.join(self.columns[:20])}, "
                 f"or by number 1 to {len(self.columns)}"
             )
         found = sorted(places[item] for item in wanted)
         if len(set(found)) < len(found):
-            raise InputError(f"a column is named twice: {', '.join(wanted)}")
+            raise InputError(f"a column is named twice in {', '.join(wanted)}: name each once")
         return found
 
     def take(self, places: Sequence[int]) -> "Standardizer":
-        """That of the columns at `places`."""
+        """Return the standardizer of the columns at `places`."""
         names = tuple(self.columns[i] for i in places)
         return Standardizer(self.mean[places], self.std[places], names)
 
     def to_json(self) -> dict[str, list]:
-        """As lists, exactly."""
+        """Return the content as lists, which `from_json` restores exactly."""
         return {"mean": list(self.mean), "std": list(self.std), "columns": list(self.columns)}
 
     @classmethod
     def from_json(cls, content: dict[str, list]) -> "Standardizer":
-        """From `to_json`."""
+        """Return the standardizer from the output of `to_json`."""
         mean, std = np.array(content["mean"]), np.array(content["std"])
         return cls(mean, std, tuple(content["columns"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """A table in three parts, standardized by the first."""
+    """A table in three parts, standardized by the training part."""
 
     train: Float32[np.ndarray, "train dim"]
     val: Float32[np.ndarray, "val dim"]
     test: Float32[np.ndarray, "test dim"]
     scale: Standardizer
-    warnings: tuple[str, ...]  # one line each: what makes the table unfit, and what to do
+    warnings: tuple[str, ...]  # one line for each way in which the table is unsuitable
 
     def take(self, places: Sequence[int]) -> "Table":
-        """The columns at `places`, with the warnings of all."""
+        """Return a table of the columns at `places`; the warnings are those of all columns."""
         train, val, test = (part[:, places] for part in (self.train, self.val, self.test))
         return Table(train, val, test, self.scale.take(places), self.warnings)
 
@@ -140,29 +137,29 @@ def load_table(
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     drop: Iterable[str | int] = (),
-    dequantise: bool = False,
+    dequantize: bool = False,
 ) -> Table:
     """Read a table, split it, check it and standardize it by its training part.
 
-    Args:
-        path: a .csv or .csv.gz (comma, semicolon, tab or blanks; a header or none; # comments), a
-            2-D .npy, or an .npz with one 2-D array or with arrays train and test (and val), whose
-            split is kept (val is cut from train where it is missing), and perhaps `columns`.
-        seed: of the split and of the noise, each from a stream of its own: the split depends on
-            the seed and the number of rows alone.
-        val_fraction: share of the rows (of train, for an .npz without val) in `val`.
-        test_fraction: share of the rows in `test`.
-        drop: columns to leave out, by name or by 1-based number.
-        dequantise: add uniform noise one step wide to the columns whose values repeat, before
-            splitting (see `levels.dequantise`). Duplicate rows become distinct; they stay.
+    **Arguments:**
 
-    Returns:
-        A `Table`; what is doubtful, but not wrong, is in its `warnings`.
+    - `path`: a .csv or .csv.gz (separated by commas, semicolons, tabs or blanks, with or without a
+      header; # comments), a 2-D .npy, or an .npz. An .npz has one 2-D array or the arrays train and
+      test (and val), whose split is kept (val is cut from train if it is missing), and may have
+      the names of the `columns`.
+    - `seed`: determines the split and the noise, by independent streams: the split depends only on
+      the seed and the number of rows.
+    - `val_fraction`: share of the rows (of train, for an .npz without val) in `val`.
+    - `test_fraction`: share of the rows in `test`.
+    - `drop`: columns to leave out, by name or by 1-based number.
+    - `dequantize`: whether to add uniform noise, one step wide, to the columns whose values repeat,
+      before the split (see `levels.dequantize`). Duplicate rows become distinct, but stay in.
 
-    Raises:
-        InputError: a file that cannot be read (see `table_files.read_raw`); fractions that leave a
-            part empty; what no model can fit (see `checks.require_usable`); values that float32
-            cannot hold once standardized.
+    **Returns:** a `Table`, whose `warnings` tell what is doubtful but not an error.
+
+    **Raises:** `InputError` for a file that cannot be read (see `files.read_raw`), fractions that
+    leave a part empty, data that no model can fit (see `checks.require_usable`), and values that
+    float32 cannot hold once standardized.
     """
     try:
         raw = read_raw(path, all_but(drop))
@@ -171,10 +168,10 @@ def load_table(
     train, val, test = _split(raw, seed, val_fraction, test_fraction)
     rows = np.concatenate(list(raw.parts.values()))
     checks.require_usable(raw.path, rows[train], raw.columns)
-    steps = levels.resolutions(rows) if dequantise else None
+    steps = levels.resolutions(rows) if dequantize else None
     warnings = checks.warnings(rows, raw.columns, steps)
     if steps is not None:
-        rows = levels.dequantise(rows, steps, np.random.default_rng([seed, 1]))
+        rows = levels.dequantize(rows, steps, np.random.default_rng([seed, 1]))
     scale = Standardizer(*_moments(rows[train]), raw.columns)
     scaled = _to_float32(raw, (rows - scale.mean) / scale.std)
     return Table(scaled[train], scaled[val], scaled[test], scale, warnings)
@@ -183,32 +180,31 @@ def load_table(
 def read_rows(
     path: Path, columns: Sequence[str], *, missing: bool = False
 ) -> Float[np.ndarray, "rows dim"]:
-    """Rows to score, float64 in the file's own units, with the columns in the order of `columns`.
+    """Read rows to score: float64, in the file's own units, with the columns in the given order.
 
-    A file that names its columns has these among them, in any order; in one that does not, they
-    are found by number. Rows come as they are, never dequantised. With `missing`, empty and NaN
-    cells are NaN; they are errors otherwise.
+    A file that names its columns must have `columns` among them, in any order; in one without
+    names, they are found by number. Rows are never dequantized. With `missing`, empty and NaN cells
+    become NaN; otherwise they are errors.
 
-    Raises:
-        InputError: a file that cannot be read, or that has other columns.
+    **Raises:** `InputError` for a file that cannot be read, or that has other columns.
     """
     raw = read_raw(path, those_of(columns), missing=missing)
     if len(raw.parts) > 1:
         raise InputError(
-            f"{raw.path}: holds the parts {', '.join(raw.parts)}; save the one to score in a file "
-            "of its own, as one 2-D array"
+            f"{raw.path}: has the parts {', '.join(raw.parts)}: save the one to score in a file "
+            "with one 2-D array"
         )
     if not len(raw.parts["rows"]):
-        raise InputError(f"{raw.path}: no rows; give at least one")
+        raise InputError(f"{raw.path}: has no rows: give at least one")
     return raw.parts["rows"]
 
 
 def _split(raw: RawTable, seed: int, val: float, test: float) -> tuple[np.ndarray, ...]:
-    """Indices of the training, validation and test rows in the concatenated parts."""
+    """Return the indices of the training, validation and test rows in the concatenated parts."""
     if not (val > 0 and test > 0 and val + test < 1):
         raise InputError(
-            f"val_fraction {val} and test_fraction {test} leave a part empty; give positive ones "
-            "with a sum below 1"
+            f"val_fraction={val} and test_fraction={test} leave a part empty: use positive "
+            "fractions with a sum below 1"
         )
     sizes = [len(rows) for rows in raw.parts.values()]
     indices = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -224,32 +220,32 @@ def _split(raw: RawTable, seed: int, val: float, test: float) -> tuple[np.ndarra
         train, held = _cut(rest, val * len(order) / max(len(rest), 1))
     if not (len(held) and len(last)):
         raise InputError(
-            f"{raw.path}: too few rows, {sum(sizes)}, for a validation and a test part; give more "
-            "rows or larger val_fraction and test_fraction"
+            f"{raw.path}: {sum(sizes)} rows are too few for a validation and a test part: add "
+            "rows, or use a larger val_fraction and test_fraction"
         )
     return train, held, last
 
 
 def _cut(order: Int[np.ndarray, " rows"], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """All but the last `fraction` of the indices, and those."""
+    """Split off the last `fraction` of the indices."""
     size = len(order) - round(fraction * len(order))
     return order[:size], order[size:]
 
 
 def _moments(rows: Float[np.ndarray, "rows dim"]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, also of values whose squares overflow."""
+    """Mean and standard deviation of each column, even if squares of its values overflow."""
     unit = np.abs(rows).max(axis=0)
     return unit * (rows / unit).mean(axis=0), unit * (rows / unit).std(axis=0)
 
 
 def _too_large(scaled: Float[np.ndarray, "rows dim"]) -> tuple[int, int] | None:
-    """Row and column of the first value that float32 cannot hold."""
+    """Return row and column of the first value that float32 cannot hold, if any."""
     beyond = np.argwhere(~(np.abs(scaled) <= np.finfo(np.float32).max))
     return (int(beyond[0, 0]), int(beyond[0, 1])) if len(beyond) else None
 
 
 def _drop(column: str) -> str:
-    return f"leave the column out with --drop {column}"
+    return f"leave the column out with drop=[{column!r}]"
 
 
 def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
