@@ -84,12 +84,12 @@ def run(settings: Conditional) -> None:
     labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.test_points)
     test, context = classes.sample(test_key, labels), classes.one_hot(labels)
     with progress(f"measuring on {len(test)} fresh points"):
-        certificate = evaluate.accuracy_report(flow, test, context=context, solve=solve)
-    log_prob = certificate.scores.log_prob
+        report = evaluate.accuracy_report(flow, test, context=context, solve=solve)
+    log_prob = report.scores.log_prob
     gaps = np.asarray(classes.log_prob(test, labels)) - log_prob
     metrics = {
-        "test_nll": certificate.scores.nll,
-        "test_nll_stderr": certificate.scores.stderr,
+        "test_nll": report.scores.nll,
+        "test_nll_stderr": report.scores.stderr,
         "nll_gap": float(np.mean(gaps)),
         "nll_gap_stderr": evaluate.standard_error(gaps),
         "entropy": classes.ENTROPY,
@@ -116,8 +116,8 @@ def run(settings: Conditional) -> None:
         guidance=plot.scatter_by_class(clouds, classes.EXTENT),
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
-    numerics = certificate.numerics() | fitted.numerics()
-    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+    numerics = report.numerics() | fitted.numerics()
+    run_dir.finish(metrics, numerics, fitted.timing, report.warnings())
 
 
 if __name__ == "__main__":

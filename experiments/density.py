@@ -232,8 +232,8 @@ def train_and_measure(
     with progress(f"drawing {count} samples"):
         samples = sample_rows(settings, flow, columns, key, count, context_rows, run_dir.path)
     with progress(f"measuring on {len(test)} test rows"):
-        certificate = evaluate.accuracy_report(flow, test, context=context, solve=solve)
-    scores = certificate.scores
+        report = evaluate.accuracy_report(flow, test, context=context, solve=solve)
+    scores = report.scores
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
@@ -242,12 +242,12 @@ def train_and_measure(
         "val_nll": fitted.score,
         **peers(),
     }
-    numerics = certificate.numerics() | fitted.numerics()
+    numerics = report.numerics() | fitted.numerics()
     draw_figures(run_dir, settings, flow, table, samples, scores.nll)
     run_dir.save_figures(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
-    run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *certificate.warnings()])
+    run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *report.warnings()])
 
 
 def draw_figures(

@@ -142,7 +142,7 @@ class Matched(NamedTuple):
 
     metrics: dict[str, float]
     samples: np.ndarray  # of the flow, without those whose solve failed
-    certificate: evaluate.AccuracyReport  # of the log-densities of the samples
+    report: evaluate.AccuracyReport  # of the log-densities of the samples
     failures: int  # samples whose solve failed
     warnings: list[str]  # reasons not to trust these numbers
 
@@ -191,7 +191,7 @@ def run(settings: MatchEnergy) -> None:
         run_dir.save_figures(
             training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
         )
-    numerics = matched.certificate.numerics() | {
+    numerics = matched.report.numerics() | {
         "samples_failed": matched.failures,
         **fitted.numerics(),
     }
@@ -242,12 +242,12 @@ def measure(
     """
     drawn = evaluate.sample(flow, key, num, solve=solve)
     x = drawn.x[-1][~drawn.failed]
-    certificate = evaluate.accuracy_report(
+    report = evaluate.accuracy_report(
         flow, jnp.asarray(x), solve=solve, extent=widened(energy.extent), cells=CELLS
     )
-    log_q = certificate.scores.log_prob.astype(np.float64)
+    log_q = report.scores.log_prob.astype(np.float64)
     u = np.asarray(energy.function(jnp.asarray(x)), np.float64)
-    known = ~certificate.scores.failed
+    known = ~report.scores.failed
     log_w = (-u - integral.log - log_q)[known]  # log p / q
     top = log_w.max()
     w = np.exp(log_w - top)
@@ -255,13 +255,13 @@ def measure(
     metrics = {
         "reverse_kl": possible(float(-np.mean(log_w)), KL_STDERRS * stderr + KL_ROUNDING),
         "reverse_kl_stderr": stderr,
-        "forward_kl": forward_kl(certificate.grid, energy, integral),
+        "forward_kl": forward_kl(report.grid, energy, integral),
         "ess": float(np.sum(w) ** 2 / (len(w) * np.sum(w**2))),
         "log_z": integral.log,
         "log_z_importance": float(np.log(np.mean(w)) + top + integral.log),
         "log_z_importance_stderr": evaluate.standard_error(w) / float(np.mean(w)),
     }
-    warnings = certificate.warnings()
+    warnings = report.warnings()
     if math.isnan(metrics["reverse_kl"]):
         metrics |= dict.fromkeys(("forward_kl", "ess", "log_z_importance"), math.nan)
         warnings.append(
@@ -269,7 +269,7 @@ def measure(
             "flow is too stiff for its solve; train with a smaller --clip, or smaller --rtol and "
             "--atol"
         )
-    return Matched(metrics, x, certificate, drawn.failures, warnings)
+    return Matched(metrics, x, report, drawn.failures, warnings)
 
 
 def possible(kl: float, noise: float) -> float:

@@ -76,9 +76,9 @@ def run(settings: EnergySweep) -> None:
             solve = one.make_test_solve()
             found = measure(trained.flow, energy(target), integral, key, one.test_points, solve)
             figures = found.metrics | {
-                "mass": found.certificate.numerics()["mass"],
-                "nfe_backward": found.certificate.nfe_backward,
-                "solver_failures": found.failures + found.certificate.failures,
+                "mass": found.report.numerics()["mass"],
+                "nfe_backward": found.report.nfe_backward,
+                "solver_failures": found.failures + found.report.failures,
                 "skipped_updates": trained.skipped,
                 "seconds": trained.seconds,
             }

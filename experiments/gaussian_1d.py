@@ -93,8 +93,8 @@ def run(settings: Gaussian1D) -> None:
 
     test = truth.sample(test_key, settings.test_points)
     with progress(f"measuring on {len(test)} fresh points"):
-        certificate = evaluate.accuracy_report(flow, test, solve=solve, extent=EXTENT)
-    scores, view = certificate.scores, certificate.grid
+        report = evaluate.accuracy_report(flow, test, solve=solve, extent=EXTENT)
+    scores, view = report.scores, report.grid
     assert view is not None
     gaps = np.asarray(truth.log_prob(test)) - scores.log_prob
     drawn = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
@@ -129,9 +129,9 @@ def run(settings: Gaussian1D) -> None:
         histogram=figure,
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
-    numerics = certificate.numerics() | fitted.numerics()
+    numerics = report.numerics() | fitted.numerics()
     numerics["solver_failures"] += drawn.failures
-    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+    run_dir.finish(metrics, numerics, fitted.timing, report.warnings())
 
 
 def half_difference(log_p, log_q) -> float:

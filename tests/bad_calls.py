@@ -69,7 +69,7 @@ def draw(key, _):
     return X
 
 
-def make_run(flow=FLOW, objective=objectives.likelihood, draw=draw, optimizer=OPTIMIZER, **more):
+def build_loop(flow=FLOW, objective=objectives.likelihood, draw=draw, optimizer=OPTIMIZER, **more):
     return lambda: training.make_train_loop(flow, objective, draw, optimizer, **more)
 
 
@@ -292,7 +292,7 @@ FLOWS = {
     "Logit: a string": (of(flows.Logit, "0.1"), ["alpha"]),
     "Squeeze: odd": (of(flows.Squeeze, (3, 4, 1)), ["even"]),
     "Squeeze: nothing": (of(flows.Squeeze, (0, 4, 1)), ["shape"]),
-    "OnChannels: all": (of(flows.ChannelSplit, FLOW, (2, 2, 1), 1), ["channels"]),
+    "ChannelSplit: all": (of(flows.ChannelSplit, FLOW, (2, 2, 1), 1), ["channels"]),
     "NICE: one dimension": (of(NICE, 1, key=KEY), ["dim", "2"]),
     "NICE: no couplings": (of(NICE, 2, couplings=0, key=KEY), ["couplings"]),
     "NICE: half a coupling": (of(NICE, 2, couplings=1.5, key=KEY), ["couplings", "1.5"]),
@@ -441,11 +441,11 @@ SETTINGS = {
     "Cast: whole numbers": (of(fields.Cast, FLOW.field, int), ["floating dtype"]),
     "Cast: unknown": (of(fields.Cast, FLOW.field, "float12"), ["floating dtype", "float12"]),
     "Cast: a class": (of(fields.Cast, fields.MLP, "bfloat16"), ["field", "instance"]),
-    "Residual: no field": (of(fields.MinusIdentity, 3), ["field", "3"]),
-    "TimeChange: rate 0": (of(fields.TimeRescaling, FLOW.field, 0.0), ["rate"]),
-    "TimeChange: rate NaN": (of(fields.TimeRescaling, FLOW.field, np.nan), ["rate"]),
-    "TimeChange: rate 'fast'": (of(fields.TimeRescaling, FLOW.field, "fast"), ["rate"]),
-    "TimeChange: start NaN": (of(fields.TimeRescaling, FLOW.field, 1.0, np.nan), ["start"]),
+    "MinusIdentity: no field": (of(fields.MinusIdentity, 3), ["field", "3"]),
+    "TimeRescaling: rate 0": (of(fields.TimeRescaling, FLOW.field, 0.0), ["rate"]),
+    "TimeRescaling: rate NaN": (of(fields.TimeRescaling, FLOW.field, np.nan), ["rate"]),
+    "TimeRescaling: rate 'fast'": (of(fields.TimeRescaling, FLOW.field, "fast"), ["rate"]),
+    "TimeRescaling: start NaN": (of(fields.TimeRescaling, FLOW.field, 1.0, np.nan), ["start"]),
     "Mixture: none": (of(fields.Mixture, [], key=KEY), ["at least one field"]),
     "Mixture: two dims": (of(fields.Mixture, [FLOW.field, WIDE.field], key=KEY), ["one dim"]),
     "Mixture: classes": (of(fields.Mixture, [fields.MLP], key=KEY), ["field", "instance"]),
@@ -546,16 +546,19 @@ TRAINING = {
         of(objectives.likelihood, FLOW, X, KEY, regularizers={regularizers.kinetic: np.nan}),
         ["weight", "kinetic", "nan"],
     ),
-    "mixed: nothing": (of(objectives.weighted_sum, FLOW, X, KEY, weights={}), ["weights to map"]),
-    "mixed: a list": (
+    "weighted_sum: nothing": (
+        of(objectives.weighted_sum, FLOW, X, KEY, weights={}),
+        ["weights to map"],
+    ),
+    "weighted_sum: a list": (
         of(objectives.weighted_sum, FLOW, X, KEY, weights=[objectives.likelihood]),
         ["weights to map"],
     ),
-    "mixed: negative": (
+    "weighted_sum: negative": (
         of(objectives.weighted_sum, FLOW, X, KEY, weights={objectives.likelihood: -1.0}),
         ["weights", "-1"],
     ),
-    "mixed: names": (
+    "weighted_sum: names": (
         of(objectives.weighted_sum, FLOW, X, KEY, weights={"likelihood": 1.0}),
         ["objective", "'likelihood'"],
     ),
@@ -579,7 +582,7 @@ TRAINING = {
         ["rows", "2", "1"],
     ),
     "windows: an array": (of(objectives.trajectory_fit, FLOW, X), ["Windows"]),
-    "of_inner: no chain": (
+    "for_first_ode: no chain": (
         of(objectives.for_first_ode(objectives.likelihood), FLOW, X, KEY),
         ["Chain"],
     ),
@@ -599,23 +602,26 @@ TRAINING = {
         of(training.make_optimizer, 0.1, 10, schedule="linear"),
         ["linear", "cosine"],
     ),
-    "make_run: no objective": (make_run(objective="likelihood"), ["objective", "'likelihood'"]),
-    "make_run: an array to draw": (make_run(draw=ROWS), ["draw_batch", "draw_rows"]),
-    "make_run: no optimizer": (make_run(optimizer=1e-3), ["optimizer", "make_optimizer"]),
-    "make_run: a number for a key": (
-        lambda: make_run()()(training.init(FLOW, OPTIMIZER), ROWS, 1, 3),
+    "make_train_loop: no objective": (
+        build_loop(objective="likelihood"),
+        ["objective", "'likelihood'"],
+    ),
+    "make_train_loop: an array to draw": (build_loop(draw=ROWS), ["draw_batch", "draw_rows"]),
+    "make_train_loop: no optimizer": (build_loop(optimizer=1e-3), ["optimizer", "make_optimizer"]),
+    "make_train_loop: a number for a key": (
+        lambda: build_loop()()(training.init(FLOW, OPTIMIZER), ROWS, 1, 3),
         ["expected a typed key", "jax.random.key(seed)"],
     ),
-    "make_run: a solve for what solves nothing": (
-        make_run(objective=objectives.with_context(objectives.flow_matching), solve=Solve()),
+    "make_train_loop: a solve for what solves nothing": (
+        build_loop(objective=objectives.with_context(objectives.flow_matching), solve=Solve()),
         ["takes no solve", "solve="],
     ),
-    "score_marginal: a name for a solve": (
+    "marginal_log_prob: a name for a solve": (
         of(evaluate.marginal_log_prob, FLOW, X, KEY, solve="dopri5"),
         ["solve", "jcnf.Solve", "dopri5"],
     ),
-    "make_run: average 1": (make_run(average=1.0), ["average", "[0, 1)"]),
-    "make_run: average NaN": (make_run(average=np.nan), ["average", "nan"]),
+    "make_train_loop: average 1": (build_loop(average=1.0), ["average", "[0, 1)"]),
+    "make_train_loop: average NaN": (build_loop(average=np.nan), ["average", "nan"]),
     "init: no optimizer": (of(training.init, FLOW, "adam"), ["optimizer", "'adam'"]),
     "init: nothing to train": (of(training.init, FLOW.base, OPTIMIZER), ["nothing", "train"]),
     "draw_rows: none": (of(training.draw_rows, 0), ["batch", "0"]),

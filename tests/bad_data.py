@@ -41,36 +41,45 @@ def iwae(k):
 
 
 MEASURES = {
-    "score: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
-    "score: infinity": (
+    "log_prob: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
+    "log_prob: infinity": (
         of(evaluate.log_prob, FLOW, X.at[2, 1].set(jnp.inf)),
         ["x has NaN or inf", "first: 2"],
     ),
-    "score: NaN in the context": (
+    "log_prob: NaN in the context": (
         of(evaluate.log_prob, GIVEN, X, context=jnp.ones((3, 3)).at[0, 0].set(jnp.nan)),
         ["context has NaN or inf", "first: 0"],
     ),
-    "score: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
-    "score: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
-    "score: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
-    "score: no key": (of(evaluate.log_prob, FLOW, X, divergence=Hutchinson()), ["key=jax.random"]),
-    "score: a legacy key": (
+    "log_prob: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
+    "log_prob: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
+    "log_prob: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
+    "log_prob: no key": (
+        of(evaluate.log_prob, FLOW, X, divergence=Hutchinson()),
+        ["key=jax.random"],
+    ),
+    "log_prob: a legacy key": (
         of(evaluate.log_prob, FLOW, X, key=LEGACY, divergence=Hutchinson()),
         ["typed key"],
     ),
-    "score: a name of a solve": (
+    "log_prob: a name of a solve": (
         of(evaluate.log_prob, FLOW, X, solve="dopri5"),
         ["solve", "Solve"],
     ),
-    "score: a class of divergences": (
+    "log_prob: a class of divergences": (
         of(evaluate.log_prob, FLOW, X, divergence=Hutchinson),
         ["divergence", "Hutchinson"],
     ),
-    "score: strings": (of(evaluate.log_prob, FLOW, np.array([["a", "b"]])), ["numbers"]),
-    "score: a field": (of(evaluate.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
-    "carry: NaN": (of(evaluate.transform, FLOW, NAN, "to_base"), ["x has NaN or inf", "first: 1"]),
-    "carry: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
-    "carry: no solve": (of(evaluate.transform, FLOW, X, "to_base", solve=None), ["solve", "None"]),
+    "log_prob: strings": (of(evaluate.log_prob, FLOW, np.array([["a", "b"]])), ["numbers"]),
+    "log_prob: a field": (of(evaluate.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
+    "transform: NaN": (
+        of(evaluate.transform, FLOW, NAN, "to_base"),
+        ["x has NaN or inf", "first: 1"],
+    ),
+    "transform: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
+    "transform: no solve": (
+        of(evaluate.transform, FLOW, X, "to_base", solve=None),
+        ["solve", "None"],
+    ),
     "draw: none": (of(evaluate.sample, FLOW, KEY, 0), ["num_samples"]),
     "draw: a seed": (of(evaluate.sample, FLOW, 1, 3), ["typed key"]),
     "transport: NaN": (of(evaluate.trajectory, FLOW, NAN, TIMES), ["x has NaN or inf", "first: 1"]),
@@ -86,17 +95,20 @@ MEASURES = {
         of(evaluate.roundtrip_error, FLOW, NAN),
         ["x has NaN or inf", "first: 1"],
     ),
-    "certify: NaN": (of(evaluate.accuracy_report, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
-    "certify: one draw": (
+    "accuracy_report: NaN": (
+        of(evaluate.accuracy_report, FLOW, NAN),
+        ["x has NaN or inf", "first: 1"],
+    ),
+    "accuracy_report: one draw": (
         of(evaluate.accuracy_report, FLOW, X, key=KEY, divergence=Hutchinson(), draws=1),
         ["draws", "2"],
     ),
-    "certify: no reference": (
+    "accuracy_report: no reference": (
         of(evaluate.accuracy_report, FLOW, X, reference_points=-1),
         ["reference_points"],
     ),
-    "certify: cells 0": (of(evaluate.accuracy_report, FLOW, X, cells=0), ["cells"]),
-    "certify: extent reversed": (
+    "accuracy_report: cells 0": (of(evaluate.accuracy_report, FLOW, X, cells=0), ["cells"]),
+    "accuracy_report: extent reversed": (
         of(evaluate.accuracy_report, FLOW, X, extent=(1.0, -1.0, 0.0, 1.0)),
         ["extent", "increase"],
     ),
@@ -142,16 +154,16 @@ MEASURES = {
     "code_length: another shape": (of(evaluate.code_length, PIXELS, (3, 2, 1), 256), ["(3, 2, 1)"]),
     "code_length: levels 300": (of(evaluate.code_length, PIXELS, (2, 2, 1), 300), ["256"]),
     "code_length: levels 0": (of(evaluate.code_length, PIXELS[:0], (2, 2, 1), 0), ["levels"]),
-    "score_marginal: NaN": (
+    "marginal_log_prob: NaN": (
         of(evaluate.marginal_log_prob, WIDE, NAN, KEY),
         ["x has NaN or inf", "first: 1"],
     ),
-    "score_marginal: no samples": (
+    "marginal_log_prob: no samples": (
         of(evaluate.marginal_log_prob, WIDE, X, KEY, samples=0),
         ["samples"],
     ),
-    "score_marginal: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
-    "score_marginal: too wide": (
+    "marginal_log_prob: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
+    "marginal_log_prob: too wide": (
         of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
         ["at most 2"],
     ),

@@ -162,7 +162,7 @@ def learn(
     # A wider window than that of the figures, to find mass that the model puts outside it.
     cells = settings.cells + 2 * round((settings.margin - 1) * settings.cells / 2)
     with progress(f"measuring on {settings.test_points} fresh points"):
-        certificate = evaluate.accuracy_report(
+        report = evaluate.accuracy_report(
             flow,
             joint,
             solve=solve,
@@ -178,11 +178,11 @@ def learn(
                 settings.cells,
             )
         else:
-            assert certificate.grid is not None
-            scores, found = certificate.scores, certificate.grid
+            assert report.grid is not None
+            scores, found = report.scores, report.grid
             outside = round(len(found.log_prob) * (1 - settings.cells / cells) / 2)
             view = found.cropped(len(found.log_prob) - 2 * outside)
-            test = test[certificate.points]
+            test = test[report.points]
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     with progress(f"drawing {settings.test_points} samples"):
         samples = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
@@ -213,11 +213,11 @@ def learn(
         run_dir.save_figures(
             training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
         )
-    numerics = certificate.numerics() | fitted.numerics()
-    warnings = certificate.warnings()
+    numerics = report.numerics() | fitted.numerics()
+    warnings = report.warnings()
     if extra:
         numerics |= {
-            "solver_failures": certificate.failures + scores.failures,
+            "solver_failures": report.failures + scores.failures,
             "mass": view.mass,
             "grid_failures": view.failures,
             "importance_samples": TEST_SAMPLES,

@@ -110,7 +110,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
     with progress("drawing figures"):
         draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
     with progress(f"measuring on {len(x)} test images"):
-        certificate = evaluate.accuracy_report(
+        report = evaluate.accuracy_report(
             flow,
             x,
             key=score_key,
@@ -121,19 +121,19 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
             reference_points=measure.reference_points,
             chunk=measure.chunk,
         )
-    scores = certificate.scores
+    scores = report.scores
     unit = dim * np.log(2)
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
         "bits_per_dim": float(bits_per_dim(-scores.nll, dim, levels)),
         "bits_per_dim_stderr": scores.stderr / unit,
-        "bits_per_dim_estimator_stderr": certificate.estimator_stderr / unit,
+        "bits_per_dim_estimator_stderr": report.estimator_stderr / unit,
         "val_bits": fitted.score,
-        "inverse_error": certificate.roundtrip_error,
+        "inverse_error": report.roundtrip_error,
     }
-    numerics = certificate.numerics() | fitted.numerics()
-    run_dir.finish(metrics, numerics, fitted.timing, certificate.warnings())
+    numerics = report.numerics() | fitted.numerics()
+    run_dir.finish(metrics, numerics, fitted.timing, report.warnings())
 
 
 def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None:

@@ -93,6 +93,15 @@ class FreezeFailingRows(diffrax.AbstractWrappedSolver):
     def interpolation_cls(self):
         return self.solver.interpolation_cls
 
+    # diffrax looks these up in implicit solvers, which it recognizes inside of wrappers.
+    @property
+    def root_finder(self):
+        return self.solver.root_finder
+
+    @property
+    def scan_kind(self):
+        return self.solver.scan_kind or "lax"
+
     def order(self, terms):
         return self.solver.order(terms)
 

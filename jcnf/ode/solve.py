@@ -198,19 +198,19 @@ class Solve(eqx.Module):
         if self.adjoint == "reversible":
             solver = Reversible(solver)
         elif isinstance(solver, diffrax.AbstractImplicitSolver):
-            solver = self._with_tolerances(solver)
+            solver = self._with_tolerances(solver, NORMS[self.norm])
         elif is_explicit(solver):
             solver = Unrolled(solver)
         over_rows = None if self.step is not None else OVER_ROWS[self.norm]
         return FreezeFailingRows(solver, self.rtol, self.atol, over_rows, end, self.max_steps)
 
-    def _with_tolerances(self, solver):
-        # diffrax passes the controller's tolerances to the root finder of a solver, but not to the
-        # one of a solver inside a wrapper.
+    def _with_tolerances(self, solver, norm):
+        # diffrax passes a controller's tolerances to a solver's root finder, but not where the
+        # solver or the controller is inside a wrapper.
         def of(solver):
             return [getattr(solver.root_finder, name) for name in ("rtol", "atol", "norm")]
 
-        ours = (self.rtol, self.atol, NORMS[self.norm])
+        ours = (self.rtol, self.atol, norm)
         given = [o if g is use_stepsize_tol else g for g, o in zip(of(solver), ours, strict=True)]
         return eqx.tree_at(of, solver, given)
 
@@ -243,8 +243,11 @@ class Solve(eqx.Module):
         # it raises.
         batch = jax.tree.leaves(y0)[0].shape[0]
         solve = dataclasses.replace(self, atol=self.atol / batch)
+        solver = self.diffrax_solver()
+        if isinstance(solver, diffrax.AbstractImplicitSolver):
+            solver = solve._with_tolerances(solver, norm)
         return diffrax.BacksolveAdjoint(
-            solver=self.diffrax_solver(),
+            solver=solver,
             stepsize_controller=solve.controller(interval, norm),
             throw=True,
         )

@@ -311,9 +311,9 @@ def make_train_loop(
     fixed: bool = False,
     stuck: int | None = None,
 ) -> TrainLoop:
-    """Build a compiled training loop, `run(state, data, key, until, totals=None)`.
+    """Build a compiled training loop, `loop(state, data, key, until, totals=None)`.
 
-    `run` takes all steps until `state.step == until` in one dispatch, and returns a new state and
+    `loop` takes all steps until `state.step == until` in one dispatch, and returns a new state and
     sums over the steps. The old state is not donated: it stays valid, at the price of memory for
     two states.
 
@@ -335,7 +335,7 @@ def make_train_loop(
       `Stats.step_plan` as "step_plan", the next step's solve follows it (not with `fixed`).
     - `fixed`: if True, every step has the same batch and the same noise, as an optimizer with a
       line search (`optax.lbfgs`) needs, and `state.rate` is ignored.
-    - `stuck`: if given, `run` ends early after this many skipped steps in a row.
+    - `stuck`: if given, `loop` ends early after this many skipped steps in a row.
 
     **Returns:** a `TrainLoop`.
 

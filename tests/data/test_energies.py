@@ -225,7 +225,7 @@ def test_figures_of_a_match(matched, monkeypatch):
     metrics = found.metrics
     assert len(found.samples) == n
     assert not found.failures
-    assert found.certificate.grid.mass == pytest.approx(1, abs=1e-6)
+    assert found.report.grid.mass == pytest.approx(1, abs=1e-6)
     reverse, forward = gaussian_kl(q, p), gaussian_kl(p, q)
     assert abs(metrics["reverse_kl"] - reverse) <= 4 * metrics["reverse_kl_stderr"] + 1e-5
     assert metrics["forward_kl"] == pytest.approx(forward, abs=1e-5)

@@ -19,21 +19,21 @@ LOOSE = Solve(rtol=1e-2, atol=1e-2, norm="worst")
 
 @pytest.mark.slow
 def test_the_numerical_error_is_that_to_the_known_density():
-    certificate = evaluate.accuracy_report(
+    report = evaluate.accuracy_report(
         affine(), X, context=CONTEXT, solve=LOOSE, reference_points=10
     )
-    error = np.abs(certificate.scores.log_prob - log_density(X, CONTEXT))
+    error = np.abs(report.scores.log_prob - log_density(X, CONTEXT))
     assert np.max(error) > 1e-4
     few = np.linspace(0, 29, 10).astype(int)
-    np.testing.assert_allclose(certificate.log_prob_error, error[few], atol=2e-3 * np.max(error))
-    figures = certificate.numerics()
+    np.testing.assert_allclose(report.log_prob_error, error[few], atol=2e-3 * np.max(error))
+    figures = report.numerics()
     assert figures["log_prob_error"] == pytest.approx(np.mean(error[few]), rel=1e-2)
     assert figures["solver_failures"] == 0
     assert 0 < figures["nfe_backward"] <= figures["nfe_forward"]
     assert 0 < figures["roundtrip_error"] < 0.1
     assert "mass" not in figures
     assert "estimator_stderr" not in figures
-    assert certificate.warnings() == []
+    assert report.warnings() == []
 
 
 @pytest.mark.slow
@@ -47,18 +47,18 @@ def test_rounding_is_part_of_the_error():
 
 
 def test_an_estimator_is_averaged_and_its_spread_told():
-    certificate = evaluate.accuracy_report(
+    report = evaluate.accuracy_report(
         linear(), X, key=jr.key(0), solve=LOOSE, divergence=Hutchinson(), draws=50
     )
     # For a linear field the estimate is e'Ae along the whole path: Var = 2 |S - diag S|^2 T^2.
     symmetric = (MATRIX + MATRIX.T) / 2
     spread = np.sqrt(2 * np.sum((symmetric - np.diag(np.diag(symmetric))) ** 2)) * T
     expected = spread / np.sqrt(len(X) * 50)
-    assert certificate.estimator_stderr == pytest.approx(expected, rel=0.35)
+    assert report.estimator_stderr == pytest.approx(expected, rel=0.35)
     exact = evaluate.log_prob(linear(), X, solve=LOOSE).nll
-    assert abs(certificate.scores.nll - exact) < 4 * expected
-    assert certificate.nll_error < 1e-2  # only the solver's: both sides have the same noise
-    assert certificate.numerics()["estimator_stderr"] == certificate.estimator_stderr
+    assert abs(report.scores.nll - exact) < 4 * expected
+    assert report.nll_error < 1e-2  # only the solver's: both sides have the same noise
+    assert report.numerics()["estimator_stderr"] == report.estimator_stderr
 
 
 def test_what_cannot_be_trusted_is_said():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import Tally, mlp, tolerance
 
+import jcnf
 from jcnf import CNF, Solve
 from jcnf.distributions import StandardNormal
 from jcnf.objectives import likelihood
@@ -288,3 +289,28 @@ def test_a_training_step_calls_nothing_on_the_host(settings, adjoint):
     text = eqx.filter_jit(eqx.filter_grad(loss)).lower(flow, jnp.ones((3, 2))).as_text()
     assert "while" in text
     assert "callback" not in text
+
+
+def test_an_implicit_solver_carries_to_where_an_explicit_one_does():
+    flow, x = CNF(mlp(2, (4,)), StandardNormal(2)), jnp.array([[0.3, -0.4], [1.0, 0.2]])
+    explicit, implicit = (
+        jcnf.transform(flow, x, solve=Solve(solver, rtol=1e-6, atol=1e-6))
+        for solver in ("dopri5", diffrax.Kvaerno3())
+    )
+    np.testing.assert_allclose(implicit.x, explicit.x, atol=1e-5)
+    np.testing.assert_allclose(implicit.logdet, explicit.logdet, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", ["checkpoint", "direct", "backsolve"])
+def test_an_implicit_solver_has_the_gradient_of_an_explicit_one(adjoint):
+    flow, x = CNF(mlp(2, (4,)), StandardNormal(2)), jnp.array([[0.3, -0.4], [1.0, 0.2]])
+
+    def loss(flow, solve):
+        return jnp.mean(jcnf.log_prob(flow, x, solve=solve))
+
+    expected = eqx.filter_grad(loss)(flow, Solve(rtol=1e-8, atol=1e-8))
+    implicit = Solve(diffrax.Kvaerno3(), rtol=1e-6, atol=1e-6, adjoint=adjoint)
+    found = eqx.filter_grad(loss)(flow, implicit)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
