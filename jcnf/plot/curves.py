@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jcnf.plot import _style as c
 from jcnf.plot._style import DATA, WIDTH, Figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:
-    Figure = Any  # a name that run-time type checkers can resolve without matplotlib
 
 Values = Sequence[float] | np.ndarray
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf.plot import _style as c
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:
-    Figure = Any  # a name that run-time type checkers can resolve without matplotlib
+from jcnf.plot._style import Figure
 
 GAP = 1  # pixels between images
 BREADTH = 4.4  # inches, for a gallery of ten columns
