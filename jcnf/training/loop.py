@@ -122,7 +122,7 @@ def restart(
 
 
 def with_params(model: PyTree, params: PyTree) -> Any:
-    """Return `model` with `params` in place of its own, for example `state.average` to evaluate.
+    """Return `model` with other parameters, for example `state.average` to evaluate.
 
     **Raises:** `ValueError` if the shapes differ.
     """

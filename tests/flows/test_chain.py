@@ -318,7 +318,7 @@ def test_scales_end_where_they_should():
     squeezed, _ = Squeeze((4, 4, 1)).both(x, "to_base")
     np.testing.assert_allclose(values[..., 2:], np.asarray(squeezed).reshape(2, 2, 4)[..., 2:])
     np.testing.assert_array_equal(added[..., 2:], 11)  # channels 2 and 3 end at the first scale
-    # Of the 2 x 2 x 2 values that go on, half end at the second scale and the rest at the last.
+    # Half of the 2 x 2 x 2 values that go on end at the second scale and the rest at the last.
     rest = added[..., :2].ravel()
     np.testing.assert_array_equal(np.sort(rest), [1111] * 4 + [11111] * 4)
     np.testing.assert_array_equal(rest, [11111] * 4 + [1111] * 4)
