@@ -74,8 +74,8 @@ class PlannedSteps(diffrax.AbstractStepSizeController):
 
     The wrapped controller still accepts or rejects each step, so a bad plan costs evaluations but
     no accuracy. Its proposal is used after a rejected step, and throughout if there is no plan, if
-    the plan has more than `max_steps` steps, or once enough steps have been rejected to show that the plan
-    is not right for this solve.
+    the plan has more than `max_steps` steps, or once the rejected steps show that the plan is not
+    right for this solve.
 
     The solve also makes a new plan. Read it from the controller's state, `PlanState.step_plan`, by
     `diffrax.SaveAt(controller_state=True)`.
