@@ -166,7 +166,7 @@ def learn(
             flow,
             joint,
             solve=solve,
-            extent=square(density.extent * cells / settings.cells),
+            extent=None if extra else square(density.extent * cells / settings.cells),
             cells=cells,
             seconds=max(MIN_MEASURING_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
         )
