@@ -181,7 +181,8 @@ def learn(
             assert report.grid is not None
             scores, found = report.scores, report.grid
             outside = round(len(found.log_prob) * (1 - settings.cells / cells) / 2)
-            view = found.cropped(len(found.log_prob) - 2 * outside)
+            shown = min(len(found.log_prob) - 2 * outside, found.measured_cells)
+            view = found.cropped(shown)
             test = test[report.points]
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
     with progress(f"drawing {settings.test_points} samples"):

@@ -38,6 +38,14 @@ class Grid(NamedTuple):
         """Number of cells that were left out."""
         return int(np.isnan(self.log_prob).sum()) - self.failures
 
+    @property
+    def measured_cells(self) -> int:
+        """Largest number of cells along an axis, in the middle, of which none was left out."""
+        n = len(self.log_prob)
+        left_out = np.argwhere(np.isnan(self.log_prob) & ~self.failed)
+        from_border = np.minimum(left_out, n - 1 - left_out).min(axis=1)
+        return n - 2 * (int(np.max(from_border, initial=-1)) + 1)
+
     def cropped(self, cells: int) -> "Grid":
         """Return the grid of the middle `cells` of each axis, with the mass that is in them.
 

@@ -116,6 +116,9 @@ def test_with_little_time_points_and_outer_cells_are_left_out_and_this_is_said()
     whole = evaluate.log_prob(flow, x[found.points])
     np.testing.assert_allclose(found.scores.log_prob, whole.log_prob, atol=1e-5)
     assert (found.grid.unmeasured, found.grid.failures) == (120**2 - 10_000, 0)
+    assert found.grid.measured_cells == 100
+    assert found.grid.cropped(100).unmeasured == 0 < found.grid.cropped(102).unmeasured
+    assert found.grid.cropped(100).measured_cells == 100
     inner = slice(10, 110)
     assert not np.isnan(found.grid.log_prob[inner, inner]).any()
     measured = ~np.isnan(found.grid.log_prob)
