@@ -41,42 +41,48 @@ def iwae(k):
 
 
 MEASURES = {
-    "log_prob: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
-    "log_prob: infinity": (
+    "evaluate.log_prob: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
+    "evaluate.log_prob: infinity": (
         of(evaluate.log_prob, FLOW, X.at[2, 1].set(jnp.inf)),
         ["x has NaN or inf", "first: 2"],
     ),
-    "log_prob: NaN in the context": (
+    "evaluate.log_prob: NaN in the context": (
         of(evaluate.log_prob, GIVEN, X, context=jnp.ones((3, 3)).at[0, 0].set(jnp.nan)),
         ["context has NaN or inf", "first: 0"],
     ),
-    "log_prob: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
-    "log_prob: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
-    "log_prob: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
-    "log_prob: no key": (
+    "evaluate.log_prob: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
+    "evaluate.log_prob: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
+    "evaluate.log_prob: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
+    "evaluate.log_prob: no key": (
         of(evaluate.log_prob, FLOW, X, divergence=Hutchinson()),
         ["key=jax.random"],
     ),
-    "log_prob: a legacy key": (
+    "evaluate.log_prob: a legacy key": (
         of(evaluate.log_prob, FLOW, X, key=LEGACY, divergence=Hutchinson()),
         ["typed key"],
     ),
-    "log_prob: a name of a solve": (
+    "evaluate.log_prob: a name of a solve": (
         of(evaluate.log_prob, FLOW, X, solve="dopri5"),
         ["solve", "Solve"],
     ),
-    "log_prob: a class of divergences": (
+    "evaluate.log_prob: a class of divergences": (
         of(evaluate.log_prob, FLOW, X, divergence=Hutchinson),
         ["divergence", "Hutchinson"],
     ),
-    "log_prob: strings": (of(evaluate.log_prob, FLOW, np.array([["a", "b"]])), ["numbers"]),
-    "log_prob: a field": (of(evaluate.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
-    "transform: NaN": (
+    "evaluate.log_prob: strings": (
+        of(evaluate.log_prob, FLOW, np.array([["a", "b"]])),
+        ["numbers"],
+    ),
+    "evaluate.log_prob: a field": (
+        of(evaluate.log_prob, FLOW.field, X),
+        ["flow", "CNF(field, base)"],
+    ),
+    "evaluate.transform: NaN": (
         of(evaluate.transform, FLOW, NAN, "to_base"),
         ["x has NaN or inf", "first: 1"],
     ),
-    "transform: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
-    "transform: no solve": (
+    "evaluate.transform: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
+    "evaluate.transform: no solve": (
         of(evaluate.transform, FLOW, X, "to_base", solve=None),
         ["solve", "None"],
     ),

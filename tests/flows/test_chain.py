@@ -162,6 +162,7 @@ def quadratic(matrix, noise):
     return np.einsum("bi,ij,bj->b", noise[:, 0], matrix, noise[:, 0])
 
 
+@pytest.mark.slow
 def test_each_part_has_noise_of_its_own_and_is_unbiased():
     n, flow = 4000, nested()
     x = jnp.zeros((n, 3))
@@ -179,6 +180,7 @@ def test_each_part_has_noise_of_its_own_and_is_unbiased():
     assert abs(np.mean(found) - expected) < 4 * evaluate.standard_error(np.asarray(found))
 
 
+@pytest.mark.slow
 def test_scores_by_an_estimator_do_not_depend_on_the_chunk():
     flow, settings = nested(), {"key": jr.key(2), "solve": EULER, "divergence": Hutchinson(2)}
     whole, pieces = (evaluate.log_prob(flow, X, **settings, chunk=chunk) for chunk in (30, 7))

@@ -132,6 +132,7 @@ def there_and_back(bijector, x):
     return (y, derivative), bijector.forward_and_log_det(x), bijector.inverse_and_log_det(y)
 
 
+@pytest.mark.slow
 def test_log_dets_are_those_of_the_jacobian_there_and_back():
     solve = Solve(rtol=1e-9, atol=1e-9, adjoint=diffrax.ForwardMode())
     bijector = FlowBijector(CNF(mlp(3, (4,)), StandardNormal(3), t1=T), solve=solve)

@@ -93,6 +93,7 @@ def trained(flow=None):
     return VAE(Posterior(encoder, 2, flow), Matrix(jnp.asarray(WEIGHT)), gaussian)
 
 
+@pytest.mark.slow
 def test_a_flow_makes_the_gaussian_the_exact_posterior():
     """With it, every log-weight is the evidence, and q is the density of the posterior."""
     model, eps = linear(exact_flow()), jr.normal(KEY, (5, 2))

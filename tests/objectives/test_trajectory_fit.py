@@ -62,6 +62,7 @@ def test_windows_have_random_lengths_and_random_rows_of_those_within(windows):
     assert all(len(set(r)) == 9 for r, out in zip(rows.T, left_out, strict=True) if out)
 
 
+@pytest.mark.slow
 def test_all_windows_are_the_longest_from_each_row():
     windows = sample_windows(None, **BOUNDS, rows=50)(jr.key(0), SERIES)
     assert windows.times.shape == (41, 39)
