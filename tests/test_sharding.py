@@ -110,7 +110,8 @@ def assert_trained_alike(one, other):
     assert one["losses"][-1][0] < one["losses"][0][0]
 
 
-@many_slowly
+@pytest.mark.slow
+@many
 def test_flow_matching_takes_the_same_steps(found, layout):
     assert_trained_alike(found("one", "matching"), found(layout, "matching"))
 

@@ -183,6 +183,7 @@ def test_inside_another_jit_the_values_are_the_same(name):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_under_vmap_each_row_is_as_alone():
     flow = CNF(Linear(jnp.asarray(MATRIX)), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 3)))

@@ -366,6 +366,7 @@ def test_fields_may_have_empty_parts(adjoint):
     np.testing.assert_allclose(gradient, -len(X) * np.eye(3), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_field_too_stiff_for_its_solver_ends_soon():
     flow = CNF(mlp(3, (8, 8), scale=300.0), StandardNormal(3), t1=T)
     adaptive = Solve("bosh3", max_steps=64)
