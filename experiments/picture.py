@@ -1,44 +1,50 @@
-"""Learn an image's darkness as a density in the plane (FFJORD's img2d)."""
+"""Learn an image's darkness as a density in the plane (FFJORD's img2d).
 
+    python -m experiments.picture --image FILE
+
+A flow with Fourier features for sharp edges is expensive to solve, so held-out numbers use a looser
+tolerance and coarser cells than those of a toy.
+"""
+
+import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 from experiments._runner.cli import main
-from experiments._runner.config import preset
-from experiments._tasks.density2d import PlaneFit, learn_flow
-from jcnf._checks import InputError
+from experiments._runner.config import Loop, Run, Training
+from experiments._runner.fields import Flow, ResNet
+from experiments._runner.objectives import FlowMatching, Objective
+from experiments._runner.settings import MAX_WIDTH, Range
+from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, learn_flow
 from jcnf.data.images import LONGEST, draw_text, picture, read_picture
 from jcnf.data.toys import Toy
 
 TEXT = "jcnf"
 
 
-@preset
-class Picture(PlaneFit):
-    """An image, and a flow with waves for its edges.
-
-    Waves are expensive to solve, so held-out numbers use a looser tolerance and coarser cells than
-    those of a toy.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture(PlaneFlow):
+    """An image, and the flow that learns it."""
 
     # image file to learn (.png, .jpg, ...; default: the letters jcnf)
     image: Path | None = None
     # learn the brightness instead of the darkness
     invert: bool = False
     # pixels of the longer side, to which larger images are scaled down
-    side: int = 200
+    side: Annotated[int, Range(2, LONGEST)] = 200
+    # number of extra dimensions, N(0, I) in the data, beside x (the NLL is then a bound)
+    augment: Annotated[int, Range(0, MAX_WIDTH)] = 0
 
-    waves = 64
-    test_tolerance = 1e-4
-    test_points = 10_000
-    cells = 100
-    # Seek mass only within the image: none lies beyond, and there the waves are untrained, so that
-    # a solve takes 1000 evaluations.
-    margin = 1.0
-
-    def check(self) -> None:
-        if not 2 <= self.side <= LONGEST:
-            raise InputError(f"--side must be from 2 to {LONGEST} pixels; got {self.side}")
-        super().check()
+    objective: Objective = FlowMatching()
+    flow: Flow = Flow(field=ResNet(fourier_features=64))
+    training: Training = Training()
+    # Mass is sought only within the image: none lies beyond, and there the Fourier features are
+    # untrained, so that a solve takes 1000 evaluations.
+    measure: PlaneMeasure = PlaneMeasure(
+        test_tolerance=1e-4, test_points=10_000, cells=100, margin=1.0
+    )
+    loop: Loop = Loop()
+    run: Run = Run()
 
     def make_density(self) -> Toy:
         image = draw_text(TEXT) if self.image is None else read_picture(self.image)

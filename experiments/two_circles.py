@@ -6,35 +6,31 @@ which the flow becomes stiff. The source's own settings: --learning-rate 1e-3 --
 """
 
 from experiments._runner.cli import main
-from experiments._runner.config import preset
-from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
+from experiments._runner.config import Loop, Training
+from experiments._runner.fields import Flow, Normal, Planar
+from experiments._runner.objectives import Likelihood
+from experiments._runner.solves import TrainingSolve
+from experiments._tasks.density2d import ToyFlow, learn_flow
+
+SETTINGS = ToyFlow(
+    data="2circles",
+    objective=Likelihood(
+        solve=TrainingSolve(rtol=1e-4, atol=1e-4), regularizers=(("kinetic", 0.01),)
+    ),
+    flow=Flow(
+        field=Planar(units=64, hyper_width=32),
+        base=Normal(base_scale=0.1**0.5),  # a variance of 0.1
+        t1=10.0,
+    ),
+    training=Training(steps=1000, batch=512, learning_rate=3e-2, warmup=0),
+    loop=Loop(log_every=50, validate_every=100),
+)
 
 
-@preset
-class TwoCircles(ToySettings, PlaneFit):
-    """Two circles, and the planar flow with a gated hypernet that learns them."""
-
-    data = "2circles"
-    objective = "likelihood"
-    field = "planar"
-    widths = (64, 32)
-    base_scale = 0.1**0.5  # a variance of 0.1
-    t1 = 10.0
-    rtol = 1e-4
-    atol = 1e-4
-    regularizers = (("kinetic", 0.01),)
-    batch = 512
-    steps = 1000
-    learning_rate = 3e-2
-    warmup = 0
-    log_every = 50
-    validate_every = 100
-
-
-def run(settings: TwoCircles) -> None:
+def run(settings: ToyFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
     learn_flow("two_circles", settings)
 
 
 if __name__ == "__main__":
-    main(run, TwoCircles)
+    main(run, SETTINGS)

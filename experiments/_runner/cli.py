@@ -1,44 +1,58 @@
-"""The command line of every experiment: parse, check and run it; report an error in one line."""
+"""The command line of every experiment: parse and check it, run it, report errors in one line."""
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import tyro
 
-from experiments._runner.config import RunSettings
+from experiments._runner.config import Experiment, LoopExperiment
 from experiments._runner.signals import Stopped, stop_at_once
 from jcnf import sharding
 from jcnf._checks import InputError
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=Experiment)
+CONFIG = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes)
 
 
-def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) -> None:
-    """Run an experiment from `sys.argv`.
+def parse(
+    settings: Any, words: Sequence[str], description: str | None = None, program: str | None = None
+) -> Any:
+    """Return the settings that command-line words describe.
 
-    If `settings` maps names to presets, `--preset NAME` chooses one. Without that flag, the preset
-    named by `--data` is used if there is one, otherwise the first.
+    `settings` is a class of settings, an instance that gives the defaults, or a mapping from names
+    to either. If the first word is one of these names it chooses; otherwise the first name does.
+
+    Flags need no prefix and may stand in any order, before and after choices such as `field:mlp`.
+    """
+    if isinstance(settings, Mapping):
+        names = ", ".join(settings)
+        description = f"{description}\n\nThe first word can be one of: {names} (default: the first)."
+        chosen = words[0] if words and words[0] in settings else next(iter(settings))
+        settings, words = settings[chosen], words[1:] if [chosen] == list(words[:1]) else words
+    # Set the precision first: it decides which tolerances are possible.
+    if "--x64" in words:
+        jax.config.update("jax_enable_x64", True)
+    default = {} if isinstance(settings, type) else {"default": settings}
+    kind = settings if isinstance(settings, type) else type(settings)
+    return tyro.cli(
+        kind, args=words, prog=program, description=description, config=CONFIG, **default
+    )
+
+
+def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] | S]) -> None:
+    """Run an experiment from `sys.argv`, with settings as `parse` takes them.
 
     Bad input and a disk that is full or cannot be written end in one line on standard error and
     exit code 2. SIGINT and SIGTERM end in a line that says how to resume and exit codes 130 and
     143.
     """
-    words, description = sys.argv[1:], sys.modules["__main__"].__doc__
-    kind: Any = settings
-    if isinstance(settings, Mapping):
-        description = f"{description}\n--preset: {', '.join(settings)}"
-        try:
-            kind, words = _preset(settings, words)
-        except InputError as error:
-            sys.exit(_fail(f"error: {error}", 2))
-    config = tyro.cli(kind, args=words, description=description)
-    if config.x64:
-        jax.config.update("jax_enable_x64", True)
+    module: Any = sys.modules["__main__"]
+    program = f"python -m {module.__spec__.name}"
+    config = parse(settings, sys.argv[1:], module.__doc__, program)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
@@ -48,8 +62,12 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
         stop_at_once()  # again, because jax.distributed installs a SIGTERM handler
         if jax.process_index() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
-        config.check()
-        with jax.set_mesh(config.make_mesh()):
+        mesh = config.make_mesh()
+        try:
+            config.trace()
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        with jax.set_mesh(mesh):
             run(config)
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
@@ -58,7 +76,7 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
             raise
         sys.exit(_fail("error: out of memory: lower --batch, --widths or the number of rows", 2))
     except OSError as error:
-        place = error.filename or config.out or "a file"
+        place = error.filename or config.run.out or "a file"
         message = f"error: {place}: {error.strerror or error}"
         sys.exit(_fail(f"{message}: free some space or use another path; {_going_on(config)}", 2))
     except Stopped as stop:
@@ -67,25 +85,9 @@ def main(run: Callable[[S], None], settings: type[S] | Mapping[str, type[S]]) ->
 
 def _going_on(config):
     """Return a hint on how to resume a run that was cut short."""
-    if hasattr(config, "resume") and getattr(config, "from_run", None) is None:
+    if isinstance(config, LoopExperiment):
         return "resume from the last checkpoint with --resume --out RUN_DIRECTORY"
     return "only the files already written are kept"
-
-
-def _preset(presets, words):
-    """Return the settings that the words choose, and the words without `--preset`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
-    try:
-        chosen, rest = parser.parse_known_args(words)
-        parser.add_argument("--data")
-        data = parser.parse_known_args(rest)[0].data
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}: use one of {', '.join(presets)}") from None
-    if chosen.preset is not None and chosen.preset not in presets:
-        raise InputError(f"unknown preset '{chosen.preset}': use one of {', '.join(presets)}")
-    name = chosen.preset or (data if data in presets else next(iter(presets)))
-    return presets[name], rest
 
 
 def _fail(message, code):

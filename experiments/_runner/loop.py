@@ -11,7 +11,7 @@ import jax
 import jax.random as jr
 from tqdm import tqdm
 
-from experiments._runner.config import LoopSettings
+from experiments._runner.config import LoopExperiment
 from experiments._runner.run_dir import RunDir
 from experiments._runner.signals import Stopped, Waiting
 from experiments._runner.stages import MAX_STUCK_STEPS, DrawOf, Stage, compiled
@@ -40,7 +40,7 @@ class FitResult(NamedTuple):
 
 def fit(
     run: RunDir,
-    settings: LoopSettings,
+    settings: LoopExperiment,
     model: Any,
     draw_of: DrawOf,
     data: Any,
@@ -59,14 +59,15 @@ def fit(
     """
     start, compile_s, pace = time.perf_counter(), 0.0, 1
     stages = stages or settings.make_stages()
-    events = (settings.log_every, settings.checkpoint_every, settings.validate_every)
+    loop = settings.loop
+    events = (loop.log_every, loop.checkpoint_every, loop.validate_every)
     digest = digest_of(data)
     if sharding.any_process(digest != sharding.on_process_zero(lambda: digest)):
         raise InputError("the processes have read different data: give each of them the same files")
-    key, data = sharding.replicate((jr.fold_in(jr.key(settings.seed), 1), data))
+    key, data = sharding.replicate((jr.fold_in(jr.key(settings.run.seed), 1), data))
     programs: dict[int, tuple[jax.stages.Compiled, training.MetricSums]] = {}
-    with Waiting() as waiting, CheckpointManager(run.checkpoints, settings.keep) as keeper:
-        course = Trainer(run, model, digest, stages, settings.patience, keeper)
+    with Waiting() as waiting, CheckpointManager(run.checkpoints, loop.keep_checkpoints) as keeper:
+        course = Trainer(run, model, digest, stages, loop.patience, keeper)
         total = sum(stage.steps for stage in stages)
         with tqdm(
             total=total,
@@ -139,14 +140,14 @@ def _record(course, settings, none, validate, score):
     """Log this step; validate and save a checkpoint if they are due."""
     step, place, better = course.step, course.place, False
     record = course.means(none) | {"step_ms": 1e3 * place.seconds / (step - place.recorded)}
-    if course.over() or step % settings.validate_every == 0:
+    if course.over() or step % settings.loop.validate_every == 0:
         record[score] = validate(training.with_params(course.model, course.state.average))
         better = place.improved_by(record[score], step)
         if better:
             course.best = course.state.average
     over, sound = course.over(), course.stuck == 0
     course.record(record)
-    if over or (sound and (better or step % settings.checkpoint_every == 0)):
+    if over or (sound and (better or step % settings.loop.checkpoint_every == 0)):
         course.save()
 
 

@@ -5,7 +5,6 @@ once finished, `summary.json`; and if training broke down, `report.json`.
 """
 
 import atexit
-import dataclasses
 import datetime
 import importlib
 import json
@@ -21,20 +20,21 @@ from typing import Any, TypeVar
 
 import jax
 
-from experiments._runner.config import RunSettings, TrainingSettings
+from experiments._runner.config import Experiment, LoopExperiment
 from experiments._runner.metrics_log import json_ready, read_json
+from experiments._runner.settings import flat, from_json, to_json
 from jcnf import sharding, training
 from jcnf._checks import InputError
 from jcnf.flows import Flow
 from jcnf.training import checkpoint
 
 # Settings that may change when a run is resumed, because they do not change what it computes.
-FREE_SETTINGS = ("out", "resume", "keep", "devices")
+FREE_SETTINGS = ("run.out", "loop.resume", "loop.keep_checkpoints", "loop.devices")
 # The notes that every flow.jcnf has at least, with their types.
 FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
 
 
-S = TypeVar("S", bound=TrainingSettings)
+S = TypeVar("S", bound=Experiment)
 
 
 class RunDir:
@@ -52,31 +52,31 @@ class RunDir:
     def __init__(
         self,
         name: str,
-        settings: RunSettings,
+        settings: Experiment,
         *,
-        resume: bool = False,
         part_of: "RunDir | None" = None,
     ):
         self.name, self.part_of = name, part_of
         self.settings = _name_of(type(settings))
-        self.config = json_ready(dataclasses.asdict(settings))
+        self.config = json_ready(to_json(settings))
+        resume = isinstance(settings, LoopExperiment) and settings.loop.resume
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path = settings.out or Path("runs") / name / f"{stamp}-{settings.seed}"
+        self.path = settings.run.out or Path("runs") / name / f"{stamp}-{settings.run.seed}"
         self.home = self.path  # the real directory, also in processes that work in a copy
-        files = sharding.on_process_zero(lambda: self._open(settings, resume))
+        files = sharding.on_process_zero(lambda: self._open(resume))
         if jax.process_index() > 0:
             self._copy(files)
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "metrics.jsonl"
         print(f"run directory: {self.path}")
 
-    def _open(self, settings, resume):
+    def _open(self, resume):
         """Check the directory and create it if new; return its files for other processes."""
         if (self.path / "summary.json").exists():
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()
         if started and not resume:
-            hint = "add --resume to resume it, or " if "resume" in self.config else ""
+            hint = "add --resume to resume it, or " if "loop" in self.config else ""
             raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")
@@ -132,10 +132,10 @@ class RunDir:
         self._check_config(f"{self.path} was started", read_json(self.path / "config.json"))
 
     def _check_config(self, what, before):
-        names = [n for n in self.config | before if n not in FREE_SETTINGS]
-        differ = [n for n in names if before.get(n) != self.config.get(n)]
+        old, new = flat(before), flat(self.config)
+        differ = [n for n in new | old if n not in FREE_SETTINGS and old.get(n) != new.get(n)]
         if differ:
-            listed = ", ".join(f"{n} {before.get(n)} -> {self.config.get(n)}" for n in differ)
+            listed = ", ".join(f"{n} {old.get(n)} -> {new.get(n)}" for n in differ)
             raise InputError(
                 f"{what} with other settings ({listed}): use the same ones, or choose another --out"
             )
@@ -215,7 +215,7 @@ class RunDir:
         print(f"results and figures: {self.path}")
 
 
-def kind_of(path: Path) -> type[TrainingSettings]:
+def kind_of(path: Path) -> type[Experiment]:
     """Return the class of the settings of a trained run.
 
     **Raises:** `InputError` if it is not the run of an experiment of this version.
@@ -223,12 +223,12 @@ def kind_of(path: Path) -> type[TrainingSettings]:
     notes = read_flow_notes(path)
     module, _, name = notes["settings"].partition(":")
     # Only from this package, so that a file cannot choose other code to import.
-    if module.startswith("experiments.") and module.count(".") == 1:
+    if module.startswith("experiments."):
         try:
             kind = getattr(importlib.import_module(module), name, None)
         except ModuleNotFoundError:
             kind = None
-        if isinstance(kind, type) and issubclass(kind, TrainingSettings):
+        if isinstance(kind, type) and issubclass(kind, Experiment):
             return kind
     raise InputError(f"{path} is a run of another experiment or version ({notes['experiment']})")
 
@@ -236,15 +236,12 @@ def kind_of(path: Path) -> type[TrainingSettings]:
 def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
     """Load the trained flow of a run, its settings of class `kind`, and the flow's notes."""
     notes = read_flow_notes(path)
-    names = {field.name for field in dataclasses.fields(kind)} - {*FREE_SETTINGS}
-    config: dict[str, Any] = {
-        n: tuple(v) if isinstance(v, list) else v for n, v in notes["config"].items()
-    }
-    if not names <= config.keys():
+    try:
+        settings = from_json(kind, notes["config"])
+    except (InputError, ValueError, TypeError):
         raise InputError(
             f"{path} is a run of another experiment or version ({notes['experiment']})"
-        )
-    settings = kind(**{name: config[name] for name in names})
+        ) from None
     try:
         flow = settings.make_flow(notes["dim"], notes["context_dim"])
     except (ValueError, TypeError) as error:

@@ -2,23 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.config import MAX_COUNT, MAX_WIDTH, LoopSettings, RunSettings
-from experiments._runner.flow_config import FitSettings, FlowSettings
+from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.fields import Flow
+from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
+from experiments._runner.objectives import FlowMatching, Objective
+from experiments._runner.settings import MAX_WIDTH, Count, Points, Range
 from experiments._runner.stages import drawing
 from experiments._tasks import figures
-from jcnf import Solve, evaluate, plot
+from jcnf import evaluate, flows, plot
 from jcnf.data.toys import Toy, toy
-from jcnf.flows import Flow, augmented
+from jcnf.flows import augmented
 
 VALIDATION_POINTS = 2000
 # Checks of the accuracy may take this share of the training time, and at least these seconds.
@@ -28,110 +31,104 @@ MIN_MEASURING_SECONDS = 20.0
 VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64
 
 
+ToyName = Literal[
+    "8gaussians",
+    "2spirals",
+    "checkerboard",
+    "pinwheel",
+    "moons",
+    "circles",
+    "swissroll",
+    "rings",
+    "6gaussians",
+    "2circles",
+    "parabola",
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaneSettings(RunSettings):
-    """Settings of a density in the plane and of its measurement."""
+class PlaneMeasure(Measure):
+    """Measuring and drawing."""
 
     # number of fresh points for the held-out NLL
-    test_points: int = 20_000
+    test_points: Points = 20_000
     # number of grid cells per side in the figures of densities
-    cells: int = 150
+    cells: Annotated[int, Range(2, 10_000)] = 150
     # width of the window in which mass is sought, relative to that of the figures
-    margin: ClassVar[float] = 2.0
+    margin: Annotated[float, Range(1, 10)] = 2.0
+    # number of base samples whose trajectories are drawn
+    particles: Count = figures.PARTICLES
+    # number of times at which the trajectories are drawn
+    frames: Annotated[int, Range(2, 10_000)] = figures.FRAMES
 
-    def check(self) -> None:
-        super().check()
-        self.make_density()
-        self.at_least(2, "test_points", most=MAX_COUNT)
-        self.at_least(2, "cells", most=10_000)
+
+class PlaneExperiment(LoopExperiment):
+    """The settings of an experiment that learns a density in the plane by the loop."""
+
+    measure: PlaneMeasure
 
     def make_density(self) -> Toy:
         """Return the density to learn."""
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ToySettings(PlaneSettings):
-    """Settings of a toy density."""
+class PlaneFlow(FlowExperiment, PlaneExperiment):
+    """The settings of an experiment that learns a density in the plane by a CNF."""
 
-    # toy density: 8gaussians, 2spirals, checkerboard, pinwheel, moons, circles, swissroll, rings,
-    # 6gaussians, 2circles, parabola
-    data: str = "8gaussians"
+    measure: PlaneMeasure
+    augment: int
+
+    def trace(self) -> None:
+        self.trace_objectives(2 + self.augment)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyFlow(PlaneFlow):
+    """A toy density and the flow that learns it."""
+
+    # toy density
+    data: ToyName = "8gaussians"
+    # number of extra dimensions, N(0, I) in the data, beside x (the NLL is then a bound)
+    augment: Annotated[int, Range(0, MAX_WIDTH)] = 0
+
+    objective: Objective = FlowMatching()
+    flow: Flow = Flow()
+    training: Training = Training()
+    measure: PlaneMeasure = PlaneMeasure()
+    loop: Loop = Loop()
+    run: Run = Run()
 
     def make_density(self) -> Toy:
         return toy(self.data)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaneLoop(LoopSettings, PlaneSettings):
-    """Settings of a density and of the loop that trains on it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaneFlow(FlowSettings, PlaneSettings):
-    """Settings of a density and of the flow that learns it."""
-
-    @property
-    def dim(self) -> int:
-        return 2
-
-    def check(self) -> None:
-        super().check()
-        self.check_objective(self.dim)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaneFit(FitSettings, PlaneFlow, PlaneLoop):
-    """Settings of a density and of the flow that the loop trains on it."""
-
-    # number of extra dimensions, N(0, I) in the data, beside x (the NLL is then a bound)
-    augment: int = 0
-    # number of base samples whose trajectories are drawn
-    particles: int = figures.PARTICLES
-    # number of times at which the trajectories are drawn
-    frames: int = figures.FRAMES
-
-    @property
-    def dim(self) -> int:
-        return 2 + self.augment
-
-    def check(self) -> None:
-        self.at_least(0, "augment", most=MAX_WIDTH)
-        super().check()
-        self.at_least(1, "particles", most=MAX_COUNT)
-        self.at_least(2, "frames", most=10_000)
-
-
 def learn_flow(
-    name: str, settings: PlaneFit, also: Callable[[Any], dict[str, float]] = lambda flow: {}
+    name: str,
+    settings: PlaneFlow,
+    also: Callable[[Any], dict[str, float]] = lambda flow: {},
 ) -> None:
     """Train the flow of the settings on their density, measure it and draw it."""
-    flow = settings.make_flow(settings.dim)
-    solves = settings.make_test_solve(), settings.make_validation_solve()
-    learn(name, settings, flow, *solves, also=also, ways=(settings.particles, settings.frames))
+    learn(name, settings, settings.make_flow(2 + settings.augment), also=also)
 
 
 def learn(
     name: str,
-    settings: PlaneLoop,
-    flow: Flow,
-    solve: Solve,
-    quick: Solve,
+    settings: PlaneExperiment,
+    flow: flows.Flow,
     *,
     also: Callable[[Any], dict[str, float]] = lambda flow: {},
-    ways: tuple[int, int] = (figures.PARTICLES, figures.FRAMES),
 ) -> None:
     """Train `flow`, measure it on fresh points and draw it.
 
-    Measurements use the ODE solve `solve`, validations `quick`. `also(flow)` returns further
-    figures for the summary. `ways` is the number of base samples whose trajectories are drawn, if
-    the flow is a CNF, and the number of times. Dimensions of the flow beyond two are extra ones.
+    `also(flow)` returns further figures for the summary. Dimensions of the flow beyond two are
+    extra ones.
     """
-    density, extra = settings.make_density(), flow.base.dim - 2
-    run_dir = RunDir(name, settings, resume=settings.resume)
-    val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
-    # Keys for the extra dimensions.
-    joint_key, score_key = jr.split(jr.fold_in(jr.key(settings.seed), 3))
+    density, measure, extra = settings.make_density(), settings.measure, flow.base.dim - 2
+    solve, quick = measure.make_solve(), measure.make_validation_solve()
+    run_dir = RunDir(name, settings)
+    seed = jr.key(settings.run.seed)
+    val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(seed, 2), 4)
+    joint_key, score_key = jr.split(jr.fold_in(seed, 3))  # for the extra dimensions
     sample = jax.jit(density.sample, static_argnums=1)
     validation = sample(val_key, VALIDATION_POINTS)
 
@@ -157,16 +154,16 @@ def learn(
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    test = sample(test_key, settings.test_points)
+    test = sample(test_key, measure.test_points)
     joint = augmented.augment(test, joint_key, extra) if extra else test
     # A wider window than that of the figures, to find mass that the model puts outside it.
-    cells = settings.cells + 2 * round((settings.margin - 1) * settings.cells / 2)
-    with progress(f"measuring on {settings.test_points} fresh points"):
+    cells = measure.cells + 2 * round((measure.margin - 1) * measure.cells / 2)
+    with progress(f"measuring on {measure.test_points} fresh points"):
         report = evaluate.accuracy_report(
             flow,
             joint,
             solve=solve,
-            extent=None if extra else square(density.extent * cells / settings.cells),
+            extent=None if extra else square(density.extent * cells / measure.cells),
             cells=cells,
             seconds=max(MIN_MEASURING_SECONDS, MEASURING_SHARE * fitted.timing["train_s"]),
         )
@@ -175,18 +172,18 @@ def learn(
             view = evaluate.grid_of(
                 lambda points: score(flow, points, solve, VIEW_SAMPLES),
                 square(density.extent),
-                settings.cells,
+                measure.cells,
             )
         else:
             assert report.grid is not None
             scores, found = report.scores, report.grid
-            outside = round(len(found.log_prob) * (1 - settings.cells / cells) / 2)
+            outside = round(len(found.log_prob) * (1 - measure.cells / cells) / 2)
             shown = min(len(found.log_prob) - 2 * outside, found.measured_cells)
             view = found.cropped(shown)
             test = test[report.points]
     gaps = np.asarray(density.log_prob(test)) - scores.log_prob
-    with progress(f"drawing {settings.test_points} samples"):
-        samples = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
+    with progress(f"drawing {measure.test_points} samples"):
+        samples = evaluate.sample(flow, sample_key, measure.test_points, solve=solve)
     metrics = {
         "test_nll": scores.nll,
         "test_nll_stderr": scores.stderr,
@@ -208,8 +205,8 @@ def learn(
             solve=solve,
             title=title,
             true_log_density=true,
-            particles=ways[0],
-            frames=ways[1],
+            particles=measure.particles,
+            frames=measure.frames,
         )
         run_dir.save_figures(
             training=plot.training_curves(fitted.records, loss_units=settings.loss_units)

@@ -51,7 +51,7 @@ def _check(key, num):
 
 TIMES: dict[str, Times] = {
     "uniform": uniform,
-    "lattice": stratified,
-    "late": data_biased,
+    "stratified": stratified,
+    "data_biased": data_biased,
     "logit_normal": logit_normal,
 }

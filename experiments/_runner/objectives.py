@@ -1,0 +1,207 @@
+"""Settings of the training objectives, each with the flags that it uses and no others."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from tyro.conf import subcommand
+
+from experiments._runner.config import Training
+from experiments._runner.settings import NonNegative, Positive, Range, Settings, Steps
+from experiments._runner.solves import TrainingSolve
+from experiments._runner.stages import Stage
+from jcnf import Exact, ForwardMode, Hutchinson, objectives, regularizers
+from jcnf.divergence import HutchPlusPlus, XTrace
+from jcnf.objectives import couplings, paths, times
+
+# Regularizers that need Jacobian-vector products with probes.
+NEED_PROBES = {"jacobian", "lambda2"}
+
+
+def choice(name: str) -> Any:
+    """Return the tyro configuration of a member of a union, chosen by the word `name`."""
+    return subcommand(name, prefix_name=False)
+
+
+Divergence = (
+    Annotated[Exact, choice("divergence:exact")]
+    | Annotated[ForwardMode, choice("divergence:forward")]
+    | Annotated[Hutchinson, choice("divergence:hutchinson")]
+    | Annotated[HutchPlusPlus, choice("divergence:hutch++")]
+    | Annotated[XTrace, choice("divergence:xtrace")]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BySolves(Settings):
+    """What objectives share that solve the ODE with its log-determinant."""
+
+    solve: TrainingSolve = TrainingSolve()
+    # divergence in training (held-out numbers use the exact one)
+    divergence: Divergence = dataclasses.field(default_factory=Exact)
+    # regularizers and their weights, e.g. "kinetic 0.01 jacobian 0.01": kinetic, jacobian,
+    # jacobian_exact, directional, total_derivative, taylor2 (3, ...), hjb, lambda1, lambda2
+    regularizers: tuple[tuple[str, float], ...] = ()
+
+    def check(self) -> None:
+        for name, weight in self.regularizers:
+            if not 0 <= weight <= 1e9:
+                raise ValueError(
+                    f"--regularizers: the weight of {name} must be from 0 to 1e+09; got {weight}"
+                )
+        self.make_regularizers()
+
+    def make_regularizers(self) -> dict[Callable, float]:
+        """Return the regularizers with their weights; `ValueError` if one is named twice."""
+        weights = {regularizers.named(name): weight for name, weight in self.regularizers}
+        if len(weights) < len(self.regularizers):
+            names = ", ".join(name for name, _ in self.regularizers)
+            raise ValueError(f"--regularizers must not name one twice; got {names}")
+        return weights
+
+    @property
+    def solves(self) -> list[TrainingSolve]:
+        """The settings of all ODE solves in training."""
+        return [self.solve]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the objectives of jcnf."""
+        divergence = self.divergence
+        if isinstance(divergence, Exact) and NEED_PROBES & dict(self.regularizers).keys():
+            divergence = Exact(max(1, divergence.probes))
+        return {
+            "solve": self.solve.make(),
+            "divergence": divergence,
+            "regularizers": self.make_regularizers(),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood(BySolves):
+    """Maximum likelihood, by ODE solves."""
+
+    # half width of the random time of the base in training (STEER; 0 for a fixed time)
+    random_end_time: NonNegative = 0.0
+
+    def make(self) -> Callable:
+        """Return the objective."""
+        return functools.partial(objectives.likelihood, steer=self.random_end_time, **self.options)
+
+    def make_stages(self, training: Training) -> list[Stage]:
+        """Return one stage of training by this objective."""
+        objective = objectives.with_context(self.make())
+        return [training.make_stage(objective, self.solve.make())]
+
+    @property
+    def loss_units(self) -> str:
+        """The unit of the loss."""
+        return "nats"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoFinetuning(Settings):
+    """No training by likelihood afterwards."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetuning(Likelihood):
+    """Maximum likelihood afterwards, by ODE solves."""
+
+    # number of these steps
+    finetune_steps: Steps = 1000
+    # peak learning rate of these steps
+    finetune_learning_rate: Positive = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matching(Settings):
+    """The options of flow matching."""
+
+    # path from base to data
+    path: Literal[
+        "linear", "trigonometric", "sigma_min", "variance_preserving", "stochastic"
+    ] = "linear"
+    # how base samples are paired with data: exact is optimal transport in the batch
+    coupling: Literal["independent", "exact", "sinkhorn"] = "independent"
+    # how times on the path are drawn
+    times: Literal["uniform", "stratified", "data_biased", "logit_normal"] = "data_biased"
+
+    def make(self) -> Callable:
+        """Return the objective."""
+        return functools.partial(
+            objectives.flow_matching,
+            path=paths.PATHS[self.path],
+            coupling=couplings.COUPLINGS[self.coupling],
+            time=times.TIMES[self.times],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatching(Matching):
+    """Flow matching, which needs no ODE solves."""
+
+    finetune: (
+        Annotated[NoFinetuning, choice("finetune:none")]
+        | Annotated[Finetuning, choice("finetune:likelihood")]
+    ) = NoFinetuning()
+
+    def make_stages(self, training: Training) -> list[Stage]:
+        """Return a stage of flow matching and, if asked for, one of likelihood."""
+        stages = [training.make_stage(objectives.with_context(self.make()), None)]
+        after = self.finetune
+        if isinstance(after, Finetuning):
+            stages.append(
+                training.make_stage(
+                    objectives.with_context(after.make()),
+                    after.solve.make(),
+                    steps=after.finetune_steps,
+                    learning_rate=after.finetune_learning_rate,
+                )
+            )
+        return stages
+
+    @property
+    def solves(self) -> list[TrainingSolve]:
+        """The settings of all ODE solves in training."""
+        return [self.finetune.solve] if isinstance(self.finetune, Finetuning) else []
+
+    @property
+    def loss_units(self) -> str:
+        """The unit of the loss."""
+        return "no unit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidedFlowMatching(FlowMatching):
+    """Flow matching, which needs no ODE solves, with some contexts dropped for guidance."""
+
+    # fraction of contexts that are dropped, so that samples can be guided
+    drop_context: Annotated[float, Range(0, 1 - 1e-9)] = 0.1
+
+    def make(self) -> Callable:
+        return functools.partial(super().make(), drop_context=self.drop_context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixed(Likelihood, Matching):
+    """Likelihood plus flow matching."""
+
+    # weight of flow matching; likelihood has weight 1
+    matching_weight: NonNegative = 1.0
+
+    def make(self) -> Callable:
+        weights = {Likelihood.make(self): 1.0, Matching.make(self): self.matching_weight}
+        return functools.partial(objectives.weighted_sum, weights=weights)
+
+    @property
+    def loss_units(self) -> str:
+        return "no unit"
+
+
+Objective = (
+    Annotated[FlowMatching, choice("objective:flow-matching")]
+    | Annotated[Likelihood, choice("objective:likelihood")]
+    | Annotated[Mixed, choice("objective:mixed")]
+)
