@@ -52,8 +52,8 @@ def _resnet(settings, dim, context_dim, key):
         settings.widths[0],
         len(settings.widths),
         activation=settings.activation,
-        frequencies=settings.frequencies,
-        waves=settings.waves,
+        time_frequencies=settings.frequencies,
+        fourier_features=settings.waves,
         context_dim=context_dim,
         key=key,
     )
