@@ -61,7 +61,7 @@ def densities(
         titles.append([name, *c.notes("points", len(every), kept, *box)])
     for name, grid in grids.items():
         images.append(np.ma.masked_where(np.isnan(grid) | np.isposinf(grid), grid))
-        bad = [f"{n:,} non-finite (red)"] if (n := np.ma.count_masked(images[-1])) else []
+        bad = [f"{n:,} cells non-finite (red)"] if (n := np.ma.count_masked(images[-1])) else []
         titles.append([f"{name} log-density", f"cut {nats:g} nats below max", *bad])
     top = max(image.max(fill_value=-np.inf) for image in images)
     top = float(top) if np.isfinite(top) else 0.0

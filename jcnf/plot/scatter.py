@@ -26,11 +26,16 @@ def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: f
     box = np.array([[-half, -half], [half, half]])
     for ax, (title, points, classes) in zip(axes, clouds, strict=True):
         x, classes = c.array(points, "points", "(batch, 2)", 2), np.asarray(classes)
-        if classes.shape != x.shape[:1]:
-            raise ValueError(f"expected classes of shape {x.shape[:1]}; got {classes.shape}")
+        if classes.shape != x.shape[:1] or not np.issubdtype(classes.dtype, np.integer):
+            raise ValueError(
+                f"expected integer classes of shape {x.shape[:1]}; got {classes.dtype} of shape "
+                f"{classes.shape}"
+            )
         for label in np.unique(classes):
             kept = c.thin(c.finite(x[classes == label]), c.MAX_DOTS)
-            ax.scatter(*kept.T, s=2, lw=0, alpha=0.6, color=f"C{label}", label=f"class {label}")
+            ax.scatter(
+                *kept.T, s=2, lw=0, alpha=0.6, color=f"C{label % 10}", label=f"class {label}"
+            )
         notes = c.notes("points", len(x), c.finite(x), *box)
         ax.set_title("\n".join([title, *notes]), fontsize=8)
         ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$")
