@@ -6,7 +6,7 @@ from experiments._runner.cli import main
 from experiments._runner.config import preset
 from experiments._tasks.density2d import PlaneFit, learn_flow
 from jcnf._checks import InputError
-from jcnf.data.images import LONGEST, draw_text, picture, read_picture
+from jcnf.data.images import MAX_SIDE, image_density, read_image_file, render_text
 from jcnf.data.toys import Toy
 
 TEXT = "jcnf"
@@ -36,14 +36,14 @@ class Picture(PlaneFit):
     margin = 1.0
 
     def check(self) -> None:
-        if not 2 <= self.side <= LONGEST:
-            raise InputError(f"--side must be from 2 to {LONGEST} pixels; got {self.side}")
+        if not 2 <= self.side <= MAX_SIDE:
+            raise InputError(f"--side must be from 2 to {MAX_SIDE} pixels; got {self.side}")
         super().check()
 
     def make_density(self) -> Toy:
-        image = draw_text(TEXT) if self.image is None else read_picture(self.image)
+        image = render_text(TEXT) if self.image is None else read_image_file(self.image)
         name = TEXT if self.image is None else self.image.name
-        return picture(image, name, invert=self.invert, side=self.side)
+        return image_density(image, name, invert=self.invert, side=self.side)
 
 
 def run(settings: Picture) -> None:
