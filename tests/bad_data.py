@@ -37,7 +37,9 @@ MOONS = toys.toy("moons")
 
 def iwae(k):
     scores = np.zeros((3, 4))
-    return lambda: evaluate.Bounds(scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool)).iwae(k)
+    return lambda: evaluate.ELBOSamples(
+        scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool)
+    ).iwae(k)
 
 
 MEASURES = {
@@ -173,11 +175,11 @@ MEASURES = {
         of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
         ["at most 2"],
     ),
-    "bounds: no model": (of(evaluate.bounds, FLOW, X, KEY), ["VAE"]),
-    "bounds: no samples": (of(evaluate.bounds, MODEL, X, KEY, samples=0), ["samples"]),
-    "bounds: NaN": (of(evaluate.bounds, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
-    "bounds: whole numbers": (of(evaluate.bounds, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
-    "iwae: more than there are": (iwae(5), ["number of samples, 4"]),
+    "elbo: no model": (of(evaluate.elbo, FLOW, X, KEY), ["VAE"]),
+    "elbo: no samples": (of(evaluate.elbo, MODEL, X, KEY, samples=0), ["samples"]),
+    "elbo: NaN": (of(evaluate.elbo, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
+    "elbo: whole numbers": (of(evaluate.elbo, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
+    "iwae: more than there are": (iwae(5), ["k", "at most 4"]),
     "iwae: 1.5": (iwae(1.5), ["k", "1.5"]),
     "audit_gradients: NaN": (
         of(evaluate.audit_gradients, FLOW, NAN),
@@ -302,12 +304,12 @@ DATA = {
     "load_images: digits of a file": (of(images.load_images, "digits", "x.npz"), ["x.npz"]),
     "load_images: missing": (of(images.load_images, "mnist", "/nowhere.npz"), ["/nowhere.npz"]),
     "read_images: missing": (of(images.read_images, "/nowhere.npz"), ["/nowhere.npz"]),
-    "read_picture: missing": (of(images.read_picture, "/nowhere.png"), ["/nowhere.png"]),
-    "picture: side 1": (
-        of(images.picture, SimpleNamespace(size=(2, 2)), "p", side=1),
+    "read_image_file: missing": (of(images.read_image_file, "/nowhere.png"), ["/nowhere.png"]),
+    "image_density: side 1": (
+        of(images.image_density, SimpleNamespace(size=(2, 2)), "p", side=1),
         ["side", "2"],
     ),
-    "picture: text": (of(images.picture, "cat.png", "p"), ["Pillow"]),
+    "image_density: text": (of(images.image_density, "cat.png", "p"), ["Pillow"]),
     "piecewise_constant: negative": (
         of(images.piecewise_constant, np.array([[1, -1]]), "p"),
         ["levels"],
@@ -341,9 +343,9 @@ DATA = {
         ["grid and density"],
     ),
     "histogram: a table": (of(plot.histogram, ROWS, ROWS[:, 0]), ["data", "(batch,)"]),
-    "gallery: no groups": (of(plot.gallery, [], (2, 2, 1)), ["groups"]),
-    "gallery: columns 0": (of(plot.gallery, [("a", X)], (2, 1, 1), 0), ["columns"]),
-    "gallery: another shape": (of(plot.gallery, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
+    "image_grid: no groups": (of(plot.image_grid, [], (2, 2, 1)), ["groups"]),
+    "image_grid: columns 0": (of(plot.image_grid, [("a", X)], (2, 1, 1), 0), ["columns"]),
+    "image_grid: another shape": (of(plot.image_grid, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
     "separation: nothing": (of(plot.score_histograms, []), ["panel"]),
     "separation: no sets": (
         of(plot.score_histograms, [plot.HistogramPanel("nats", {})]),
@@ -362,10 +364,17 @@ DATA = {
         of(plot.against_time, TIMES, np.zeros((4, 2)), TIMES, np.zeros((4, 2)), ["t"]),
         ["name"],
     ),
-    "film: fps -1": (of(plot.film, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1), ["fps"]),
+    "learning_animation: fps -1": (
+        of(plot.learning_animation, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1),
+        ["fps"],
+    ),
     "by_class: no clouds": (of(plot.scatter_by_class, [], 1.0), ["cloud"]),
     "by_class: half 0": (of(plot.scatter_by_class, [("a", ROWS, np.zeros(20))], 0.0), ["half"]),
     "by_class: classes of others": (of(plot.scatter_by_class, [("a", ROWS, [1])], 1.0), ["(20,)"]),
+    "by_class: half classes": (
+        of(plot.scatter_by_class, [("a", ROWS, np.full(20, 0.5))], 1.0),
+        ["integer classes", "float64"],
+    ),
     "against_truth: none": (of(plot.scatter_against_truth, ROWS[:, 0], {}), ["estimate"]),
     "against_truth: others": (
         of(plot.scatter_against_truth, ROWS[:, 0], {"a": ROWS[:3, 0]}),
