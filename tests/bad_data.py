@@ -170,6 +170,10 @@ MEASURES = {
         of(evaluate.marginal_log_prob, WIDE, X, KEY, samples=0),
         ["samples"],
     ),
+    "marginal_log_prob: whole numbers": (
+        of(evaluate.marginal_log_prob, WIDE, jnp.ones((3, 2), int), KEY),
+        ["floating", "int64"],
+    ),
     "marginal_log_prob: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
     "marginal_log_prob: too wide": (
         of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
@@ -200,8 +204,8 @@ MEASURES = {
         of(Gaussian(np.zeros(2), np.ones((2, 2))).given, np.array([[np.nan, np.nan]])),
         ["singular"],
     ),
-    "Conditional: no draws": (lambda: GAUSSIAN.given(HOLES).draw(KEY, 0), ["samples"]),
-    "Conditional: a seed": (lambda: GAUSSIAN.given(HOLES).draw(0, 3), ["typed key"]),
+    "Conditional: no samples": (lambda: GAUSSIAN.given(HOLES).sample(KEY, 0), ["samples"]),
+    "Conditional: a seed": (lambda: GAUSSIAN.given(HOLES).sample(0, 3), ["typed key"]),
     "impute: infinity": (of(impute, FLOW, INFINITE, GAUSSIAN, KEY), ["finite or NaN"]),
     "impute: other columns": (of(impute, FLOW, np.ones((2, 3)), GAUSSIAN, KEY), ["dimension 3"]),
     "impute: whole numbers": (of(impute, FLOW, np.ones((2, 2), int), GAUSSIAN, KEY), ["floating"]),

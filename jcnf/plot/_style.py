@@ -23,7 +23,7 @@ Extent = float | int | Sequence[float | int]  # e for [-e, e]^2, or (xmin, xmax,
 
 DATA, MODEL, BASE = "#0072B2", "#D55E00", "#7F7F7F"  # blue and vermilion of Okabe and Ito; gray
 MAX_DOTS = 5_000
-WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
+FIGURE_WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
 RC: Any = (
     dict.fromkeys(["figure.dpi", "savefig.dpi"], 150)
     | dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize"], 9)

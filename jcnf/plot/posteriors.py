@@ -39,7 +39,7 @@ def posteriors(
             f"expected a grid and a view for each of {len(images)} images, and a name for each "
             f"kind; got grids {logs.shape}, {len(views)} views and {len(names)} names"
         )
-    side = c.WIDTH / max(len(logs), 4)
+    side = c.FIGURE_WIDTH / max(len(logs), 4)
     figure = c.new_figure(side * len(logs) + 0.3, side * (1 + len(names)))
     axes = figure.subplots(1 + len(names), len(logs), squeeze=False)
     for column, (image, kinds, view) in enumerate(zip(images, logs, views, strict=True)):

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jcnf._checks import check_number
 from jcnf.plot import _style as c
-from jcnf.plot._style import MODEL, WIDTH, Figure
+from jcnf.plot._style import FIGURE_WIDTH, MODEL, Figure
 
 
 @c.styled
@@ -21,7 +21,7 @@ def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: f
     if not clouds:
         raise ValueError("expected at least one cloud of points; got none")
     check_number("(0, inf)", half=half)
-    figure = c.new_figure(WIDTH, WIDTH / len(clouds) + 0.75, "compressed")
+    figure = c.new_figure(FIGURE_WIDTH, FIGURE_WIDTH / len(clouds) + 0.75, "compressed")
     axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
     box = np.array([[-half, -half], [half, half]])
     for ax, (title, points, classes) in zip(axes, clouds, strict=True):
@@ -61,7 +61,7 @@ def scatter_against_truth(truth: ArrayLike, estimates: Mapping[str, ArrayLike]) 
     if not estimates:
         raise ValueError("expected at least one estimate; got none")
     low, high = c.limits_of(c.finite(truth))
-    figure = c.new_figure(WIDTH, WIDTH / len(estimates) + 0.5, "compressed")
+    figure = c.new_figure(FIGURE_WIDTH, FIGURE_WIDTH / len(estimates) + 0.5, "compressed")
     axes = figure.subplots(1, len(estimates), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (title, estimate) in zip(axes, estimates.items(), strict=True):
         estimate = c.array(estimate, "estimates", "(values,)")

@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 
 from jcnf._checks import check_number
 from jcnf.plot import _style as c
-from jcnf.plot._style import BASE, DATA, MODEL, WIDTH, Extent, Figure
+from jcnf.plot._style import BASE, DATA, FIGURE_WIDTH, MODEL, Extent, Figure
 
-COLUMNS = 4
+CURVES_PER_ROW = 4
 MAX_PATHS = 300
 GIF_SIZE = 3.4, 3.6  # inches
 
@@ -36,9 +36,9 @@ class Scene(NamedTuple):
 def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
     """Show each of the curves (curves, times, 2), for example over training, in a panel."""
     every = _curves(curves, titles)
-    columns = min(len(every), COLUMNS)
+    columns = min(len(every), CURVES_PER_ROW)
     lines = -(-len(every) // columns)
-    side = WIDTH / COLUMNS
+    side = FIGURE_WIDTH / CURVES_PER_ROW
     figure = c.new_figure(max(side * columns, 2 * side), (side + 0.2) * lines + 0.4)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, curve, title in zip(axes, every, titles, strict=False):
@@ -93,7 +93,7 @@ def against_time(
             f"{len(columns)} names"
         )
     dim, known = x.shape[1], len(x) - held_out
-    figure = c.new_figure(WIDTH, 1.6 * dim + 0.9)
+    figure = c.new_figure(FIGURE_WIDTH, 1.6 * dim + 0.9)
     for i, ax in enumerate(figure.subplots(dim, 1, sharex=True, squeeze=False)[:, 0]):
         if truth is not None:
             true = c.array(truth, "truth", "(times, dim)", dim)
@@ -208,8 +208,8 @@ def snapshots(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = Non
     number, clouds = len(chosen), [c.finite(x) for x in every[chosen]]
     box = c.box_of(extent, np.concatenate(clouds))
     notes = [c.notes("points", every.shape[1], x, *box) for x in clouds]
-    height = (WIDTH - 0.5) / number + 0.45 + 0.16 * max(map(len, notes))
-    figure = c.new_figure(WIDTH, height, "compressed")
+    height = (FIGURE_WIDTH - 0.5) / number + 0.45 + 0.16 * max(map(len, notes))
+    figure = c.new_figure(FIGURE_WIDTH, height, "compressed")
     axes = figure.subplots(1, number, sharex=True, sharey=True, squeeze=False)[0]
     c.clouds_in(axes, clouds, [box] * number, [BASE, *[MODEL] * (number - 1)])
     for ax, t, note in zip(axes, times[chosen], notes, strict=True):

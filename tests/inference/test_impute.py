@@ -53,7 +53,7 @@ def test_gaussian_conditionals_equal_scipy(table):
             part = stats.multivariate_normal(gaussian.mean[known], block).logpdf(x[i, known])
         assert log_prob[i] == pytest.approx(whole - part, abs=1e-10)
     assert log_prob[0] == 0
-    draws = conditional.draw(jr.key(0), 20_000)
+    draws = conditional.sample(jr.key(0), 20_000)
     known = ~np.isnan(x)
     np.testing.assert_array_equal(draws[:, known], np.broadcast_to(x[known], (20_000, known.sum())))
     error = draws.mean(axis=0) - conditional.mean

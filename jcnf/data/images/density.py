@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jcnf._checks import InputError, check_instance
-from jcnf.data.toys import Toy, batched, drawing
+from jcnf.data.toys import Toy, batched, checked_sampler
 
 EXTENT = 4.0
 MAX_SIDE = 1000  # pixels on the longer side, so that the sum of all levels is an int32
@@ -132,4 +132,6 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
     entropy = float(-np.sum(occupied * np.log(occupied / size**2)))
     # The margin makes the entropy of the samples lower than that of the density by this much.
     error = -2 * math.log1p(-2 * _PIXEL_MARGIN)
-    return Toy(name, drawing(sample), batched(density), entropy, entropy_error=error, extent=EXTENT)
+    return Toy(
+        name, checked_sampler(sample), batched(density), entropy, entropy_error=error, extent=EXTENT
+    )
