@@ -34,6 +34,7 @@ from experiments._tasks.tables import (
 )
 from jcnf import CNF, evaluate, plot, training
 from jcnf._checks import InputError
+from jcnf._rows import evenly_spaced
 from jcnf.data.tables import Standardizer, Table, load_table, read_rows
 
 # The settings that may be given with --from.
@@ -204,9 +205,8 @@ def train_and_measure(
     for warning in table.warnings:
         print(f"warning: {warning}")
 
-    count = min(settings.validation_rows, len(table.val))
-    evenly = np.linspace(0, len(table.val) - 1, count).astype(int)
-    validation, val_context = columns.split(table.val[evenly])
+    rows = evenly_spaced(len(table.val), settings.validation_rows)
+    validation, val_context = columns.split(table.val[rows])
     solve, quick = settings.make_test_solve(), settings.make_validation_solve()
     fitted = fit(
         run_dir,

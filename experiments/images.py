@@ -23,7 +23,7 @@ from experiments._runner.cli import main
 from experiments._runner.config import MAX_WIDTH, preset
 from experiments._runner.likelihood_config import LikelihoodSettings, named
 from experiments._runner.stages import Stage
-from experiments._tasks.images import ImageLoop, Measure, learn_pictures
+from experiments._tasks.images import ImageLoop, Measure, learn_images
 from jcnf import Exact, Hutchinson, distributions, fields, flows, objectives
 from jcnf._checks import InputError
 from jcnf.flows import ODE, Chain, Flow, with_fields
@@ -124,7 +124,7 @@ class ImageFlow(LikelihoodSettings, ImageLoop):
         """Return an untrained field of images of that shape."""
         shared: Any = {"activation": self.activation, "context_dim": context_dim, "key": key}
         if named("field", self.field, {"conv": 0, "unet": 1}):
-            return fields.UNet(shape, self.channels, frequencies=self.frequencies, **shared)
+            return fields.UNet(shape, self.channels, time_frequencies=self.frequencies, **shared)
         return fields.Conv(shape, self.channels, time=self.time, **shared)
 
     def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
@@ -266,7 +266,7 @@ class FlowMnist(ImageFlow):
 
 def run(settings: ImageFlow) -> None:
     """Train the flow, measure it on the test part, and draw the figures."""
-    learn_pictures("images", settings, lambda _: settings.make_flow(settings.dim, settings.classes))
+    learn_images("images", settings, lambda _: settings.make_flow(settings.dim, settings.classes))
 
 
 if __name__ == "__main__":

@@ -148,12 +148,12 @@ def run(settings: Inpaint) -> None:
     columns = [truth, covered, start, *ends]
     sheet = np.stack([np.asarray(x) for x in columns], axis=1).reshape(-1, truth.shape[1])
     title = f"test image, known half, start, steps {', '.join(map(str, steps))}"
-    figure = plot.gallery([(title, sheet)], images.shape, columns=len(columns))
+    figure = plot.image_grid([(title, sheet)], images.shape, columns=len(columns))
     run_dir.save_figures(stages=figure)
     metrics = {
         "rmse_start": rmse(start),
         "rmse": rmse(ends[-1]),
-        "rmse_mean_picture": rmse((images.train.mean(axis=0)[None] + 0.5) / images.levels),
+        "rmse_mean_image": rmse((images.train.mean(axis=0)[None] + 0.5) / images.levels),
         "log_prob_truth": mean_log_prob(truth),
         "log_prob_start": mean_log_prob(start),
         "log_prob": mean_log_prob(ends[-1]),

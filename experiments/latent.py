@@ -145,9 +145,9 @@ class Latent(LoopSettings, SolveSettings):
         """Return a function that draws batches of `num` images; None for all."""
         rows = training.draw_rows(num)
 
-        def binary_rows(key, pictures):
+        def binary_rows(key, images):
             row_key, pixel_key = jr.split(key)
-            return binarized(pixel_key, rows(row_key, pictures))
+            return binarized(pixel_key, rows(row_key, images))
 
         return binary_rows if self.binary else rows
 
@@ -174,55 +174,55 @@ class Latent(LoopSettings, SolveSettings):
 
 def run(settings: Latent) -> None:
     """Train the models for each seed, measure their bounds, and draw their images."""
-    images = load_images("digits")
-    parts = {"train": images.train, "val": images.val, "test": images.test}
-    pictures = {part: jnp.asarray(rows / TRIALS, float) for part, rows in parts.items()}
+    loaded = load_images("digits")
+    parts = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
+    images = {part: jnp.asarray(rows / TRIALS, float) for part, rows in parts.items()}
     if settings.binary:
         for part, seed in {"val": 0, "test": 1}.items():
-            pictures[part] = binarized(jr.key(seed), pictures[part])
+            images[part] = binarized(jr.key(seed), images[part])
     run_dir = RunDir("latent", settings, resume=settings.resume)
     solve = settings.make_test_solve()
     seeds = range(settings.seed, settings.seed + settings.seeds)
     found: list[dict[str, Measured]] = []
     for seed in seeds:
         one = settings.of_seed(seed, run_dir.path)
-        fits = train_models(one, pictures, run_dir)
+        fits = train_models(one, images, run_dir)
         key = jr.fold_in(jr.key(seed), 2)
         print(f"seed {seed}: bounds by {settings.samples} samples of z per image")
         found.append({})
         for name, fitted in fits.items():
-            bounds = evaluate.bounds(
-                fitted.flow, pictures["test"], key, samples=settings.samples, solve=solve
+            samples = evaluate.elbo(
+                fitted.flow, images["test"], key, samples=settings.samples, solve=solve
             )
-            found[-1][name] = Measured(fitted, bounds)
-            print(f"{name}: ELBO {np.mean(bounds.elbo):.3f}")
+            found[-1][name] = Measured(fitted, samples)
+            print(f"{name}: ELBO {np.mean(samples.elbo):.3f}")
     metrics = {name: value for model in MODELS for name, value in figures_of(model, found)}
     for pair in PAIRS:
         metrics |= gains(*pair, found, seeds)
     numerics: dict[str, float] = {
-        "solver_failures": sum(int(m.bounds.failed.sum()) for each in found for m in each.values()),
+        "solver_failures": sum(
+            int(m.samples.failed.sum()) for each in found for m in each.values()
+        ),
         "skipped_updates": sum(m.fitted.skipped for each in found for m in each.values()),
         "rollbacks": sum(m.fitted.rollbacks for each in found for m in each.values()),
     }
     timing: dict[str, float] = {}
     for model in MODELS:
-        numerics[f"nfe_{model}"] = mean_of(model, found, lambda m: m.bounds.nfe)
+        numerics[f"nfe_{model}"] = mean_of(model, found, lambda m: m.samples.nfe)
         timing[f"train_s_{model}"] = mean_of(model, found, lambda m: m.fitted.timing["train_s"])
-    draw(run_dir, settings, found[0], images.shape, pictures["test"])
+    draw(run_dir, settings, found[0], loaded.shape, images["test"])
     warning = "some solves of the bounds failed, so the metrics that need them are NaN"
     run_dir.finish(metrics, numerics, timing, [warning] if numerics["solver_failures"] else [])
 
 
-def binarized(key: Key[Array, ""], pictures: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
+def binarized(key: Key[Array, ""], images: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
     """Draw 1 with a gray value in [0, 1] as its probability, else 0; consumes `key`."""
-    return jr.bernoulli(key, pictures).astype(pictures.dtype)
+    return jr.bernoulli(key, images).astype(images.dtype)
 
 
-def train_models(
-    settings: Latent, pictures: dict[str, Array], whole: RunDir
-) -> dict[str, FitResult]:
+def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> dict[str, FitResult]:
     """Train the four models of one seed, each in its own run directory."""
-    dim = pictures["train"].shape[1]
+    dim = images["train"].shape[1]
     key, quick = jr.fold_in(jr.key(settings.seed), 3), settings.make_validation_solve()
 
     def trained(name, model, make_vae=lambda model: model):
@@ -232,8 +232,8 @@ def train_models(
             return objectives.elbo(make_vae(model), x, key, solve=solve)
 
         def validate(model):
-            found = evaluate.bounds(
-                make_vae(model), pictures["val"], key, samples=VALIDATION_SAMPLES, solve=quick
+            found = evaluate.elbo(
+                make_vae(model), images["val"], key, samples=VALIDATION_SAMPLES, solve=quick
             )
             return -float(np.mean(found.elbo))
 
@@ -245,7 +245,7 @@ def train_models(
             own,
             model,
             own.draw_of,
-            pictures["train"],
+            images["train"],
             validate,
             score=SCORE,
             stages=own.stages_of(objective),
@@ -282,11 +282,11 @@ def mean_of(model: str, found: list[dict[str, Measured]], figure: Callable) -> f
 def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[str, float]]:
     """Yield names and means over seeds of a model's figures; bounds are in nats per image."""
     figures = {
-        "elbo": lambda m: np.mean(m.bounds.elbo),
-        "reconstruction": lambda m: -np.mean(m.bounds.log_likelihood),
-        "kl": lambda m: np.mean(m.bounds.log_ratio),
-        "iwae": lambda m: np.mean(iwae(m.bounds)),
-        "active": lambda m: np.sum(np.var(m.bounds.mean, axis=0) > ACTIVE_UNIT_VARIANCE),
+        "elbo": lambda m: np.mean(m.samples.elbo),
+        "reconstruction": lambda m: -np.mean(m.samples.log_likelihood),
+        "kl": lambda m: np.mean(m.samples.log_ratio),
+        "iwae": lambda m: np.mean(iwae(m.samples)),
+        "active": lambda m: np.sum(np.var(m.samples.mean, axis=0) > ACTIVE_UNIT_VARIANCE),
         "parameters": lambda m: sum(
             leaf.size for leaf in jax.tree.leaves(training.partition(m.fitted.flow)[0])
         ),
@@ -295,9 +295,9 @@ def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[s
         yield f"{name}_{model}", mean_of(model, found, figure)
 
 
-def iwae(bounds: evaluate.Bounds) -> np.ndarray:
+def iwae(samples: evaluate.ELBOSamples) -> np.ndarray:
     """Importance-weighted bounds of each image from all samples, nats."""
-    return bounds.iwae(bounds.log_ratio.shape[1])
+    return samples.iwae(samples.log_ratio.shape[1])
 
 
 def gains(
@@ -305,9 +305,9 @@ def gains(
 ) -> dict[str, float]:
     """Mean differences of two models' bounds, paired by image, nats, with standard errors."""
     result = {}
-    for name, bound in {"elbo": lambda bounds: bounds.elbo, "iwae": iwae}.items():
+    for name, bound in {"elbo": lambda samples: samples.elbo, "iwae": iwae}.items():
         name = f"{name}_{model}_over_{other}"
-        gain = np.stack([bound(m[model].bounds) - bound(m[other].bounds) for m in found])
+        gain = np.stack([bound(m[model].samples) - bound(m[other].samples) for m in found])
         for seed, each in zip(seeds, gain, strict=True):
             result[f"{name}_seed{seed}"] = float(np.mean(each))
             result[f"{name}_seed{seed}_stderr"] = standard_error(each)

@@ -20,7 +20,7 @@ from experiments._runner.config import MAX_LAYERS, TrainingSettings, preset
 from experiments._runner.stages import Stage
 from experiments._tasks.density2d import PlaneLoop, ToySettings, learn
 from experiments._tasks.image_data import held_out
-from experiments._tasks.images import ImageLoop, learn_pictures
+from experiments._tasks.images import ImageLoop, learn_images
 from jcnf import NICE, distributions, evaluate, objectives
 from jcnf._checks import InputError
 
@@ -135,7 +135,7 @@ def run(settings: PlaneNICE | DigitsNICE) -> None:
         x = held_out(images.train, images.levels, CALIBRATION_IMAGES, key)
         return settings.make_flow(settings.dim).calibrated(x)
 
-    learn_pictures("nice", settings, calibrated)
+    learn_images("nice", settings, calibrated)
 
 
 def learn_plane(settings: PlaneNICE) -> None:

@@ -24,7 +24,7 @@ from experiments._runner.config import RunSettings
 from experiments._runner.run_dir import RunDir
 from experiments._tasks.ood_data import (
     INSIDE,
-    PictureModel,
+    ImageModel,
     Sets,
     TableModel,
     load_model,
@@ -125,7 +125,7 @@ def run(settings: OOD) -> None:
 
 
 def log_probs(
-    settings: OOD, model: PictureModel | TableModel, sets: Sets, key: Key[Array, ""]
+    settings: OOD, model: ImageModel | TableModel, sets: Sets, key: Key[Array, ""]
 ) -> Values:
     """Log-densities, nats, of each set and of "training", the reference; consumes `key`."""
     tolerance = settings.test_tolerance

@@ -16,7 +16,7 @@ from experiments._runner.fields import Flow, ResNet
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.settings import MAX_WIDTH, Range
 from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, learn_flow
-from jcnf.data.images import LONGEST, draw_text, picture, read_picture
+from jcnf.data.images import MAX_SIDE, image_density, read_image_file, render_text
 from jcnf.data.toys import Toy
 
 TEXT = "jcnf"
@@ -31,7 +31,7 @@ class Picture(PlaneFlow):
     # learn the brightness instead of the darkness
     invert: bool = False
     # pixels of the longer side, to which larger images are scaled down
-    side: Annotated[int, Range(2, LONGEST)] = 200
+    side: Annotated[int, Range(2, MAX_SIDE)] = 200
     # number of extra dimensions, N(0, I) in the data, beside x (the NLL is then a bound)
     augment: Annotated[int, Range(0, MAX_WIDTH)] = 0
 
@@ -47,9 +47,9 @@ class Picture(PlaneFlow):
     run: Run = Run()
 
     def make_density(self) -> Toy:
-        image = draw_text(TEXT) if self.image is None else read_picture(self.image)
+        image = render_text(TEXT) if self.image is None else read_image_file(self.image)
         name = TEXT if self.image is None else self.image.name
-        return picture(image, name, invert=self.invert, side=self.side)
+        return image_density(image, name, invert=self.invert, side=self.side)
 
 
 def run(settings: Picture) -> None:

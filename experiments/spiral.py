@@ -203,7 +203,7 @@ def run(settings: Spiral) -> None:
         **fitted.numerics(),
     }
     run_dir.save_figures(
-        fit=learner.picture(curve, title),
+        fit=learner.against_time(curve, title),
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
     learner.draw_learning([r for r in fitted.records if SCORE in r])

@@ -423,8 +423,14 @@ SETTINGS = {
     "ResNet: no width": (of(fields.ResNet, 2, 0, key=KEY), ["width=0"]),
     "ResNet: no blocks": (of(fields.ResNet, 2, 4, 0, key=KEY), ["blocks=0"]),
     "ResNet: half a block": (of(fields.ResNet, 2, 4, 1.5, key=KEY), ["blocks", "1.5"]),
-    "ResNet: frequencies -1": (of(fields.ResNet, 2, frequencies=-1, key=KEY), ["frequencies"]),
-    "ResNet: waves 0.5": (of(fields.ResNet, 2, waves=0.5, key=KEY), ["waves", "0.5"]),
+    "ResNet: time_frequencies -1": (
+        of(fields.ResNet, 2, time_frequencies=-1, key=KEY),
+        ["time_freq"],
+    ),
+    "ResNet: fourier_features 0.5": (
+        of(fields.ResNet, 2, fourier_features=0.5, key=KEY),
+        ["features"],
+    ),
     "ResNet: no key": (of(fields.ResNet, 2, key=None), ["key", "jax.random.key"]),
     "Planar: no units": (of(fields.Planar, 2, 0, key=KEY), ["width=0"]),
     "Planar: sum": (of(fields.Planar, 2, average="sum", key=KEY), ["average", "'sum'"]),

@@ -37,7 +37,9 @@ MOONS = toys.toy("moons")
 
 def iwae(k):
     scores = np.zeros((3, 4))
-    return lambda: evaluate.Bounds(scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool)).iwae(k)
+    return lambda: evaluate.ELBOSamples(
+        scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool)
+    ).iwae(k)
 
 
 MEASURES = {
@@ -168,16 +170,20 @@ MEASURES = {
         of(evaluate.marginal_log_prob, WIDE, X, KEY, samples=0),
         ["samples"],
     ),
+    "marginal_log_prob: whole numbers": (
+        of(evaluate.marginal_log_prob, WIDE, jnp.ones((3, 2), int), KEY),
+        ["floating", "int64"],
+    ),
     "marginal_log_prob: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
     "marginal_log_prob: too wide": (
         of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
         ["at most 2"],
     ),
-    "bounds: no model": (of(evaluate.bounds, FLOW, X, KEY), ["VAE"]),
-    "bounds: no samples": (of(evaluate.bounds, MODEL, X, KEY, samples=0), ["samples"]),
-    "bounds: NaN": (of(evaluate.bounds, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
-    "bounds: whole numbers": (of(evaluate.bounds, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
-    "iwae: more than there are": (iwae(5), ["number of samples, 4"]),
+    "elbo: no model": (of(evaluate.elbo, FLOW, X, KEY), ["VAE"]),
+    "elbo: no samples": (of(evaluate.elbo, MODEL, X, KEY, samples=0), ["samples"]),
+    "elbo: NaN": (of(evaluate.elbo, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
+    "elbo: whole numbers": (of(evaluate.elbo, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
+    "iwae: more than there are": (iwae(5), ["k", "at most 4"]),
     "iwae: 1.5": (iwae(1.5), ["k", "1.5"]),
     "audit_gradients: NaN": (
         of(evaluate.audit_gradients, FLOW, NAN),
@@ -198,8 +204,8 @@ MEASURES = {
         of(Gaussian(np.zeros(2), np.ones((2, 2))).given, np.array([[np.nan, np.nan]])),
         ["singular"],
     ),
-    "Conditional: no draws": (lambda: GAUSSIAN.given(HOLES).draw(KEY, 0), ["samples"]),
-    "Conditional: a seed": (lambda: GAUSSIAN.given(HOLES).draw(0, 3), ["typed key"]),
+    "Conditional: no samples": (lambda: GAUSSIAN.given(HOLES).sample(KEY, 0), ["samples"]),
+    "Conditional: a seed": (lambda: GAUSSIAN.given(HOLES).sample(0, 3), ["typed key"]),
     "impute: infinity": (of(impute, FLOW, INFINITE, GAUSSIAN, KEY), ["finite or NaN"]),
     "impute: other columns": (of(impute, FLOW, np.ones((2, 3)), GAUSSIAN, KEY), ["dimension 3"]),
     "impute: whole numbers": (of(impute, FLOW, np.ones((2, 2), int), GAUSSIAN, KEY), ["floating"]),
@@ -302,12 +308,12 @@ DATA = {
     "load_images: digits of a file": (of(images.load_images, "digits", "x.npz"), ["x.npz"]),
     "load_images: missing": (of(images.load_images, "mnist", "/nowhere.npz"), ["/nowhere.npz"]),
     "read_images: missing": (of(images.read_images, "/nowhere.npz"), ["/nowhere.npz"]),
-    "read_picture: missing": (of(images.read_picture, "/nowhere.png"), ["/nowhere.png"]),
-    "picture: side 1": (
-        of(images.picture, SimpleNamespace(size=(2, 2)), "p", side=1),
+    "read_image_file: missing": (of(images.read_image_file, "/nowhere.png"), ["/nowhere.png"]),
+    "image_density: side 1": (
+        of(images.image_density, SimpleNamespace(size=(2, 2)), "p", side=1),
         ["side", "2"],
     ),
-    "picture: text": (of(images.picture, "cat.png", "p"), ["Pillow"]),
+    "image_density: text": (of(images.image_density, "cat.png", "p"), ["Pillow"]),
     "piecewise_constant: negative": (
         of(images.piecewise_constant, np.array([[1, -1]]), "p"),
         ["levels"],
@@ -341,9 +347,9 @@ DATA = {
         ["grid and density"],
     ),
     "histogram: a table": (of(plot.histogram, ROWS, ROWS[:, 0]), ["data", "(batch,)"]),
-    "gallery: no groups": (of(plot.gallery, [], (2, 2, 1)), ["groups"]),
-    "gallery: columns 0": (of(plot.gallery, [("a", X)], (2, 1, 1), 0), ["columns"]),
-    "gallery: another shape": (of(plot.gallery, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
+    "image_grid: no groups": (of(plot.image_grid, [], (2, 2, 1)), ["groups"]),
+    "image_grid: columns 0": (of(plot.image_grid, [("a", X)], (2, 1, 1), 0), ["columns"]),
+    "image_grid: another shape": (of(plot.image_grid, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
     "separation: nothing": (of(plot.score_histograms, []), ["panel"]),
     "separation: no sets": (
         of(plot.score_histograms, [plot.HistogramPanel("nats", {})]),
@@ -362,10 +368,17 @@ DATA = {
         of(plot.against_time, TIMES, np.zeros((4, 2)), TIMES, np.zeros((4, 2)), ["t"]),
         ["name"],
     ),
-    "film: fps -1": (of(plot.film, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1), ["fps"]),
+    "learning_animation: fps -1": (
+        of(plot.learning_animation, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1),
+        ["fps"],
+    ),
     "by_class: no clouds": (of(plot.scatter_by_class, [], 1.0), ["cloud"]),
     "by_class: half 0": (of(plot.scatter_by_class, [("a", ROWS, np.zeros(20))], 0.0), ["half"]),
     "by_class: classes of others": (of(plot.scatter_by_class, [("a", ROWS, [1])], 1.0), ["(20,)"]),
+    "by_class: half classes": (
+        of(plot.scatter_by_class, [("a", ROWS, np.full(20, 0.5))], 1.0),
+        ["integer classes", "float64"],
+    ),
     "against_truth: none": (of(plot.scatter_against_truth, ROWS[:, 0], {}), ["estimate"]),
     "against_truth: others": (
         of(plot.scatter_against_truth, ROWS[:, 0], {"a": ROWS[:3, 0]}),

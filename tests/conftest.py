@@ -24,7 +24,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOMS = [
-    *("_checks", "sharding", "distributions", "fields", "divergence", "regularizers", "ode"),
+    *(
+        "_checks",
+        "_rows",
+        "sharding",
+        "distributions",
+        "fields",
+        "divergence",
+        "regularizers",
+        "ode",
+    ),
     *("flows", "objectives", "training", "evaluate", "inference"),
 ]
 jaxtyping.install_import_hook([f"jcnf.{name}" for name in ROOMS], "beartype.beartype")

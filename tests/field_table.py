@@ -74,14 +74,14 @@ FIELDS = {
     "planar": planar,
     "planar summed": partial(planar, average=False),
     "potential": partial(drawn, Potential, 3, width=5, rank=2),
-    "resnet": partial(drawn, ResNet, 3, 5, 2, frequencies=2, context_dim=2),
+    "resnet": partial(drawn, ResNet, 3, 5, 2, time_frequencies=2, context_dim=2),
     **{
         f"conv {time}": partial(drawn, Conv, (1, 3, 1), (3, 3), time=time, context_dim=2, scale=3.0)
         for time in ("concat", "concatsquash")
     },
-    "unet": partial(drawn, UNet, (1, 3, 1), (3,), context_dim=2, frequencies=2),
+    "unet": partial(drawn, UNet, (1, 3, 1), (3,), context_dim=2, time_frequencies=2),
     "cast": lambda: Cast(concat(), jnp.float64),
-    "resnet with waves": partial(drawn, ResNet, 3, 5, 2, waves=3, seed=2),
+    "resnet with fourier features": partial(drawn, ResNet, 3, 5, 2, fourier_features=3, seed=2),
     "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: MinusIdentity(concat()),
     "residual without closed form": lambda: MinusIdentity(no_closed_form()),

@@ -36,8 +36,8 @@ class ResNet(Settings):
             self.width,
             self.blocks,
             activation=self.activation,
-            frequencies=self.time_frequencies,
-            waves=self.fourier_features,
+            time_frequencies=self.time_frequencies,
+            fourier_features=self.fourier_features,
             context_dim=context_dim,
             key=key,
         )

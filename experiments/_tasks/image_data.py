@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from experiments._runner.config import RunSettings
 from jcnf import training
 from jcnf._checks import InputError
+from jcnf._rows import evenly_spaced
 from jcnf.data.images import Images, dequantize, load_images, shape_of
 
 
@@ -55,7 +56,7 @@ class ImageSettings(RunSettings):
         return load_images(self.data, self.path)
 
 
-def draw_pictures(levels: int, batch: int | None) -> training.DrawBatch:
+def dequantized_batches(levels: int, batch: int | None) -> training.DrawBatch:
     """Return a function that draws batches x (batch, dim) in [0, 1) from a table of gray values.
 
     Each batch gets fresh noise. From a pair (gray values, contexts) it draws pairs (x, context).
@@ -81,4 +82,4 @@ def held_out(pixels: np.ndarray, levels: int, count: int, key: Key[Array, ""]) -
 
 def some(total: int, count: int) -> np.ndarray:
     """Return the indices of `count` evenly spaced rows out of `total`; 0 for all of them."""
-    return np.linspace(0, total - 1, min(count or total, total)).astype(int)
+    return evenly_spaced(total, count or total)

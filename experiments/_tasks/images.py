@@ -14,7 +14,7 @@ from experiments._runner.config import LoopSettings
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._tasks.image_data import ImageSettings, draw_pictures, held_out, some
+from experiments._tasks.image_data import ImageSettings, dequantized_batches, held_out, some
 from jcnf import Exact, Solve, evaluate, plot
 from jcnf._checks import InputError
 from jcnf.data.images import Images
@@ -22,7 +22,7 @@ from jcnf.divergence import Divergence
 from jcnf.evaluate.log_prob import bits_per_dim
 from jcnf.flows import Flow
 
-GALLERY_ROWS = 10  # of ten images each
+MAX_IMAGE_ROWS = 10  # of ten images each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ImageLoop(LoopSettings, ImageSettings):
         return flow
 
 
-def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow]) -> None:
+def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow]) -> None:
     """Train a flow on images, x = (pixel + u) / levels in [0, 1]^dim, measure it and draw it.
 
     `make(images)` returns the untrained flow.
@@ -95,7 +95,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
         run_dir,
         settings,
         make(images),
-        draw_of=lambda batch: draw_pictures(levels, batch),
+        draw_of=lambda batch: dequantized_batches(levels, batch),
         data=pixels if context is None else (pixels, context),
         validate=validate,
         score="val_bits",
@@ -108,7 +108,7 @@ def learn_pictures(name: str, settings: ImageLoop, make: Callable[[Images], Flow
 
     x, c = part("test", settings.test_images, test_key)
     with progress("drawing figures"):
-        draw_galleries(run_dir, settings, flow, np.asarray(x), c, sample_key)
+        plot_images(run_dir, settings, flow, np.asarray(x), c, sample_key)
     with progress(f"measuring on {len(x)} test images"):
         report = evaluate.accuracy_report(
             flow,
@@ -140,11 +140,11 @@ def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None
     """Return the one-hot contexts (n, classes) of some rows of a part; None without classes."""
     if not classes:
         return None
-    assert images.labels is not None  # checked in `learn_pictures`
+    assert images.labels is not None  # checked in `learn_images`
     return jax.nn.one_hot(images.labels[which][rows], classes)
 
 
-def draw_galleries(
+def plot_images(
     run_dir: RunDir,
     settings: ImageLoop,
     flow: Flow,
@@ -156,12 +156,12 @@ def draw_galleries(
 
     Each row interpolates linearly between the latents of two test images.
     """
-    count, solve = min(GALLERY_ROWS * 10, len(x)), settings.make_measure().quick
+    count, solve = min(MAX_IMAGE_ROWS * 10, len(x)), settings.make_measure().quick
     given = None if context is None else jnp.eye(settings.classes)[np.arange(count) % 10]
     samples = evaluate.sample(settings.make_sampler(flow), key, count, context=given, solve=solve)
-    figure = plot.gallery([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
+    figure = plot.image_grid([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
     run_dir.save_figures(samples=figure)
-    rows = min(GALLERY_ROWS, len(x) // 2)
+    rows = min(MAX_IMAGE_ROWS, len(x) // 2)
     ends = jnp.asarray(x[: 2 * rows])
     given = None if context is None else context[: 2 * rows]
     z = evaluate.transform(flow, ends, "to_base", context=given, solve=solve).x[-1]
@@ -175,5 +175,5 @@ def draw_galleries(
     ways = evaluate.transform(
         flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve
     )
-    figure = plot.gallery([("between two test images", ways.x[-1])], settings.shape)
+    figure = plot.image_grid([("between two test images", ways.x[-1])], settings.shape)
     run_dir.save_figures(interpolation=figure)

@@ -29,7 +29,7 @@ from jcnf.flows import Flow
 INSIDE = "test"  # the name of the run's own test part
 
 
-class PictureModel(NamedTuple):
+class ImageModel(NamedTuple):
     """The density of images x (n, dim) in [0, 1)^dim; a mixture if the flow is given classes."""
 
     flow: Flow
@@ -87,7 +87,7 @@ class Sets(NamedTuple):
     shape: tuple[int, int, int] = (0, 0, 0)
 
 
-def load_model(run: Path) -> tuple[PictureModel | TableModel, ImageLoop | Density]:
+def load_model(run: Path) -> tuple[ImageModel | TableModel, ImageLoop | Density]:
     """Return the density that a run has learned, and the run's settings.
 
     **Raises:** `InputError` if it is not a run on images or tables, or has not finished training.
@@ -104,13 +104,13 @@ def load_model(run: Path) -> tuple[PictureModel | TableModel, ImageLoop | Densit
         form = (columns.scale.columns, columns.places)
         return TableModel(flow, form, columns), trained
     measure = trained.make_measure()
-    model = PictureModel(flow, trained.shape, trained.classes, measure.divergence, measure.chunk)
+    model = ImageModel(flow, trained.shape, trained.classes, measure.divergence, measure.chunk)
     return model, trained
 
 
 def load_sets(
     run: Path,
-    model: PictureModel | TableModel,
+    model: ImageModel | TableModel,
     trained: ImageLoop | Density,
     outside: Sequence[Path],
     count: int,
@@ -128,21 +128,21 @@ def load_sets(
             "folder to which the path is relative"
         )
     if isinstance(trained, ImageLoop):
-        return _pictures(trained, outside, count, seed)
+        return _images(trained, outside, count, seed)
     assert isinstance(model, TableModel)  # ensured by `load_model`
     return _tables(run, model.columns.scale, trained, outside, count, seed)
 
 
-def _pictures(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int) -> Sets:
+def _images(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int) -> Sets:
     images, rng = trained.load(), np.random.default_rng([seed, 0])
     levels, warnings = images.levels, []
 
     def read(path):
-        pictures = read_images(path)
-        if pictures.shape != images.shape:
-            sizes = ["x".join(map(str, shape)) for shape in (pictures.shape, images.shape)]
+        outer = read_images(path)
+        if outer.shape != images.shape:
+            sizes = ["x".join(map(str, shape)) for shape in (outer.shape, images.shape)]
             raise InputError(f"{path}: expected images of {sizes[1]}; got {sizes[0]}")
-        pixels = pictures.pixels[some(len(pictures.pixels), count)]
+        pixels = outer.pixels[some(len(outer.pixels), count)]
         if pixels.max() < levels < 256:
             warnings.append(
                 f"{path}: no gray value is above {levels - 1}, but 255 is read as white"

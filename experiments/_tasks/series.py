@@ -88,7 +88,7 @@ class Learner:
         checkpoint.write_atomically(self.file, buffer.getvalue())
         if time.monotonic() > self.drawn + DRAWING_SECONDS:
             title = f"learned so far, from the first observation: {self.caption(curve)}"
-            self.run_dir.save_figures(fit=self.picture(curve, title))
+            self.run_dir.save_figures(fit=self.against_time(curve, title))
             self.drawn = time.monotonic()
         _, metrics = _fit(field, self.windows, self.quick)
         return math.nan if metrics["failed_rows"] else float(metrics["rmse"])
@@ -116,7 +116,7 @@ class Learner:
         """The true trajectory, if it is known."""
         return self.series.truth(self.times) if self.series.truth else None
 
-    def picture(self, curve: np.ndarray, title: str) -> Any:
+    def against_time(self, curve: np.ndarray, title: str) -> Any:
         """Plot a trajectory against time, in the units of the file."""
         series, scale = self.series, self.series.scale
         return plot.against_time(
@@ -157,7 +157,9 @@ class Learner:
         shown = np.unique(np.geomspace(1, len(curves), PANELS).round().astype(int) - 1)
         figure = plot.learning(curves[shown], [titles[i] for i in shown], scene)
         self.run_dir.save_figures(learning=figure)
-        plot.film(self.run_dir.path / "figures" / "learning.gif", curves, titles, scene)
+        plot.learning_animation(
+            self.run_dir.path / "figures" / "learning.gif", curves, titles, scene
+        )
 
 
 @eqx.filter_jit

@@ -118,7 +118,9 @@ def impute_rows(
     x = np.asarray(jnp.asarray(np.where(missing, np.nan, x), float))
     # The draws start from a Gaussian. One fitted to the flow's own samples needs no data.
     sample_key, draw_key = jr.split(key)
-    samples = evaluate.sample(flow, sample_key, GAUSSIAN_FIT_SAMPLES, solve=impute.SAMPLING).x[-1]
+    samples = evaluate.sample(
+        flow, sample_key, GAUSSIAN_FIT_SAMPLES, solve=impute.SAMPLING_SOLVE
+    ).x[-1]
     gaussian = Gaussian.fit(samples[np.isfinite(samples).all(axis=1)])
     filled = impute.impute(flow, x, gaussian, draw_key)
     whole = np.where(missing, scale.unstandardize(filled.mean), rows)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from experiments._runner.loop import FitResult
 from experiments._runner.run_dir import RunDir
 from jcnf import evaluate, plot
-from jcnf.plot import _style, gallery
+from jcnf.plot import _style, image_grid
 
 if TYPE_CHECKING:
     from experiments.latent import Latent
@@ -24,10 +24,10 @@ POSTERIOR_REACH = 6.0  # from the center to the edge, in standard deviations of 
 
 
 class Measured(NamedTuple):
-    """A trained model and its bounds on the test part."""
+    """A trained model and its samples for the ELBO on the test part."""
 
     fitted: FitResult  # its `flow` is the VAE
-    bounds: evaluate.Bounds
+    samples: evaluate.ELBOSamples
 
 
 def draw(
@@ -41,9 +41,9 @@ def draw(
     model = found["flow"].fitted.flow
     decode = jax.jit(jax.vmap(lambda z: jax.nn.sigmoid(model.decoder(z))))
     z = model.prior.sample(jr.fold_in(jr.key(settings.seed), 4), SHOWN_IMAGES)
-    mean = jnp.asarray(found["flow"].bounds.mean[:SHOWN_IMAGES])
+    mean = jnp.asarray(found["flow"].samples.mean[:SHOWN_IMAGES])
     run_dir.save_figures(
-        pictures=gallery(
+        images=image_grid(
             [
                 ("test part", test[:SHOWN_IMAGES]),
                 ("from the mean of $q(z|x)$", decode(mean)),

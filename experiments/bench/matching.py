@@ -19,7 +19,7 @@ STEPS_PER_DISPATCH = 50
 
 def residual(dim: int, width: int) -> Case:
     """Return the case of a residual network, as is usual for flow matching, and a table."""
-    field = fields.ResNet(dim, width, 2, frequencies=8, key=jr.key(5))
+    field = fields.ResNet(dim, width, 2, time_frequencies=8, key=jr.key(5))
     return _case(field, f"2 blocks of {width}")
 
 

@@ -84,7 +84,7 @@ def panel(found: dict[str, dict]) -> CurvePanel:
 
 def matching(seed: int) -> Learner:
     """Return flow matching as in the experiments, but at a constant learning rate."""
-    field = fields.ResNet(2, 96, 2, frequencies=4, key=jr.key(seed))
+    field = fields.ResNet(2, 96, 2, time_frequencies=4, key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
     optimizer = training.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
     return _learner(flow, objectives.flow_matching, 1024, optimizer, 0.999, seed)

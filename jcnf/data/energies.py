@@ -29,7 +29,7 @@ Extent = tuple[float, float, float, float]  # z1 min, z1 max, z2 min, z2 max
 Function = Callable[[Float[Array, "batch 2"]], Float[Array, " batch"]]
 
 HALF_WIDTH, WALL = 4.0, 0.4
-PROBES = 64  # points along each axis of the grid on which a user's energy is tried
+PROBES_PER_AXIS = 64  # points along each axis of the grid on which a user's energy is tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def energy(name: str, extent: Extent | None = None) -> Energy:
     (a, b, c, d), finite = extent, np.all(np.isfinite(extent))
     if not (a < b and c < d and finite):
         raise InputError(f"extent must be finite and increase along z1 and z2; got {extent}")
-    probes = cell_grid(extent, PROBES).astype(np.float32)
+    probes = cell_grid(extent, PROBES_PER_AXIS).astype(np.float32)
     if not (np.all(np.diff(probes[0, :, 0]) > 0) and np.all(np.diff(probes[:, 0, 1]) > 0)):
         raise InputError(
             f"extent {extent} is too narrow for float32 at these coordinates: shift or scale U"
@@ -104,7 +104,7 @@ def _imported(module_name: str, function_name: str) -> Any:
 
 def _try(own: Energy) -> None:
     """Evaluate a user's energy and its gradient on a grid over its extent; raise what is wrong."""
-    x = jnp.asarray(cell_grid(own.extent, PROBES).reshape(-1, 2), float)
+    x = jnp.asarray(cell_grid(own.extent, PROBES_PER_AXIS).reshape(-1, 2), float)
     try:
         jax.eval_shape(own.function, x[:3])  # any batch size must work
         u = jax.eval_shape(own.function, x)

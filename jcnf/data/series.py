@@ -91,8 +91,12 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
     - `held_out`: number of last rows that affect neither the scale nor the default unit.
 
     **Raises:** `InputError` for a file that is not a table of numbers (as `load_table` does), for
-    times that do not increase, for a constant column, and for fewer than 3 rows or 2 columns.
+    times that do not increase, for a constant column, and for fewer than 3 rows or 2 columns;
+    `ValueError` for a `unit` or a `held_out` out of range.
     """
+    check_int(0, held_out=held_out)
+    if unit is not None:
+        check_number("(0, inf)", unit=unit)
     table = read_raw(path, all_but(()))
     if set(table.parts) != {"rows"}:
         raise InputError(

@@ -81,7 +81,7 @@ def batched(density: Density) -> Callable[[Array], Array]:
     return log_prob
 
 
-def drawing(sample: Callable) -> Callable[[Array, int], Array]:
+def checked_sampler(sample: Callable) -> Callable[[Array, int], Array]:
     """Return `sample` with checks of its key and its number of samples."""
 
     def checked(key: Key[Array, ""], num_samples: int) -> Float[Array, "num_samples 2"]:
@@ -294,7 +294,7 @@ def _parabola_density(x):
 
 # torchdyn divides its data by their standard deviation over both coordinates. This is the standard
 # deviation of the distribution: its variance is half the squared radius plus sigma squared.
-SPREAD = math.sqrt(4**2 / 2 + 0.5**2)
+TORCHDYN_STD = math.sqrt(4**2 / 2 + 0.5**2)
 
 PARABOLA_ENTROPY = math.log(2 * math.pi * math.e * math.prod(PARABOLA))
 
@@ -311,12 +311,12 @@ _TABLE = (
     ("circles", *_rings((3.0, 1.5), 0.24), 3.26813571, 1e-8, 4.5),
     ("swissroll", *_curve(_roll, 256, 0.2), 2.66964617, 1e-8, 4.0),
     ("rings", *_rings((3.0, 2.25, 1.5, 0.75), 0.08), 2.62318277, 1e-8, 4.0),
-    ("6gaussians", *_gaussians(6, 4 / SPREAD, 0.5 / SPREAD), 1.13294190, 1e-8, 3.0),
+    ("6gaussians", *_gaussians(6, 4 / TORCHDYN_STD, 0.5 / TORCHDYN_STD), 1.13294190, 1e-8, 3.0),
     ("2circles", *_rings((1.0, 0.5), 0.06), 0.78764529, 1e-8, 1.5),
     ("parabola", _parabola_sample, _parabola_density, PARABOLA_ENTROPY, 1e-15, 2.5),
 )
 
 TOYS: dict[str, Toy] = {
-    name: Toy(name, drawing(sample), batched(density), *numbers)
+    name: Toy(name, checked_sampler(sample), batched(density), *numbers)
     for name, sample, density, *numbers in _TABLE
 }

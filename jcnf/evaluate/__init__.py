@@ -9,8 +9,8 @@ from jcnf.evaluate.accuracy import accuracy_report as accuracy_report
 from jcnf.evaluate.augmented import marginal_log_prob as marginal_log_prob
 from jcnf.evaluate.chunks import reporting as reporting
 from jcnf.evaluate.code_length import code_length as code_length
-from jcnf.evaluate.elbo import Bounds as Bounds
-from jcnf.evaluate.elbo import bounds as bounds
+from jcnf.evaluate.elbo import ELBOSamples as ELBOSamples
+from jcnf.evaluate.elbo import elbo as elbo
 from jcnf.evaluate.gradients import GradientAudit as GradientAudit
 from jcnf.evaluate.gradients import audit_gradients as audit_gradients
 from jcnf.evaluate.gradients import loss_gradient as loss_gradient

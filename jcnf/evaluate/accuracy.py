@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_number
+from jcnf._rows import evenly_spaced
 from jcnf.divergence import Divergence, Estimator, Exact, FixedNoise
 from jcnf.evaluate.chunks import CHUNK
 from jcnf.evaluate.grid import Grid, check_extent, grid
@@ -176,14 +177,14 @@ def accuracy_report(
         nfe=float(np.mean([s.nfe for s in scored])),
         failed=np.any([s.failed for s in scored], axis=0),
     )
-    few = _evenly(len(x), reference_points)
+    few = evenly_spaced(len(x), reference_points)
     few = few[~scores.failed[few]]
     reference = np.full(len(few), np.nan)
     if len(few):
         x_few, context_few, noise_few = _rows((x, context, noise), few)
         reference = _reference(flow, x_few, context_few, solve, FixedNoise(divergence, noise_few))
     plain = x.shape[1] <= 2 and context is None
-    some = _evenly(len(x), MAX_ROUND_TRIP_POINTS)
+    some = evenly_spaced(len(x), MAX_ROUND_TRIP_POINTS)
     x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
     failed = scores.failed.copy()
@@ -231,10 +232,6 @@ def _row_independence(flow, x, key, context, solve, divergence, sound, batch):
     x, context = _rows((x, context), np.flatnonzero(sound)[:COPIED_ROWS])
     settings = {"key": key, "context": context, "solve": solve, "divergence": divergence}
     return row_independence(flow, x, batch=batch, **settings)
-
-
-def _evenly(n, count):
-    return np.linspace(0, n - 1, min(count, n)).astype(int)
 
 
 def _rows(arrays, index):

@@ -31,8 +31,9 @@ def marginal_log_prob(
 
     **Raises:** `ValueError` if x is not a finite floating array (n, dim), or `samples` is below 1.
     """
-    if jnp.ndim(x) != 2 or not len(x) or not jnp.issubdtype(np.asarray(x).dtype, jnp.floating):
-        raise ValueError(f"expected floating x of shape (n, dim); got {jnp.shape(x)}")
+    shape, dtype = np.shape(x), np.asarray(x).dtype
+    if len(shape) != 2 or not shape[0] or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"expected floating x of shape (n, dim); got {dtype} of shape {shape}")
     check_finite(x=x)
     check_key(key)
     check_int(samples=samples)

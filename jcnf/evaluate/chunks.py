@@ -13,6 +13,7 @@ import numpy as np
 
 from jcnf import sharding
 from jcnf._checks import check_instance, check_int
+from jcnf._rows import evenly_spaced
 from jcnf.ode import Solve, unknown
 
 CHUNK = 10_000  # rows, enough to keep every core busy
@@ -56,7 +57,7 @@ def solved_in_chunks(
         # An empty step plan, so that the same compiled program serves with and without a plan.
         solve = dataclasses.replace(solve, step_plan=unknown(dtype))
         if n > (MIN_CHUNKS_FOR_STEP_PLAN - 1) * size:
-            some = _filled(np.linspace(0, n - 1, size).astype(int))
+            some = _filled(evenly_spaced(n, size))
             _, stats = _solve_chunk(partial(program, solve), rows, some)
             solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
     return in_chunks(partial(program, solve), rows, n, size, enough)

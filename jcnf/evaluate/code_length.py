@@ -45,38 +45,38 @@ def code_length(
         raise ValueError(f"levels must be at most 256 for uint8 pixels; got levels={levels}")
     if (top := pixels.max(initial=0)) >= levels:
         raise ValueError(f"pixels must be at most {levels - 1} for levels={levels}; got {top}")
-    pictures = pixels.reshape(-1, *shape)
+    images = pixels.reshape(-1, *shape)
     plain = np.full(len(pixels), pixels.shape[1] * math.log2(levels))
-    files = (_each(coder, pictures) for coder in (_png, _deflate, _lzma))
-    adaptive = (_adaptive(x % levels, levels) for x in _differences(pictures.astype(np.int16)))
+    files = (_each(coder, images) for coder in (_png, _deflate, _lzma))
+    adaptive = (_adaptive(x % levels, levels) for x in _differences(images.astype(np.int16)))
     return np.minimum.reduce([plain, *files, *adaptive])
 
 
-def _each(coder: Callable[[np.ndarray], int], pictures: np.ndarray) -> np.ndarray:
-    return 8.0 * np.array([coder(picture) for picture in pictures])
+def _each(coder: Callable[[np.ndarray], int], images: np.ndarray) -> np.ndarray:
+    return 8.0 * np.array([coder(image) for image in images])
 
 
-def _png(picture: np.ndarray) -> int:
+def _png(image: np.ndarray) -> int:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
         file, "PNG", optimize=True
     )
     return len(file.getvalue()) - _PNG_OVERHEAD
 
 
-def _deflate(picture: np.ndarray) -> int:
-    return len(zlib.compress(picture.tobytes(), 9, wbits=-zlib.MAX_WBITS))
+def _deflate(image: np.ndarray) -> int:
+    return len(zlib.compress(image.tobytes(), 9, wbits=-zlib.MAX_WBITS))
 
 
-def _lzma(picture: np.ndarray) -> int:
-    return len(lzma.compress(picture.tobytes(), lzma.FORMAT_RAW, filters=_LZMA_FILTERS))
+def _lzma(image: np.ndarray) -> int:
+    return len(lzma.compress(image.tobytes(), lzma.FORMAT_RAW, filters=_LZMA_FILTERS))
 
 
-def _differences(pictures: np.ndarray) -> list[np.ndarray]:
+def _differences(images: np.ndarray) -> list[np.ndarray]:
     """Return the images, and each pixel's difference from the one above and the one to its left."""
-    return [pictures, *(np.diff(pictures, axis=axis, prepend=0) for axis in (1, 2))]
+    return [images, *(np.diff(images, axis=axis, prepend=0) for axis in (1, 2))]
 
 
 def _adaptive(symbols: np.ndarray, levels: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from jcnf.ode import Solve
 CHUNK = 1000
 
 
-class Bounds(NamedTuple):
+class ELBOSamples(NamedTuple):
     """Weights of samples z ~ q(z | x) for each x; NaN where a solve failed."""
 
     log_likelihood: np.ndarray  # log p(x | z), (n, samples) nats
@@ -41,9 +41,7 @@ class Bounds(NamedTuple):
         **Raises:** `ValueError` if `k` is not from 1 to the number of samples.
         """
         n, samples = self.log_ratio.shape
-        check_int(k=k)
-        if not 1 <= k <= samples:
-            raise ValueError(f"k must be at most the number of samples, {samples}; got k={k}")
+        check_int(1, samples, k=k)
         groups = samples // k
         weights = np.asarray(self.log_likelihood - self.log_ratio, np.float64)
         weights = weights[:, : groups * k].reshape(n, groups, k)
@@ -51,7 +49,7 @@ class Bounds(NamedTuple):
         return np.mean(np.log(np.mean(np.exp(weights - top), axis=2)) + top[:, :, 0], axis=1)
 
 
-def bounds(
+def elbo(
     model: VAE,
     x: Float[Array, "n data"],
     key: Key[Array, ""],
@@ -59,7 +57,7 @@ def bounds(
     samples: int = 64,
     solve: Solve = ACCURATE,
     chunk: int = CHUNK,
-) -> Bounds:
+) -> ELBOSamples:
     """Compute the ELBO and importance-weighted bounds of each x, by samples of the posterior.
 
     The divergence is exact. One sample of each x is solved after another, in chunks of one compiled
@@ -83,7 +81,7 @@ def bounds(
     rows = x, jr.split(key, len(x))
     values, nfe, failed = solved_in_chunks(program, solve, rows, len(x), chunk)
     log_likelihood, log_ratio, mean = np.split(values, [samples, 2 * samples], axis=1)
-    return Bounds(log_likelihood, log_ratio, mean, nfe, failed)
+    return ELBOSamples(log_likelihood, log_ratio, mean, nfe, failed)
 
 
 @eqx.filter_jit

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_int, check_key
 from jcnf.fields.layers import Activation, Linear, resolve
 
-WAVE_FREQUENCY_STD = 2.0
+FOURIER_FREQUENCY_STD = 2.0
 
 
 class Block(eqx.Module):
@@ -34,8 +34,8 @@ class ResNet(eqx.Module):
     v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W (x, w(x)).
 
     Residual connections allow many blocks, and e(t, c) = (t, sin pi t, ..., sin F pi t, cos pi t,
-    ..., cos F pi t, c) resolves time finely. Sharp edges need the waves w(x) = (sin S x, cos S x)
-    beside x, with S drawn from N(0, 2^2) (random Fourier features, Tancik et al. 2020; here S is
+    ..., cos F pi t, c) resolves time finely. Sharp edges need the random Fourier features
+    w(x) = (sin S x, cos S x) beside x, with S drawn from N(0, 2^2) (Tancik et al. 2020; here S is
     trained too). The divergence takes one product with each layer per dimension, which suits a
     field that is trained by flow matching and scored only occasionally.
 
@@ -45,21 +45,21 @@ class ResNet(eqx.Module):
     - `width`: width of the hidden layers.
     - `blocks`: number of blocks B, each of two layers.
     - `activation`: as in `jcnf.fields.MLP`.
-    - `frequencies`: F; 0 for t alone.
-    - `waves`: number of rows of S; 0 for x alone.
+    - `time_frequencies`: F; 0 for t alone.
+    - `fourier_features`: number of rows of S; 0 for x alone.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `key`: consumed once, for the initial weights. Those of R are 0, so that at first v = 0.
 
     **Raises:** `ValueError` for an unknown activation, and for sizes that are too small.
     """
 
-    directions: Float[Array, "waves dim"] | None  # S
+    fourier_frequencies: Float[Array, "features dim"] | None  # S
     entry: Linear
     blocks: tuple[Block, ...]
     readout: Linear
     dim: int = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
-    frequencies: int = eqx.field(static=True)
+    time_frequencies: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
 
     def __init__(
@@ -69,36 +69,38 @@ class ResNet(eqx.Module):
         blocks: int = 2,
         *,
         activation: str | Callable = "silu",
-        frequencies: int = 0,
-        waves: int = 0,
+        time_frequencies: int = 0,
+        fourier_features: int = 0,
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
         check_int(dim=dim, width=width, blocks=blocks)
-        check_int(0, frequencies=frequencies, waves=waves, context_dim=context_dim)
+        check_int(0, time_frequencies=time_frequencies, fourier_features=fourier_features)
+        check_int(0, context_dim=context_dim)
         check_key(key)
         self.dim = dim
         self.context_dim = context_dim
-        self.frequencies = frequencies
+        self.time_frequencies = time_frequencies
         self.activation = resolve(activation)
         entry_key, readout_key, *keys = jr.split(key, 2 + blocks)
-        conditions = 1 + 2 * frequencies + context_dim
-        self.directions = None
-        if waves:
-            entry_key, wave_key = jr.split(entry_key)
-            self.directions = WAVE_FREQUENCY_STD * jr.normal(wave_key, (waves, dim))
-        self.entry = Linear(dim + 2 * waves, width, key=entry_key)
+        conditions = 1 + 2 * time_frequencies + context_dim
+        self.fourier_frequencies = None
+        if fourier_features:
+            entry_key, feature_key = jr.split(entry_key)
+            directions = jr.normal(feature_key, (fourier_features, dim))
+            self.fourier_frequencies = FOURIER_FREQUENCY_STD * directions
+        self.entry = Linear(dim + 2 * fourier_features, width, key=entry_key)
         self.blocks = tuple(Block(width, conditions, key=k) for k in keys)
         readout = Linear(width, dim, key=readout_key)
         self.readout = eqx.tree_at(lambda r: r.weight, readout, jnp.zeros_like(readout.weight))
 
     def _push(self, t, x, context, columns):
         """Return the velocity, and the Jacobian's product with each row of `columns` (k, dim)."""
-        angles = jnp.asarray(np.pi * np.arange(1, self.frequencies + 1), t.dtype) * t
+        angles = jnp.asarray(np.pi * np.arange(1, self.time_frequencies + 1), t.dtype) * t
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:
             condition = jnp.concatenate([condition, context])
-        x, columns = self._with_waves(x, columns)
+        x, columns = self._with_fourier_features(x, columns)
         h, pushed = self.entry(t, x), columns @ self.entry.weight.T
         for block in self.blocks:
             a, slope = self.activation(h)
@@ -109,11 +111,11 @@ class ResNet(eqx.Module):
         a, slope = self.activation(h)
         return self.readout(t, a), (slope[None] * pushed) @ self.readout.weight.T
 
-    def _with_waves(self, x, columns):
-        """Return x joined by its waves, and their Jacobian's product with each row of `columns`."""
-        if self.directions is None:
+    def _with_fourier_features(self, x, columns):
+        """Return (x, w(x)), and the product of its Jacobian with each row of `columns`."""
+        if self.fourier_frequencies is None:
             return x, columns
-        angles, turned = self.directions @ x, columns @ self.directions.T
+        angles, turned = self.fourier_frequencies @ x, columns @ self.fourier_frequencies.T
         s, c = jnp.sin(angles), jnp.cos(angles)
         return (
             jnp.concatenate([x, s, c]),

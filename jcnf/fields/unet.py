@@ -59,7 +59,7 @@ class UNet(eqx.Module):
       of two neighboring levels together, must be multiples of 8.
     - `blocks`: number of blocks per level, on each way.
     - `activation`: as in `jcnf.fields.MLP`.
-    - `frequencies`: F; 0 for t alone.
+    - `time_frequencies`: F; 0 for t alone.
     - `context_dim`: size of the conditioning vector c; 0 for none.
     - `key`: consumed once, for the initial weights.
 
@@ -73,7 +73,7 @@ class UNet(eqx.Module):
     readout: Linear
     shape: tuple[int, int, int] = eqx.field(static=True)
     context_dim: int = eqx.field(static=True)
-    frequencies: int = eqx.field(static=True)
+    time_frequencies: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
 
     def __init__(
@@ -83,7 +83,7 @@ class UNet(eqx.Module):
         blocks: int = 1,
         *,
         activation: str | Callable = "silu",
-        frequencies: int = 4,
+        time_frequencies: int = 4,
         context_dim: int = 0,
         key: Key[Array, ""],
     ):
@@ -92,7 +92,7 @@ class UNet(eqx.Module):
         if not channels:
             raise ValueError("channels must be those of at least one level; got ()")
         check_int(blocks=blocks)
-        check_int(0, frequencies=frequencies, context_dim=context_dim)
+        check_int(0, time_frequencies=time_frequencies, context_dim=context_dim)
         check_key(key)
         halvings = 2 ** (len(channels) - 1)
         if shape[0] % halvings or shape[1] % halvings:
@@ -108,9 +108,9 @@ class UNet(eqx.Module):
                 f"together, must be multiples of {NORM_GROUPS}; got {odd[0]} from "
                 f"channels={tuple(channels)}"
             )
-        self.shape, self.context_dim, self.frequencies = shape, context_dim, frequencies
+        self.shape, self.context_dim, self.time_frequencies = shape, context_dim, time_frequencies
         self.activation = resolve(activation)
-        size = 1 + 2 * frequencies + context_dim
+        size = 1 + 2 * time_frequencies + context_dim
         keys = iter(jr.split(key, 2 + 2 * blocks * len(channels)))
 
         def level(first, then):
@@ -133,7 +133,7 @@ class UNet(eqx.Module):
         self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
     ) -> Float[Array, " dim"]:
         """Return the velocity dx/dt at time `t`, (dim,)."""
-        angles = jnp.asarray(np.pi * np.arange(1, self.frequencies + 1), t.dtype) * t
+        angles = jnp.asarray(np.pi * np.arange(1, self.time_frequencies + 1), t.dtype) * t
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:
             condition = jnp.concatenate([condition, context])

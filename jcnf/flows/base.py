@@ -160,22 +160,22 @@ def check_context(flow: Flow, batch: int, context) -> None:
 
 
 def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
-    """Return `value`, or raise `equinox.EquinoxRuntimeError` if the solve of any row failed.
+    """Return `value`, or raise `equinox.EquinoxRuntimeError` if any row failed.
 
     The error names the rows unless a compiled program raises it (`equinox.error_if`): inside jit,
     vmap or grad, and for arrays that are spread over several processes.
     """
     if isinstance(failed, Tracer) or not failed.is_fully_addressable:
-        return eqx.error_if(value, failed, f"the solve failed for some rows: {_ADVICE}")
+        return eqx.error_if(value, failed, f"the flow failed for some rows: {_ADVICE}")
     flags = np.asarray(failed)
     if np.any(flags):
         rows = list_rows(np.flatnonzero(flags), flags.size)
-        raise eqx.EquinoxRuntimeError(f"the solve failed for {rows}: {_ADVICE}")
+        raise eqx.EquinoxRuntimeError(f"the flow failed for {rows}: {_ADVICE}")
     return value
 
 
 _ADVICE = (
-    "max_steps was reached, a state became NaN or inf, or rtol/atol required steps too short to "
-    "make progress. Loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform returns NaN "
-    "for these rows and flags them in stats.failed instead of raising."
+    "a value became NaN or inf, or an ODE solve reached max_steps or required steps too short to "
+    "make progress. For an ODE, loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform "
+    "flags these rows in stats.failed instead of raising."
 )

@@ -3,7 +3,7 @@
 The posterior q(z | x) is a flow of z whose context is x, so `jcnf.log_prob`, `jcnf.sample` and
 `jcnf.evaluate` work on it as on any other flow. `Posterior` is a Gaussian, optionally transformed
 by a bijection (Rezende & Mohamed 2015; an ODE, Grathwohl et al. 2019, section 4.3).
-`jcnf.objectives.elbo` trains the whole model, and `jcnf.evaluate.bounds` measures it.
+`jcnf.objectives.elbo` trains the whole model, and `jcnf.evaluate.elbo` measures it.
 """
 
 import dataclasses

@@ -78,7 +78,7 @@ class Conditional(NamedTuple):
         """Standard deviations; 1 where known."""
         return np.sqrt(np.sum(self.factor**2, axis=2))
 
-    def draw(self, key: Key[Array, ""], samples: int) -> Float[np.ndarray, "samples n dim"]:
+    def sample(self, key: Key[Array, ""], samples: int) -> Float[np.ndarray, "samples n dim"]:
         """Draw whole rows, in which known entries are kept; consumes `key`."""
         check_key(key)
         check_int(samples=samples)

@@ -25,8 +25,8 @@ from jcnf.inference.gaussian import Gaussian, log_det, whiten
 from jcnf.inference.inpaint import Density, langevin
 from jcnf.ode import Solve
 
-SAMPLING = Solve(rtol=1e-3, atol=1e-3, norm="worst")
-SCORING = Solve(rtol=1e-4, atol=1e-4, norm="worst")
+SAMPLING_SOLVE = Solve(rtol=1e-3, atol=1e-3, norm="worst")
+SCORING_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")
 GAUSSIAN_SHARE = 0.25  # share of the importance proposals that come from the Gaussian
 STUDENT_DOF = 4.0  # degrees of freedom of the other proposals, few so that their tails are heavy
 MIN_SPREAD = 0.05  # least spread of a row's draws, relative to the Gaussian conditional's
@@ -63,7 +63,7 @@ def impute(
     steps: int = 100,
     burn_in: int = 50,
     candidates: int = 16,
-    solve: Solve = SAMPLING,
+    solve: Solve = SAMPLING_SOLVE,
     chunk: int = CHUNK,
 ) -> Imputed:
     """Draw the missing entries (NaN) given the known ones, with one MALA chain per row.
@@ -131,7 +131,7 @@ def predictive(
     key: Key[Array, ""],
     *,
     samples: int = 64,
-    solve: Solve = SCORING,
+    solve: Solve = SCORING_SOLVE,
     chunk: int = CHUNK,
 ) -> Predictive:
     """Return log p(x_missing | x_known) = log p(x) - log p(x_known) of the truth where `x` is NaN.
@@ -206,7 +206,7 @@ def _langevin(density, x, known, key, scale, keep, steps, burn_in):
 def _resampled(flow, conditional, key, candidates, solve, chunk, dtype):
     """Draw one of the candidates per row by weight p / q; the mean if all weights are 0."""
     draw_key, choice_key = jr.split(key)
-    rows = conditional.draw(draw_key, candidates)
+    rows = conditional.sample(draw_key, candidates)
     log_w = _score(flow, rows.astype(dtype), solve, chunk) - conditional.log_prob(rows)
     log_w = np.where(np.isnan(log_w), -np.inf, log_w)
     # The Gumbel-max trick: the argmax of log w plus Gumbel noise is a draw by the weights w.
@@ -247,7 +247,7 @@ def _propose(conditional, draws, key, samples):
     chi = np.asarray(jr.chisquare(keys[2], STUDENT_DOF, shape=chosen.shape), np.float64)[..., None]
     e = np.einsum("nij,snj->sni", factor, e * np.sqrt(STUDENT_DOF / chi))
     around = draws[chosen, np.arange(n)] + np.where(missing, e, 0.0)
-    rows = np.concatenate([conditional.draw(keys[3], defensive), around])
+    rows = np.concatenate([conditional.sample(keys[3], defensive), around])
 
     # Squared distances |a - b|^2 from every row to every draw, and from them the log-density of the
     # Student's t mixture at each row.

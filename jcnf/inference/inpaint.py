@@ -124,10 +124,10 @@ def ascend(
         moved = moved if bounds is None else jnp.clip(moved, *bounds)
         moved = jnp.where(missing & (i > 0), moved, x)
         new = (moved, *_value_and_gradient(log_prob, moved))
-        arrived = jnp.isfinite(new[1])
-        return _choose(arrived, new, current), failed + (~arrived).astype(int)
+        finite = jnp.isfinite(new[1])
+        return _choose(finite, new, current), failed + (~finite).astype(int)
 
-    (_, failed), kept = _march(step, (_start(x), _none(x)), 0, steps, keep)
+    (_, failed), kept = _iterate(step, (_start(x), _none(x)), 0, steps, keep)
     return Ascent(x=kept[0], log_prob=kept[1], failed=failed)
 
 
@@ -204,7 +204,7 @@ def langevin(
             failed + (inside & ~valid).astype(int),
         )
 
-    (_, log_h, accepted, failed), kept = _march(propose, start, burn_in, steps, keep)
+    (_, log_h, accepted, failed), kept = _iterate(propose, start, burn_in, steps, keep)
     return Chains(
         x=kept[0],
         log_prob=kept[1],
@@ -296,7 +296,7 @@ def _choose(rows, new, old):
     )
 
 
-def _march(step, state, first, steps, keep) -> Any:
+def _iterate(step, state, first, steps, keep) -> Any:
     """Run `state <- step(i, state)` for i from 0 to `first + steps`.
 
     Returns the last state, and x and log p of the `keep` states.

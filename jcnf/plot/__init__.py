@@ -9,7 +9,7 @@ from jcnf.plot.density import pairs as pairs
 from jcnf.plot.histograms import HistogramPanel as HistogramPanel
 from jcnf.plot.histograms import histogram as histogram
 from jcnf.plot.histograms import score_histograms as score_histograms
-from jcnf.plot.images import gallery as gallery
+from jcnf.plot.images import image_grid as image_grid
 from jcnf.plot.posteriors import posteriors as posteriors
 from jcnf.plot.scatter import scatter_against_truth as scatter_against_truth
 from jcnf.plot.scatter import scatter_by_class as scatter_by_class
@@ -17,7 +17,7 @@ from jcnf.plot.trajectories import MAX_PATHS as MAX_PATHS
 from jcnf.plot.trajectories import Scene as Scene
 from jcnf.plot.trajectories import against_time as against_time
 from jcnf.plot.trajectories import animation as animation
-from jcnf.plot.trajectories import film as film
 from jcnf.plot.trajectories import learning as learning
+from jcnf.plot.trajectories import learning_animation as learning_animation
 from jcnf.plot.trajectories import snapshots as snapshots
 from jcnf.plot.trajectories import trajectories as trajectories

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 from jax.typing import ArrayLike
 
+from jcnf._rows import evenly_spaced
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
@@ -21,7 +23,7 @@ Extent = float | int | Sequence[float | int]  # e for [-e, e]^2, or (xmin, xmax,
 
 DATA, MODEL, BASE = "#0072B2", "#D55E00", "#7F7F7F"  # blue and vermilion of Okabe and Ito; gray
 MAX_DOTS = 5_000
-WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
+FIGURE_WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
 RC: Any = (
     dict.fromkeys(["figure.dpi", "savefig.dpi"], 150)
     | dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize"], 9)
@@ -91,7 +93,7 @@ def check_paths(paths: ArrayLike, times: ArrayLike) -> tuple[np.ndarray, np.ndar
 
 def thin(x: np.ndarray, most: int) -> np.ndarray:
     """Return at most `most` rows of x, evenly spaced."""
-    return x[np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)]
+    return x[evenly_spaced(len(x), most)]
 
 
 def notes(noun: str, total: int, rows: np.ndarray, low: Any, high: Any) -> list[str]:
@@ -172,43 +174,23 @@ def histograms_in(ax: Any, data: np.ndarray, samples: np.ndarray, limits: Any) -
     ax.set(xlim=limits)
 
 
-def film(x: np.ndarray, times: np.ndarray, box: np.ndarray, note: str) -> list[Any]:
-    """Return Pillow images of x (batch, times, 2) at all times; only dots and title are redrawn."""
-    import matplotlib
-    from matplotlib.colors import to_rgb
-    from PIL import Image
+def save_gif(
+    path: str | os.PathLike[str], figure: Any, draw: Callable[[int], Any], frames: int, fps: int
+) -> Path:
+    """Write a GIF of `figure` after `draw(i)` for each frame i; the last one stays 1.5 s longer.
 
-    with matplotlib.rc_context(RC):
-        figure = new_figure(3.2, 3.3 + 0.16 * note.count("\n"))
-        ax, canvas, frames = figure.subplots(), figure.canvas, []
-        ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$", ylabel="$x_2$")
-        moving = title, dots = ax.set_title(f"t\n{note}"), dots_in(ax, x[:, 0], MODEL)
-        figure.draw_without_rendering()  # the layout needs the title, which is animated below
-        for artist in moving:
-            artist.set_animated(True)
-        canvas.draw()
-        background = canvas.copy_from_bbox(figure.bbox)
-        for i, t in enumerate(times):
-            canvas.restore_region(background)
-            title.set_text(f"t = {t:.2f}\n{note}")
-            dots.set_offsets(x[:, i])
-            for artist in moving:
-                ax.draw_artist(artist)
-            frames.append(Image.fromarray(np.array(canvas.buffer_rgba())[..., :3]))
-    # A small palette, common to all frames, makes a small file: white to black and to the dots'.
-    palette, dark = Image.new("P", (1, 1)), 255 * (1 - np.array(to_rgb(MODEL)))
-    table = [255 - np.linspace(0, end, 8) for end in (255 * np.ones(3), dark)]
-    palette.putpalette(np.rint(table).astype(int).ravel().tolist())
-    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    The file is written completely or not at all.
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter
 
-
-def save_gif(path: str | os.PathLike[str], frames: Sequence[Any], fps: int) -> Path:
-    """Write Pillow images as a GIF, completely or not at all; the last stays for 1.5 s."""
-    steps = [round(1000 / fps)] * (len(frames) - 1) + [1500]
+    draw(0)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # nothing moves but what `draw` changes
+    numbers = [*range(frames), *[frames - 1] * round(1.5 * fps)]
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part.gif")
     try:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=steps, loop=0)
+        FuncAnimation(figure, draw, numbers, repeat=False).save(part, PillowWriter(fps))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jcnf.plot import _style as c
-from jcnf.plot._style import DATA, WIDTH, Figure
+from jcnf.plot._style import DATA, FIGURE_WIDTH, Figure
 
 Values = Sequence[float] | np.ndarray
 
@@ -36,7 +36,7 @@ def scaling(panels: Sequence[CurvePanel]) -> Figure:
     if not panels:
         raise ValueError("expected at least one panel; got none")
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    figure = c.new_figure(c.WIDTH, 3.6)
+    figure = c.new_figure(c.FIGURE_WIDTH, 3.6)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, (x, y) in panel.series.items():
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -112,7 +112,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, loss_units: str = "
         raise ValueError(f"no curve to draw: log at least one of {', '.join(CURVES)}")
     columns = len(keys) if len(keys) < 4 else -(-len(keys) // 2)
     lines = -(-len(keys) // columns)
-    figure = c.new_figure(WIDTH, 2.3 * lines + 0.2)
+    figure = c.new_figure(FIGURE_WIDTH, 2.3 * lines + 0.2)
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
     for ax in axes[len(keys) :]:
         ax.remove()

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jcnf._checks import check_number
 from jcnf.plot import _style as c
-from jcnf.plot._style import DATA, MODEL, WIDTH, Extent, Figure
+from jcnf.plot._style import DATA, FIGURE_WIDTH, MODEL, Extent, Figure
 
 MAX_COLUMNS = 6
 
@@ -61,14 +61,16 @@ def densities(
         titles.append([name, *c.notes("points", len(every), kept, *box)])
     for name, grid in grids.items():
         images.append(np.ma.masked_where(np.isnan(grid) | np.isposinf(grid), grid))
-        bad = [f"{n:,} non-finite (red)"] if (n := np.ma.count_masked(images[-1])) else []
+        bad = [f"{n:,} cells non-finite (red)"] if (n := np.ma.count_masked(images[-1])) else []
         titles.append([f"{name} log-density", f"cut {nats:g} nats below max", *bad])
     top = max(image.max(fill_value=-np.inf) for image in images)
     top = float(top) if np.isfinite(top) else 0.0
 
     number, lines = len(titles), max(map(len, titles)) + (1.3 if title else 0)
     tall = (box[1, 1] - box[0, 1]) / (box[1, 0] - box[0, 0])
-    figure = c.new_figure(WIDTH, (WIDTH - 1.5) / number * tall + 0.45 + 0.16 * lines, "compressed")
+    figure = c.new_figure(
+        FIGURE_WIDTH, (FIGURE_WIDTH - 1.5) / number * tall + 0.45 + 0.16 * lines, "compressed"
+    )
     axes = figure.subplots(1, number, sharex=True, sharey=True)
     c.clouds_in(axes[:2], clouds, [box, box], [DATA, MODEL])
     for ax, image in zip(axes[2:], images, strict=True):
@@ -109,7 +111,7 @@ def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure
     notes = [f"first {number} of {len(columns)} columns"] if number < len(columns) else []
     for (name, every), kept in zip(tables.items(), (ours, theirs), strict=True):
         notes.append(f"{name}: {', '.join(c.notes('rows', len(every), kept, *limits.T))}")
-    side = min(WIDTH, 1.9 * number + 0.6)
+    side = min(FIGURE_WIDTH, 1.9 * number + 0.6)
     figure = c.new_figure(side, side)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(number, number, sharex="col")

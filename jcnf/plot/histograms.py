@@ -10,10 +10,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf.plot import _style as c
-from jcnf.plot._style import DATA, MODEL, WIDTH, Figure
+from jcnf.plot._style import DATA, FIGURE_WIDTH, MODEL, Figure
 
-BINS = 60
-REACH = 1.5  # how far the view extends beyond the inside on each side, in widths of the inside
+NUM_BINS = 60
+MAX_VIEW_EXTENSION = 1.5  # beyond the inside on each side, in widths of the inside
 COLORS = (DATA, MODEL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 
 
@@ -29,16 +29,16 @@ class HistogramPanel(NamedTuple):
 def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
     """Show each panel's sets as histograms of shares of the set, with one color for each name.
 
-    The view is the range of the inside without outliers, extended by up to `REACH` where there are
-    values. Values beyond it count in the bins at the edges, whose bars may exceed the panel, and in
-    the title. Values that are not finite are left out and counted in the title.
+    The view is the range of the inside without outliers, extended by up to `MAX_VIEW_EXTENSION`
+    where there are values. Values beyond it count in the bins at the edges, whose bars may exceed
+    the panel, and in the title. Values that are not finite are left out and counted in the title.
     """
     if not panels or not all(panel.sets for panel in panels):
         raise ValueError("expected at least one panel, and at least one set in each")
     names = list(dict.fromkeys(name for panel in panels for name in panel.sets))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = c.new_figure(WIDTH, 3.2 * rows)
+    figure = c.new_figure(FIGURE_WIDTH, 3.2 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
@@ -46,7 +46,7 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
         given = {name: c.array(x, name, "(n,)") for name, x in panel.sets.items()}
         sets = {name: c.finite(x) for name, x in given.items()}
         view = _view(*sets.values())
-        bins, highest = np.linspace(*view, BINS + 1), 0.0
+        bins, highest = np.linspace(*view, NUM_BINS + 1), 0.0
         for i, (name, x) in enumerate(sets.items()):
             shares = np.histogram(np.clip(x, *view), bins)[0] / max(len(x), 1)
             highest = max(highest, *shares[1:-1])
@@ -62,7 +62,7 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
 def _view(inside: np.ndarray, *outside: np.ndarray) -> tuple[float, float]:
     low, high = c.limits_of(inside)
     every = np.concatenate([inside, *outside, [low, high]])
-    least, most = low - REACH * (high - low), high + REACH * (high - low)
+    least, most = low - MAX_VIEW_EXTENSION * (high - low), high + MAX_VIEW_EXTENSION * (high - low)
     shown = every[(every >= least) & (every <= most)]
     return (
         least if every.min() < least else float(shown.min()),

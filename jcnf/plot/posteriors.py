@@ -13,7 +13,7 @@ from jcnf.plot._style import Figure
 
 @c.styled
 def posteriors(
-    pictures: ArrayLike,
+    images: ArrayLike,
     shape: tuple[int, int, int],
     log_densities: ArrayLike,
     names: Sequence[str],
@@ -23,7 +23,7 @@ def posteriors(
 
     **Arguments:**
 
-    - `pictures`: gray images (n, dim) in [0, 1], flattened from `shape`.
+    - `images`: gray images (n, dim) in [0, 1], flattened from `shape`.
     - `shape`: height, width and channels of an image.
     - `log_densities`: (n, kinds, m, m) on grids like those of `jcnf.evaluate.grid`, normalized or
       not. Each density is shown relative to its largest value.
@@ -32,18 +32,18 @@ def posteriors(
 
     **Raises:** `ValueError` for shapes that do not agree.
     """
-    pictures = c.array(pictures, "pictures", "(n, dim)", int(np.prod(shape)))
+    images = c.array(images, "images", "(n, dim)", int(np.prod(shape)))
     logs = c.array(log_densities, "log_densities", "(n, kinds, m, m)")
-    if len(logs) != len(pictures) or len(views) != len(logs) or len(names) != logs.shape[1]:
+    if len(logs) != len(images) or len(views) != len(logs) or len(names) != logs.shape[1]:
         raise ValueError(
-            f"expected a grid and a view for each of {len(pictures)} images, and a name for each "
+            f"expected a grid and a view for each of {len(images)} images, and a name for each "
             f"kind; got grids {logs.shape}, {len(views)} views and {len(names)} names"
         )
-    side = c.WIDTH / max(len(logs), 4)
+    side = c.FIGURE_WIDTH / max(len(logs), 4)
     figure = c.new_figure(side * len(logs) + 0.3, side * (1 + len(names)))
     axes = figure.subplots(1 + len(names), len(logs), squeeze=False)
-    for column, (picture, kinds, view) in enumerate(zip(pictures, logs, views, strict=True)):
-        axes[0, column].imshow(picture.reshape(shape[:2]), "gray", vmin=0, vmax=1)
+    for column, (image, kinds, view) in enumerate(zip(images, logs, views, strict=True)):
+        axes[0, column].imshow(image.reshape(shape[:2]), "gray", vmin=0, vmax=1)
         axes[0, column].set_axis_off()
         for ax, log in zip(axes[1:, column], kinds, strict=True):
             density = np.exp(log - np.nanmax(log))

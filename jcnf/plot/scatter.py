@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jcnf._checks import check_number
 from jcnf.plot import _style as c
-from jcnf.plot._style import MODEL, WIDTH, Figure
+from jcnf.plot._style import FIGURE_WIDTH, MODEL, Figure
 
 
 @c.styled
@@ -21,16 +21,21 @@ def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: f
     if not clouds:
         raise ValueError("expected at least one cloud of points; got none")
     check_number("(0, inf)", half=half)
-    figure = c.new_figure(WIDTH, WIDTH / len(clouds) + 0.75, "compressed")
+    figure = c.new_figure(FIGURE_WIDTH, FIGURE_WIDTH / len(clouds) + 0.75, "compressed")
     axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
     box = np.array([[-half, -half], [half, half]])
     for ax, (title, points, classes) in zip(axes, clouds, strict=True):
         x, classes = c.array(points, "points", "(batch, 2)", 2), np.asarray(classes)
-        if classes.shape != x.shape[:1]:
-            raise ValueError(f"expected classes of shape {x.shape[:1]}; got {classes.shape}")
+        if classes.shape != x.shape[:1] or not np.issubdtype(classes.dtype, np.integer):
+            raise ValueError(
+                f"expected integer classes of shape {x.shape[:1]}; got {classes.dtype} of shape "
+                f"{classes.shape}"
+            )
         for label in np.unique(classes):
             kept = c.thin(c.finite(x[classes == label]), c.MAX_DOTS)
-            ax.scatter(*kept.T, s=2, lw=0, alpha=0.6, color=f"C{label}", label=f"class {label}")
+            ax.scatter(
+                *kept.T, s=2, lw=0, alpha=0.6, color=f"C{label % 10}", label=f"class {label}"
+            )
         notes = c.notes("points", len(x), c.finite(x), *box)
         ax.set_title("\n".join([title, *notes]), fontsize=8)
         ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$")
@@ -56,7 +61,7 @@ def scatter_against_truth(truth: ArrayLike, estimates: Mapping[str, ArrayLike]) 
     if not estimates:
         raise ValueError("expected at least one estimate; got none")
     low, high = c.limits_of(c.finite(truth))
-    figure = c.new_figure(WIDTH, WIDTH / len(estimates) + 0.5, "compressed")
+    figure = c.new_figure(FIGURE_WIDTH, FIGURE_WIDTH / len(estimates) + 0.5, "compressed")
     axes = figure.subplots(1, len(estimates), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (title, estimate) in zip(axes, estimates.items(), strict=True):
         estimate = c.array(estimate, "estimates", "(values,)")

@@ -16,10 +16,11 @@ from jax.typing import ArrayLike
 
 from jcnf._checks import check_number
 from jcnf.plot import _style as c
-from jcnf.plot._style import BASE, DATA, MODEL, WIDTH, Extent, Figure
+from jcnf.plot._style import BASE, DATA, FIGURE_WIDTH, MODEL, Extent, Figure
 
-COLUMNS = 4
+CURVES_PER_ROW = 4
 MAX_PATHS = 300
+GIF_SIZE = 3.4, 3.6  # inches
 
 
 class Scene(NamedTuple):
@@ -35,9 +36,9 @@ class Scene(NamedTuple):
 def learning(curves: ArrayLike, titles: Sequence[str], scene: Scene) -> Figure:
     """Show each of the curves (curves, times, 2), for example over training, in a panel."""
     every = _curves(curves, titles)
-    columns = min(len(every), COLUMNS)
+    columns = min(len(every), CURVES_PER_ROW)
     lines = -(-len(every) // columns)
-    side = WIDTH / COLUMNS
+    side = FIGURE_WIDTH / CURVES_PER_ROW
     figure = c.new_figure(max(side * columns, 2 * side), (side + 0.2) * lines + 0.4)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, curve, title in zip(axes, every, titles, strict=False):
@@ -92,7 +93,7 @@ def against_time(
             f"{len(columns)} names"
         )
     dim, known = x.shape[1], len(x) - held_out
-    figure = c.new_figure(WIDTH, 1.6 * dim + 0.9)
+    figure = c.new_figure(FIGURE_WIDTH, 1.6 * dim + 0.9)
     for i, ax in enumerate(figure.subplots(dim, 1, sharex=True, squeeze=False)[:, 0]):
         if truth is not None:
             true = c.array(truth, "truth", "(times, dim)", dim)
@@ -110,7 +111,7 @@ def against_time(
     return figure
 
 
-def film(
+def learning_animation(
     path: str | os.PathLike[str],
     curves: ArrayLike,
     titles: Sequence[str],
@@ -120,32 +121,23 @@ def film(
 ) -> Path:
     """Write a GIF with a frame for each of the curves, as in `learning`, and return its path.
 
-    The last frame stays for 1.5 s. A file next to `path` is written first and then moved there.
+    The last frame stays 1.5 s longer. A file next to `path` is written first and then moved there.
     """
     import matplotlib
-    from PIL import Image
 
     check_number("(0, inf)", fps=fps)
     every = _curves(curves, titles)
     with matplotlib.rc_context(c.RC):
-        figure = c.new_figure(3.4, 3.5)
-        ax, canvas, frames = figure.subplots(), figure.canvas, []
+        figure = c.new_figure(*GIF_SIZE)
+        ax = figure.subplots()
         _draw(ax, scene)
-        moving = title, line = ax.set_title(titles[0]), ax.plot([], color=MODEL, lw=1.2)[0]
-        figure.draw_without_rendering()  # the layout needs the title, which is animated below
-        for artist in moving:
-            artist.set_animated(True)
-        canvas.draw()
-        background = canvas.copy_from_bbox(figure.bbox)
-        for curve, text in zip(every, titles, strict=True):
-            canvas.restore_region(background)
-            title.set_text(text)
-            line.set_data(*_near(ax, curve).T)
-            for artist in moving:
-                ax.draw_artist(artist)
-            image = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
-            frames.append(image.quantize(32, dither=Image.Dither.NONE))
-    return c.save_gif(path, frames, fps)
+        (line,) = ax.plot([], color=MODEL, lw=1.2)
+
+        def draw(i):
+            ax.set_title(titles[i])
+            line.set_data(*_near(ax, every[i]).T)
+
+        return c.save_gif(path, figure, draw, len(every), fps)
 
 
 def _curves(curves, titles):
@@ -216,8 +208,8 @@ def snapshots(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = Non
     number, clouds = len(chosen), [c.finite(x) for x in every[chosen]]
     box = c.box_of(extent, np.concatenate(clouds))
     notes = [c.notes("points", every.shape[1], x, *box) for x in clouds]
-    height = (WIDTH - 0.5) / number + 0.45 + 0.16 * max(map(len, notes))
-    figure = c.new_figure(WIDTH, height, "compressed")
+    height = (FIGURE_WIDTH - 0.5) / number + 0.45 + 0.16 * max(map(len, notes))
+    figure = c.new_figure(FIGURE_WIDTH, height, "compressed")
     axes = figure.subplots(1, number, sharex=True, sharey=True, squeeze=False)[0]
     c.clouds_in(axes, clouds, [box] * number, [BASE, *[MODEL] * (number - 1)])
     for ax, t, note in zip(axes, times[chosen], notes, strict=True):
@@ -239,11 +231,13 @@ def animation(
     """Write a GIF of the base turning into data, a frame for each time, and return its path.
 
     `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. The last frame
-    stays for 1.5 s. At most 5,000 particles are drawn; those that are non-finite anywhere are
+    stays 1.5 s longer. At most 5,000 particles are drawn; those that are non-finite anywhere are
     dropped and counted. A file next to `path` is written first and then moved there.
 
     **Raises:** `OSError` if the file cannot be written, and `ValueError` for wrong shapes.
     """
+    import matplotlib
+
     check_number("(0, inf)", fps=fps)
     every, times = c.check_paths(paths, times)
     kept = c.finite(every.transpose(1, 0, 2))
@@ -251,5 +245,14 @@ def animation(
     box = c.box_of(extent, drawn)
     lost = every.shape[1] - len(kept)
     note = "\n".join(c.notes("particles", len(drawn) + lost, drawn, *box))
-    frames = c.film(drawn, times, box, note)
-    return c.save_gif(path, frames, fps)
+    with matplotlib.rc_context(c.RC):
+        figure = c.new_figure(*GIF_SIZE)
+        ax = figure.subplots()
+        ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$", ylabel="$x_2$")
+        dots = c.dots_in(ax, drawn[:, 0], MODEL)
+
+        def draw(i):
+            ax.set_title(f"t = {times[i]:.2f}\n{note}")
+            dots.set_offsets(drawn[:, i])
+
+        return c.save_gif(path, figure, draw, len(times), fps)

@@ -61,7 +61,7 @@ def flat(x):
 
 
 @pytest.mark.parametrize("write", [write_npz, write_idx, write_idx_gz])
-def test_gray_pictures_come_back_with_the_last_tenth_for_validation(tmp_path, write):
+def test_load_images_gray_images_come_back_with_the_last_tenth_for_validation(tmp_path, write):
     arrays = mnist()
     images = load_images("mnist", write(tmp_path, arrays))
     assert (images.shape, images.levels) == ((28, 28, 1), 256)
@@ -74,7 +74,7 @@ def test_gray_pictures_come_back_with_the_last_tenth_for_validation(tmp_path, wr
     np.testing.assert_array_equal(images.labels["test"], arrays["y_test"])
 
 
-def test_validation_is_5000_pictures_at_most(tmp_path):
+def test_load_images_validation_has_at_most_5000_images(tmp_path):
     arrays = {"x_train": np.zeros((51_000, 28, 28), np.uint8), "x_test": gray(GRAY["test"])}
     images = load_images("fashion_mnist", write_npz(tmp_path, arrays))
     assert (len(images.train), len(images.val), images.labels) == (46_000, 5000, None)

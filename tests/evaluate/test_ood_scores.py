@@ -95,11 +95,11 @@ def adaptive(symbols, levels):
     return bits
 
 
-def test_small_pictures_take_the_adaptive_code():
+def test_code_length_small_images_take_the_adaptive_code():
     ramp = np.arange(8, dtype=np.uint8)
-    pictures = np.stack([np.minimum(ramp[:, None], 2) * ramp % 4, ramp[:, None] % 17 + 0 * ramp])
-    gray, steps = pictures[0], np.diff(pictures[1].astype(int), axis=0, prepend=0)
-    codes = code_length(pictures.reshape(2, 64), (8, 8, 1), 17)
+    images = np.stack([np.minimum(ramp[:, None], 2) * ramp % 4, ramp[:, None] % 17 + 0 * ramp])
+    gray, steps = images[0], np.diff(images[1].astype(int), axis=0, prepend=0)
+    codes = code_length(images.reshape(2, 64), (8, 8, 1), 17)
     assert codes[0] <= adaptive(gray.ravel(), 17) + 1e-9
     assert codes[1] == pytest.approx(adaptive(steps.ravel(), 17), rel=1e-12)  # to the row above
 
@@ -125,7 +125,7 @@ def test_no_code_is_shorter_than_counting_allows():
     assert 0 < lengths.min() < lengths.max() == 12
 
 
-def test_pictures_at_fault(unchecked):
+def test_code_length_bad_images_raise(unchecked):
     pixels = uniform_noise(RNG, 2, 64, 17)
     with pytest.raises(ValueError, match=r"got uint8 \(2, 64\) for \(8, 7, 1\)"):
         code_length(pixels, (8, 7, 1), 17)
@@ -135,7 +135,7 @@ def test_pictures_at_fault(unchecked):
         code_length(pixels, (8, 8, 1), 5)
 
 
-def test_shuffled_pictures_keep_their_gray_values():
+def test_shuffled_images_keep_their_gray_values():
     pixels = np.tile(np.arange(200, dtype=np.uint8), (2, 1))
     mixed = shuffled(RNG, pixels)
     np.testing.assert_array_equal(np.sort(mixed, axis=1), pixels)

@@ -501,7 +501,7 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
 
 
 def test_pictures_without_labels_have_no_classes(tmp_path):
-    from experiments._tasks.images import learn_pictures
+    from experiments._tasks.images import learn_images
     from experiments.images import FlowMnist
     from jcnf._checks import InputError
 
@@ -509,7 +509,7 @@ def test_pictures_without_labels_have_no_classes(tmp_path):
     np.savez(tmp_path / "mnist.npz", x_train=x, x_test=x)
     settings = FlowMnist(path=tmp_path / "mnist.npz", out=tmp_path / "run")
     with pytest.raises(InputError, match=r"labels 0 to 9: .*--no-conditional"):
-        learn_pictures("images", settings, lambda images: None)
+        learn_images("images", settings, lambda images: None)
     assert not (tmp_path / "run").exists()
 
 

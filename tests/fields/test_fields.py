@@ -37,19 +37,19 @@ def assert_divergence_is_the_trace(field):
 
 @pytest.mark.parametrize("depth", range(5))
 @pytest.mark.parametrize("time", LAYERS)
-def test_divergence_at_every_depth_and_time_layer(time, depth):
+def test_mlp_divergence_at_every_depth_and_time_layer_equals_the_trace(time, depth):
     for context_dim in (0, 2):
         field = mlp(3, WIDTHS[:depth], time=time, context_dim=context_dim)
         assert_divergence_is_the_trace(field)
 
 
 @pytest.mark.parametrize("depth", range(1, 5))
-def test_divergence_under_modulation_at_every_depth(depth):
+def test_mlp_divergence_with_modulation_equals_the_trace(depth):
     field = mlp(3, WIDTHS[:depth], context_dim=2, conditioning="modulate", scale=1.0)
     assert_divergence_is_the_trace(field)
 
 
-def test_modulation_is_its_formula():
+def test_mlp_modulation_equals_its_formula():
     field = mlp(3, (4, 5), time="ignore", context_dim=2, conditioning="modulate")
     x, context = np.array([0.2, -1.0, 0.5]), np.array([0.9, -0.2])
     h = x
@@ -61,7 +61,7 @@ def test_modulation_is_its_formula():
     np.testing.assert_allclose(v, expected, rtol=1e-13)
 
 
-def test_keys_are_consumed_layer_by_layer():
+def test_mlp_keys_are_consumed_layer_by_layer():
     """Saved runs rebuild their field from its key, so the order must not change."""
     key = jr.key(3)
     field = MLP(3, (4,), time="ignore", key=key)
@@ -70,17 +70,17 @@ def test_keys_are_consumed_layer_by_layer():
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, jnp.arctan])
-def test_divergence_of_every_activation(activation):
+def test_mlp_divergence_with_every_activation_equals_the_trace(activation):
     for depth in (1, 2, 3):
         assert_divergence_is_the_trace(mlp(3, WIDTHS[:depth], activation=activation))
 
 
-def test_divergence_of_a_field_narrower_than_its_dimension():
+def test_mlp_divergence_narrower_than_dim_equals_the_trace():
     for depth in (1, 2, 3, 4):
         assert_divergence_is_the_trace(mlp(3, (2, 1, 2, 3)[:depth]))
 
 
-def test_divergence_in_one_dimension():
+def test_mlp_divergence_in_one_dimension_equals_the_trace():
     field, x = mlp(1, WIDTHS[:2]), jnp.array([0.4])
     both = jax.jit(lambda t: (field.velocity_and_divergence(t, x), jax.jacfwd(field, 1)(t, x)))
     (_, divergence), jacobian = both(jnp.asarray(0.3))
@@ -88,7 +88,7 @@ def test_divergence_in_one_dimension():
 
 
 @pytest.mark.parametrize("time", LAYERS)
-def test_layers_are_their_formulas(time):
+def test_layers_equal_their_formulas(time):
     layer = mlp(3, (4,), time=time).layers[0]
     layer = jax.tree.map(np.asarray, layer)
     t, x = 0.7, np.array([0.2, -1.0, 0.5])
@@ -117,13 +117,13 @@ def test_layers_are_their_formulas(time):
 
 
 @pytest.mark.parametrize("time", LAYERS)
-def test_only_ignore_ignores_time(time):
+def test_layers_except_ignore_depend_on_time(time):
     field = mlp(3, (4,), time=time)
     change = field(jnp.asarray(0.1), jnp.ones(3)) - field(jnp.asarray(0.9), jnp.ones(3))
     assert bool(jnp.any(change != 0)) == (time != "ignore")
 
 
-def test_what_depends_on_time_alone_is_computed_once_for_a_batch():
+def test_mlp_batch_at_one_time_computes_time_work_once():
     field = mlp(3, (7, 7))
     over_batch = jax.vmap(field.velocity_and_divergence, in_axes=(None, 0))
     jaxpr = jax.make_jaxpr(over_batch)(jnp.asarray(0.5), jnp.zeros((11, 3)))
@@ -148,7 +148,7 @@ TIMES, POINTS = (
 
 
 @pytest.mark.parametrize("time", LAYERS)
-def test_samples_may_have_times_of_their_own(time):
+def test_mlp_one_time_per_sample_equals_single_calls(time):
     field = mlp(3, (7, 6), time=time)
     together = jax.jit(jax.vmap(field))(TIMES, POINTS)
     for t, x, v in zip(TIMES, POINTS, together, strict=True):
@@ -156,7 +156,7 @@ def test_samples_may_have_times_of_their_own(time):
 
 
 @pytest.mark.parametrize("time", ["ignore", "concat", "squash", "concatsquash"])
-def test_times_of_their_own_cost_no_matrix_a_sample(time):
+def test_mlp_one_time_per_sample_makes_no_matrix_per_sample(time):
     over_batch = jax.vmap(mlp(3, (7, 6), time=time))
     shapes = list(intermediates(jax.make_jaxpr(over_batch)(TIMES, POINTS).jaxpr))
     assert (11, 7) in shapes
@@ -164,7 +164,7 @@ def test_times_of_their_own_cost_no_matrix_a_sample(time):
     assert max(map(len, shapes)) == 2
 
 
-def test_initial_weights_have_variance_one_over_three_fan_in():
+def test_linear_initial_variance_is_one_over_three_fan_in():
     layer = LAYERS["ignore"](64, 100, key=jr.key(0))
     assert layer.weight.shape == (100, 64)
     assert np.max(np.abs(layer.weight)) <= 1 / 8
@@ -173,7 +173,7 @@ def test_initial_weights_have_variance_one_over_three_fan_in():
 
 
 @pytest.mark.parametrize("time", ["hyper", "blend"])
-def test_layers_of_many_weights_start_on_the_scale_of_one(time):
+def test_hypernetwork_layers_start_on_the_scale_of_one_layer(time):
     @jax.jit
     def ends(key):
         layer = LAYERS[time](64, 100, key=key)
@@ -186,7 +186,7 @@ def test_layers_of_many_weights_start_on_the_scale_of_one(time):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_and_their_first_two_derivatives(name):
+def test_activations_first_two_derivatives_equal_autodiff(name):
     a = jnp.array([-1e4, -800, -40, -3, -0.5, -1e-9, 0, 1e-9, 0.5, 3, 40, 800, 1e4])
     reference, activation = REFERENCE[name], ACTIVATIONS[name]
 
@@ -212,13 +212,13 @@ def test_activations_do_not_overflow_in_float32(name):
         assert np.all(np.isfinite(values))
 
 
-def test_a_function_of_ones_own_is_differentiated():
+def test_resolve_custom_function_is_differentiated():
     value, slope = resolve(jnp.arctan)(jnp.array([0.5, -2.0]))
     np.testing.assert_allclose(value, np.arctan([0.5, -2.0]))
     np.testing.assert_allclose(slope, [0.8, 0.2])
 
 
-def test_float32_in_float32_out():
+def test_mlp_float32_input_gives_float32():
     for depth in range(5):
         field = astype(mlp(3, WIDTHS[:depth]), jnp.float32)
         out = jax.eval_shape(
@@ -241,7 +241,7 @@ def test_float32_in_float32_out():
         ({"conditioning": "modulate", "context_dim": 2}, "give context_dim and widths"),
     ],
 )
-def test_errors_say_what_is_known(settings, message):
+def test_mlp_bad_arguments_raise(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MLP(**{"dim": 2, "widths": (), "key": jr.key(0)} | settings)
 
@@ -250,7 +250,7 @@ def test_errors_say_what_is_known(settings, message):
     ("widths", "output"), [((4, 9, 5), "tanh"), ((2, 5, 9, 4), None), ((9, 3, 5), None)]
 )
 @pytest.mark.parametrize("samples", [3, 7])  # fewer and more than the units of a layer
-def test_divergence_of_a_batch_and_its_gradient_are_the_traces(widths, output, samples):
+def test_mlp_divergence_of_a_batch_and_its_gradient_equal_the_trace(widths, output, samples):
     field = mlp(3, widths, output=output, scale=2.0)
     rng = np.random.default_rng(0)
     x, t = jnp.asarray(rng.normal(size=(samples, 3))), jnp.asarray(rng.uniform(size=samples))
@@ -280,7 +280,7 @@ def test_divergence_of_a_batch_and_its_gradient_are_the_traces(widths, output, s
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-def test_matrices_of_time_are_written_for_a_batch_at_one_time_alone():
+def test_mlp_time_matrices_are_written_only_for_a_batch_at_one_time():
     field, t, x = mlp(3, (8, 8, 8)), jnp.zeros(20), jnp.zeros((20, 3))
 
     def shapes(function, *args):

@@ -38,7 +38,7 @@ class Clock(eqx.Module):
         return t * self.direction
 
 
-def test_planar_is_its_formula():
+def test_planar_equals_its_formula():
     """theta(t) is W, U, G, B in this order; sigmoid(G) scales U; units are summed or averaged."""
     summed, t, x, dim, width = FIELDS["planar summed"](), 0.3, np.asarray(X), 3, 5
     theta = np.array([t])
@@ -66,7 +66,7 @@ def test_planar_starts_away_from_zero():
     assert np.max(np.abs(field(jnp.asarray(0.0), jnp.ones(2)))) > 1e-3
 
 
-def test_potential_is_its_formula():
+def test_potential_equals_its_formula():
     field = FIELDS["potential"]()
     k0, b0 = np.asarray(field.opening.weight), np.asarray(field.opening.bias)
     k1, b1 = np.asarray(field.inner.weight), np.asarray(field.inner.bias)
@@ -86,7 +86,7 @@ def derivatives(field, t, x):
     return own, (jnp.append(by_x, by_t), -by_x, -laplacian)
 
 
-def test_potential_has_the_gradient_and_laplacian_of_autodiff():
+def test_potential_gradient_and_laplacian_equal_autodiff():
     field = FIELDS["potential"]()
     # Without biases every pre-activation is 0 at the origin, where |a| has no derivative.
     bare = eqx.tree_at(
@@ -105,7 +105,7 @@ def test_potential_does_not_overflow_in_float32():
         assert np.all(np.isfinite(values))
 
 
-def test_potential_has_no_more_rows_than_rank_and_starts_moderate():
+def test_potential_initial_values_are_moderate_and_rank_bounds_rows():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
 
     @jax.jit
@@ -122,14 +122,16 @@ def silu(a):
     return a / (1 + np.exp(-a))
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet with waves"])
-def test_resnet_is_its_formula(name):
+@pytest.mark.parametrize("name", ["resnet", "resnet with fourier features"])
+def test_resnet_equals_its_formula(name):
     field, t = FIELDS[name](), 0.3
     context = CONTEXT if field.context_dim else None
-    angles = np.pi * np.array([1, 2])[: field.frequencies] * t
+    angles = np.pi * np.array([1, 2])[: field.time_frequencies] * t
     e = np.array([t, *np.sin(angles), *np.cos(angles), *(() if context is None else context)])
-    angles = np.zeros((0, 3)) @ X if field.directions is None else field.directions @ X
-    assert len(angles) == (3 if name == "resnet with waves" else 0)
+    angles = (
+        np.zeros((0, 3)) @ X if field.fourier_frequencies is None else field.fourier_frequencies @ X
+    )
+    assert len(angles) == (3 if name == "resnet with fourier features" else 0)
     x = np.array([*X, *np.sin(angles), *np.cos(angles)])
     h = np.asarray(field.entry.weight @ x + field.entry.bias)
     assert len(field.blocks) == 2
@@ -142,7 +144,7 @@ def test_resnet_is_its_formula(name):
 
 
 def test_resnet_starts_at_rest_with_all_blocks_alive():
-    make = jax.jit(lambda key: ResNet(3, 16, 2, frequencies=1, context_dim=2, key=key))
+    make = jax.jit(lambda key: ResNet(3, 16, 2, time_frequencies=1, context_dim=2, key=key))
     field = make(jr.key(0))
     np.testing.assert_array_equal(field(TIME, X, CONTEXT), np.zeros(3))
     weights = [field.entry.weight]
@@ -154,9 +156,9 @@ def test_resnet_starts_at_rest_with_all_blocks_alive():
 
 
 @pytest.mark.parametrize("frequencies", [0, 1, 2])
-def test_frequencies_tell_times_apart(frequencies):
+def test_resnet_time_frequencies_tell_times_apart(frequencies):
     """With weight 0 on t itself, only the frequencies depend on time; the first has period 2."""
-    field = drawn(ResNet, 3, 5, 2, frequencies=frequencies)
+    field = drawn(ResNet, 3, 5, 2, time_frequencies=frequencies)
     assert field.blocks[0].condition.weight.shape == (5, 1 + 2 * frequencies)
 
     def conditions(field):
@@ -169,7 +171,7 @@ def test_frequencies_tell_times_apart(frequencies):
     assert (np.max(np.abs(later - now)) > 1e-2) == (frequencies > 0)
 
 
-def test_guidance_is_linear_in_its_scale():
+def test_guided_is_linear_in_its_scale():
     f = FIELDS["mlp context"]()
     with_context, without = (f(TIME, X, c) for c in (CONTEXT, jnp.zeros(2)))
     assert np.max(np.abs(with_context - without)) > 1e-2
@@ -180,7 +182,7 @@ def test_guidance_is_linear_in_its_scale():
 
 
 @pytest.mark.parametrize("name", ["guided", "mlp modulated", "resnet"])
-def test_the_divergence_of_a_guided_field_is_the_trace(name):
+def test_guided_divergence_equals_the_trace(name):
     """The divergence has a closed form if the field inside has one; otherwise, forward mode."""
     inside = FIELDS[name]()
     field = inside if name == "guided" else Guided(inside, 2.5)
@@ -199,13 +201,13 @@ def test_the_divergence_of_a_guided_field_is_the_trace(name):
         np.testing.assert_allclose(value, other, rtol=0, atol=1e-10)
 
 
-def test_residual_subtracts_x():
+def test_minus_identity_subtracts_x():
     v, divergence = MinusIdentity(LINEAR).velocity_and_divergence(TIME, X)
     np.testing.assert_allclose(v, (MATRIX - np.eye(3)) @ X, rtol=1e-13)
     np.testing.assert_allclose(divergence, np.trace(MATRIX) - 3, rtol=1e-13)
 
 
-def test_mixture_shares_by_a_softmax_in_time():
+def test_mixture_weights_are_a_softmax_in_time():
     field = mixture(LINEAR, Clock(jnp.array([1.0, 2.0, -1.0])))
     logits = field.share_weight * 0.3 + field.share_bias
     p = np.exp(logits) / np.sum(np.exp(logits))
@@ -216,14 +218,14 @@ def test_mixture_shares_by_a_softmax_in_time():
     assert field.shares(jnp.asarray(5.0))[0] > 0.99
 
 
-def test_time_change_runs_the_field_faster_from_its_start():
+def test_time_rescaling_runs_the_field_faster_from_its_start():
     field = TimeRescaling(Clock(jnp.ones(3)), 2.5, start=0.2)
     np.testing.assert_allclose(field.rate, 2.5)
     np.testing.assert_allclose(field(TIME, X), 2.5 * (0.2 + 2.5 * 0.3) * np.ones(3))
     np.testing.assert_allclose(TimeRescaling(LINEAR, 2.5).velocity_and_divergence(TIME, X)[1], 2.75)
 
 
-def test_time_change_trains_its_rate_and_never_its_start():
+def test_time_rescaling_trains_only_its_rate():
     field = TimeRescaling(Clock(jnp.ones(3)), 2.5, start=0.2)
     assert len(jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array))) == 2
     rate = TimeRescaling(Clock(jnp.ones(3)), 3.0).sqrt_rate
@@ -241,7 +243,7 @@ def test_time_change_trains_its_rate_and_never_its_start():
     assert by_start == 0
 
 
-def test_wrappers_have_the_context_of_what_is_inside():
+def test_wrappers_have_the_context_dim_of_the_inner_field():
     conditional, plain = drawn(MLP, 3, (4,), context_dim=2), drawn(MLP, 3, (4,))
     wraps = (
         MinusIdentity,
@@ -268,10 +270,10 @@ def mixture_of_two(field):
         (lambda: ResNet(2, blocks=0, key=jr.key(0)), "got blocks=0"),
         (lambda: ResNet(0, key=jr.key(0)), "got dim=0"),
         (
-            lambda: ResNet(2, frequencies=-1, key=jr.key(0)),
-            "frequencies=-1",
+            lambda: ResNet(2, time_frequencies=-1, key=jr.key(0)),
+            "time_frequencies=-1",
         ),
-        (lambda: ResNet(2, waves=-1, key=jr.key(0)), "waves=-1"),
+        (lambda: ResNet(2, fourier_features=-1, key=jr.key(0)), "fourier_features=-1"),
         (
             lambda: ResNet(2, context_dim=-1, key=jr.key(0)),
             "context_dim=-1",
@@ -290,6 +292,6 @@ def mixture_of_two(field):
         ),
     ],
 )
-def test_errors_say_what_is_wrong(make, message):
+def test_fields_bad_arguments_raise(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()

@@ -22,7 +22,7 @@ BATCH = 11  # a size that does not occur in any field
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_divergence_is_the_trace_and_so_is_its_gradient(name):
+def test_divergence_and_its_gradient_equal_the_trace(name):
     field = FIELDS[name]()
     context = CONTEXT if field.context_dim else None
     assert field.dim == 3
@@ -55,7 +55,7 @@ def test_divergence_is_the_trace_and_so_is_its_gradient(name):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_float32_in_float32_out(name):
+def test_fields_float32_input_gives_float32(name):
     field, x, t, context = astype((FIELDS[name](), X, TIME, CONTEXT), jnp.float32)
     arguments = (t, x, context if field.context_dim else None)
     out = jax.eval_shape(partial(velocity_and_divergence, field), *arguments)
@@ -68,7 +68,7 @@ def test_float32_in_float32_out(name):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_depends_on_time_alone_is_computed_once_for_a_batch(name):
+def test_fields_batch_at_one_time_computes_time_work_once(name):
     field = FIELDS[name]()
     batched = [jnp.zeros((BATCH, 3)), jnp.zeros((BATCH, 2))][: 2 if field.context_dim else 1]
     over_batch = jax.vmap(field, in_axes=(None, *[0] * len(batched)))
@@ -85,7 +85,7 @@ def test_what_depends_on_time_alone_is_computed_once_for_a_batch(name):
             assert not [v for v in equation.outvars if BATCH in v.aval.shape]
 
 
-def test_fields_without_a_closed_form_fall_back_on_forward_mode():
+def test_exact_without_closed_form_falls_back_on_forward_mode():
     matrix = jnp.array([[1.0, 2.0], [3.0, 5.0]])
     v, divergence = velocity_and_divergence(Linear(matrix, 2), TIME, jnp.array([1.0, -1.0]))
     np.testing.assert_allclose(v, [-1, -2], rtol=1e-14)
@@ -93,7 +93,7 @@ def test_fields_without_a_closed_form_fall_back_on_forward_mode():
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_no_field_holds_an_empty_tuple(name):
+def test_fields_hold_no_empty_tuple(name):
     """Backsolve carries the parameters in its state, where an empty tuple crashes diffrax."""
     leaves = jax.tree.leaves(
         FIELDS[name](), is_leaf=lambda node: isinstance(node, tuple) and not node

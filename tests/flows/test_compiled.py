@@ -219,9 +219,9 @@ def test_gradients_outside_of_jit_compile_once_and_are_those_inside(adjoint):
 def test_an_error_names_the_rows_that_failed():
     flow = CNF(NotANumber(), StandardNormal(2))  # v = x, NaN beyond 1
     x = jnp.full((30, 2), 0.1).at[jnp.array([3, 8, 21, 22])].set(2.0)
-    message = "the solve failed for 4 of 30 rows (first: 3, 8, 21, ...): max_steps was reached"
+    message = "the flow failed for 4 of 30 rows (first: 3, 8, 21, ...): a value became NaN"
     for solve in (Solve("bosh3", norm="worst"), Solve("bosh3")):
         with pytest.raises(eqx.EquinoxRuntimeError, match=re.escape(message)):
             jcnf.log_prob(flow, x, solve=solve)
-    with pytest.raises(eqx.EquinoxRuntimeError, match="the solve failed for some rows"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed for some rows"):
         eqx.filter_jit(jcnf.log_prob)(flow, x, solve=solve)

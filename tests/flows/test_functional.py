@@ -376,7 +376,7 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
         np.testing.assert_array_equal(np.isnan(result.x).any(axis=1), result.stats.failed)
         assert int(result.stats.steps) <= 64
         assert np.all(result.stats.failed) or solve is fixed
-    with pytest.raises(eqx.EquinoxRuntimeError, match="the solve failed for 5 of 5 rows"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed for 5 of 5 rows"):
         jcnf.sample(flow, jr.key(0), 5, solve=adaptive)
 
 

@@ -249,7 +249,7 @@ def test_a_sample_that_is_not_finite_fails_alone():
     np.testing.assert_array_equal(result.stats.failed, failed)
     with pytest.raises(ValueError, match=r"x has NaN or inf in 1 of 6 rows \(first: 2\)"):
         evaluate.log_prob(nice(), x)
-    with pytest.raises(eqx.EquinoxRuntimeError, match="the solve failed for some rows"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed for some rows"):
         log_prob(nice(), x)
 
 

@@ -204,7 +204,7 @@ def test_a_sample_that_does_not_arrive_is_nan_from_there_on_and_the_others_go_on
         np.testing.assert_allclose(xs[:2, 0], exact[:2, 0], rtol=1e-8)
         assert np.all(np.isnan(xs[2:, 0]))
         np.testing.assert_allclose(xs[:, 1], exact[:, 1], rtol=1e-8)
-    with pytest.raises(eqx.EquinoxRuntimeError, match="the solve failed for some rows"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed for some rows"):
         eqx.filter_jit(jcnf.trajectory)(NotANumber(), x, own, solve=solve)
 
 

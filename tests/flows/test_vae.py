@@ -129,7 +129,7 @@ def test_samples_of_the_posterior_are_those_that_are_weighed():
 
 def test_bounds_are_in_order_and_below_the_evidence():
     """The posterior is wrong here; with the exact one, all bounds equal the evidence."""
-    found = evaluate.bounds(linear(), X, KEY, samples=2000)
+    found = evaluate.elbo(linear(), X, KEY, samples=2000)
     ladder = [found.elbo, found.iwae(4), found.iwae(50), found.iwae(2000)]
     np.testing.assert_allclose(found.iwae(1), found.elbo, rtol=1e-12)
     weights = found.log_likelihood - found.log_ratio
@@ -150,7 +150,7 @@ def test_bounds_are_in_order_and_below_the_evidence():
 
 
 def test_all_bounds_of_the_exact_posterior_are_the_evidence():
-    found = evaluate.bounds(linear(exact_flow()), X, KEY, samples=3, solve=TIGHT, chunk=2)
+    found = evaluate.elbo(linear(exact_flow()), X, KEY, samples=3, solve=TIGHT, chunk=2)
     for bound in (found.elbo, found.iwae(2), found.iwae(3)):
         np.testing.assert_allclose(bound, LOG_P, rtol=0, atol=1e-8)
     assert found.nfe > 0
@@ -158,10 +158,10 @@ def test_all_bounds_of_the_exact_posterior_are_the_evidence():
 
 
 def test_the_noise_depends_on_neither_the_chunk_nor_the_model():
-    one = evaluate.bounds(linear(), X, KEY, samples=3, chunk=2)
-    whole = evaluate.bounds(linear(), X, KEY, samples=3)
-    rest = evaluate.bounds(linear(still()), X, KEY, samples=3, solve=STEPS)
-    other = evaluate.bounds(linear(), X, jr.key(1), samples=3)
+    one = evaluate.elbo(linear(), X, KEY, samples=3, chunk=2)
+    whole = evaluate.elbo(linear(), X, KEY, samples=3)
+    rest = evaluate.elbo(linear(still()), X, KEY, samples=3, solve=STEPS)
+    other = evaluate.elbo(linear(), X, jr.key(1), samples=3)
     np.testing.assert_allclose(one.log_ratio, whole.log_ratio, rtol=1e-12)
     np.testing.assert_allclose(one.log_likelihood, rest.log_likelihood, rtol=1e-12)
     np.testing.assert_allclose(one.log_ratio, rest.log_ratio, rtol=1e-12)
@@ -230,7 +230,7 @@ def test_in_float32():
 
 
 def test_a_solve_that_fails_is_no_number():
-    short = evaluate.bounds(linear(exact_flow()), X, KEY, samples=2, solve=Solve(max_steps=2))
+    short = evaluate.elbo(linear(exact_flow()), X, KEY, samples=2, solve=Solve(max_steps=2))
     assert short.failed.all()
     assert np.isnan(short.elbo).all()
     assert np.isnan(short.iwae(2)).all()
@@ -255,13 +255,13 @@ WRONG = {
     ),
     "numbers of x and eps": (lambda: weigh(linear(), X, jnp.zeros((4, 2))), "shape (4, context)"),
     "samples": (
-        lambda: evaluate.bounds(linear(), X, KEY, samples=0),
+        lambda: evaluate.elbo(linear(), X, KEY, samples=0),
         "samples must be a whole number, at least 1",
     ),
-    "one x": (lambda: evaluate.bounds(linear(), X[0], KEY), "(n, data)"),
+    "one x": (lambda: evaluate.elbo(linear(), X[0], KEY), "(n, data)"),
     "k": (
-        lambda: evaluate.bounds(linear(), X, KEY, samples=2).iwae(3),
-        "number of samples, 2",
+        lambda: evaluate.elbo(linear(), X, KEY, samples=2).iwae(3),
+        "at most 2; got k=3",
     ),
     "trials": (lambda: Binomial(0), "at least 1; got trials=0"),
     "half a trial": (lambda: Binomial(1.5), "whole number"),

@@ -39,7 +39,7 @@ def found(table, imputed):
     return predictive(Affine(), *table, imputed.draws, ROUGH, jr.key(1), samples=200)
 
 
-def test_gaussian_conditionals_are_scipys(table):
+def test_gaussian_conditionals_equal_scipy(table):
     truth, x = table
     gaussian = Gaussian(np.array([1.0, -2.0, 0.5]), COVARIANCE)
     conditional = gaussian.given(x)
@@ -53,7 +53,7 @@ def test_gaussian_conditionals_are_scipys(table):
             part = stats.multivariate_normal(gaussian.mean[known], block).logpdf(x[i, known])
         assert log_prob[i] == pytest.approx(whole - part, abs=1e-10)
     assert log_prob[0] == 0
-    draws = conditional.draw(jr.key(0), 20_000)
+    draws = conditional.sample(jr.key(0), 20_000)
     known = ~np.isnan(x)
     np.testing.assert_array_equal(draws[:, known], np.broadcast_to(x[known], (20_000, known.sum())))
     error = draws.mean(axis=0) - conditional.mean
@@ -62,7 +62,7 @@ def test_gaussian_conditionals_are_scipys(table):
     assert gaussian.independent.given(x).mean[1] == pytest.approx(gaussian.mean)
 
 
-def test_draws_are_of_the_conditional(table, imputed):
+def test_impute_samples_follow_the_conditional(table, imputed):
     x = table[1]
     missing = np.isnan(x)
     expected = GAUSSIAN.given(x)
@@ -80,7 +80,7 @@ def test_draws_are_of_the_conditional(table, imputed):
     assert imputed.failed.sum() == 0
 
 
-def test_predictive_densities_are_the_gaussians_within_their_errors(table, found):
+def test_impute_predictive_densities_equal_the_gaussian_within_errors(table, found):
     truth, x = table
     expected = GAUSSIAN.given(x).log_prob(truth)
     np.testing.assert_allclose(found.log_prob[:2], expected[:2], atol=1e-10)
@@ -98,7 +98,7 @@ def test_predictive_densities_are_the_gaussians_within_their_errors(table, found
     np.testing.assert_array_equal(found.mean[~np.isnan(x)], x[~np.isnan(x)])
 
 
-def test_nothing_missing_and_everything_missing():
+def test_impute_with_nothing_or_everything_missing():
     x = np.random.default_rng(0).normal(size=(4, 3))
     whole = impute(Affine(), x, ROUGH, jr.key(0), draws=2, steps=2)
     np.testing.assert_array_equal(whole.draws, [x, x])
@@ -111,7 +111,7 @@ def test_nothing_missing_and_everything_missing():
     np.testing.assert_allclose(alone.log_prob, GAUSSIAN.given(everything).log_prob(x), atol=1e-10)
 
 
-def test_the_same_key_the_same_draws_in_the_dtype_given(table):
+def test_impute_same_key_gives_same_samples_in_the_dtype_given(table):
     x = table[1][:10].astype(np.float32)
     settings = {"draws": 2, "steps": 2, "burn_in": 1, "candidates": 2}
     first, again, other = (
@@ -122,13 +122,13 @@ def test_the_same_key_the_same_draws_in_the_dtype_given(table):
     assert not np.array_equal(first, other, equal_nan=True)
 
 
-def test_a_singular_covariance():
+def test_gaussian_singular_covariance():
     with pytest.raises(ValueError, match="singular"):
         Gaussian(np.zeros(2), np.ones((2, 2))).given(np.array([[np.nan, np.nan]]))
     assert jnp.isfinite(Gaussian.fit(np.random.default_rng(0).normal(size=(9, 1))).covariance).all()
 
 
-def test_what_would_give_nan_is_refused(unchecked):
+def test_impute_input_that_would_give_nan_raises(unchecked):
     key = jr.key(0)
     flow = CNF(fields.MLP(2, (4,), key=key), StandardNormal(2))
     gaussian = Gaussian(np.zeros(2), np.eye(2))

@@ -42,7 +42,7 @@ def cliff(x):
     return jnp.where(x[:, 0] > 1, jnp.nan, -jnp.sum(x**2, axis=1) / 2)
 
 
-def test_langevin_samples_the_conditional_of_a_gaussian(langevin):
+def test_langevin_of_gaussian_samples_the_conditional(langevin):
     rows = 4000
     x = jnp.zeros((rows, 3)).at[:, 1].set(jnp.linspace(-2, 2, rows))
     density = inpaint.Density(Affine())
@@ -60,7 +60,7 @@ def test_langevin_samples_the_conditional_of_a_gaussian(langevin):
     np.testing.assert_allclose(chains.log_prob[-1], density(chains.x[-1]), rtol=1e-10)
 
 
-def test_without_its_rejections_it_would_not():
+def test_langevin_without_rejections_is_biased():
     """At a step size such as the burn-in finds, the chain without rejections is too wide."""
     h, x = 1.4, jnp.zeros((4000, 1))
     for i in range(60):
@@ -80,7 +80,7 @@ def test_without_its_rejections_it_would_not():
     np.testing.assert_allclose(chains.step, h, rtol=1e-12)
 
 
-def test_ascend_converges_to_the_mode_of_the_conditional(ascend):
+def test_ascend_of_gaussian_converges_to_the_conditional_mode(ascend):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
     density = inpaint.Density(Affine())
     found = ascend(density, x, KNOWN, jr.key(0), steps=200, keep=4, rate=faster, noise=0.0)
@@ -90,7 +90,7 @@ def test_ascend_converges_to_the_mode_of_the_conditional(ascend):
     assert np.all(np.diff(found.log_prob, axis=0) > 0)
 
 
-def test_ascend_is_the_rule_of_the_paper(ascend):
+def test_ascend_step_equals_the_rule_of_the_paper(ascend):
     x, key = jnp.ones((2, 3)), jr.key(3)
     found = ascend(gaussian, x, KNOWN, key, steps=3, keep=3, noise=0.5)
     for i, after in enumerate(found.x):
@@ -100,7 +100,7 @@ def test_ascend_is_the_rule_of_the_paper(ascend):
         np.testing.assert_allclose(after, x, rtol=1e-12)
 
 
-def test_bounds_hold_and_the_density_within_is_right(langevin, ascend):
+def test_bounds_hold_and_samples_within_follow_the_density(langevin, ascend):
     x = jnp.full((4000, 3), 0.1).at[:, 1].set(5.0)
     arguments = {"steps": 40, "bounds": (-0.2, 0.6)}
     chains = langevin(gaussian, x, KNOWN, jr.key(0), burn_in=40, **arguments)
@@ -118,7 +118,7 @@ def test_bounds_hold_and_the_density_within_is_right(langevin, ascend):
     assert np.any(found.x[-1][:, MISSING] == 0.6)
 
 
-def test_nan_regions_stop_nobody_else(langevin, ascend):
+def test_nan_regions_do_not_affect_other_rows(langevin, ascend):
     known = np.array([False, True])
     x = jnp.zeros((1000, 2)).at[0, 0].set(3.0).at[1, 0].set(jnp.nan)
     chains = langevin(cliff, x, known, jr.key(0), steps=40, burn_in=30)
@@ -134,7 +134,7 @@ def test_nan_regions_stop_nobody_else(langevin, ascend):
     assert np.all(np.isfinite(ascent.log_prob[-1, 2:]))
 
 
-def test_a_solve_that_fails_is_that_of_its_row_alone():
+def test_density_failed_solve_affects_only_its_row():
     flow = CNF(NotANumber(), StandardNormal(2))
     x = jnp.array([[0.3, -0.2], [2.0, 0.0], [-0.5, 0.5]])
     solve = Solve("euler", step=0.25, norm="worst")
@@ -149,7 +149,7 @@ def test_a_solve_that_fails_is_that_of_its_row_alone():
     np.testing.assert_array_equal(gradient[1], 0)
 
 
-def test_rows_of_their_own_masks(langevin):
+def test_langevin_one_mask_per_row(langevin):
     known = np.array([[True, True, True], [False, False, False], [True, False, True]])
     x = jnp.ones((3, 3))
     chains = langevin(gaussian, x, known, jr.key(0), steps=300, burn_in=300, keep=2)
@@ -159,7 +159,7 @@ def test_rows_of_their_own_masks(langevin):
     assert np.all(np.isfinite(chains.step))
 
 
-def test_one_program_and_the_same_key_the_same_result(langevin):
+def test_langevin_same_key_gives_same_result_from_one_program(langevin):
     traced = []
 
     def log_prob(x):
@@ -176,7 +176,7 @@ def test_one_program_and_the_same_key_the_same_result(langevin):
     assert np.all(first.x[-1, :, 1] != other.x[-1, :, 1])
 
 
-def test_kept_states_are_those_along_the_way(ascend):
+def test_ascend_kept_states_lie_on_the_path(ascend):
     assert list(inpaint.kept_steps(7, 3)) == [2, 5, 7]
     x = jnp.ones((2, 3))
     few, all_of_them = (
@@ -185,7 +185,7 @@ def test_kept_states_are_those_along_the_way(ascend):
     np.testing.assert_array_equal(few.x, all_of_them.x[np.array([1, 4, 6])])
 
 
-def test_float32_stays_float32(langevin, ascend):
+def test_langevin_and_ascend_keep_float32(langevin, ascend):
     def log_prob(x):
         return -jnp.sum(x**2, axis=1)
 
@@ -196,16 +196,16 @@ def test_float32_stays_float32(langevin, ascend):
     assert {a.dtype for a in floats} == {np.dtype(np.float32)}
 
 
-def test_half_of_a_picture():
-    picture = inpaint.half((3, 2, 2), "top").reshape(3, 2, 2)
-    np.testing.assert_array_equal(picture[:, 0, 0], [True, False, False])
-    assert np.all(picture == picture[:, :1, :1])
+def test_half_is_true_on_one_side():
+    mask = inpaint.half((3, 2, 2), "top").reshape(3, 2, 2)
+    np.testing.assert_array_equal(mask[:, 0, 0], [True, False, False])
+    assert np.all(mask == mask[:, :1, :1])
     right = inpaint.half((3, 4, 1), "right").reshape(3, 4)
     np.testing.assert_array_equal(right, np.tile([False, False, True, True], (3, 1)))
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_errors():
+def test_inpaint_bad_arguments_raise():
     x = jnp.zeros((2, 3))
     key, steps = jr.key(0), {"steps": 2}
     with pytest.raises(ValueError, match=r"expected known of shape \(2, 3\) or \(3,\)"):

@@ -175,3 +175,6 @@ def test_rows_held_out_have_no_part_in_the_scale(tmp_path):
     assert series.unit < 3
     with pytest.raises(InputError, match="held_out=28 leaves fewer than 3"):
         load_series(tmp_path / "series.csv", held_out=28)
+    for bad in ({"held_out": -1}, {"held_out": 2.5}, {"unit": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            load_series(tmp_path / "series.csv", **bad)

@@ -51,7 +51,7 @@ QUICK = {
     "planar": "backsolve_seminorm",
     "residual without closed form": "backsolve",
     "time change": "checkpoint",
-    "resnet with waves": "direct",
+    "resnet with fourier features": "direct",
     "mixture": "forward",
     "guided": "forward",
 }

@@ -8,7 +8,7 @@ from jcnf import plot
 X = [1.0, 10.0, 100.0]
 
 
-def test_a_panel_shows_its_series_without_what_has_no_logarithm():
+def test_scaling_points_not_positive_are_left_out():
     series = {"a": (X, [1.0, 0.0, 3.0]), "b": (X, [np.nan, 2.0, np.inf])}
     panels = [
         plot.CurvePanel("left", "x", "y", series, {"a": "a, labeled"}),
@@ -22,5 +22,5 @@ def test_a_panel_shows_its_series_without_what_has_no_logarithm():
     assert (right.get_title(), right.get_xlabel(), right.get_ylabel()) == ("right", "u", "v")
 
 
-def test_exponent_of_a_power_law():
+def test_scaling_exponent_of_power_law_is_its_exponent():
     assert plot.scaling_exponent(X, 3 * np.array(X) ** -1.5) == pytest.approx(-1.5)

@@ -1,12 +1,12 @@
 """Images: data sets, files, dequantizing, and images as planar densities."""
 
+from jcnf.data.images.density import MAX_SIDE as MAX_SIDE
+from jcnf.data.images.density import image_density as image_density
+from jcnf.data.images.density import piecewise_constant as piecewise_constant
+from jcnf.data.images.density import read_image_file as read_image_file
+from jcnf.data.images.density import render_text as render_text
 from jcnf.data.images.digits import load_digits_parts as load_digits_parts
 from jcnf.data.images.digits import load_digits_table as load_digits_table
-from jcnf.data.images.pictures import LONGEST as LONGEST
-from jcnf.data.images.pictures import draw_text as draw_text
-from jcnf.data.images.pictures import picture as picture
-from jcnf.data.images.pictures import piecewise_constant as piecewise_constant
-from jcnf.data.images.pictures import read_picture as read_picture
 from jcnf.data.images.pixels import dequantize as dequantize
 from jcnf.data.images.sets import Images as Images
 from jcnf.data.images.sets import load_images as load_images

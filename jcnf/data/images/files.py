@@ -32,14 +32,14 @@ _ORIGINS = (
 )
 
 
-class Pictures(NamedTuple):
+class LabeledImages(NamedTuple):
     """Images and their labels, if they have any."""
 
     pixels: np.ndarray  # uint8 (n, height, width, channels)
     labels: np.ndarray | None  # int (n,)
 
 
-def read_parts(path: Path, parts: Sequence[str]) -> list[Pictures]:
+def read_parts(path: Path, parts: Sequence[str]) -> list[LabeledImages]:
     """Read the images of each of `parts`, "train" or "test".
 
     `path` may also name one file of a folder; the others next to it are then read as well.
@@ -56,7 +56,7 @@ def read_parts(path: Path, parts: Sequence[str]) -> list[Pictures]:
     return [_part(folder, files, part) for part in parts]
 
 
-def read_one(path: Path) -> Pictures:
+def read_one(path: Path) -> LabeledImages:
     """Read all images of one idx file or batch, or the test part of files that have parts.
 
     A .npz without x_test may have one array of images under any name.
@@ -66,9 +66,9 @@ def read_one(path: Path) -> Pictures:
     _require(path)
     if path.suffix.lower() == ".npz":
         arrays = load_arrays(path)
-        pictures = [name for name, array in arrays.items() if array.ndim > 2]
-        if "x_test" not in arrays and len(pictures) == 1:
-            return _checked(f"{path}: {pictures[0]}", arrays[pictures[0]])
+        named = [name for name, array in arrays.items() if array.ndim > 2]
+        if "x_test" not in arrays and len(named) == 1:
+            return _checked(f"{path}: {named[0]}", arrays[named[0]])
         return _npz_part(path, arrays, "test")
     name = _plain(path.name)
     if path.is_dir() or name not in _KNOWN:
@@ -133,7 +133,7 @@ def _whole(path: Path, data: bytes) -> bytes:
         raise InputError(f"{path}: cannot be read ({error}): download it again") from None
 
 
-def _npz_part(path: Path, arrays: dict[str, np.ndarray], part: str) -> Pictures:
+def _npz_part(path: Path, arrays: dict[str, np.ndarray], part: str) -> LabeledImages:
     if f"x_{part}" not in arrays:
         found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
         raise InputError(
@@ -143,7 +143,7 @@ def _npz_part(path: Path, arrays: dict[str, np.ndarray], part: str) -> Pictures:
     return _checked(f"{path}: x_{part}", arrays[f"x_{part}"], arrays.get(f"y_{part}"))
 
 
-def _part(path: Path, files: dict[str, bytes], part: str) -> Pictures:
+def _part(path: Path, files: dict[str, bytes], part: str) -> LabeledImages:
     """Read one part from a folder's files, in whichever format they are."""
     if any(name in files for name in (*_IDX["train"], *_IDX["test"])):
         images, labels = _member(path, files, _IDX[part][0]), files.get(_IDX[part][1])
@@ -154,7 +154,7 @@ def _part(path: Path, files: dict[str, bytes], part: str) -> Pictures:
     names = [name + ending for name in _BATCHES[part]]
     batches = [_batch(f"{path}: {name}", name, _member(path, files, name)) for name in names]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return Pictures(pixels, labels)
+    return LabeledImages(pixels, labels)
 
 
 def _member(path: Path, files: dict[str, bytes], name: str) -> bytes:
@@ -180,13 +180,13 @@ def _idx(where: str, data: bytes, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-def _batch(where: str, name: str, data: bytes) -> Pictures:
+def _batch(where: str, name: str, data: bytes) -> LabeledImages:
     """Read a batch of CIFAR-10: images of 32x32, channel by channel."""
     pixels, labels = (read_binary if name.endswith(".bin") else read_pickled)(where, data)
     return _checked(where, pixels.reshape(-1, 3, 32, 32), labels)
 
 
-def _checked(where: str, images: np.ndarray, labels: np.ndarray | None = None) -> Pictures:
+def _checked(where: str, images: np.ndarray, labels: np.ndarray | None = None) -> LabeledImages:
     """Check gray values and labels, and put channels last."""
     if images.dtype.kind not in "ui":
         raise InputError(
@@ -205,7 +205,7 @@ def _checked(where: str, images: np.ndarray, labels: np.ndarray | None = None) -
         )
     pixels = np.moveaxis(pixels, 1, 3) if first else pixels
     if labels is None:
-        return Pictures(pixels.astype(np.uint8), None)
+        return LabeledImages(pixels.astype(np.uint8), None)
     labels = labels.ravel()
     whole = labels.dtype.kind in "ui" and labels.min(initial=0) >= 0
     if not whole or len(labels) != len(images):
@@ -213,4 +213,4 @@ def _checked(where: str, images: np.ndarray, labels: np.ndarray | None = None) -
             f"{where}: {len(images)} images and {len(labels)} labels of type {labels.dtype}: "
             "save one integer >= 0 for each image, or no labels"
         )
-    return Pictures(pixels.astype(np.uint8), labels.astype(np.int64))
+    return LabeledImages(pixels.astype(np.uint8), labels.astype(np.int64))

@@ -18,7 +18,7 @@ import numpy as np
 
 from jcnf._checks import InputError
 from jcnf.data.images import digits
-from jcnf.data.images.files import Pictures, read_one, read_parts
+from jcnf.data.images.files import LabeledImages, read_one, read_parts
 
 __all__ = ["NAMES", "Images", "UnsplitImages", "load_images", "read_images", "shape_of"]
 
@@ -98,14 +98,14 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
         return _digits(path)
     train, test = _fetched(name) if path is None else read_parts(Path(path), ["train", "test"])
     where = "openml.org" if path is None else path
-    for part, pictures in {"training": train, "test": test}.items():
-        if pictures.pixels.shape[1:] != shape:
+    for part, each in {"training": train, "test": test}.items():
+        if each.pixels.shape[1:] != shape:
             raise InputError(
                 f"{where}: expected images of {_size(shape)} for {name}; got {part} images of "
-                f"{_size(pictures.pixels.shape[1:])}: use the files of {name}, or another name"
+                f"{_size(each.pixels.shape[1:])}: use the files of {name}, or another name"
             )
-    for part, pictures, fewest in (("training", train, 10), ("test", test, 2)):
-        if (count := len(pictures.pixels)) < fewest:
+    for part, each, fewest in (("training", train, 10), ("test", test, 2)):
+        if (count := len(each.pixels)) < fewest:
             raise InputError(f"{where}: expected at least {fewest} {part} images; got {count}")
     if (train.labels is None) != (test.labels is None):
         raise InputError(f"{where}: only one part has labels: give labels to both or none")
@@ -129,9 +129,9 @@ def read_images(path: str | os.PathLike) -> UnsplitImages:
     return UnsplitImages(_flat(pixels), labels, pixels.shape[1:])
 
 
-def _rows(pictures: Pictures, rows: slice) -> Pictures:
-    pixels, labels = pictures
-    return Pictures(pixels[rows], None if labels is None else labels[rows])
+def _rows(images: LabeledImages, rows: slice) -> LabeledImages:
+    pixels, labels = images
+    return LabeledImages(pixels[rows], None if labels is None else labels[rows])
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:
@@ -151,7 +151,7 @@ def _digits(path: str | os.PathLike | None) -> Images:
     return Images(*pixels, labels=labels, shape=shape_of("digits"), levels=digits.LEVELS)
 
 
-def _fetched(name: str) -> list[Pictures]:
+def _fetched(name: str) -> list[LabeledImages]:
     """Download training and test part from openml.org, whose rows are in the order of the files."""
     (height, width, channels), openml, files = _SOURCES[name]
     try:
@@ -174,5 +174,5 @@ def _fetched(name: str) -> list[Pictures]:
         np.moveaxis(pixels, 1, 3).astype(np.uint8),
         np.asarray(fetched.target, np.int64),
     )
-    pictures = Pictures(pixels, labels)
-    return [_rows(pictures, slice(-_NUM_TEST)), _rows(pictures, slice(-_NUM_TEST, None))]
+    images = LabeledImages(pixels, labels)
+    return [_rows(images, slice(-_NUM_TEST)), _rows(images, slice(-_NUM_TEST, None))]

@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from jcnf._checks import InputError
-from jcnf.data.images import LONGEST, draw_text, picture, piecewise_constant, read_picture
+from jcnf.data.images import (
+    MAX_SIDE,
+    image_density,
+    piecewise_constant,
+    read_image_file,
+    render_text,
+)
 
 NUM = 20_000
 # The upper left pixel has 1/10 of the mass, the lower left 3/10 and the lower right 6/10; each
@@ -28,7 +34,7 @@ def four():
     return piecewise_constant(LEVELS, "four")
 
 
-def test_density_and_entropy_by_hand(four):
+def test_piecewise_constant_log_prob_and_entropy_equal_hand_values(four):
     shares = LEVELS.ravel() / 10
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(four.log_prob(CENTERS), np.log(shares / 16), rtol=1e-12)
@@ -41,7 +47,7 @@ def test_density_and_entropy_by_hand(four):
     assert np.isnan(four.log_prob(jnp.array([[np.nan, 0.0]])))[0]
 
 
-def test_pixels_are_drawn_as_often_as_is_their_due(four):
+def test_piecewise_constant_samples_follow_the_pixel_masses(four):
     x = np.asarray(jax.jit(four.sample, static_argnums=1)(jr.key(0), NUM))
     assert x.dtype == np.float64
     row, column = (x[:, 1] < 0).astype(int), (x[:, 0] > 0).astype(int)
@@ -53,63 +59,63 @@ def test_pixels_are_drawn_as_often_as_is_their_due(four):
     np.testing.assert_allclose(np.abs(x).std(axis=0), 4 / np.sqrt(12), rtol=0.02)
 
 
-def test_samples_have_a_density_in_float32_too():
+def test_piecewise_constant_float32_samples_have_finite_log_prob():
     """On a fine chessboard, a sample rounded into the next pixel would have density zero."""
-    board = np.indices((3, LONGEST)).sum(axis=0) % 2
+    board = np.indices((3, MAX_SIDE)).sum(axis=0) % 2
     fine = piecewise_constant(board, "board")
     with jax.enable_x64(False):
         x = fine.sample(jr.key(1), 500_000)
         log_p = fine.log_prob(x)
     assert (x.dtype, log_p.dtype) == (jnp.float32, jnp.float32)
-    np.testing.assert_allclose(log_p, -np.log(board.sum() * (8 / LONGEST) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(log_p, -np.log(board.sum() * (8 / MAX_SIDE) ** 2), rtol=1e-6)
     assert -log_p.mean() == pytest.approx(fine.entropy, rel=1e-6)
 
 
-def test_a_dark_corner_is_up_on_the_left():
+def test_image_density_upper_left_pixel_is_at_negative_x_positive_y():
     levels = np.full((4, 8), 255)
     levels[0, 0] = 0
-    dark = picture(image(levels), "corner")
+    dark = image_density(image(levels), "corner")
     x = np.asarray(dark.sample(jr.key(0), 100))
     # The longer side spans [-4, 4]; the other has half as many pixels and spans [-2, 2].
     assert (x > [-4, 1]).all()
     assert (x < [-3, 2]).all()
     assert dark.entropy == pytest.approx(0)  # a uniform density on a unit square
-    bright = picture(image(levels), "corner", invert=True)
+    bright = image_density(image(levels), "corner", invert=True)
     assert bright.entropy == pytest.approx(np.log(31))
     assert np.isneginf(bright.log_prob(jnp.array([[-3.5, 1.5]])))
 
 
-def test_transparent_pixels_are_background():
+def test_image_density_transparent_pixels_are_background():
     pixels = np.zeros((2, 2, 4))
     pixels[0, 0] = 255
     pixels[1, 1] = [0, 0, 0, 255]  # the others are black, but transparent
-    dark, bright = (picture(image(pixels), "p", invert=i) for i in (False, True))
+    dark, bright = (image_density(image(pixels), "p", invert=i) for i in (False, True))
     np.testing.assert_allclose(np.exp(dark.log_prob(CENTERS)), np.array([0, 0, 0, 1]) / 16)
     np.testing.assert_allclose(np.exp(bright.log_prob(CENTERS)), np.array([1, 0, 0, 0]) / 16)
 
 
-def test_a_large_picture_is_scaled_down_by_means():
+def test_image_density_large_image_is_scaled_down_by_means():
     levels = np.full((40, 60), 255)
     levels[:20, :20] = 0
     levels[20:, 20:40] = np.indices((20, 20)).sum(axis=0) % 2 * 254 + 1  # a mean of 128
-    small = picture(image(levels), "large", side=3)
+    small = image_density(image(levels), "large", side=3)
     p = np.exp(small.log_prob(jnp.array([[-3.0, 1.0], [0.0, -1.0], [3.0, 1.0]])))
     np.testing.assert_allclose(p * (8 / 3) ** 2, np.array([255, 127, 0]) / 382)
 
 
-def test_letters_are_dark_on_light():
-    letters = picture(draw_text("l"), "l")
+def test_render_text_letters_are_dark_on_light():
+    letters = image_density(render_text("l"), "l")
     x = np.asarray(letters.sample(jr.key(0), 1000))
     assert np.abs(x.mean(axis=0)).max() < 0.2
     assert np.ptp(x[:, 0]) < 0.3 * np.ptp(x[:, 1])  # a stroke, not its background
 
 
-def test_files_are_read_upright(tmp_path):
+def test_read_image_file_rotated_by_exif_is_upright(tmp_path):
     row = image([[0, 255, 255]])
     row.save(tmp_path / "row.png", exif=_turned())
-    assert read_picture(tmp_path / "row.png").size == (1, 3)
+    assert read_image_file(tmp_path / "row.png").size == (1, 3)
     row.convert("P").save(tmp_path / "palette.gif")
-    x = picture(read_picture(tmp_path / "palette.gif"), "row").sample(jr.key(0), 10)
+    x = image_density(read_image_file(tmp_path / "palette.gif"), "row").sample(jr.key(0), 10)
     assert (x[:, 0] < -1).all()
 
 
@@ -125,7 +131,7 @@ def _turned():
     return exif
 
 
-def test_what_is_no_picture_says_what_to_do(tmp_path):
+def test_read_image_file_and_image_density_bad_input_raise(tmp_path):
     for name, content, message in (
         ("text.png", b"letters", "not an image"),
         ("empty.png", b"", "not an image"),
@@ -133,17 +139,17 @@ def test_what_is_no_picture_says_what_to_do(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"{name}: .*{message}"):
-            read_picture(tmp_path / name)
+            read_image_file(tmp_path / name)
     Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="8 bits"):
-        read_picture(tmp_path / "deep.png")
+        read_image_file(tmp_path / "deep.png")
     with pytest.raises(InputError, match="directory"):
-        read_picture(tmp_path)
+        read_image_file(tmp_path)
     with pytest.raises(InputError, match="no such file"):
-        read_picture(tmp_path / "none.png")
+        read_image_file(tmp_path / "none.png")
     with pytest.raises(InputError, match="same gray value"):
-        picture(image(np.full((3, 3), 7)), "flat")
+        image_density(image(np.full((3, 3), 7)), "flat")
     with pytest.raises(InputError, match="no pixels"):
-        picture(Image.new("L", (0, 3)), "nothing")
+        image_density(Image.new("L", (0, 3)), "nothing")
     with pytest.raises(ValueError, match="side"):
-        picture(image(LEVELS), "p", side=0)
+        image_density(image(LEVELS), "p", side=0)

@@ -16,16 +16,16 @@ import numpy as np
 from jaxtyping import Integer
 
 from jcnf._checks import InputError, check_instance
-from jcnf.data.toys import Toy, batched, drawing
+from jcnf.data.toys import Toy, batched, checked_sampler
 
 EXTENT = 4.0
-LONGEST = 1000  # pixels on the longer side, so that the sum of all levels is an int32
+MAX_SIDE = 1000  # pixels on the longer side, so that the sum of all levels is an int32
 # Samples stay this share of a pixel away from its edges, so that float32 rounds none of them into
 # the next pixel, where the density may be zero.
 _PIXEL_MARGIN = 1e-4
 
 
-def read_picture(path: str | os.PathLike[str]) -> Any:
+def read_image_file(path: str | os.PathLike[str]) -> Any:
     """Read an image file, in any format that Pillow knows, as an upright Pillow image.
 
     **Raises:** `InputError` for a missing file, a directory, a file that is not a complete image,
@@ -51,7 +51,7 @@ def read_picture(path: str | os.PathLike[str]) -> Any:
     return upright
 
 
-def draw_text(text: str, height: int = 80) -> Any:
+def render_text(text: str, height: int = 80) -> Any:
     """Draw black letters, `height` pixels high, on white, as a Pillow image."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -63,7 +63,7 @@ def draw_text(text: str, height: int = 80) -> Any:
     return image
 
 
-def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> Toy:
+def image_density(image: Any, name: str, *, invert: bool = False, side: int = 200) -> Toy:
     """Return the density proportional to an image's darkness, or with `invert` to its brightness.
 
     `image` is a Pillow image. If its longer side has more than `side` pixels (at most 1000), it is
@@ -75,9 +75,9 @@ def picture(image: Any, name: str, *, invert: bool = False, side: int = 200) -> 
     """
     from PIL import Image
 
-    if not 2 <= side <= LONGEST:
-        raise ValueError(f"side must be from 2 to {LONGEST} pixels; got {side}")
-    check_instance(Image.Image, "a Pillow image, as from read_picture(path)", image=image)
+    if not 2 <= side <= MAX_SIDE:
+        raise ValueError(f"side must be from 2 to {MAX_SIDE} pixels; got {side}")
+    check_instance(Image.Image, "a Pillow image, as from read_image_file(path)", image=image)
     if min(image.size) < 1:
         raise InputError(f"{name}: has no pixels: use another image")
     ground = Image.new("RGBA", image.size, "black" if invert else "white")
@@ -132,4 +132,6 @@ def piecewise_constant(levels: Integer[np.ndarray, "rows columns"], name: str) -
     entropy = float(-np.sum(occupied * np.log(occupied / size**2)))
     # The margin makes the entropy of the samples lower than that of the density by this much.
     error = -2 * math.log1p(-2 * _PIXEL_MARGIN)
-    return Toy(name, drawing(sample), batched(density), entropy, entropy_error=error, extent=EXTENT)
+    return Toy(
+        name, checked_sampler(sample), batched(density), entropy, entropy_error=error, extent=EXTENT
+    )
