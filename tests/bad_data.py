@@ -1,11 +1,28 @@
-"""Hostile data for what runs on the host: measurements, tables, toys, images; as `bad_calls`."""
+"""Bad values of the arguments of measurements, data sets and figures; see `bad_calls`."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
-from bad_calls import FLOW, GIVEN, KEY, LEGACY, NAN, NAN_ROWS, ROWS, WIDE, X, of
+from bad_calls import (
+    COUNTS,
+    DIVERGENCES,
+    FIELD,
+    FLOW,
+    FLOWS,
+    GIVEN,
+    KEY,
+    KEYS,
+    NAN,
+    NUMBERS,
+    ONES,
+    ROWS,
+    SOLVES,
+    TIMES,
+    WIDE,
+    X,
+    refuses,
+)
 
 from jcnf import Hutchinson, evaluate, plot
 from jcnf.data import classes, energies, images, noise, series, tables, toys
@@ -17,371 +34,185 @@ from jcnf.inference.gaussian import Gaussian
 from jcnf.inference.impute import impute, predictive
 from jcnf.training import checkpoint
 
-GAUSSIAN = Gaussian.fit(ROWS)
+NAN_ROWS = np.where(np.arange(20)[:, None] == 4, np.nan, ROWS)
+INFINITE = np.where(np.isnan(NAN_ROWS), np.inf, ROWS)
 HOLES = np.where(np.arange(40).reshape(20, 2) % 3 == 0, np.nan, ROWS)
-DRAWS = np.repeat(np.nan_to_num(HOLES)[None], 4, axis=0)
-INFINITE = np.where(np.arange(20)[:, None] == 4, np.inf, ROWS)
-SCALE = Standardizer(np.zeros(2), np.ones(2), ("a", "b"))
-MODEL = vae.VAE(
-    vae.Posterior(vae.Encoder(lambda x: x, 4, 2, key=KEY), 2), lambda z: z, vae.Binomial(1)
+COLUMN, TIME, GRID = ROWS[:, 0], np.linspace(0, 1, 4), np.zeros((4, 4))
+GONE = "/nowhere/table.csv"
+
+# Measurements
+
+flow = {"flow": FLOW, "x": X}
+point = [NAN, X.at[2, 1].set(jnp.inf), X[0]]
+context = jnp.ones((3, 3)).at[0, 0].set(jnp.nan)
+noisy = flow | {"divergence": Hutchinson()}
+refuses(evaluate.log_prob, flow, flow=FLOWS, x=[*point, np.array([["a", "b"]])], chunk=NUMBERS)
+refuses(evaluate.log_prob, flow, solve=SOLVES, divergence=[*DIVERGENCES, Hutchinson])
+refuses(evaluate.log_prob, {"flow": GIVEN, "x": X}, context=[context])
+refuses(evaluate.log_prob, noisy, key=KEYS)
+refuses(evaluate.transform, flow | {"direction": "to_base"}, x=[NAN], solve=SOLVES)
+refuses(evaluate.transform, flow, direction=["up"])
+refuses(evaluate.sample, {"flow": FLOW, "key": KEY, "num_samples": 3}, key=KEYS, num_samples=COUNTS)
+refuses(evaluate.trajectory, flow | {"times": TIME}, x=[NAN], times=TIMES)
+refuses(evaluate.roundtrip_error, {"flow": FLOW}, x=[NAN])
+refuses(evaluate.accuracy_report, flow, x=[NAN], reference_points=[-1], cells=[0])
+refuses(evaluate.accuracy_report, flow, extent=[(1.0, -1.0, 0.0, 1.0)])
+refuses(evaluate.accuracy_report, noisy | {"key": KEY}, draws=[1])
+square = {"flow": FLOW, "extent": (0.0, 1.0, 0.0, 1.0)}
+refuses(evaluate.grid, square, extent=[(0.0, 1.0), (0.0, 1.0, 0.0, np.nan), 4.0])
+refuses(evaluate.grid, square, says={"n": "cells"}, n=[0, 2.5])
+refuses(evaluate.grid_of, {"scores": len}, extent=[(0.0, 1.0) * 3])
+refuses(evaluate.cell_centers, {"interval": (0.0, 1.0)}, n=[0])
+gauss = {"train": ROWS, "test": ROWS}
+refuses(evaluate.gaussian_nll, gauss, train=[NAN_ROWS, ROWS[:0]], test=[NAN_ROWS, np.ones((3, 4))])
+refuses(evaluate.mmd, {"x": ROWS, "y": ROWS}, x=[NAN_ROWS], y=[INFINITE])
+one = {"x": "sample", "y": "sample"}
+refuses(evaluate.mmd, {"x": ROWS, "y": ROWS}, one, x=[ROWS[:1]], y=[ROWS[:, :1]])
+refuses(evaluate.auroc, {"outside": COLUMN}, inside=[NAN_ROWS[:, 0], []])
+refuses(evaluate.auroc, {"inside": COLUMN}, outside=[COLUMN[:0]])
+refuses(ood.typicality, {"log_prob": COLUMN}, reference=[NAN_ROWS[:, 0], COLUMN[:0]])
+bits = {"log_prob": np.ones(3), "code_length": np.ones(3), "dim": 4, "levels": 256}
+refuses(ood.complexity, bits, {"code_length": "each point"}, code_length=[np.ones(2)], dim=[0])
+refuses(ood.ratio, {"log_prob": np.ones(3)}, {"background": "each point"}, background=[np.ones(2)])
+code = {"pixels": np.zeros((3, 4), np.uint8), "shape": (2, 2, 1), "levels": 256}
+refuses(evaluate.code_length, code, pixels=[X], shape=[(3, 2, 1)], levels=[300, 0])
+wide = {"flow": WIDE, "x": X, "key": KEY}
+refuses(evaluate.marginal_log_prob, wide, x=[NAN, ONES[4]], key=KEYS, samples=COUNTS, solve=SOLVES)
+posterior = vae.Posterior(vae.Encoder(lambda x: x, 4, 2, key=KEY), 2)
+model = {"model": vae.VAE(posterior, lambda z: z, vae.Binomial(1)), "x": X, "key": KEY}
+refuses(evaluate.elbo, model, model=[FLOW], x=[NAN, jnp.ones((3, 2), int)], samples=COUNTS)
+scores = np.zeros((3, 4))
+bounds = evaluate.ELBOSamples(scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool))
+refuses(bounds.iwae, k=[5, 1.5])
+refuses(evaluate.audit_gradients, {"flow": FLOW}, x=[NAN, X[0]])
+refuses(evaluate.loss_gradient, {"flow": FLOW}, x=[NAN])
+refuses(evaluate.relative_error, {"reference": np.ones(3)}, gradient=[np.ones(2)])
+
+# Inference
+
+gaussian = Gaussian.fit(ROWS)
+refuses(Gaussian.fit, rows=[NAN_ROWS, ROWS[:1], ROWS[0]])
+refuses(gaussian.given, x=[np.ones((2, 3)), INFINITE])
+refuses(Gaussian(np.zeros(2), np.ones((2, 2))).given, says={"x": "singular"}, x=[NAN])
+refuses(gaussian.given(HOLES).draw, {"key": KEY, "samples": 3}, samples=COUNTS, key=KEYS)
+holes = {"flow": FLOW, "x": HOLES, "gaussian": gaussian, "key": KEY}
+bad_gaussian = Gaussian(np.zeros(2), np.full((2, 2), np.nan))
+refuses(impute, holes, x=[INFINITE, np.ones((2, 2), int), HOLES[:0]], key=KEYS)
+refuses(impute, holes, draws=COUNTS, candidates=[0], chunk=[0])
+refuses(impute, holes, {"x": "dimension 3", "flow": "x"}, x=[np.ones((2, 3))], flow=[WIDE])
+refuses(impute, holes | {"steps": 4}, draws=[5])
+refuses(impute, holes, says={"gaussian": "Gaussian"}, gaussian=[bad_gaussian])
+draws = np.repeat(np.nan_to_num(HOLES)[None], 4, axis=0)
+predicted = holes | {"truth": ROWS, "draws": draws}
+refuses(predictive, predicted, truth=[NAN_ROWS, ROWS[:3]], samples=[1], key=KEYS)
+refuses(distrax_form.FlowDistribution, {"flow": FLOW}, divergence=[Hutchinson()], solve=SOLVES)
+refuses(distrax_form.FlowDistribution, flow=[FIELD, GIVEN], says={"flow": "flow|context"})
+bijector, events = distrax_form.FlowBijector(FLOW), [ONES[3], jnp.ones((4, 2), int)]
+refuses(bijector.forward, says={"x": "x|events"}, x=events)
+refuses(bijector.inverse, says={"y": "x|events"}, y=events)
+refuses(checkpoint.load, {"like": FLOW}, says={"path": GONE}, path=[GONE])
+refuses(checkpoint.read_notes, says={"path": GONE}, path=[GONE])
+
+# Data
+
+moons = toys.toy("moons")
+refuses(toys.toy, says={"name": "'moons'|moons"}, name=["moon", None])
+refuses(moons.log_prob, x=[X[0], jnp.ones((3, 2), int)])
+refuses(moons.sample, {"key": KEY, "num_samples": 3}, num_samples=COUNTS, key=KEYS)
+refuses(classes.sample, {"key": KEY, "labels": jnp.zeros(3, int)}, key=KEYS, labels=[jnp.zeros(3)])
+refuses(classes.log_prob, {"labels": jnp.zeros(1, int)}, x=[X[0]])
+box = (0, 1, 0, 1)
+refuses(energies.energy, {"extent": None}, says={"name": "u5|u1"}, name=["u5", 3])
+refuses(
+    energies.energy,
+    {"extent": box},
+    says={"name": "nowhere|math:sin"},
+    name=["nowhere:u", "math:sin"],
 )
-PIXELS = np.zeros((3, 4), np.uint8)
-RNG = np.random.default_rng(0)
-NORMAL = FLOW.base
-TIMES = np.linspace(0, 1, 4)
-PATHS = np.zeros((4, 5, 2))
-SCENE = plot.Scene(ROWS)
-GRID = np.zeros((4, 4))
-MOONS = toys.toy("moons")
+refuses(energies.energy, {"name": "u1"}, extent=[box])
+refuses(energies.energy, {"name": "math:sin"}, says={"extent": "increase"}, extent=[(1, 0, 0, 1)])
+refuses(energies.integrate, {"energy": energies.energy("u1")}, cells=[0])
+refuses(energies.cell_grid, {"extent": box}, cells=[1.5])
+refuses(tables.load_table, says={"path": "/|path"}, path=[GONE, "/", None, __file__])
+refuses(tables.read_rows, {"columns": ("a",)}, says={"path": GONE}, path=[GONE])
+scale = {"mean": np.zeros(2), "std": np.ones(2), "columns": ("a", "b")}
+rows = [ROWS[0], np.ones((3, 4)), [["a", "b"]]]
+refuses(Standardizer(**scale).standardize, rows=rows)
+refuses(
+    Standardizer(**scale).standardize,
+    says={"rows": "column a"},
+    rows=[NAN_ROWS, INFINITE, ROWS * 1e300],
+)
+refuses(Standardizer(**scale).unstandardize, rows=rows)
+refuses(Standardizer, scale, std=[np.zeros(2), np.array([1.0, np.nan])], columns=[("a",)])
+refuses(
+    Standardizer(**scale).positions, says={"wanted": "column q|twice"}, wanted=[["q"], ["a", 1]]
+)
+refuses(series.spiral, {"name": "linear"}, says={"name": "linear"}, name=["round"])
+refuses(series.spiral, {"name": "linear"}, points=[2], noise=[np.nan, -1.0])
+refuses(series.load_series, says={"path": GONE}, path=[GONE])
+refuses(images.load_images, says={"name": "mnist"}, name=["mnits"])
+refuses(images.load_images, {"name": "digits"}, path=["x.npz"])
+refuses(images.load_images, {"name": "mnist"}, says={"path": GONE}, path=[GONE])
+refuses(images.read_images, says={"path": GONE}, path=[GONE])
+refuses(images.read_image_file, says={"path": GONE}, path=[GONE])
+refuses(images.image_density, {"name": "p"}, image=["cat.png"])
+refuses(images.image_density, {"name": "p", "image": SimpleNamespace(size=(2, 2))}, side=[1])
+refuses(
+    images.piecewise_constant, {"name": "p"}, levels=[np.array([[1, -1]]), np.zeros((2, 2), int)]
+)
+gray = {"rng": np.random.default_rng(0), "n": 3, "dim": 4, "levels": 2}
+refuses(noise.uniform_noise, gray, levels=[0, 300], n=[-1])
 
+# Figures
 
-def iwae(k):
-    scores = np.zeros((3, 4))
-    return lambda: evaluate.ELBOSamples(
-        scores, scores, np.zeros((3, 2)), 1.0, np.zeros(3, bool)
-    ).iwae(k)
-
-
-MEASURES = {
-    "evaluate.log_prob: NaN": (of(evaluate.log_prob, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
-    "evaluate.log_prob: infinity": (
-        of(evaluate.log_prob, FLOW, X.at[2, 1].set(jnp.inf)),
-        ["x has NaN or inf", "first: 2"],
-    ),
-    "evaluate.log_prob: NaN in the context": (
-        of(evaluate.log_prob, GIVEN, X, context=jnp.ones((3, 3)).at[0, 0].set(jnp.nan)),
-        ["context has NaN or inf", "first: 0"],
-    ),
-    "evaluate.log_prob: no batch": (of(evaluate.log_prob, FLOW, X[0]), ["x[None]"]),
-    "evaluate.log_prob: chunk 0": (of(evaluate.log_prob, FLOW, X, chunk=0), ["chunk"]),
-    "evaluate.log_prob: chunk 2.5": (of(evaluate.log_prob, FLOW, X, chunk=2.5), ["chunk", "2.5"]),
-    "evaluate.log_prob: no key": (
-        of(evaluate.log_prob, FLOW, X, divergence=Hutchinson()),
-        ["key=jax.random"],
-    ),
-    "evaluate.log_prob: a legacy key": (
-        of(evaluate.log_prob, FLOW, X, key=LEGACY, divergence=Hutchinson()),
-        ["typed key"],
-    ),
-    "evaluate.log_prob: a name of a solve": (
-        of(evaluate.log_prob, FLOW, X, solve="dopri5"),
-        ["solve", "Solve"],
-    ),
-    "evaluate.log_prob: a class of divergences": (
-        of(evaluate.log_prob, FLOW, X, divergence=Hutchinson),
-        ["divergence", "Hutchinson"],
-    ),
-    "evaluate.log_prob: strings": (
-        of(evaluate.log_prob, FLOW, np.array([["a", "b"]])),
-        ["numbers"],
-    ),
-    "evaluate.log_prob: a field": (
-        of(evaluate.log_prob, FLOW.field, X),
-        ["flow", "CNF(field, base)"],
-    ),
-    "evaluate.transform: NaN": (
-        of(evaluate.transform, FLOW, NAN, "to_base"),
-        ["x has NaN or inf", "first: 1"],
-    ),
-    "evaluate.transform: sideways": (of(evaluate.transform, FLOW, X, "up"), ["'up'", "to_base"]),
-    "evaluate.transform: no solve": (
-        of(evaluate.transform, FLOW, X, "to_base", solve=None),
-        ["solve", "None"],
-    ),
-    "draw: none": (of(evaluate.sample, FLOW, KEY, 0), ["num_samples"]),
-    "draw: a seed": (of(evaluate.sample, FLOW, 1, 3), ["typed key"]),
-    "transport: NaN": (of(evaluate.trajectory, FLOW, NAN, TIMES), ["x has NaN or inf", "first: 1"]),
-    "transport: NaN in times": (
-        of(evaluate.trajectory, FLOW, X, np.array([0.0, np.nan, 1.0])),
-        ["times has NaN or inf", "first: 1"],
-    ),
-    "transport: times back": (
-        of(evaluate.trajectory, FLOW, X, np.array([0.0, 1.0, 0.5])),
-        ["strictly increase"],
-    ),
-    "roundtrip_error: NaN": (
-        of(evaluate.roundtrip_error, FLOW, NAN),
-        ["x has NaN or inf", "first: 1"],
-    ),
-    "accuracy_report: NaN": (
-        of(evaluate.accuracy_report, FLOW, NAN),
-        ["x has NaN or inf", "first: 1"],
-    ),
-    "accuracy_report: one draw": (
-        of(evaluate.accuracy_report, FLOW, X, key=KEY, divergence=Hutchinson(), draws=1),
-        ["draws", "2"],
-    ),
-    "accuracy_report: no reference": (
-        of(evaluate.accuracy_report, FLOW, X, reference_points=-1),
-        ["reference_points"],
-    ),
-    "accuracy_report: cells 0": (of(evaluate.accuracy_report, FLOW, X, cells=0), ["cells"]),
-    "accuracy_report: extent reversed": (
-        of(evaluate.accuracy_report, FLOW, X, extent=(1.0, -1.0, 0.0, 1.0)),
-        ["extent", "increase"],
-    ),
-    "grid: extent of a line": (of(evaluate.grid, FLOW, (0.0, 1.0)), ["2 values for 2"]),
-    "grid: extent of NaN": (of(evaluate.grid, FLOW, (0.0, 1.0, 0.0, np.nan)), ["extent"]),
-    "grid: no cells": (of(evaluate.grid, FLOW, (0.0, 1.0, 0.0, 1.0), 0), ["cell"]),
-    "grid: cells and a half": (
-        of(evaluate.grid, FLOW, (0.0, 1.0, 0.0, 1.0), 2.5),
-        ["cells", "2.5"],
-    ),
-    "grid: a number": (of(evaluate.grid, FLOW, 4.0), ["extent", "4.0"]),
-    "grid_of: three dimensions": (of(evaluate.grid_of, len, (0.0, 1.0) * 3), ["1 or 2"]),
-    "cell_centers: none": (of(evaluate.cell_centers, (0.0, 1.0), 0), ["n", "0"]),
-    "gaussian_nll: NaN to fit": (
-        of(evaluate.gaussian_nll, NAN_ROWS, ROWS),
-        ["train has NaN or inf", "first: 4"],
-    ),
-    "gaussian_nll: NaN to score": (
-        of(evaluate.gaussian_nll, ROWS, NAN_ROWS),
-        ["test has NaN or inf", "first: 4"],
-    ),
-    "gaussian_nll: other columns": (
-        of(evaluate.gaussian_nll, ROWS, np.ones((3, 4))),
-        ["(20, 2)", "(3, 4)"],
-    ),
-    "gaussian_nll: nothing": (of(evaluate.gaussian_nll, ROWS[:0], ROWS), ["(0, 2)"]),
-    "mmd: NaN": (of(evaluate.mmd, NAN_ROWS, ROWS), ["x has NaN or inf", "first: 4"]),
-    "mmd: infinity": (of(evaluate.mmd, ROWS, INFINITE), ["y has NaN or inf", "first: 4"]),
-    "mmd: one point": (of(evaluate.mmd, ROWS[:1], ROWS), ["at least 2"]),
-    "mmd: other dimensions": (of(evaluate.mmd, ROWS, ROWS[:, :1]), ["(20, 1)"]),
-    "auroc: NaN": (of(evaluate.auroc, NAN_ROWS[:, 0], ROWS[:, 0]), ["inside", "NaN"]),
-    "auroc: none": (of(evaluate.auroc, ROWS[:, 0], ROWS[:0, 0]), ["outside", "(0,)"]),
-    "auroc: a list": (of(evaluate.auroc, [], [1.0]), ["inside"]),
-    "typicality: NaN": (of(ood.typicality, ROWS[:, 0], NAN_ROWS[:, 0]), ["NaN"]),
-    "typicality: none": (of(ood.typicality, ROWS[:, 0], ROWS[:0, 0]), ["without NaN"]),
-    "complexity: other points": (
-        of(ood.complexity, np.ones(3), np.ones(2), 4, 256),
-        ["(3,)", "(2,)"],
-    ),
-    "complexity: dim 0": (of(ood.complexity, np.ones(3), np.ones(3), 0, 256), ["dim"]),
-    "ratio: other points": (of(ood.ratio, np.ones(3), np.ones(2)), ["(3,)", "(2,)"]),
-    "code_length: floats": (of(evaluate.code_length, X, (2, 2, 1), 256), ["uint8"]),
-    "code_length: another shape": (of(evaluate.code_length, PIXELS, (3, 2, 1), 256), ["(3, 2, 1)"]),
-    "code_length: levels 300": (of(evaluate.code_length, PIXELS, (2, 2, 1), 300), ["256"]),
-    "code_length: levels 0": (of(evaluate.code_length, PIXELS[:0], (2, 2, 1), 0), ["levels"]),
-    "marginal_log_prob: NaN": (
-        of(evaluate.marginal_log_prob, WIDE, NAN, KEY),
-        ["x has NaN or inf", "first: 1"],
-    ),
-    "marginal_log_prob: no samples": (
-        of(evaluate.marginal_log_prob, WIDE, X, KEY, samples=0),
-        ["samples"],
-    ),
-    "marginal_log_prob: whole numbers": (
-        of(evaluate.marginal_log_prob, WIDE, jnp.ones((3, 2), int), KEY),
-        ["floating", "int64"],
-    ),
-    "marginal_log_prob: a seed": (of(evaluate.marginal_log_prob, WIDE, X, 0), ["typed key"]),
-    "marginal_log_prob: too wide": (
-        of(evaluate.marginal_log_prob, FLOW, jnp.ones((3, 4)), KEY),
-        ["at most 2"],
-    ),
-    "elbo: no model": (of(evaluate.elbo, FLOW, X, KEY), ["VAE"]),
-    "elbo: no samples": (of(evaluate.elbo, MODEL, X, KEY, samples=0), ["samples"]),
-    "elbo: NaN": (of(evaluate.elbo, MODEL, NAN, KEY), ["x has NaN or inf", "first: 1"]),
-    "elbo: whole numbers": (of(evaluate.elbo, MODEL, jnp.ones((3, 2), int), KEY), ["floating"]),
-    "iwae: more than there are": (iwae(5), ["k", "at most 4"]),
-    "iwae: 1.5": (iwae(1.5), ["k", "1.5"]),
-    "audit_gradients: NaN": (
-        of(evaluate.audit_gradients, FLOW, NAN),
-        ["x has NaN or inf", "first: 1"],
-    ),
-    "audit_gradients: no batch": (of(evaluate.audit_gradients, FLOW, X[0]), ["x[None]"]),
-    "loss_gradient: NaN": (of(evaluate.loss_gradient, FLOW, NAN), ["x has NaN or inf", "first: 1"]),
-    "relative_error: other sizes": (
-        of(evaluate.relative_error, np.ones(3), np.ones(2)),
-        ["(3,)", "(2,)"],
-    ),
-    "Gaussian: NaN": (of(Gaussian.fit, NAN_ROWS), ["rows has NaN or inf", "first: 4"]),
-    "Gaussian: one row": (of(Gaussian.fit, ROWS[:1]), ["rows", "(1, 2)"]),
-    "Gaussian: a vector": (of(Gaussian.fit, ROWS[0]), ["rows", "(2,)"]),
-    "Gaussian: given other columns": (of(GAUSSIAN.given, np.ones((2, 3))), ["(2, 3)"]),
-    "Gaussian: given infinity": (of(GAUSSIAN.given, INFINITE), ["row 4", "infinite"]),
-    "Gaussian: singular": (
-        of(Gaussian(np.zeros(2), np.ones((2, 2))).given, np.array([[np.nan, np.nan]])),
-        ["singular"],
-    ),
-    "Conditional: no samples": (lambda: GAUSSIAN.given(HOLES).sample(KEY, 0), ["samples"]),
-    "Conditional: a seed": (lambda: GAUSSIAN.given(HOLES).sample(0, 3), ["typed key"]),
-    "impute: infinity": (of(impute, FLOW, INFINITE, GAUSSIAN, KEY), ["finite or NaN"]),
-    "impute: other columns": (of(impute, FLOW, np.ones((2, 3)), GAUSSIAN, KEY), ["dimension 3"]),
-    "impute: whole numbers": (of(impute, FLOW, np.ones((2, 2), int), GAUSSIAN, KEY), ["floating"]),
-    "impute: a Gaussian of NaN": (
-        of(impute, FLOW, HOLES, Gaussian(np.zeros(2), np.full((2, 2), np.nan)), KEY),
-        ["finite Gaussian"],
-    ),
-    "impute: a legacy key": (of(impute, FLOW, HOLES, GAUSSIAN, LEGACY), ["typed key"]),
-    "impute: no draws": (of(impute, FLOW, HOLES, GAUSSIAN, KEY, draws=0), ["draws"]),
-    "impute: no candidates": (of(impute, FLOW, HOLES, GAUSSIAN, KEY, candidates=0), ["candidates"]),
-    "impute: chunk 0": (of(impute, FLOW, HOLES, GAUSSIAN, KEY, chunk=0), ["chunk"]),
-    "impute: more draws than steps": (
-        of(impute, FLOW, HOLES, GAUSSIAN, KEY, draws=5, steps=4),
-        ["draws", "steps"],
-    ),
-    "impute: a flow of another dim": (of(impute, WIDE, HOLES, GAUSSIAN, KEY), ["(batch, 3)"]),
-    "impute: no rows": (of(impute, FLOW, HOLES[:0], GAUSSIAN, KEY), ["(0, 2)"]),
-    "predictive: truth of NaN": (
-        of(predictive, FLOW, NAN_ROWS, HOLES, DRAWS, GAUSSIAN, KEY),
-        ["truth has NaN or inf", "first: 4"],
-    ),
-    "predictive: other rows": (
-        of(predictive, FLOW, ROWS[:3], HOLES, DRAWS, GAUSSIAN, KEY),
-        ["(20, 2)", "(3, 2)"],
-    ),
-    "predictive: one sample": (
-        of(predictive, FLOW, ROWS, HOLES, DRAWS, GAUSSIAN, KEY, samples=1),
-        ["samples"],
-    ),
-    "predictive: no key": (
-        of(predictive, FLOW, ROWS, HOLES, DRAWS, GAUSSIAN, None),
-        ["typed key"],
-    ),
-    "FlowDistribution: a noisy divergence": (
-        of(distrax_form.FlowDistribution, FLOW, divergence=Hutchinson()),
-        ["draws noise"],
-    ),
-    "FlowDistribution: no context": (of(distrax_form.FlowDistribution, GIVEN), ["context"]),
-    "FlowDistribution: a field": (of(distrax_form.FlowDistribution, FLOW.field), ["flow", "CNF"]),
-    "FlowDistribution: a solve's name": (
-        of(distrax_form.FlowDistribution, FLOW, solve="dopri5"),
-        ["solve"],
-    ),
-    "FlowBijector: events of another size": (
-        lambda: distrax_form.FlowBijector(FLOW).forward(jnp.ones((4, 3))),
-        ["(..., 2)", "(4, 3)"],
-    ),
-    "FlowBijector: whole numbers": (
-        lambda: distrax_form.FlowBijector(FLOW).inverse(jnp.ones((4, 2), int)),
-        ["floating"],
-    ),
-    "checkpoint: missing": (of(checkpoint.load, Path("/nowhere/x.jcnf"), FLOW), ["/nowhere"]),
-    "checkpoint: notes of none": (of(checkpoint.read_notes, Path("/nowhere/x")), ["/nowhere"]),
-}
-
-DATA = {
-    "toy: unknown": (of(toys.toy, "moon"), ["'moon'", "did you mean 'moons'"]),
-    "toy: None": (of(toys.toy, None), ["None", "moons"]),
-    "toy: one point": (of(MOONS.log_prob, jnp.ones(2)), ["x[None]"]),
-    "toy: whole numbers": (of(MOONS.log_prob, jnp.ones((3, 2), int)), ["floating"]),
-    "toy: no samples": (of(MOONS.sample, KEY, 0), ["num_samples"]),
-    "toy: 2.5 samples": (of(MOONS.sample, KEY, 2.5), ["num_samples", "2.5"]),
-    "toy: a seed": (of(MOONS.sample, 0, 3), ["typed key"]),
-    "classes: a seed": (of(classes.sample, 0, jnp.zeros(3, int)), ["typed key"]),
-    "classes: floats": (of(classes.sample, KEY, jnp.zeros(3)), ["integer labels"]),
-    "classes: one point": (of(classes.log_prob, jnp.ones(2), jnp.zeros(1, int)), ["(batch, 2)"]),
-    "energy: unknown": (of(energies.energy, "u5"), ["'u5'", "module:function"]),
-    "energy: extent of u1": (of(energies.energy, "u1", (0, 1, 0, 1)), ["its own extent"]),
-    "energy: no module": (of(energies.energy, "nowhere:u", (0, 1, 0, 1)), ["no module 'nowhere'"]),
-    "energy: extent reversed": (of(energies.energy, "math:sin", (1, 0, 0, 1)), ["increase"]),
-    "energy: of one number": (of(energies.energy, "math:sin", (0, 1, 0, 1)), ["math:sin failed"]),
-    "energy: no number": (of(energies.energy, 3), ["3", "u1"]),
-    "integrate: no cells": (of(energies.integrate, energies.energy("u1"), 0), ["cells"]),
-    "cell_grid: 1.5": (of(energies.cell_grid, (0, 1, 0, 1), 1.5), ["cells", "1.5"]),
-    "load_table: missing": (of(tables.load_table, "/nowhere/t.csv"), ["/nowhere/t.csv"]),
-    "load_table: a folder": (of(tables.load_table, "/"), ["/"]),
-    "load_table: no path": (of(tables.load_table, None), ["path", "None"]),
-    "load_table: a form": (of(tables.load_table, __file__), [".csv"]),
-    "read_rows: missing": (of(tables.read_rows, "/nowhere/t.npy", ("a",)), ["/nowhere/t.npy"]),
-    "Standardizer: one row": (of(SCALE.standardize, ROWS[0]), ["(rows, 2)", "(2,)"]),
-    "Standardizer: other columns": (of(SCALE.standardize, np.ones((3, 4))), ["a, b", "(3, 4)"]),
-    "Standardizer: NaN": (of(SCALE.standardize, NAN_ROWS), ["row 5", "column a"]),
-    "Standardizer: infinity": (of(SCALE.standardize, INFINITE), ["row 5", "column a"]),
-    "Standardizer: too large": (of(SCALE.standardize, ROWS * 1e300), ["row 1", "too large"]),
-    "Standardizer: strings": (of(SCALE.standardize, [["a", "b"]]), ["numbers"]),
-    "Standardizer: std 0": (of(Standardizer, np.zeros(2), np.zeros(2), ("a", "b")), ["std", "a"]),
-    "Standardizer: NaN std": (
-        of(Standardizer, np.zeros(2), np.array([1.0, np.nan]), ("a", "b")),
-        ["std", "b"],
-    ),
-    "Standardizer: other names": (of(Standardizer, np.zeros(2), np.ones(2), ("a",)), ["columns"]),
-    "Standardizer: unknown column": (of(SCALE.positions, ["q"]), ["no column q"]),
-    "Standardizer: twice": (of(SCALE.positions, ["a", 1]), ["twice"]),
-    "spiral: unknown": (of(series.spiral, "round"), ["round", "linear"]),
-    "spiral: two points": (of(series.spiral, "linear", points=2), ["points"]),
-    "spiral: noise NaN": (of(series.spiral, "linear", noise=np.nan), ["noise"]),
-    "spiral: noise -1": (of(series.spiral, "linear", noise=-1.0), ["noise"]),
-    "load_series: missing": (of(series.load_series, "/nowhere/t.csv"), ["/nowhere/t.csv"]),
-    "load_images: unknown": (of(images.load_images, "mnits"), ["mnits", "mnist"]),
-    "load_images: digits of a file": (of(images.load_images, "digits", "x.npz"), ["x.npz"]),
-    "load_images: missing": (of(images.load_images, "mnist", "/nowhere.npz"), ["/nowhere.npz"]),
-    "read_images: missing": (of(images.read_images, "/nowhere.npz"), ["/nowhere.npz"]),
-    "read_image_file: missing": (of(images.read_image_file, "/nowhere.png"), ["/nowhere.png"]),
-    "image_density: side 1": (
-        of(images.image_density, SimpleNamespace(size=(2, 2)), "p", side=1),
-        ["side", "2"],
-    ),
-    "image_density: text": (of(images.image_density, "cat.png", "p"), ["Pillow"]),
-    "piecewise_constant: negative": (
-        of(images.piecewise_constant, np.array([[1, -1]]), "p"),
-        ["levels"],
-    ),
-    "piecewise_constant: nothing": (
-        of(images.piecewise_constant, np.zeros((2, 2), int), "p"),
-        ["levels"],
-    ),
-    "uniform_noise: levels 0": (of(noise.uniform_noise, RNG, 3, 4, 0), ["levels"]),
-    "uniform_noise: levels 300": (of(noise.uniform_noise, RNG, 3, 4, 300), ["levels", "256"]),
-    "uniform_noise: n -1": (of(noise.uniform_noise, RNG, -1, 4, 2), ["n"]),
-    "densities: one point": (of(plot.densities, ROWS[0], ROWS, GRID, 2.0), ["data", "(batch, 2)"]),
-    "densities: extent reversed": (
-        of(plot.densities, ROWS, ROWS, GRID, (1, -1, 0, 1)),
-        ["extent"],
-    ),
-    "densities: extent NaN": (of(plot.densities, ROWS, ROWS, GRID, np.nan), ["extent"]),
-    "densities: a line": (of(plot.densities, ROWS, ROWS, GRID[0], 2.0), ["log_density"]),
-    "densities: strings": (of(plot.densities, [["a", "b"]], ROWS, GRID, 2.0), ["data", "numbers"]),
-    "densities: nats 0": (of(plot.densities, ROWS, ROWS, GRID, 2.0, nats=0.0), ["nats"]),
-    "trajectories: times of others": (of(plot.trajectories, PATHS, TIMES[:2]), ["times"]),
-    "trajectories: NaN in times": (of(plot.trajectories, PATHS, TIMES * np.nan), ["finite times"]),
-    "snapshots: three dimensions": (of(plot.snapshots, np.zeros((4, 5, 3)), TIMES), ["paths"]),
-    "animation: fps 0": (of(plot.animation, "x.gif", PATHS, TIMES, fps=0), ["fps"]),
-    "training_curves: nothing": (of(plot.training_curves, []), ["no curve"]),
-    "training_curves: no step": (of(plot.training_curves, [{"loss": 1.0}]), ["step"]),
-    "pairs: one column": (of(plot.pairs, ROWS[:, :1], ROWS[:, :1], ["a"]), ["two columns"]),
-    "pairs: other names": (of(plot.pairs, ROWS, ROWS, ["a", "b", "c"]), ["(batch, 3)"]),
-    "histogram: a density without grid": (
-        of(plot.histogram, ROWS[:, 0], ROWS[:, 0], density=ROWS[:, 0]),
-        ["grid and density"],
-    ),
-    "histogram: a table": (of(plot.histogram, ROWS, ROWS[:, 0]), ["data", "(batch,)"]),
-    "image_grid: no groups": (of(plot.image_grid, [], (2, 2, 1)), ["groups"]),
-    "image_grid: columns 0": (of(plot.image_grid, [("a", X)], (2, 1, 1), 0), ["columns"]),
-    "image_grid: another shape": (of(plot.image_grid, [("a", X)], (2, 2, 1)), ["(2, 2, 1)"]),
-    "separation: nothing": (of(plot.score_histograms, []), ["panel"]),
-    "separation: no sets": (
-        of(plot.score_histograms, [plot.HistogramPanel("nats", {})]),
-        ["set"],
-    ),
-    "scaling: nothing": (of(plot.scaling, []), ["panel"]),
-    "exponent: one point": (of(plot.scaling_exponent, [1.0], [2.0]), ["2 points"]),
-    "exponent: zero": (of(plot.scaling_exponent, [1.0, 2.0], [0.0, 1.0]), ["positive"]),
-    "exponent: other sizes": (of(plot.scaling_exponent, [1.0, 2.0], [1.0]), ["(2,)", "(1,)"]),
-    "posteriors: other names": (
-        of(plot.posteriors, X, (2, 1, 1), np.zeros((3, 1, 2, 2)), ["a", "b"], [2.0] * 3),
-        ["name"],
-    ),
-    "learning: titles of others": (of(plot.learning, PATHS, ["a"], SCENE), ["title"]),
-    "against_time: other columns": (
-        of(plot.against_time, TIMES, np.zeros((4, 2)), TIMES, np.zeros((4, 2)), ["t"]),
-        ["name"],
-    ),
-    "learning_animation: fps -1": (
-        of(plot.learning_animation, "x.gif", PATHS, ["a"] * 4, SCENE, fps=-1),
-        ["fps"],
-    ),
-    "by_class: no clouds": (of(plot.scatter_by_class, [], 1.0), ["cloud"]),
-    "by_class: half 0": (of(plot.scatter_by_class, [("a", ROWS, np.zeros(20))], 0.0), ["half"]),
-    "by_class: classes of others": (of(plot.scatter_by_class, [("a", ROWS, [1])], 1.0), ["(20,)"]),
-    "by_class: half classes": (
-        of(plot.scatter_by_class, [("a", ROWS, np.full(20, 0.5))], 1.0),
-        ["integer classes", "float64"],
-    ),
-    "against_truth: none": (of(plot.scatter_against_truth, ROWS[:, 0], {}), ["estimate"]),
-    "against_truth: others": (
-        of(plot.scatter_against_truth, ROWS[:, 0], {"a": ROWS[:3, 0]}),
-        ["(20,)", "(3,)"],
-    ),
-}
+density = {"data": ROWS, "samples": ROWS, "log_density": GRID, "extent": 2.0}
+refuses(plot.densities, density, data=[ROWS[0], [["a", "b"]]], log_density=[GRID[0]], nats=[0.0])
+refuses(plot.densities, density, extent=[(1, -1, 0, 1), np.nan])
+moving = {"paths": np.zeros((4, 5, 2)), "times": TIME}
+refuses(plot.trajectories, moving, times=[TIME[:2], TIME * np.nan])
+refuses(plot.snapshots, moving, paths=[np.zeros((4, 5, 3))])
+refuses(plot.animation, moving | {"path": "x.gif"}, fps=[0])
+refuses(plot.training_curves, says={"records": "curve|step"}, records=[[], [{"loss": 1.0}]])
+refuses(
+    plot.pairs, {"data": ROWS, "samples": ROWS}, says={"columns": "batch"}, columns=[list("abc")]
+)
+one = {"data": ROWS[:, :1], "samples": ROWS[:, :1]}
+refuses(plot.pairs, one, columns=[["a"]])
+refuses(plot.histogram, {"data": COLUMN, "samples": COLUMN}, density=[COLUMN])
+refuses(plot.histogram, {"samples": COLUMN}, data=[ROWS])
+refuses(plot.image_grid, {"groups": [("a", X)], "shape": (2, 1, 1)}, groups=[[]], columns=[0])
+refuses(plot.image_grid, {"groups": [("a", X)]}, says={"shape": "2, 2, 1"}, shape=[(2, 2, 1)])
+refuses(
+    plot.score_histograms,
+    says={"panels": "panel|set"},
+    panels=[[], [plot.HistogramPanel("nats", {})]],
+)
+refuses(plot.scaling, panels=[[]])
+refuses(
+    plot.scaling_exponent,
+    {"x": [1.0, 2.0]},
+    says={"y": "positive|2"},
+    y=[[0.0, 1.0], [1.0]],
+)
+refuses(plot.scaling_exponent, {"y": [2.0]}, says={"x": "points"}, x=[[1.0]])
+panel = {"pictures": X, "shape": (2, 1, 1), "log_densities": np.zeros((3, 1, 2, 2))}
+refuses(plot.posteriors, panel | {"views": [2.0] * 3}, names=[["a", "b"]])
+film = {"curves": np.zeros((4, 5, 2)), "titles": ["a"] * 4, "scene": plot.Scene(ROWS)}
+refuses(plot.learning, film, titles=[["a"]])
+refuses(plot.learning_animation, film | {"path": "x.gif"}, fps=[-1])
+observed = {"times": TIME, "curve": GRID[:, :2], "data_times": TIME, "data": GRID[:, :2]}
+refuses(plot.against_time, observed, says={"columns": "name"}, columns=[["t"]])
+refuses(
+    plot.scatter_by_class,
+    {"half": 1.0},
+    says={"clouds": "cloud|20"},
+    clouds=[[], [("a", ROWS, [1])]],
+)
+refuses(plot.scatter_by_class, {"clouds": [("a", ROWS, np.zeros(20))]}, half=[0.0])
+refuses(
+    plot.scatter_against_truth,
+    {"truth": COLUMN},
+    says={"estimates": "estimate|20"},
+    estimates=[{}, {"a": COLUMN[:3]}],
+)

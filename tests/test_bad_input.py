@@ -1,19 +1,18 @@
-"""Bad input is refused early, in plain words: what was found, where, and what to do."""
+"""Bad input is refused early, by an error of the package that names the argument."""
 
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import bad_data  # noqa: F401 (it adds cases)
 import jax
 import pytest
-from bad_calls import FLOWS, SETTINGS, TRAINING
-from bad_data import DATA, MEASURES
+from bad_calls import CASES
 
 import jcnf
 
 PACKAGE = Path(jcnf.__file__).parent
-CALLS = FLOWS | SETTINGS | TRAINING | MEASURES | DATA
 # Compiled programs of the package. Anything else that is compiled is a single operation, such as
 # jnp.ones.
 PROGRAMS = {"_score", "_carry", "_transport", "_weigh_all", "_loss", "_flat_gradient", "_langevin"}
@@ -40,31 +39,25 @@ def nothing_compiled():
     assert not PROGRAMS & set(COMPILED)
 
 
-def test_the_table_is_long():
-    assert len(CALLS) == sum(map(len, (FLOWS, SETTINGS, TRAINING, MEASURES, DATA))) >= 150
-
-
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", CALLS)
-def test_a_bad_call_is_refused(name):
-    call, words = CALLS[name]
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_argument_is_refused(case):
+    words, call = CASES[case]
     with nothing_compiled(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError) as refused:  # noqa: PT011 (the words are in the table)
+        with pytest.raises(ValueError, match=rf"(?<!\w)({words})") as refused:
             call()
-    for word in words:
-        assert word in str(refused.value)
     # The package itself raises, not a library that it calls.
     assert PACKAGE in Path(refused.traceback[-1].path).parents
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_bad_calls_are_refused_in_two_seconds():
+def test_bad_arguments_are_refused_in_two_seconds():
     seconds = {}
-    for name, (call, _) in CALLS.items():
+    for case, (_, call) in CASES.items():
         tic = time.perf_counter()
         with pytest.raises(ValueError):  # noqa: PT011
             call()
-        seconds[name] = time.perf_counter() - tic
-    assert not {name: took for name, took in seconds.items() if took >= 2}
+        seconds[case] = time.perf_counter() - tic
+    assert not {case: took for case, took in seconds.items() if took >= 2}

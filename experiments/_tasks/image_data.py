@@ -23,7 +23,7 @@ class ImageSettings(RunSettings):
 
     # images: digits (8x8, from scikit-learn), mnist, fashion_mnist, cifar10
     data: str = "digits"
-    # .npz file, folder of idx files, or CIFAR-10 batches (by default downloaded from openml.org)
+    # .npz file or folder of idx files (by default downloaded from openml.org)
     path: Path | None = None
     # number of test images to measure on (0 for all)
     test_images: int = 0

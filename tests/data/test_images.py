@@ -1,11 +1,10 @@
 """Tests of image files in every format, and of dequantizing."""
 
+import functools
 import gzip
 import math
-import os
-import pickle
+import re
 import struct
-import tarfile
 import urllib.error
 
 import jax
@@ -92,7 +91,7 @@ def test_one_idx_file_and_the_part_that_is_there(tmp_path):
         file.unlink()
     np.testing.assert_array_equal(read_images(tmp_path).pixels, flat(arrays["x_test"]))
     np.testing.assert_array_equal(read_images(tmp_path).labels, arrays["y_test"])
-    with pytest.raises(InputError, match=r"has t10k-images-idx3-ubyte, .* but no train"):
+    with fails(tmp_path, "train-images-idx3-ubyte"):
         load_images("mnist", tmp_path)
 
 
@@ -113,188 +112,98 @@ def test_an_npz_without_a_training_part(tmp_path, arrays):
     assert (read.labels is None) == ("y_test" not in arrays)
 
 
-# CIFAR-10
-
-
-def cifar():
-    """Make pixels (n, 3, 32, 32) and labels for each batch."""
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    return {name: (gray((i + 2, 3, 32, 32)), gray(i + 2) % 10) for i, name in enumerate(names)}
-
-
-def binary(x, y):
-    return np.concatenate([y[:, None], flat(x)], axis=1).tobytes()
-
-
-def python2(x, y):
-    """Pickle a batch as Python 2 does (protocol 2, strings are bytes), with opcodes by hand.
-
-    U is a short string, T a long one, K a byte, M two bytes, c a global, R a call, b the state.
-    """
-
-    def short(text):
-        return b"U" + bytes([len(text)]) + text
-
-    data = b"T" + struct.pack("<i", x.size) + x.tobytes()
-    shape = b"K" + bytes([len(x)]) + b"M" + struct.pack("<H", 3072) + b"\x86"
-    dtype = b"cnumpy\ndtype\n" + short(b"u1") + b"K\x00K\x01\x87R"
-    dtype += b"(K\x03" + short(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + short(b"b")
-    array += b"\x87R(K\x01" + shape + dtype + b"\x89" + data + b"tb"
-    labels = b"](" + b"".join(b"K" + bytes([label]) for label in y) + b"e"
-    batch = short(b"data") + array + short(b"labels") + labels
-    return b"\x80\x02}(" + batch + short(b"batch_label") + short(b"one of 5") + b"u."
-
-
-def write_batches(path, batches, pack, ending=""):
-    path.mkdir()
-    for name, (x, y) in batches.items():
-        (path / f"{name}{ending}").write_bytes(pack(x, y))
-    (path / "batches.meta").write_bytes(b"names of the classes, which are not read")
-    return path
-
-
-def packed(path):
-    archive = path.with_name("cifar-10.tar.gz")
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(path, path.name)
-    return archive
-
-
-@pytest.mark.parametrize("archived", [False, True], ids=["folder", "tar.gz"])
-@pytest.mark.parametrize(("pack", "ending"), [(binary, ".bin"), (python2, "")])
-def test_cifar10(tmp_path, pack, ending, archived):
-    batches = cifar()
-    folder = write_batches(tmp_path / "cifar-10-batches", batches, pack, ending)
-    images = load_images("cifar10", packed(folder) if archived else folder)
-    x, y = (np.concatenate(arrays) for arrays in zip(*batches.values(), strict=True))
-    x = flat(x.transpose(0, 2, 3, 1))  # to height, width, channels
-    assert images.shape == (32, 32, 3)
-    assert (len(images.train), len(images.val), len(images.test)) == (18, 2, 7)
-    np.testing.assert_array_equal(np.concatenate([images.train, images.val, images.test]), x)
-    labels = [images.labels[part] for part in ("train", "val", "test")]
-    np.testing.assert_array_equal(np.concatenate(labels), y)
-    one = read_images(folder / f"data_batch_2{ending}")
-    np.testing.assert_array_equal(one.pixels, x[2:5])
-    np.testing.assert_array_equal(one.labels, y[2:5])
-
-
-def test_the_python_batch_of_the_test_is_one():
-    """The tests of the reader rely on this: numpy reads the same batch from those opcodes."""
-    x, y = gray((3, 3, 32, 32)), np.array([1, 9, 0])
-    batch = pickle.loads(python2(x, y), encoding="bytes")
-    np.testing.assert_array_equal(batch[b"data"], flat(x))
-    assert batch[b"labels"] == [1, 9, 0]
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        (pickle.dumps(Evil(), protocol=2), r"it asks for (posix|nt)\.mkdir"),
-        (b"\x80\x02cnumpy\nndarray.__subclasses__\n.", "it asks for numpy.ndarray.__subclasses__"),
-        (pickle.dumps({b"data": [1]}), "is not a complete Python batch"),
-        (pickle.dumps([]), "is not a complete Python batch"),
-        (python2(*cifar()["test_batch"])[:-200], "is not a complete Python batch"),
-        (python2(*cifar()["test_batch"]).replace(b"U\x02u1", b"U\x02f4"), "not one of bytes"),
-        (b"", "is not a complete Python batch"),
-    ],
-)
-def test_other_pickles_are_refused_and_not_run(tmp_path, monkeypatch, data, fault):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "test_batch").write_bytes(data)
-    with pytest.raises(InputError, match=fault):
-        read_images(tmp_path / "test_batch")
-    assert not (tmp_path / "ran").exists()
+def test_channels_may_come_first(tmp_path):
+    x = gray((20, 3, 32, 32))
+    images = load_images("cifar10", write_npz(tmp_path, {"x_train": x, "x_test": x}))
+    np.testing.assert_array_equal(images.test, flat(x.transpose(0, 2, 3, 1)))
 
 
 # Files at fault
 
+# how an array of a good MNIST is changed, and what the error names
+BAD_ARRAYS = {
+    "no test part": ({"x_test": None}, ["no array x_test", "x_train (20, 28, 28)"]),
+    "labels of one part": ({"y_test": None}, ["labels"]),
+    "floats": ({"x_train": gray((20, 28, 28)) / 255}, ["x_train", "float64"]),
+    "negative": ({"x_train": gray((20, 28, 28)).astype(int) - 1}, ["x_train", "-1"]),
+    "too bright": ({"x_train": gray((20, 28, 28)) + np.int16(1)}, ["x_train", "256"]),
+    "flat": ({"x_train": gray((20, 784))}, ["x_train", "(20, 784)"]),
+    "channels first and last": ({"x_train": gray((20, 1, 28, 3))}, ["x_train", "(20, 1, 28, 3)"]),
+    "four channels": ({"x_train": gray((20, 28, 28, 4))}, ["x_train", "1 or 3 channels"]),
+    "empty": ({"x_train": gray((0, 28, 28))}, ["x_train", "(0, 28, 28)"]),
+    "another size": ({"x_test": gray((7, 32, 32))}, ["28x28x1", "test", "32x32x1"]),
+    "in color": ({"x_train": gray((20, 3, 28, 28))}, ["28x28x1", "training", "28x28x3"]),
+    "9 images": ({"x_train": gray((9, 28, 28)), "y_train": gray(9)}, ["10 training", "9"]),
+    "1 test image": ({"x_test": gray((1, 28, 28)), "y_test": gray(1)}, ["2 test", "1"]),
+    "negative labels": ({"y_train": np.arange(20) - 1}, ["x_train", "labels"]),
+    "19 labels": ({"y_train": gray(19)}, ["x_train", "20 images", "19 labels"]),
+    "labels of floats": ({"y_test": np.zeros(7)}, ["x_test", "labels", "float64"]),
+    "objects": ({"x_test": np.array([{}])}, ["object array"]),
+}
+BIG = bytes([0, 0, 8, 3]) + struct.pack(">III", 2**31, 2**31, 4)
+BAD_IDX = {
+    "one axis": ("train-images-idx3-ubyte", idx(gray(20))),
+    "nothing": ("train-images-idx3-ubyte", b""),
+    "half a header": ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0"),
+    "a byte missing": ("t10k-images-idx3-ubyte", idx(gray((7, 28, 28)))[:-1]),
+    "a huge size": ("t10k-images-idx3-ubyte", BIG),
+    "damaged gzip": ("t10k-images-idx3-ubyte", gzip.compress(idx(gray((7, 28, 28))))[:-9]),
+    "three axes": ("t10k-labels-idx1-ubyte", idx(gray((7, 1, 1)))),
+}
 
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"x_test": None}, r"no array x_test among its arrays \(x_train \(20, 28, 28\)"),
-        ({"y_test": None}, "only one part has labels"),
-        ({"x_train": gray((20, 28, 28)) / 255}, "x_train: has type float64, not whole gray values"),
-        ({"x_train": gray((20, 28, 28)).astype(int) - 1}, "values from -1 to 254: save gray"),
-        ({"x_train": gray((20, 28, 28)) + np.int16(1)}, "values from 1 to 256: save gray"),
-        ({"x_train": gray((20, 784))}, r"shape \(20, 784\): save images as \(n, height, width\)"),
-        ({"x_train": gray((20, 1, 28, 3))}, "save images as"),  # channels first, or last?
-        ({"x_train": gray((20, 28, 28, 4))}, "with 1 or 3 channels"),
-        ({"x_train": gray((0, 28, 28))}, r"shape \(0, 28, 28\)"),
-        ({"x_test": gray((7, 32, 32))}, "28x28x1 for mnist; got test images of 32x32x1"),
-        ({"x_train": gray((20, 3, 28, 28))}, "28x28x1 for mnist; got training images of 28x28x3"),
-        ({"x_train": gray((9, 28, 28)), "y_train": gray(9)}, "at least 10 training images; got 9"),
-        ({"x_test": gray((1, 28, 28)), "y_test": gray(1)}, "at least 2 test images; got 1"),
-        ({"y_train": np.arange(20) - 1}, "one integer >= 0 for each image"),
-        ({"y_train": gray(19)}, "20 images and 19 labels of type uint8"),
-        ({"y_test": np.zeros(7)}, "7 images and 7 labels of type float64"),
-    ],
-)
-def test_arrays_at_fault(tmp_path, change, fault):
+
+def fails(*words):
+    """Expect an error of one line that has these words, in this order."""
+    pattern = "[^\\n]*".join(re.escape(str(word)) for word in ("", *words, ""))
+    return pytest.raises(InputError, match=rf"\A{pattern}\Z")
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_are_refused(tmp_path, case):
+    change, words = BAD_ARRAYS[case]
     arrays = {name: x for name, x in (mnist() | change).items() if x is not None}
-    with pytest.raises(InputError, match=fault):
+    with fails(tmp_path, *words):
         load_images("mnist", write_npz(tmp_path, arrays))
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "fault"),
-    [
-        ("train-images-idx3-ubyte", idx(gray(20)), "starts with the bytes 00 00 08 01; an idx"),
-        ("train-images-idx3-ubyte", b"", r"starts with the bytes \(none\)"),
-        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0", "6 bytes, but its header says 16"),
-        (
-            "t10k-images-idx3-ubyte",
-            idx(gray((7, 28, 28)))[:-1],
-            "its header says 5504",
-        ),
-        ("t10k-images-idx3-ubyte", gzip.compress(idx(gray((7, 28, 28))))[:-9], "cannot be read"),
-        ("t10k-labels-idx1-ubyte", idx(gray(8)), "7 images and 8 labels"),
-        ("t10k-labels-idx1-ubyte", idx(gray((7, 1, 1))), "08 03; an idx file with 1 axes"),
-    ],
-)
-def test_idx_files_at_fault(tmp_path, name, data, fault):
+@pytest.mark.parametrize("case", BAD_IDX)
+def test_bad_idx_files_are_refused(tmp_path, case):
+    name, data = BAD_IDX[case]
     (write_idx(tmp_path, mnist()) / name).write_bytes(data)
-    with pytest.raises(InputError, match=fault):
+    with fails(name, "download it again"):
         load_images("mnist", tmp_path)
 
 
-def test_batches_at_fault(tmp_path):
-    folder = write_batches(tmp_path / "batches", cifar(), binary, ".bin")
-    archive = packed(folder)
-    archive.write_bytes(archive.read_bytes()[:9000])
-    with pytest.raises(InputError, match=r"cannot be read as \.tar\.gz"):
-        load_images("cifar10", archive)
-    with pytest.raises(InputError, match=r"for mnist; got training images of 32x32x3"):
-        load_images("mnist", folder)
-    batch = folder / "data_batch_3.bin"
-    batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"data_batch_3\.bin: has 12291 bytes, not a multiple of"):
-        load_images("cifar10", folder)
-    batch.unlink()
-    with pytest.raises(InputError, match=r"but no data_batch_3\.bin: add it"):
-        load_images("cifar10", folder)
-
-
-def test_paths_at_fault(tmp_path):
-    with pytest.raises(InputError, match="no such file or folder: use a "):
-        read_images(tmp_path / "missing.npz")
-    with pytest.raises(InputError, match="has no known file of images"):
+def test_idx_files_with_another_number_of_labels_are_refused(tmp_path):
+    (write_idx(tmp_path, mnist()) / "t10k-labels-idx1-ubyte").write_bytes(idx(gray(8)))
+    with fails(tmp_path, "7 images and 8 labels"):
         load_images("mnist", tmp_path)
+
+
+def test_bad_paths_are_refused(tmp_path):
+    """CIFAR-10's own batches are pickles: the error says how to make a .npz."""
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"cannot be read as \.tar\.gz"):
-        read_images(tmp_path / "table.csv")
-    (tmp_path / "half.npz").write_bytes(write_npz(tmp_path, mnist()).read_bytes()[:9000])
-    with pytest.raises(InputError, match=r"half\.npz"):
-        read_images(tmp_path / "half.npz")
-    np.savez(tmp_path / "object.npz", x_test=np.array([{}]))
-    with pytest.raises(InputError, match="object array"):
-        read_images(tmp_path / "object.npz")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"")
+    # Archives can leave a folder with the name of a file next to it, or a dangling link.
+    (tmp_path / "t10k-images-idx3-ubyte").mkdir()
+    (tmp_path / "train-images-idx3-ubyte").symlink_to(tmp_path / "gone")
+    for path in [tmp_path, tmp_path / "gone.npz", *sorted(tmp_path.iterdir())]:
+        for read in (read_images, functools.partial(load_images, "cifar10")):
+            with fails(path.name, "np.savez", "x_train", "torchvision.datasets.CIFAR10"):
+                read(path)
+    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx(gray((3, 4, 4))))
+    assert read_images(tmp_path).shape == (4, 4, 1)
+
+
+def test_damaged_npz_files_are_refused(tmp_path):
+    data = write_npz(tmp_path, mnist()).read_bytes()
+    compression = data.index(b"PK\x01\x02") + 10
+    for harmed in (data[:9000], data[:compression] + b"c" + data[compression + 1 :]):
+        (tmp_path / "bad.npz").write_bytes(harmed)
+        with fails("bad.npz"):
+            read_images(tmp_path / "bad.npz")
 
 
 # Sources without a path
@@ -309,9 +218,9 @@ def test_digits_are_those_of_the_table():
         assert images.labels[part].shape == (len(cells),)
     whole = sum(np.bincount(labels) for labels in images.labels.values())
     assert whole.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    with pytest.raises(InputError, match="scikit-learn: leave out path"):
+    with fails("digits.npz", "scikit-learn"):
         load_images("digits", "digits.npz")
-    with pytest.raises(InputError, match="'mnits': did you mean mnist"):
+    with fails("'mnits'", "mnist"):
         load_images("mnits")
 
 
@@ -322,7 +231,7 @@ def test_cifar10_of_openml(monkeypatch):
         data = RNG.integers(0, 256, (10_020, 3072), np.uint8).astype(float)
         target = np.arange(10_020).astype(str)
 
-    def fetch(name, version, as_frame, parser):
+    def fetch(name, version, as_frame):
         assert (name, version, as_frame) == ("CIFAR_10", 1, False)
         return Fetched
 
@@ -338,17 +247,16 @@ def test_cifar10_of_openml(monkeypatch):
     assert images.labels["test"][:2].tolist() == [20, 21]
 
 
-def test_no_network(monkeypatch):
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), ImportError("no route")])
+def test_what_cannot_be_downloaded_needs_a_path(monkeypatch, error):
     import sklearn.datasets
 
     def fetch(*_, **__):
-        raise urllib.error.URLError("no route")
+        raise error
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
-    with pytest.raises(InputError, match=r"no route.*get train-images-idx3.*pass path"):
+    with fails("mnist", "no route", "the path of a .npz"):
         load_images("mnist")
-    with pytest.raises(InputError, match=r"get cifar-10-binary\.tar\.gz from .*pass path"):
-        load_images("cifar10")
 
 
 # Dequantizing
@@ -374,8 +282,6 @@ def test_dequantized_pixels_keep_their_order_and_shape(unchecked):
     assert x.dtype == jnp.float64
     np.testing.assert_array_equal(jnp.floor(256 * x), whole)
     assert len(np.unique(256 * x % 1)) == 300  # a draw for each pixel
-    with pytest.raises(ValueError, match="integer type; got float64"):
-        images.dequantize(jr.key(1), x, 256)
 
 
 def test_bits_per_dim_by_hand():
@@ -399,38 +305,3 @@ def test_bits_per_dim_bound_the_code_length():
     np.testing.assert_allclose(excess[0], 3 + 1 / math.log(2) - 4, atol=1e-3)
     assert (excess > 0).all()
     assert excess[3] < 0.01
-
-
-def test_what_only_has_the_name_of_a_file(tmp_path):
-    """Archives can leave a folder with the name of a file next to it, or a dangling link."""
-    (tmp_path / "t10k-images-idx3-ubyte").mkdir()
-    (tmp_path / "train-images-idx3-ubyte").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match="has no known file of images"):
-        read_images(tmp_path)
-    with pytest.raises(InputError, match="has no known file of images"):
-        read_images(tmp_path / "t10k-images-idx3-ubyte")
-    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(idx(gray((3, 4, 4))))
-    assert read_images(tmp_path).shape == (4, 4, 1)
-
-
-def test_a_link_in_an_archive_and_a_damaged_header(tmp_path):
-    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        link = tarfile.TarInfo("test_batch.bin")
-        link.type, link.linkname = tarfile.SYMTYPE, "gone"
-        archive.addfile(link)
-    with pytest.raises(InputError, match="has no known file of images"):
-        read_images(tmp_path / "a.tar.gz")
-    (tmp_path / "b.tar.gz").write_bytes(b"a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"b\.tar\.gz: cannot be read as \.tar\.gz") as refused:
-        read_images(tmp_path / "b.tar.gz")
-    assert "\n" not in str(refused.value)
-    path = write_npz(tmp_path, {"x_test": gray((3, 4, 4))})
-    data = bytearray(path.read_bytes())
-    data[data.index(b"PK\x01\x02") + 10] = 99  # an unknown compression
-    path.write_bytes(data)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_images(path)
-    path = tmp_path / "t10k-images-idx3-ubyte"
-    path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">III", 2**31, 2**31, 4))
-    with pytest.raises(InputError, match="but its header says"):
-        read_images(path)

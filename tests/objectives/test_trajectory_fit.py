@@ -157,7 +157,7 @@ def test_a_bad_cell_of_a_series_names_no_flag(tmp_path, cell):
     """Readers of series and of rows to score have no argument `drop`."""
     (tmp_path / "bad.csv").write_text(f"t,a,b\n0,1,2\n1,{cell},3\n2,3,5\n")
     for read in (load_series, partial(read_rows, columns=("t", "a", "b"))):
-        with pytest.raises(InputError, match=r"row 2 \(line 3\), column 2 \(a\)") as raised:
+        with pytest.raises(InputError, match=r"column 2 \(a\) .*row 2") as raised:
             read(tmp_path / "bad.csv")
         assert "--" not in str(raised.value)
 

@@ -9,7 +9,6 @@ Gray values are whole numbers; `jcnf.data.images.dequantize` turns them into rea
 import dataclasses
 import difflib
 import http.client
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,29 +19,23 @@ from jcnf._checks import InputError
 from jcnf.data.images import digits
 from jcnf.data.images.files import LabeledImages, read_one, read_parts
 
-__all__ = ["NAMES", "Images", "UnsplitImages", "load_images", "read_images", "shape_of"]
-
 Shape = tuple[int, int, int]  # height, width, channels
 
 
 class _Source(NamedTuple):
-    """The expected shape of a data set's images, and where to get them."""
+    """The expected shape of a data set's images, and its name on openml.org."""
 
     shape: Shape
-    openml: str  # its name on openml.org, where the last 10,000 rows are the test part
-    files: str
+    openml: str
 
 
-_IDX = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files, in a folder"
 _SOURCES = {
-    "mnist": _Source((28, 28, 1), "mnist_784", _IDX),
-    "fashion_mnist": _Source((28, 28, 1), "Fashion-MNIST", _IDX),
-    "cifar10": _Source(
-        (32, 32, 3), "CIFAR_10", "cifar-10-binary.tar.gz from www.cs.toronto.edu/~kriz/cifar.html"
-    ),
+    "mnist": _Source((28, 28, 1), "mnist_784"),
+    "fashion_mnist": _Source((28, 28, 1), "Fashion-MNIST"),
+    "cifar10": _Source((32, 32, 3), "CIFAR_10"),
 }
 NAMES = ("digits", *_SOURCES)
-_NUM_TEST = 10_000  # test images of each of _SOURCES
+_NUM_TEST = 10_000  # test images of each of _SOURCES, the last rows on openml.org
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,27 +78,27 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
 
     - `name`: determines the expected shape; how a file is read depends on its format alone.
     - `path`: a .npz with x_train, x_test and perhaps y_train, y_test, where the images are
-      (n, height, width) or (n, height, width, channels); a folder of idx files (.gz or not); or the
-      folder or .tar.gz of CIFAR-10, binary or Python version. Without a path, scikit-learn
-      downloads the images from openml.org and caches them (`sklearn.datasets.get_data_home`).
+      (n, height, width) or (n, height, width, channels); or a folder of idx files (.gz or not).
+      Without a path, scikit-learn downloads the images from openml.org and caches them
+      (`sklearn.datasets.get_data_home`).
 
     **Raises:** `InputError` for an unknown name; a missing or damaged file; values other than whole
-    gray values; images of another size than the name's; a pickle that is not CIFAR-10's; and,
-    without `path`, no network or no scikit-learn.
+    gray values; images of another size than the name's; and, without `path`, no network or no
+    scikit-learn.
     """
     shape = shape_of(name)
     if name == "digits":
         return _digits(path)
     train, test = _fetched(name) if path is None else read_parts(Path(path), ["train", "test"])
     where = "openml.org" if path is None else path
-    for part, each in {"training": train, "test": test}.items():
-        if each.pixels.shape[1:] != shape:
+    for part, images in {"training": train, "test": test}.items():
+        if images.pixels.shape[1:] != shape:
             raise InputError(
                 f"{where}: expected images of {_size(shape)} for {name}; got {part} images of "
-                f"{_size(each.pixels.shape[1:])}: use the files of {name}, or another name"
+                f"{_size(images.pixels.shape[1:])}: use the files of {name}, or another name"
             )
-    for part, each, fewest in (("training", train, 10), ("test", test, 2)):
-        if (count := len(each.pixels)) < fewest:
+    for part, images, fewest in (("training", train, 10), ("test", test, 2)):
+        if (count := len(images.pixels)) < fewest:
             raise InputError(f"{where}: expected at least {fewest} {part} images; got {count}")
     if (train.labels is None) != (test.labels is None):
         raise InputError(f"{where}: only one part has labels: give labels to both or none")
@@ -119,9 +112,9 @@ def load_images(name: str, path: str | os.PathLike | None = None) -> Images:
 def read_images(path: str | os.PathLike) -> UnsplitImages:
     """Read images to compare with others; no training part is needed.
 
-    One idx file or one batch of CIFAR-10 is read completely. From a .npz, a folder or an archive
-    (as for `load_images`), the test part is read, and the training part may be missing. A .npz may
-    also have one array of images under any name.
+    One idx file is read completely. From a .npz or a folder (as for `load_images`), the test part
+    is read, and the training part may be missing. A .npz may also have one array of images under
+    any name.
 
     **Raises:** `InputError` as `load_images` does for the file.
     """
@@ -153,26 +146,22 @@ def _digits(path: str | os.PathLike | None) -> Images:
 
 def _fetched(name: str) -> list[LabeledImages]:
     """Download training and test part from openml.org, whose rows are in the order of the files."""
-    (height, width, channels), openml, files = _SOURCES[name]
+    (height, width, channels), openml = _SOURCES[name]
     try:
         from sklearn.datasets import fetch_openml
-    except ImportError:
+
+        fetched: Any = fetch_openml(openml, version=1, as_frame=False)
+    except ImportError as error:
         raise InputError(
-            f"downloading {name} needs scikit-learn: pip install scikit-learn, or get {files} and "
-            "pass path"
+            f"{name} is downloaded with scikit-learn and pandas ({error}): "
+            "pip install 'jcnf[experiments]', or pass the path of a .npz"
         ) from None
-    # The parser that needs no pandas is slower; both give the same numbers.
-    parser = "pandas" if importlib.util.find_spec("pandas") else "liac-arff"
-    try:
-        fetched: Any = fetch_openml(openml, version=1, as_frame=False, parser=parser)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
-            f"{name} cannot be downloaded from openml.org ({error}): get {files} and pass path"
+            f"{name} cannot be downloaded from openml.org ({error}): pass the path of a .npz, or "
+            "of a folder of idx files"
         ) from None
     pixels = np.asarray(fetched.data).reshape(-1, channels, height, width)  # channel by channel
-    pixels, labels = (
-        np.moveaxis(pixels, 1, 3).astype(np.uint8),
-        np.asarray(fetched.target, np.int64),
-    )
-    images = LabeledImages(pixels, labels)
+    pixels = np.moveaxis(pixels, 1, 3).astype(np.uint8)
+    images = LabeledImages(pixels, np.asarray(fetched.target, np.int64))
     return [_rows(images, slice(-_NUM_TEST)), _rows(images, slice(-_NUM_TEST, None))]

@@ -1,8 +1,6 @@
 """Read and write tables of numbers: .csv, .csv.gz, .npy and .npz."""
 
-import csv
 import dataclasses
-import gzip
 import os
 import zipfile
 import zlib
@@ -12,9 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from jcnf._checks import InputError, check_instance
-from jcnf.data.tables.csv_text import label, missing_error, read_text
+from jcnf.data.tables.csv import read_csv, write_csv
 
 ENDINGS = (".csv", ".csv.gz", ".npy", ".npz")
+
+
+class CellError(InputError):
+    """Error for cells without a finite number; `column` names their column."""
+
+    def __init__(self, message: str, column: str):
+        super().__init__(message)
+        self.column = column
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,13 +41,32 @@ def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) 
     """Read the columns that `choose` picks; with `missing`, empty and NaN cells become NaN.
 
     **Raises:** `InputError` for a missing or damaged file, an unknown ending and ragged rows;
-    `csv_text.CellError` for text and infinite values in the columns that are read, and for missing
-    ones without `missing`; whatever `choose` raises.
+    `CellError` for text and infinite values in the columns that are read, and for missing ones
+    without `missing`; whatever `choose` raises.
     """
     check_instance((str, os.PathLike), "a path", path=path)
     path = _existing(Path(path))
-    read = _read_csv if ".csv" in path.name.lower() else _read_numpy
-    return read(path, choose, missing)
+    texts: dict[int, str] = {}
+    if ".csv" in path.name.lower():
+        rows, given, texts = read_csv(path)
+        parts = {"rows": rows}
+    else:
+        parts, given = _read_numpy(path)
+    names = _column_names(path, given, next(iter(parts.values())).shape[1])
+    kept = choose(path, names, given is not None)
+    columns = tuple(names[i] for i in kept)
+    labels = [_label(i, names[i]) for i in kept]
+    if text := [place for place, i in enumerate(kept) if i in texts]:
+        raise CellError(
+            f"{path}: {labels[text[0]]} has {texts[kept[text[0]]]}: correct or encode it as "
+            "numbers",
+            columns[text[0]],
+        )
+    parts = {part: rows[:, kept].astype(np.float64) for part, rows in parts.items()}
+    for part, rows in parts.items():
+        where = f"{path}: {part}" if len(parts) > 1 else str(path)
+        _require_finite(where, rows, labels, columns, missing)
+    return RawTable(path, parts, columns, given is not None)
 
 
 def all_but(drop: Iterable[str | int]) -> Choose:
@@ -99,19 +124,14 @@ def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]
     if rows.ndim != 2 or rows.shape[1] != len(columns):
         raise InputError(f"{path}: expected rows of shape (rows, {len(columns)}); got {rows.shape}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    ending = path.suffix.lower()
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        if ending == ".npy":
+        if path.suffix.lower() == ".npy":
             np.save(temporary, rows)
-        elif ending == ".npz":
+        elif path.suffix.lower() == ".npz":
             np.savez_compressed(temporary, rows=rows, columns=np.array(columns, dtype=str))
         else:
-            opener = gzip.open if ending == ".gz" else open
-            with opener(temporary, "wt", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(columns)
-                writer.writerows(rows.astype(str))  # the shortest digits that read back the same
+            write_csv(temporary, rows, columns)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -157,30 +177,27 @@ def _existing(path: Path) -> Path:
 
 
 def _column_names(path: Path, given: Sequence[str] | None, width: int) -> list[str]:
-    """Return the names; blank or numeric ones get an x, so that a number is always a position."""
-    given = [""] * width if given is None else given
+    """Return the names. A number is always a position, so that a name that is one gets an x."""
+    if given is None:
+        return [f"x{i + 1}" for i in range(width)]
     if len(given) != width:
         raise InputError(f"{path}: {len(given)} names for {width} columns: name each column once")
     names = [
-        f"x{name or i}" if not name or name.isdigit() else name
-        for i, name in enumerate(given, start=1)
+        f"x{name}" if name.isdigit() else name or f"Unnamed: {i}"  # as pandas calls it
+        for i, name in enumerate(given)
     ]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InputError(f"{path}: two columns are named '{twice[0]}': rename one of them")
     return names
 
 
-def _read_csv(path: Path, choose: Choose, missing: bool) -> RawTable:
-    text = read_text(path)
-    names = _column_names(path, text.header, text.width)
-    kept = choose(path, names, text.header is not None)
-    columns = tuple(names[i] for i in kept)
-    return RawTable(
-        path, {"rows": text.rows(kept, names, missing)}, columns, text.header is not None
-    )
+def _label(position: int, name: str) -> str:
+    """Return a column as messages name it: "column 3", with its name if the file has one."""
+    return f"column {position + 1}" + ("" if name == f"x{position + 1}" else f" ({name})")
 
 
-def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
+def _read_numpy(path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Return the arrays (rows, dim) of a table in a .npy or .npz, and its column names."""
     arrays = load_arrays(path)
     given = arrays.pop("columns", None)
     parts = {name: _table(path, name, arrays[name]) for name in _parts(path, arrays)}
@@ -189,16 +206,8 @@ def _read_numpy(path: Path, choose: Choose, missing: bool) -> RawTable:
         raise InputError(
             f"{path}: the parts have unequal numbers of columns, {widths}: save the same columns"
         )
-    given = None if given is None else [str(name) for name in np.ravel(given)]
-    names = _column_names(path, given, next(iter(widths.values())))
-    kept = choose(path, names, given is not None)
-    for part, rows in parts.items():
-        name = part if len(parts) > 1 else ""
-        _require_finite(path, name, rows, kept, names, missing)
-    kept_parts = {name: rows[:, kept].astype(np.float64) for name, rows in parts.items()}
-    if len(parts) == 1:
-        kept_parts = {"rows": next(iter(kept_parts.values()))}
-    return RawTable(path, kept_parts, tuple(names[i] for i in kept), given is not None)
+    parts = parts if len(parts) > 1 else {"rows": next(iter(parts.values()))}
+    return parts, None if given is None else [str(name) for name in np.ravel(given)]
 
 
 def _parts(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
@@ -231,17 +240,15 @@ def _table(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _require_finite(
-    path: Path,
-    part: str,
-    rows: np.ndarray,
-    kept: Sequence[int],
-    names: Sequence[str],
-    missing: bool,
+    where: str, rows: np.ndarray, labels: Sequence[str], columns: Sequence[str], missing: bool
 ) -> None:
-    bad = np.isinf(rows[:, kept]) if missing else ~np.isfinite(rows[:, kept])
+    bad = np.isinf(rows) if missing else ~np.isfinite(rows)
     if bad.any():
-        row, place = np.argwhere(bad)[0]
-        column = kept[int(place)]
-        where = f"{part} row {row + 1}, {label(column, names)}".strip()
-        found = str(rows[row, column])
-        raise missing_error(path, where, found, names[column], count=int(bad.sum()))
+        place = int(bad.any(axis=0).argmax())
+        some = np.flatnonzero(bad[:, place])
+        what = "infinite values" if missing else "missing or infinite values"
+        raise CellError(
+            f"{where}: {labels[place]} has {what} in {len(some)} of {len(rows)} rows (first: row "
+            f"{some[0] + 1}): remove or fill those rows",
+            columns[place],
+        )

@@ -1,8 +1,8 @@
 """The distinct values of a column, the step between them, and noise one step wide.
 
-`dequantize` turns integers and rounded numbers into values that have a density. The mean
-log-density of the noisy values, in units of the step, is a lower bound on the log-probability of
-the rounded ones (Theis et al. 2016, A note on the evaluation of generative models).
+The noise turns integers and rounded numbers into values that have a density. The mean log-density
+of the noisy values, in units of the step, is a lower bound on the log-probability of the rounded
+ones (Theis et al. 2016, A note on the evaluation of generative models).
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ def resolutions(rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, " dim"
     return np.array([one.step if one.variety < 1 else 0.0 for one in levels])
 
 
-def dequantize(
+def jitter(
     rows: Float[np.ndarray, "rows dim"],
     steps: Float[np.ndarray, " dim"],
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "rows dim"]:
     """Return `rows` + (U - 1/2) x `steps`, with U uniform on [0, 1) and drawn from `rng`.
 
-    Duplicate rows become distinct but stay close to each other. An atom in an otherwise continuous
-    column remains one, because its rows spread over only one step.
+    Unlike `jcnf.data.images.dequantize`, whose noise fills [0, 1), this keeps a column's units and
+    its mean. An atom in an otherwise continuous column remains one, because its rows spread over
+    only one step.
     """
     return rows + (rng.random(rows.shape) - 0.5) * steps
 
@@ -65,9 +66,10 @@ class Levels:
         gaps = np.diff(self.values)
         return float(np.quantile(gaps, 0.1, method="lower")) if len(gaps) else 0.0
 
-    def atoms(self) -> Int[np.ndarray, " atoms"]:
-        """Indices of values in over 0.5 % of the rows that are 10 times as frequent as nearby ones.
+    def largest_atom(self) -> tuple[float, int] | None:
+        """Return the most frequent of the column's atoms and how many rows hold it, or None.
 
+        An atom is a value in over 0.5 % of the rows that is 10 times as frequent as nearby ones.
         There are none if the other values repeat too, 10 times or more on average: dequantizing
         turns the frequent values of a column with steps into a density.
         """
@@ -76,4 +78,7 @@ class Levels:
         often = self.counts > max(0.005 * rows, 9)
         peaks = np.flatnonzero(often & (self.counts >= 10 * np.median(near, axis=1)))
         others = rows - self.counts[peaks].sum()
-        return peaks if others < 10 * (len(self.counts) - len(peaks)) else peaks[:0]
+        if not len(peaks) or others >= 10 * (len(self.counts) - len(peaks)):
+            return None
+        top = peaks[np.argmax(self.counts[peaks])]
+        return float(self.values[top]), int(self.counts[top])

@@ -14,10 +14,7 @@ from jaxtyping import Float, Float32, Int
 
 from jcnf._checks import InputError
 from jcnf.data.tables import checks, levels
-from jcnf.data.tables.csv_text import CellError
-from jcnf.data.tables.files import RawTable, all_but, read_raw, those_of, write_rows
-
-__all__ = ["Standardizer", "Table", "load_table", "read_rows", "write_rows"]
+from jcnf.data.tables.files import CellError, RawTable, all_but, read_raw, those_of
 
 Path = str | os.PathLike
 
@@ -54,10 +51,12 @@ class Standardizer:
         **Raises:** `InputError` for rows of another shape, or with values that float32 cannot hold.
         """
         scaled = (self._rows(rows) - self.mean) / self.std
-        if (place := _too_large(scaled)) is not None:
+        beyond = np.argwhere(~(np.abs(scaled) <= np.finfo(np.float32).max))
+        if len(beyond):
+            row, column = beyond[0]
             raise InputError(
-                f"row {place[0] + 1}, column {self.columns[place[1]]}: the value is NaN, or too "
-                "large for float32 when standardized; remove the row"
+                f"row {row + 1}, column {self.columns[column]}: the value is NaN, or too large for "
+                "float32 when standardized; remove the row, or leave out the column"
             )
         return scaled.astype(np.float32)
 
@@ -144,16 +143,17 @@ def load_table(
     **Arguments:**
 
     - `path`: a .csv or .csv.gz (separated by commas, semicolons, tabs or blanks, with or without a
-      header; # comments), a 2-D .npy, or an .npz. An .npz has one 2-D array or the arrays train and
-      test (and val), whose split is kept (val is cut from train if it is missing), and may have
-      the names of the `columns`.
+      header; # comments; needs pandas), a 2-D .npy, or an .npz. An .npz has one 2-D array or the
+      arrays train and test (and val), whose split is kept (val is cut from train if it is missing),
+      and may have the names of the `columns`.
     - `seed`: determines the split and the noise, by independent streams: the split depends only on
       the seed and the number of rows.
     - `val_fraction`: share of the rows (of train, for an .npz without val) in `val`.
     - `test_fraction`: share of the rows in `test`.
-    - `drop`: columns to leave out, by name or by 1-based number.
+    - `drop`: columns to leave out, by name or by 1-based number. An index that pandas wrote as the
+      first column is left out without being named.
     - `dequantize`: whether to add uniform noise, one step wide, to the columns whose values repeat,
-      before the split (see `levels.dequantize`). Duplicate rows become distinct, but stay in.
+      before the split (see `levels.jitter`). Duplicate rows become distinct, but stay in.
 
     **Returns:** a `Table`, whose `warnings` tell what is doubtful but not an error.
 
@@ -165,16 +165,23 @@ def load_table(
         raw = read_raw(path, all_but(drop))
     except CellError as error:
         raise InputError(f"{error}, or {_drop(error.column)}") from None
+    rows, columns, warnings = np.concatenate(list(raw.parts.values())), raw.columns, []
+    if checks.is_index(rows, columns):
+        warnings = [f"{columns[0]} is left out: it is an index, which only counts the rows"]
+        rows, columns = rows[:, 1:], columns[1:]
     train, val, test = _split(raw, seed, val_fraction, test_fraction)
-    rows = np.concatenate(list(raw.parts.values()))
-    checks.require_usable(raw.path, rows[train], raw.columns)
+    checks.require_usable(raw.path, rows[train], columns)
     steps = levels.resolutions(rows) if dequantize else None
-    warnings = checks.warnings(rows, raw.columns, steps)
+    warnings += checks.warnings(rows, columns, steps)
     if steps is not None:
-        rows = levels.dequantize(rows, steps, np.random.default_rng([seed, 1]))
-    scale = Standardizer(*_moments(rows[train]), raw.columns)
-    scaled = _to_float32(raw, (rows - scale.mean) / scale.std)
-    return Table(scaled[train], scaled[val], scaled[test], scale, warnings)
+        rows = levels.jitter(rows, steps, np.random.default_rng([seed, 1]))
+    scale = Standardizer(*_moments(rows[train]), columns)
+    try:
+        scaled = scale.standardize(rows)
+    except InputError as error:
+        parts = f" (of {' + '.join(raw.parts)})" if len(raw.parts) > 1 else ""
+        raise InputError(f"{raw.path}{parts}: {error}") from None
+    return Table(scaled[train], scaled[val], scaled[test], scale, tuple(warnings))
 
 
 def read_rows(
@@ -238,25 +245,5 @@ def _moments(rows: Float[np.ndarray, "rows dim"]) -> tuple[np.ndarray, np.ndarra
     return unit * (rows / unit).mean(axis=0), unit * (rows / unit).std(axis=0)
 
 
-def _too_large(scaled: Float[np.ndarray, "rows dim"]) -> tuple[int, int] | None:
-    """Return row and column of the first value that float32 cannot hold, if any."""
-    beyond = np.argwhere(~(np.abs(scaled) <= np.finfo(np.float32).max))
-    return (int(beyond[0, 0]), int(beyond[0, 1])) if len(beyond) else None
-
-
 def _drop(column: str) -> str:
     return f"leave the column out with drop=[{column!r}]"
-
-
-def _to_float32(raw: RawTable, scaled: Float[np.ndarray, "rows dim"]) -> np.ndarray:
-    if (place := _too_large(scaled)) is not None:
-        row, column = place
-        starts = np.cumsum([0, *(len(rows) for rows in raw.parts.values())])
-        part = int(np.searchsorted(starts, row, side="right")) - 1
-        name = "" if len(raw.parts) == 1 else f"{list(raw.parts)[part]} "
-        raise InputError(
-            f"{raw.path}: {name}row {row - starts[part] + 1}, column {raw.columns[column]}: the "
-            "value is too large for float32 when standardized by the training part; remove the "
-            f"row, or {_drop(raw.columns[column])}"
-        )
-    return scaled.astype(np.float32)
