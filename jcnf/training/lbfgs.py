@@ -21,6 +21,7 @@ def fit_lbfgs(
     objective: Callable,
     steps: int,
     batch: int | DrawBatch | None = None,
+    optimizer: optax.GradientTransformation = optax.lbfgs(),  # noqa: B008 (frozen)
     solve: Solve | None = None,
     validation: Callable[[Any], float] | None = None,
     **settings: Any,
@@ -31,8 +32,8 @@ def fit_lbfgs(
     the loss lower than thousands of steps on fresh batches do. It ends at the first step that
     cannot be taken, for the next one would fail as well.
 
-    The arguments are those of `jcnf.fit`. All solves have the step plan of `solve`, so that they
-    can be compared.
+    The arguments are those of `jcnf.fit`, which has an `average` and `max_skips` beside these. All
+    solves have the step plan of `solve`, so that their losses can be compared.
     """
     batch_key, noise_key, fit_key, data_key = jr.split(key, 4)
     rows, draw_batch, paired, _ = prepare(data, batch, None, data_key)
@@ -45,7 +46,7 @@ def fit_lbfgs(
         objective=lambda flow, batch, _: objective(flow, batch, noise_key, **solving),
         steps=steps,
         batch=lambda _, rows: draw_batch(batch_key, rows),
-        optimizer=optax.lbfgs(),
+        optimizer=optimizer,
         validation=validation,
         average=0.0,
         max_skips=1,

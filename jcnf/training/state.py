@@ -90,7 +90,8 @@ def with_params(model: PyTree, params: PyTree) -> Any:
     return eqx.combine(params, rest)
 
 
-def check_optimizer(optimizer):
+def check_optimizer(optimizer: Any) -> None:
+    """Raise `ValueError` for anything but an optax optimizer."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(
             "optimizer must be an optax optimizer, such as jcnf.training.make_optimizer returns; "
