@@ -94,7 +94,7 @@ gaussian = Gaussian.fit(ROWS)
 refuses(Gaussian.fit, rows=[NAN_ROWS, ROWS[:1], ROWS[0]])
 refuses(gaussian.given, x=[np.ones((2, 3)), INFINITE])
 refuses(Gaussian(np.zeros(2), np.ones((2, 2))).given, says={"x": "singular"}, x=[NAN])
-refuses(gaussian.given(HOLES).draw, {"key": KEY, "samples": 3}, samples=COUNTS, key=KEYS)
+refuses(gaussian.given(HOLES).sample, {"key": KEY, "samples": 3}, samples=COUNTS, key=KEYS)
 holes = {"flow": FLOW, "x": HOLES, "gaussian": gaussian, "key": KEY}
 bad_gaussian = Gaussian(np.zeros(2), np.full((2, 2), np.nan))
 refuses(impute, holes, x=[INFINITE, np.ones((2, 2), int), HOLES[:0]], key=KEYS)

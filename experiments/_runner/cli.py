@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from experiments._runner.config import Experiment, LoopExperiment
+from experiments._runner.progress import show_warnings_in_one_line
 from experiments._runner.signals import Stopped, stop_at_once
 from jcnf import sharding
 from jcnf._checks import InputError
@@ -56,6 +57,7 @@ def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jcnf" / "xla"))
+    show_warnings_in_one_line()
     stop_at_once()
     try:
         sharding.initialize()

@@ -1,5 +1,7 @@
-"""Progress bars for the work after training: measuring and drawing."""
+"""What a run says on the terminal beside its results: progress bars, and warnings."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +9,16 @@ import jax
 from tqdm import tqdm
 
 from jcnf import evaluate
+
+
+def show_warnings_in_one_line() -> None:
+    """From now on, show a warning as a line on standard error, by the first process only."""
+
+    def show(message, *_):
+        if jax.process_index() == 0:
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 @contextmanager

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import jax
 
 from experiments._runner.config import Experiment, LoopExperiment
@@ -114,18 +116,14 @@ class RunDir:
 
     def _hold(self):
         """Lock out other processes until this one ends, if the file system has locks."""
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        self._held = open(self.path / "config.json", "r+b")  # noqa: SIM115 (open until exit)
+        self._lock = filelock.FileLock(self.path / ".lock", is_singleton=True)
         try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
             raise InputError(
                 f"{self.path} is in use by another process: wait for it to end, or stop it"
             ) from None
-        except OSError:
+        except NotImplementedError:
             pass
 
     def _same_settings(self):
@@ -159,9 +157,10 @@ class RunDir:
             )
         others = [f"{n} {there[n]} -> {here[n]}" for n in here if there[n] != here[n]]
         if others:
-            print(
-                "warning: versions have changed, so the run will not be reproduced bit for bit: "
-                f"{', '.join(others)}"
+            warnings.warn(
+                "versions have changed, so the run will not be reproduced bit for bit: "
+                f"{', '.join(others)}",
+                stacklevel=2,
             )
         return notes
 
@@ -199,19 +198,22 @@ class RunDir:
         checkpoint.save(self.path / "flow.jcnf", training.partition(flow)[0], notes)
 
     def finish(
-        self, metrics: dict, numerics: dict, timing: dict, warnings: Sequence[str] = ()
+        self, metrics: dict, numerics: dict, timing: dict, doubts: Sequence[str] = ()
     ) -> None:
-        """Write summary.json, which marks the run as finished, and print its figures."""
+        """Write summary.json, which marks the run as finished, and print its figures.
+
+        The `doubts` are reasons not to trust them, which become the summary's warnings.
+        """
         parts = {"metrics": metrics, "numerics": numerics, "timing": timing}
         head = {"experiment": self.name, "config": self.config}
-        tail = {"warnings": warnings, "environment": environment()}
+        tail = {"warnings": doubts, "environment": environment()}
         self.write_json("summary.json", head | parts | tail)
         for name, part in parts.items():
             shown = "  ".join(f"{key} {_shown(value)}" for key, value in part.items())
             if shown:
                 print(f"{name}: {shown}")
-        for warning in warnings:
-            print(f"warning: {warning}")
+        for doubt in doubts:
+            warnings.warn(doubt, stacklevel=2)
         print(f"results and figures: {self.path}")
 
 

@@ -1,19 +1,17 @@
 """The stages of a training, each with its own objective and optimizer."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
 from jcnf import CNF, Solve, training
 
-WARM_UP_STEPS = 5  # not timed
-MAX_STUCK_STEPS = 50  # steps in a row without an update, after which a stage rolls back or ends
+# Makes a function that draws batches of a given size (None for all rows of a table):
+# `jcnf.training.draw_rows`, or `drawing(sample)` for fresh samples.
+DrawOf = Callable[[int | None], training.DrawBatch]
 
 
 class Stage(NamedTuple):
@@ -25,12 +23,17 @@ class Stage(NamedTuple):
     solve: Solve | None  # for an objective that solves an ODE
     average: float  # decay of the moving average of the parameters
     batch: int | None  # samples per batch; None for all rows of a table
-    fixed: bool = False  # whether all steps use one batch and one noise draw
+    fixed: bool = False  # whether all steps use one batch and one noise draw, as L-BFGS needs
 
-
-# Makes a function that draws batches of a given size (None for all rows of a table):
-# `jcnf.training.draw_rows`, or `drawing(sample)` for fresh samples.
-DrawOf = Callable[[int | None], training.DrawBatch]
+    def fit(
+        self, model: Any, draw_of: DrawOf, data: Any, key: Key[Array, ""], **settings: Any
+    ) -> training.FitResult:
+        """Train through this stage by `jcnf.fit`, which takes the `settings`."""
+        settings |= {"key": key, "objective": self.objective, "batch": draw_of(self.batch)}
+        settings |= {"steps": self.steps, "optimizer": self.optimizer, "solve": self.solve}
+        if self.fixed:
+            return training.fit_lbfgs(model, data, **settings)
+        return training.fit(model, data, average=self.average, **settings)
 
 
 def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
@@ -43,26 +46,9 @@ def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
     return of
 
 
-def compiled(
-    model: Any, stage: Stage, draw_of: DrawOf, state: training.TrainState, data: Any
-) -> tuple[jax.stages.Compiled, training.MetricSums]:
-    """Compile a stage to `program(state, data, key, until, totals)`; also return zero totals."""
-    run = training.make_train_loop(
-        model,
-        stage.objective,
-        draw_of(stage.batch),
-        stage.optimizer,
-        average=stage.average,
-        solve=stage.solve,
-        fixed=stage.fixed,
-        # On the same batch and noise, a skipped step would only be skipped again.
-        stuck=1 if stage.fixed else MAX_STUCK_STEPS,
-    )
-    arguments = (state, data, jr.key(0), 0)
-    none = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run.program, *arguments)[1]
-    )
-    return run.program.lower(*arguments, none).compile(), none
+def stage_key(seed: int, number: int) -> Key[Array, ""]:
+    """Return the key of the batches and the noise of a stage."""
+    return jr.fold_in(jr.fold_in(jr.key(seed), 1), number)
 
 
 class Trained(NamedTuple):
@@ -75,38 +61,26 @@ class Trained(NamedTuple):
 
 
 def train_stages(
-    flow: CNF,
-    stages: Sequence[Stage],
-    draw_of: DrawOf,
-    data: Any = None,
-    seed: int = 0,
+    flow: CNF, stages: Sequence[Stage], draw_of: DrawOf, data: Any = None, seed: int = 0
 ) -> Trained:
-    """Train through `stages`, each from the averaged parameters of the one before.
-
-    A stage that breaks down (`MAX_STUCK_STEPS` in a row without an update) ends early, with a
-    warning.
-    """
-    key, seconds = jr.fold_in(jr.key(seed), 1), 0.0
-    state = training.init(flow, stages[0].optimizer)
+    """Train through `stages` without a run directory or validation."""
+    ends = []
     for number, stage in enumerate(stages):
-        if number:
-            state = training.restart(state, state.average, stage.optimizer)
-        program, none = compiled(flow, stage, draw_of, state, data)
-        until = int(state.step) + stage.steps
-        tic = time.perf_counter()
-        state, _ = jax.block_until_ready(program(state, data, key, until, none))
-        seconds += time.perf_counter() - tic
-        if state.step < until:
-            print(f"warning: training broke down {until - int(state.step)} steps before its end")
-    flow = training.with_params(flow, state.average)
-    return Trained(flow, int(state.step), seconds, int(state.skipped))
+        key = stage_key(seed, number)
+        result = stage.fit(flow, draw_of, data, key, validation=None, progress=False)
+        flow = result.flow
+        ends.append(result.snapshot)
+    return Trained(
+        flow,
+        sum(end.step for end in ends),
+        sum(end.seconds for end in ends),
+        sum(int(end.state.skipped) for end in ends),
+    )
 
 
-def step_seconds(flow: CNF, stage: Stage, draw_of: DrawOf, steps: int) -> float:
-    """Return the mean seconds of one of the first steps, without compilation and warm-up."""
-    state = training.init(flow, stage.optimizer)
-    program, none = compiled(flow, stage, draw_of, state, None)
-    state, _ = jax.block_until_ready(program(state, None, jr.key(0), WARM_UP_STEPS, none))
-    tic = time.perf_counter()
-    jax.block_until_ready(program(state, None, jr.key(0), WARM_UP_STEPS + steps, none))
-    return (time.perf_counter() - tic) / steps
+def step_seconds(flow: Any, stage: Stage, draw_of: DrawOf, steps: int, data: Any = None) -> float:
+    """Return the mean seconds of a step, after as many steps that are not timed."""
+    settings: dict[str, Any] = {"every": steps, "validation": None, "progress": False}
+    stage = stage._replace(steps=2 * steps)
+    warm, end = stage.fit(flow, draw_of, data, jr.key(0), **settings).history
+    return (end["seconds"] - warm["seconds"]) / steps

@@ -659,7 +659,7 @@ def test_figures_of_a_transport():
 
 @pytest.mark.parametrize(("loss", "shown"), [(2.3456, "2.346"), (0.0012344, "0.001234")])
 def test_the_progress_bar_shows_four_digits_of_the_loss(loss, shown):
-    from experiments._runner.loop import _shown
+    from jcnf.training.fit import _shown
 
     assert _shown({"loss": loss, "nfe": 20.0}, 3) == f"loss {shown}, 20 NFE, 3 skipped"
 

@@ -2,31 +2,37 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments._runner import loop, run_dir, stages
+from experiments._runner import run_dir
 from experiments._runner.config import LoopSettings
 from experiments._runner.loop import fit
+from experiments._runner.recorder import MAX_ROLLBACKS
 from experiments._runner.run_dir import RunDir
 from experiments._runner.signals import Stopped
-from experiments._runner.stages import MAX_STUCK_STEPS, Stage, train_stages
-from experiments._runner.trainer import MAX_ROLLBACKS
+from experiments._runner.stages import Stage, train_stages
 from jcnf import Solve, sharding, training
 from jcnf._checks import InputError
 from jcnf.ode import NUM_BINS
-from jcnf.training import checkpoint
+from jcnf.training import Snapshot, checkpoint
 
+DRIVER = importlib.import_module("jcnf.training.fit")  # the function hides the module
+MAX_SKIPS = DRIVER.MAX_SKIPS
+ADAM, SGD = optax.adam(0.1), optax.sgd(0.01)
 TARGET = jnp.array([1.0, -2.0])
 START = {"w": jnp.zeros(2)}
 DATA = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2)))
@@ -52,8 +58,8 @@ class Settings(LoopSettings):
 
     def make_stages(self):
         """Two stages with different optimizers."""
-        first = Stage(squares, self.steps, optax.adam(0.1), Solve(), average=0.9, batch=8)
-        return [first, first._replace(optimizer=optax.sgd(0.01), steps=self.steps // 2)]
+        first = Stage(squares, self.steps, ADAM, Solve(), average=0.9, batch=8)
+        return [first, first._replace(optimizer=SGD, steps=self.steps // 2)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,17 +72,40 @@ def promotion():
 @pytest.fixture(autouse=True, scope="module")
 def programs():
     """Reuse compiled programs when a run is resumed."""
-    known, plain = {}, stages.compiled
+    known, plain = {}, DRIVER.make_train_loop
 
-    def compiled(model, stage, *others):
-        name = stage.objective, stage.steps, stage.fixed, model["w"].dtype
-        if name not in known:
-            known[name] = plain(model, stage, *others)
-        return known[name]
+    def make(model, objective, draw_batch, optimizer, **settings):
+        def compiled(*arguments):
+            name = objective, optimizer
+            if name not in known:
+                loop = plain(model, objective, draw_batch, optimizer, **settings)
+                known[name] = loop.compile(*arguments)
+            return known[name]
+
+        return SimpleNamespace(compile=compiled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compiled", compiled)
+        patch.setattr(DRIVER, "make_train_loop", make)
         yield
+
+
+def before_each_dispatch(monkeypatch, act):
+    """Call `act(state)` before each dispatch."""
+    plain = DRIVER.make_train_loop
+
+    def make(*args, **settings):
+        def compiled(*arguments):
+            program, nothing = plain(*args, **settings).compile(*arguments)
+
+            def run(state, *others):
+                act(state)
+                return program(state, *others)
+
+            return run, nothing
+
+        return SimpleNamespace(compile=compiled)
+
+    monkeypatch.setattr(DRIVER, "make_train_loop", make)
 
 
 def distance(model):
@@ -100,8 +129,9 @@ def log_of(out):
 def newest(out):
     """The arrays of the newest checkpoint, as bytes, and the progress that it notes."""
     path = max((out / "checkpoints").glob("*.jcnf"))
-    place = checkpoint.read_notes(path)["place"]
-    return path.read_bytes().split(b"\n", 1)[1], place["best"], place["stage"], place["totals"]
+    notes = checkpoint.read_notes(path)
+    numbers = {name: value for name, value in notes["snapshot"].items() if name != "seconds"}
+    return path.read_bytes().split(b"\n", 1)[1], notes["place"], numbers
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +165,8 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeyp
     """The run is stopped after every step."""
     if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background jobs
         signal.signal(number, signal.SIG_DFL)
-    plain, handler = stages.compiled, signal.getsignal(number)
-
-    def interrupted(*arguments):
-        program, none = plain(*arguments)
-
-        def run(*arguments):
-            os.kill(os.getpid(), number)
-            return program(*arguments)
-
-        return run, none
-
-    monkeypatch.setattr(loop, "compiled", interrupted)
+    handler = signal.getsignal(number)
+    before_each_dispatch(monkeypatch, lambda state: os.kill(os.getpid(), number))
     out = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["toy2d", "--steps", "40"])
     for stop in range(1, 61):
@@ -182,7 +202,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, whole, harm, capsys):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, whole, harm):
     out = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):
         trained(out, validate=lambda model: distance(model) if steps_in(out) < 35 else 1 / 0)
@@ -190,9 +210,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, who
     content = path.read_bytes()
     flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
     path.write_bytes(content[:-9] if harm == "truncated" else flipped)
-    fitted = trained(out, resume=True)
-    said = capsys.readouterr().out
-    assert f"{path} is damaged, kept as {path.name}.damaged: going on from step 20" in said
+    with pytest.warns(UserWarning, match=f"{path.name}.damaged: going on from step 20"):
+        fitted = trained(out, resume=True)
     assert_the_same(out, whole)
     assert distance(fitted.flow) == distance(whole[1].flow)
 
@@ -246,19 +265,18 @@ def test_without_its_log_a_run_is_not_gone_on_with(tmp_path):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "r+b")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print(flush=True)
-sys.stdin.read()
+import filelock, sys
+with filelock.FileLock(sys.argv[1]):
+    print(flush=True)
+    sys.stdin.read()
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_two_processes_do_not_go_on_with_one_run(tmp_path, whole):
     out = unfinished(tmp_path / "run")
+    filelock.FileLock(out / ".lock", is_singleton=True).release(force=True)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, out / "config.json"], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", HOLD, out / ".lock"], **pipes) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(InputError, match="in use by another process: wait for it to end"):
@@ -302,12 +320,13 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, note
         trained(out, resume=True)
 
 
-def test_other_data_than_before_are_told(tmp_path, capsys):
+def test_other_data_than_before_are_told(tmp_path, recwarn):
     out = unfinished(tmp_path / "run")
     for data, times in ((DATA, 0), (DATA.at[7, 1].add(1.0), 1)):
         with pytest.raises(ZeroDivisionError):
             trained(out, resume=True, data=data, validate=lambda model: 1 / 0)
-        assert capsys.readouterr().out.count("warning: the data have changed") == times
+        told = [str(each.message) for each in recwarn]
+        assert sum("the data have changed" in each for each in told) == times
 
 
 def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
@@ -320,19 +339,26 @@ def test_processes_of_different_data_are_refused(tmp_path, monkeypatch):
         trained(tmp_path / "run")
 
 
-def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch, capsys):
+def test_other_versions_of_the_libraries_are_told(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):
         trained(out, validate=lambda model: 1 / 0)
     later = run_dir.versions() | {"jax": "99"}
     monkeypatch.setattr(run_dir, "versions", lambda: later)
-    trained(out, resume=True)
-    assert "bit for bit: jax" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="bit for bit: jax"):
+        trained(out, resume=True)
 
 
-def test_batches_of_nan_are_skipped_and_counted(tmp_path):
-    """Row 0 is NaN, and some batches of 8 out of 50 rows contain it."""
-    fitted = trained(tmp_path / "run", data=DATA.at[0].set(jnp.nan))
+def test_losses_of_nan_are_skipped_and_counted(tmp_path):
+    """Some batches of 8 out of 50 rows contain row 0."""
+
+    def objective(model, x, key, *, solve):
+        loss, metrics = squares(model, x, key)
+        return jnp.where(jnp.any(x == DATA[0][None]), jnp.nan, loss), metrics
+
+    stages = [stage._replace(objective=objective) for stage in Settings().make_stages()]
+    with pytest.warns(UserWarning, match="were skipped"):
+        fitted = trained(tmp_path / "run", stages=stages)
     records = log_of(tmp_path / "run")
     skipped = sum(r["skipped"] for r in records)
     assert 0 < skipped == sum(r["skipped_loss"] for r in records) < 20
@@ -346,15 +372,16 @@ def wild(rate):
     return [stage._replace(optimizer=optax.sgd(rate), steps=300, average=0.0)]
 
 
-def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path, capsys):
+def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path):
     out = tmp_path / "run"
-    fitted = trained(out, stages=wild(6.0))
+    with pytest.warns(UserWarning, match=r"back from step \d+ to step 0, at 0.0625 times"):
+        fitted = trained(out, stages=wild(6.0))
     assert fitted.rollbacks == 2, "6 / 4 is still above 1"
     assert distance(fitted.flow) < 0.1
     place = checkpoint.read_notes(out / "checkpoints" / "000000300.jcnf")["place"]
     assert [r["rate"] for r in place["rollbacks"]] == [1 / 4, 1 / 16]
     # Each time, exactly the 50 steps before the rollback failed.
-    assert fitted.skipped == 2 * MAX_STUCK_STEPS
+    assert fitted.skipped == 2 * MAX_SKIPS
     records = log_of(out)
     assert [r["step"] for r in records] == list(range(5, 301, 5)), "cut back each time"
     assert all(np.isfinite(r["loss"]) for r in records)
@@ -391,21 +418,14 @@ def test_a_return_waits_for_a_checkpoint_that_is_still_being_written(tmp_path, m
 
 def test_a_signal_between_skipped_updates_leaves_what_is_gone_back_to(tmp_path, monkeypatch):
     """This also holds if only one checkpoint is kept."""
-    plain, parts, out = stages.compiled, climbing(2.05, steps=1000), tmp_path / "run"
-    stops = [30, 45]
+    parts, out, stops = climbing(2.05, steps=1000), tmp_path / "run", [30, 45]
 
-    def interrupted(*arguments):
-        program, none = plain(*arguments)
+    def stop(state):
+        if stops and int(state.step) == stops[0]:
+            del stops[0]
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        def run(state, *others):
-            if stops and int(state.step) == stops[0]:
-                del stops[0]
-                os.kill(os.getpid(), signal.SIGTERM)
-            return program(state, *others)
-
-        return run, none
-
-    monkeypatch.setattr(loop, "compiled", interrupted)
+    before_each_dispatch(monkeypatch, stop)
     again = {"keep": 1, "validate_every": 1000, "stages": parts}
     for _ in range(2):
         with pytest.raises(Stopped):
@@ -450,30 +470,30 @@ def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_p
     with pytest.raises(InputError, match=f"nor after {MAX_ROLLBACKS} rollbacks .* details are in"):
         trained(out, stages=[stage])
     report = json.loads((out / "report.json").read_text())
-    assert report["steps_without_update"] == MAX_STUCK_STEPS
+    assert report["steps_without_update"] == MAX_SKIPS
     rates = [0.25**n for n in range(1, MAX_ROLLBACKS + 1)]
     assert [r["rate"] for r in report["rollbacks"]] == rates
     assert report["learning_rate_factor"] == 0.25**MAX_ROLLBACKS
     assert report["last_records"][-1][f"skipped_{reason}"] == 5
     path = max((out / "checkpoints").glob("*.jcnf"))
-    like = training.init(START, stage.optimizer)
-    (state, _), notes = checkpoint.load(path, (like, like.average))
+    (state, _), notes = checkpoint.load(path, Snapshot.first(START, stage.optimizer).arrays)
     assert float(state.params["w"][0]) <= 0.5 + 0.1
     assert int(state.stuck) == 0
     assert len(notes["place"]["rollbacks"]) == MAX_ROLLBACKS
 
 
-def test_stages_without_a_loop_say_where_they_break_down(capsys):
-    trained = train_stages(START, climbing(0.55, steps=100), training.draw_rows, DATA)
-    assert (trained.steps, trained.skipped) == (6 + MAX_STUCK_STEPS, MAX_STUCK_STEPS)
-    assert "warning: training broke down 44 steps before its end" in capsys.readouterr().out
+def test_stages_without_a_loop_say_where_they_break_down(recwarn):
+    with pytest.warns(UserWarning, match="ended before step 100, after 50 skipped updates"):
+        trained = train_stages(START, climbing(0.55, steps=100), training.draw_rows, DATA)
+    assert (trained.steps, trained.skipped) == (6 + MAX_SKIPS, MAX_SKIPS)
     train_stages(START, climbing(0.55, steps=6), training.draw_rows, DATA)
-    assert not capsys.readouterr().out
+    assert not [each for each in recwarn if each.category is UserWarning]
 
 
 def test_a_stage_on_one_batch_ends_where_it_breaks_down(tmp_path):
     stage = wild(6.0)[0]._replace(fixed=True)
-    fitted = trained(tmp_path / "run", stages=[stage])
+    with pytest.warns(UserWarning, match="ended before step 300, after 1 skipped"):
+        fitted = trained(tmp_path / "run", stages=[stage])
     assert (fitted.skipped, fitted.rollbacks) == (1, 0)
     assert log_of(tmp_path / "run")[-1]["step"] < 10
 

@@ -63,7 +63,7 @@ def test_fit_returns_the_best_parameters_and_ends_without_patience():
         **SMALL,
     )
     assert [progress.step for progress in told] == [10, 20, 30]
-    assert [record["val_nll"] for record in result.history] == [0.0, 1.0, 2.0]
+    assert [record["score"] for record in result.history] == [0.0, 1.0, 2.0]
     assert eqx.tree_equal(result.flow, told[0].flow)
     assert not eqx.tree_equal(result.flow, told[-1].flow)
 

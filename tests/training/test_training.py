@@ -263,7 +263,7 @@ def test_training_that_learns_nothing_is_an_error_and_one_bad_step_is_not():
 
 
 def test_a_training_that_is_stuck_does_not_end_in_silence():
-    run, state = sampled(1.0, stuck=4)
+    run, state = sampled(1.0, max_skips=4)
     with pytest.raises(RuntimeError, match=r"4 of 4 updates .* ended before step 100, after 4"):
         run(state, DATA, KEY, 100)
 
@@ -342,7 +342,7 @@ def test_a_run_stops_after_so_many_skipped_in_a_row():
     def bad_from_7(model, key, _):
         return model + jnp.where(model < -0.65, jnp.nan, 1.0), {}
 
-    run = training.make_train_loop(model, bad_from_7, lambda key, _: key, optimizer, stuck=4)
+    run = training.make_train_loop(model, bad_from_7, lambda key, _: key, optimizer, max_skips=4)
     state, totals = run.program(training.init(model, optimizer), DATA, KEY, 100)
     assert (int(state.step), int(state.stuck), int(totals.applied)) == (11, 4, 7)
 
@@ -416,40 +416,6 @@ def test_likelihood_adds_weighted_penalties():
     assert metrics["kinetic"] > 0
 
 
-def gaussian(flow, x, key):
-    """Mean NLL of N(loc, diag(exp(2 log_scale))); it fails where loc[0] < 0.9, near its minimum."""
-    z = (x - flow["loc"][None]) * jnp.exp(-flow["log_scale"])[None]
-    nll = jnp.mean(jnp.sum(z**2, axis=1)) / 2 + jnp.sum(flow["log_scale"])
-    return nll, {"failed": flow["loc"][0] < 0.9}
-
-
-def test_lbfgs_on_all_rows_finds_the_maximum_and_keeps_out_of_where_solves_fail():
-    model = {"loc": jnp.array([1.6, -2.0]), "log_scale": jnp.array([-0.5, 0.0])}
-    optimizer = optax.lbfgs()
-    run = training.make_train_loop(
-        model, gaussian, training.draw_rows(None), optimizer, average=0.0, fixed=True
-    )
-    state, metrics = after(run, training.init(model, optimizer), 60)
-    np.testing.assert_allclose(state.params["loc"], DATA.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), DATA.std(axis=0), atol=1e-6)
-    assert metrics["skipped"] == 0
-    assert_identical(state.params, state.average)
-
-
-def test_a_fixed_batch_is_the_same_at_every_step():
-    def seen(model, x, key):
-        return model * (jnp.sum(x) + jr.normal(key)), {}
-
-    for fixed in (True, False):
-        optimizer = optax.sgd(1.0)
-        run = training.make_train_loop(
-            jnp.zeros(()), seen, draw_batch, optimizer, average=0.0, fixed=fixed
-        )
-        states = [run(training.init(jnp.zeros(()), optimizer), DATA, KEY, n)[0] for n in (1, 2, 3)]
-        first, second, third = np.diff([0, *[state.params for state in states]])
-        assert (first == pytest.approx(second) == pytest.approx(third)) == fixed
-
-
 def of_steps(number):
     """Return a step plan with this number of steps in each part."""
     return jnp.broadcast_to(jnp.asarray(number, float), (NUM_BINS,))
@@ -489,8 +455,6 @@ def test_a_step_takes_the_step_plan_that_the_last_one_applied_found():
     assert left == [0.5, 0.125, 0.125, 1.0, 0.75]
     # No plan is known until an update was applied.
     assert step_plans([-1.0, -1.0, 0.5, 0.75]) == ([None, None, 0.0, 0.5], [0.0, 0.0, 0.5, 0.75])
-    # A line search compares losses, so all its solves must use the same plan.
-    assert step_plans([0.5, -1.0, 0.75], fixed=True)[0] == [0.25, None, 0.25]
 
 
 def test_a_step_plan_is_left_as_it_was_by_an_update_of_a_bad_loss_or_gradient():

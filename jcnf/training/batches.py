@@ -1,0 +1,118 @@
+"""The data of a training: batches drawn from them, and rows held out to validate on."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Key
+
+from jcnf import sharding
+from jcnf._checks import check_int
+from jcnf.flows import transform
+from jcnf.ode import Solve
+from jcnf.training.reports import check_data
+
+SAMPLER_DRAWS = 1000  # validation points, if the data come from a sampler
+VALIDATION_CHUNK_ROWS = 10_000
+VALIDATION_SOLVE = Solve(rtol=1e-4, atol=1e-4)
+MAX_FAILED_VALIDATION_SHARE = 0.1  # the NLL is NaN if the solve fails for more of the rows
+
+DrawBatch = Callable[[Key[Array, ""], Any], Any]
+
+
+class Prepared(NamedTuple):
+    """The data as the training loop takes them."""
+
+    rows: Any  # to train on
+    draw_batch: DrawBatch
+    paired: bool  # whether a batch is a pair (x, context)
+    score: Callable[[Any], float] | None  # of a flow, lower is better
+
+
+def draw_rows(batch: int | None) -> DrawBatch:
+    """Return a `draw_batch(key, data)` that draws `batch` rows at random, with replacement.
+
+    `data` is a table or a pytree of tables; the same rows are drawn from each. With `batch=None`,
+    `draw_batch` returns all rows in order and does not consume its key.
+
+    **Raises:** `ValueError` if `batch` is not a positive integer. `draw_batch` raises `ValueError`
+    for tables without rows or with unequal numbers of rows.
+    """
+    if batch is not None:
+        check_int(batch=batch)
+
+    def draw(key, data):
+        rows = {table.shape[0] for table in jax.tree.leaves(data)}
+        if len(rows) != 1 or min(rows) < 1:
+            raise ValueError(
+                f"data must be tables with equal numbers of rows, at least 1; got {sorted(rows)}"
+            )
+        if batch is None:
+            return data
+        index = jr.randint(key, (batch,), 0, *rows)
+        return jax.tree.map(lambda table: table[index], data)
+
+    return draw
+
+
+def prepare(
+    data: Any, batch: int | DrawBatch | None, validation: Any, key: Key[Array, ""]
+) -> Prepared:
+    """Prepare the arguments of `jcnf.fit` of these names for the training loop; consumes `key`."""
+    split_key, fresh_key = jr.split(key)
+    held_out = validation
+    if callable(data):
+        check_int(batch=batch)
+        rows, draw = None, lambda key, _: data(key, batch)
+        paired = isinstance(jax.eval_shape(draw, split_key, None), tuple)
+        if isinstance(validation, float):
+            held_out = data(fresh_key, SAMPLER_DRAWS)
+    else:
+        rows = jax.tree.map(jnp.asarray, data)
+        check_data(rows)
+        draw = batch if callable(batch) else draw_rows(batch)
+        paired = isinstance(rows, tuple) and not callable(batch)
+        lengths = {len(leaf) for leaf in jax.tree.leaves(rows)}
+        if not callable(batch) and (len(lengths) != 1 or (paired and len(rows) != 2)):
+            raise ValueError(
+                "data must be an array (n, dim), a pair (x, context) with equal numbers of rows, "
+                f"or a sampler data(key, num); got shapes {jax.tree.map(jnp.shape, rows)}"
+            )
+        if isinstance(validation, float):
+            rows, held_out = _split(rows, validation, split_key)
+    scored = validation is None or callable(validation)
+    return Prepared(rows, draw, paired, validation if scored else partial(_nll, rows=held_out))
+
+
+def _split(rows, share, key):
+    """Return the rows to train on, and those held out."""
+    n = len(jax.tree.leaves(rows)[0])
+    held_out = max(1, round(share * n))
+    if held_out == n:
+        raise ValueError(
+            f"validation={share} leaves none of the {n} rows of data for training: give more "
+            "rows, a smaller share, or validation=None"
+        )
+    order = jr.permutation(key, n)
+    take = lambda index: jax.tree.map(lambda table: table[index], rows)  # noqa: E731
+    return take(order[held_out:]), take(order[:held_out])
+
+
+def _nll(flow, rows):
+    """Return the mean NLL of the rows in nats, without failed rows; NaN if too many failed."""
+    x, context = rows if isinstance(rows, tuple) else (rows, None)
+    found = []
+    for start in range(0, len(x), VALIDATION_CHUNK_ROWS):
+        part = slice(start, start + VALIDATION_CHUNK_ROWS)
+        here = None if context is None else context[part]
+        carried = transform(flow, x[part], context=here, solve=VALIDATION_SOLVE)
+        found.append(sharding.to_host(flow.base.log_prob(carried.x) + carried.logdet))
+    log_prob = np.concatenate(found)
+    solved = np.isfinite(log_prob)
+    failed_share = np.mean(~solved)
+    return -np.mean(log_prob[solved]) if failed_share <= MAX_FAILED_VALIDATION_SHARE else math.nan
