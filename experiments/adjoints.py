@@ -1,5 +1,7 @@
 """Compare the reverse-mode adjoints: gradient error, memory and time.
 
+    python -m experiments.adjoints --float32-at 1e-5
+
 The flow measured is trained on 8gaussians. Errors cover all parameters and are relative to the
 gradient of the exact flow (float64, tolerance 1e-9, itself checked by finite differences). They
 are computed in float64, so that they show the adjoint and not rounding; the entries `float32` of
@@ -11,7 +13,7 @@ field, so that stored states make up most of it.
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -21,11 +23,11 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, RunSettings
+from experiments._runner.config import Experiment, Run
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Count, Positive, Range, Whole
 from experiments._tasks.pretrained import toy_flow
 from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, plot, training
-from jcnf._checks import InputError
 from jcnf.data.toys import toy
 from jcnf.ode import check_tolerance
 
@@ -34,34 +36,32 @@ STEPS = (20, 80, 320, 1280)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adjoints(RunSettings):
+class Adjoints(Experiment):
     """The flow, the tolerances, and how often to time."""
 
     # optimizer steps that train the measured flow
-    steps: int = 1000
+    steps: Whole = 1000
     # points in a batch
-    batch: int = 256
+    batch: Count = 256
     # exponent of the loosest tolerance, 1e-LOOSEST
-    loosest: int = 2
-    # exponent of the tightest tolerance, 1e-TIGHTEST, at most 12
-    tightest: int = 8
+    loosest: Annotated[int, Range(1, 12)] = 2
+    # exponent of the tightest tolerance, 1e-TIGHTEST
+    tightest: Annotated[int, Range(1, 12)] = 8
     # tolerance at which gradients are also audited in float32
-    float32_at: float = 1e-5
+    float32_at: Positive = 1e-5
     # timed rounds of each adjoint
-    rounds: int = 9
+    rounds: Count = 9
+
+    run: Run = Run()
 
     def check(self) -> None:
-        super().check()
-        self.at_least(0, "steps")
-        self.at_least(1, "batch", "loosest", "tightest", "rounds", most=MAX_COUNT)
-        self.positive("float32_at")
         try:
             check_tolerance(Solve(rtol=self.float32_at, atol=self.float32_at), "float32")
         except ValueError as error:
-            raise InputError(f"--float32-at: {error}") from None
-        if not self.loosest <= self.tightest <= 12:
-            raise InputError(
-                f"--tightest must be from --loosest ({self.loosest}) to 12; got {self.tightest}"
+            raise ValueError(f"--float32-at: {error}") from None
+        if not self.loosest <= self.tightest:
+            raise ValueError(
+                f"--tightest must be at least --loosest ({self.loosest}); got {self.tightest}"
             )
 
 
@@ -111,8 +111,8 @@ def memory(adjoint: str, steps: int) -> int:
 def run(settings: Adjoints) -> None:
     """Train the flow; measure memory, gradient errors and times; print and draw them."""
     run_dir = RunDir("adjoints", settings)
-    flow = toy_flow(settings.steps, settings.seed)
-    x = toy("8gaussians").sample(jr.fold_in(jr.key(settings.seed), 2), settings.batch)
+    flow = toy_flow(settings.steps, settings.run.seed)
+    x = toy("8gaussians").sample(jr.fold_in(jr.key(settings.run.seed), 2), settings.batch)
 
     print(f"bytes of temporary memory for {STEPS} steps, and the exponent of the fit")
     bytes_of, exponents = {}, {}

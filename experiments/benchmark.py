@@ -1,5 +1,7 @@
 """Time jcnf and, with --peers, other packages on the same work in the same run, as ratios.
 
+    python -m experiments.benchmark --suites step --peers
+
 The suites:
 
 - step: a training step by likelihood, against batched and per-sample diffrax; a step of flow
@@ -19,12 +21,14 @@ ours. For many points each package uses the solver and tolerance that suit it be
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, RunSettings
+from experiments._runner.config import Experiment, Run
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Count, Positive, Steps
 from experiments.bench import (
     evaluate,
     matching,
@@ -39,63 +43,53 @@ from experiments.bench import (
 )
 from experiments.bench.cases import CASES, table
 from jcnf import plot
-from jcnf._checks import InputError
 
-DEFAULT_SUITES = ("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup")
-SUITES = (*DEFAULT_SUITES, "quality")
+Suite = Literal["step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup", "quality"]
+DEFAULT_SUITES: tuple[Suite, ...] = (
+    *("step", "pieces", "roofline", "evaluate", "sample", "scaling", "startup"),
+)
+CaseName = Literal["toy", "toy_trained", "circles", "table"]
+DEFAULT_CASES: tuple[CaseName, ...] = ("toy", "toy_trained", "circles", "table")
 EVALUATED_CASES = ("toy_trained", "table")
 ROOFLINE_TABLE_WIDTHS = (64, 256, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Benchmark(RunSettings):
+class Benchmark(Experiment):
     """The suites, the cases, and how long to time each program."""
 
-    # suites to run: step, pieces, roofline, evaluate, sample, scaling, startup, quality (takes
-    # minutes; not by default)
-    suites: tuple[str, ...] = DEFAULT_SUITES
-    # flows to time: toy, toy_trained, circles, table (evaluate and sample time only toy_trained and
-    # table)
-    cases: tuple[str, ...] = tuple(CASES)
+    # suites to run (quality takes minutes, and is not run by default)
+    suites: tuple[Suite, ...] = DEFAULT_SUITES
+    # flows to time (evaluate and sample time only toy_trained and table)
+    cases: tuple[CaseName, ...] = DEFAULT_CASES
     # also time the other packages
     peers: bool = False
     # optimizer steps that train toy_trained and the flow of scaling with the tolerance
-    steps: int = 1000
+    steps: Steps = 1000
     # timed rounds; in each round the programs take turns
-    rounds: int = 15
+    rounds: Steps = 15
     # seconds after which a program skips its remaining rounds
-    seconds: float = 60.0
+    seconds: Positive = 60.0
     # points in the suites evaluate and sample
-    points: int = 10_000
+    points: Count = 10_000
     # quality: seconds of training after which a program stops without the target gap
-    limit: float = 400.0
+    limit: Positive = 400.0
+
+    run: Run = Run()
 
     def check(self) -> None:
-        super().check()
-        self.at_least(1, "steps", "rounds")
-        self.at_least(1, "points", most=MAX_COUNT)
-        self.positive("seconds", "limit")
-        self.some_of("suites", SUITES)
-        self.some_of("cases", tuple(CASES))
-        for suite in {"evaluate", "sample"} & set(self.suites):
-            if not set(EVALUATED_CASES) & set(self.cases):
-                raise InputError(
-                    f"--suites {suite} needs at least one of --cases {', '.join(EVALUATED_CASES)}"
-                )
+        for name, given in {"suites": self.suites, "cases": self.cases}.items():
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"--{name} must name at least one, none twice; got {given}")
+        points = {"evaluate", "sample"} & set(self.suites)
+        if points and not set(EVALUATED_CASES) & set(self.cases):
+            raise ValueError(
+                f"--suites {min(points)} needs at least one of --cases {', '.join(EVALUATED_CASES)}"
+            )
+
+    def trace(self) -> None:
         if self.peers:
             peers.require_peers()
-
-    def some_of(self, name: str, known: tuple[str, ...]) -> None:
-        """Raise `InputError` if a setting is empty, or has an unknown or repeated name."""
-        given = getattr(self, name)
-        for value in given:
-            if value not in known:
-                raise InputError(f"unknown value '{value}' in --{name}: use {', '.join(known)}")
-        if not given or len(set(given)) < len(given):
-            raise InputError(
-                f"--{name} must name at least one of {', '.join(known)}, each at most once; "
-                f"got {given}"
-            )
 
 
 def run(settings: Benchmark) -> None:
@@ -192,7 +186,7 @@ def _startup(settings, run_dir, ratios):
 
 
 def _quality(settings, run_dir, ratios):
-    found = quality.run(settings.limit, settings.peers, settings.seed)
+    found = quality.run(settings.limit, settings.peers, settings.run.seed)
     run_dir.save_figures(quality=plot.scaling([quality.panel(found)]))
     return found
 

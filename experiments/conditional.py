@@ -1,4 +1,11 @@
-"""Learn p(x | class) of two moons, and draw samples with classifier-free guidance."""
+"""Learn p(x | class) of two moons, and draw samples with classifier-free guidance.
+
+python -m experiments.conditional --guidance 0 1 4
+python -m experiments.conditional objective:likelihood field:mlp
+"""
+
+import dataclasses
+from typing import Annotated
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -6,55 +13,69 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, preset
-from experiments._runner.flow_config import FitSettings
+from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.fields import Flow
+from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
+from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed, choice
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Points, Range
 from experiments._runner.stages import drawing
 from experiments._tasks.density2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, plot
-from jcnf._checks import InputError
 from jcnf.data import classes
 
 SAMPLES_SHOWN = 2000  # in each class
 
 
-@preset
-class Conditional(FitSettings):
-    """Conditional flow of two moons, its training, and the guidance to draw."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guidance(GuidedFlowMatching):
+    """Flow matching with some classes dropped, and the guidance that this allows."""
 
-    # fresh points in each class for the held-out NLL
-    test_points: int = 10_000
     # guidance scales to draw: 0 ignores the class, 1 samples p(x | class)
-    guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
-
-    drop_context = 0.1
+    guidance: Annotated[tuple[float, ...], Range(-1e3, 1e3, min_length=1)] = (0.0, 1.0, 2.0, 4.0)
 
     def check(self) -> None:
-        if self.objective == "likelihood" and set(self.guidance) - {1.0}:
-            raise InputError(
-                "--guidance other than 1 needs a flow also trained without the class, which "
-                "--objective likelihood does not do: pass --guidance 1"
-            )
         super().check()
-        self.at_least(2, "test_points", most=MAX_COUNT)
-        if not self.guidance or not all(abs(scale) <= 1e3 for scale in self.guidance):
-            raise InputError(
-                f"--guidance must be numbers from -1000 to 1000, at least one; got {self.guidance}"
-            )
-        if not self.drop_context and set(self.guidance) - {1.0}:
-            raise InputError(
+        if not self.drop_context and set(self.guidance) != {1.0}:
+            raise ValueError(
                 "--guidance other than 1 needs a flow also trained without the class: set "
-                "--drop-context above 0 (with --objective flow_matching), or pass --guidance 1"
+                "--drop-context above 0, or pass --guidance 1"
             )
-        self.check_objective(dim=2, context_dim=classes.CLASSES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassMeasure(Measure):
+    """Measuring."""
+
+    # number of fresh points in each class for the held-out NLL
+    test_points: Points = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditional(FlowExperiment, LoopExperiment):
+    """Two moons by class, and the conditional flow that learns them."""
+
+    objective: (
+        Annotated[Guidance, choice("objective:flow-matching")]
+        | Annotated[Likelihood, choice("objective:likelihood")]
+        | Annotated[Mixed, choice("objective:mixed")]
+    ) = Guidance()
+    flow: Flow = Flow()
+    training: Training = Training()
+    measure: ClassMeasure = ClassMeasure()
+    loop: Loop = Loop()
+    run: Run = Run()
+
+    def trace(self) -> None:
+        self.trace_objectives(2, classes.CLASSES)
 
 
 def run(settings: Conditional) -> None:
     """Train the flow, measure it on fresh points of each class, and draw guided samples."""
-    run_dir = RunDir("conditional", settings, resume=settings.resume)
-    val_key, test_key, sample_key, data_key = jr.split(jr.fold_in(jr.key(settings.seed), 2), 4)
+    run_dir = RunDir("conditional", settings)
+    val_key, test_key, sample_key, data_key = jr.split(jr.fold_in(jr.key(settings.run.seed), 2), 4)
 
     def labeled(key, num):
         label_key, point_key = jr.split(key)
@@ -67,7 +88,7 @@ def run(settings: Conditional) -> None:
 
     validation, val_labels = labeled(val_key, VALIDATION_POINTS)
     val_context = classes.one_hot(val_labels)
-    solve, quick = settings.make_test_solve(), settings.make_validation_solve()
+    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
@@ -81,7 +102,7 @@ def run(settings: Conditional) -> None:
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.test_points)
+    labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.measure.test_points)
     test, context = classes.sample(test_key, labels), classes.one_hot(labels)
     with progress(f"measuring on {len(test)} fresh points"):
         report = evaluate.accuracy_report(flow, test, context=context, solve=solve)
@@ -101,7 +122,8 @@ def run(settings: Conditional) -> None:
     shown = jnp.repeat(jnp.arange(classes.CLASSES), SAMPLES_SHOWN)
     z = flow.base.sample(sample_key, len(shown))
     clouds = []
-    for scale in settings.guidance:
+    objective = settings.objective
+    for scale in objective.guidance if isinstance(objective, Guidance) else (1.0,):
         # The scale is an array, so that all scales share one compiled program.
         guided = eqx.tree_at(
             lambda flow: flow.field, flow, fields.Guided(flow.field, jnp.asarray(scale, float))

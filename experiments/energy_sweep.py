@@ -1,16 +1,32 @@
-"""Measure KL against the number of units of a planar flow (Chen et al. 2018, figure 4)."""
+"""Measure KL against the number of units of a planar flow (Chen et al. 2018, figure 4).
+
+python -m experiments.energy_sweep --targets u1 u2 --units 2 8
+"""
 
 import dataclasses
+import functools
+from typing import Annotated, Literal
 
 import jax.random as jr
+from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
+from experiments._runner.config import Run, Training
+from experiments._runner.fields import Flow
+from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.metrics_log import MetricsLog
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import MAX_WIDTH, Range, Settings, Width
 from experiments._runner.stages import train_stages
-from experiments.energy import EnergySettings, MatchEnergy, base_samples, integrated, measure
-from jcnf._checks import InputError
-from jcnf.data.energies import ENERGIES, Energy, energy
+from experiments._tasks.energies import (
+    ReverseKL,
+    SampleMeasure,
+    base_samples,
+    integrated,
+    measure,
+)
+from jcnf import fields
+from jcnf.data.energies import ENERGIES, Energy
 from jcnf.plot import CurvePanel, scaling
 
 METRICS = ("reverse_kl", "reverse_kl_stderr", "forward_kl", "ess")
@@ -18,63 +34,86 @@ NUMERICS = ("mass", "nfe_backward", "solver_failures", "skipped_updates")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EnergySweep(EnergySettings):
-    """Energies, numbers of units, and the settings that all their flows share."""
+class TargetKLs(ReverseKL):
+    """Reverse KL divergence to the density of each energy, by ODE solves."""
 
-    # energies to learn: u1, u2, u3, u4
-    targets: tuple[str, ...] = tuple(ENERGIES)
-    # numbers of units M, each in turn the first of the two --widths
-    units: tuple[int, ...] = (2, 8, 32)
+    # energies to learn
+    targets: tuple[Literal["u1", "u2", "u3", "u4"], ...] = ("u1", "u2", "u3", "u4")
+
+    @functools.cached_property
+    def energy(self) -> Energy:
+        """The first of the energies."""
+        return ENERGIES[self.targets[0]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanarSizes(Settings):
+    """Planar fields of several sizes."""
+
+    # numbers of units M
+    units: Annotated[tuple[int, ...], Range(1, MAX_WIDTH, min_length=1)] = (2, 8, 32)
+    # width of the hypernetwork
+    hyper_width: Width = 32
+
+    def make(self, dim: int, context_dim: int, key: Key[Array, ""]) -> fields.Planar:
+        """Return the untrained field with the first number of units."""
+        return fields.Planar(dim, self.units[0], self.hyper_width, key=key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanarFlows(Flow):
+    """The flows: their fields, base distribution and end time."""
+
+    field: PlanarSizes = PlanarSizes()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnergySweep(FlowExperiment):
+    """Energies, numbers of units, and the settings that all flows share."""
+
+    objective: TargetKLs = TargetKLs()
+    flow: PlanarFlows = PlanarFlows(t1=10.0)
+    training: Training = Training(steps=3000, batch=512, learning_rate=3e-3)
+    measure: SampleMeasure = SampleMeasure()
+    run: Run = Run()
 
     def check(self) -> None:
-        for name, values in (("targets", self.targets), ("units", self.units)):
+        for name, values in (
+            ("targets", self.objective.targets),
+            ("units", self.flow.field.units),
+        ):
             if not values or len(set(values)) < len(values):
-                raise InputError(f"--{name} needs at least one value, none twice; got {values}")
-        unknown = set(self.targets) - ENERGIES.keys()
-        if unknown:
-            raise InputError(
-                f"unknown target '{min(unknown)}' in --targets: use {', '.join(ENERGIES)}, or "
-                "experiments.energy for your own energy"
-            )
-        if self.field != "planar" or len(self.widths) != 2:
-            raise InputError(
-                "--units vary the planar field, which has two --widths; got "
-                f"--field {self.field} --widths {' '.join(map(str, self.widths))}"
-            )
-        self.sizes("units", fewest=1)
-        if self.widths[0] != type(self)().widths[0]:
-            raise InputError(
-                "--units replace the first of --widths: leave it at its default and give --units"
-            )
+                raise ValueError(f"--{name} needs at least one value, none twice; got {values}")
         super().check()
 
-    def make_energy(self) -> Energy:
-        """Return the first energy: `check` needs one, and all have the same form."""
-        return energy(self.targets[0])
+    def trace(self) -> None:
+        self.trace_objectives(2)
 
-    def of(self, target: str, units: int) -> MatchEnergy:
-        """Return the settings of the flow of one target and number of units."""
-        names = {field.name for field in dataclasses.fields(EnergySettings)}
-        settings = {name: getattr(self, name) for name in names}
-        return MatchEnergy(**settings | {"target": target, "widths": (units, self.widths[1])})
+    def of(self, target: str, units: int) -> "EnergySweep":
+        """Return the settings for this target and number of units alone."""
+        objective = dataclasses.replace(self.objective, targets=(target,))
+        field = dataclasses.replace(self.flow.field, units=(units,))
+        flow = dataclasses.replace(self.flow, field=field)
+        return dataclasses.replace(self, objective=objective, flow=flow)
 
 
 def run(settings: EnergySweep) -> None:
     """Train and measure a flow for each target and number of units; draw KL against units."""
     run_dir = RunDir("energy_sweep", settings)
     log = MetricsLog(run_dir.log, [], 0)
-    key = jr.fold_in(jr.key(settings.seed), 2)
+    key = jr.fold_in(jr.key(settings.run.seed), 2)
     results: dict[str, dict[str, float]] = {}
     warnings = []
-    units = sorted(settings.units)
-    for target in settings.targets:
-        integral = integrated(energy(target))
+    targets, units = settings.objective.targets, sorted(settings.flow.field.units)
+    solve = settings.measure.make_solve()
+    for target in targets:
+        integral = integrated(ENERGIES[target])
         for count in units:
             one = settings.of(target, count)
             flow = one.make_flow(2)
-            trained = train_stages(flow, one.make_stages(), base_samples(flow), seed=one.seed)
-            solve = one.make_test_solve()
-            found = measure(trained.flow, energy(target), integral, key, one.test_points, solve)
+            trained = train_stages(flow, one.make_stages(), base_samples(flow), seed=one.run.seed)
+            num = one.measure.test_points
+            found = measure(trained.flow, ENERGIES[target], integral, key, num, solve)
             figures = found.metrics | {
                 "mass": found.report.numerics()["mass"],
                 "nfe_backward": found.report.nfe_backward,
@@ -91,7 +130,7 @@ def run(settings: EnergySweep) -> None:
     def curves(name):
         return {
             target: (units, [results[f"{target}_{count}"][name] for count in units])
-            for target in settings.targets
+            for target in targets
         }
 
     panels = [

@@ -1,10 +1,13 @@
 """Measure the variance of estimated divergences for a budget of products, and time exact ones.
 
-The variances are of the trace at points along trajectories, and of the log-density that a solve
-computes from it (with noise fixed within a solve). The field is trained: give a finished run of
-`experiments.density` by --from, or a field learns a mixture of Gaussians in --dim dimensions first.
-The times are of a loss and its gradient through one evaluation of a field with two layers of width
-256 at batch 512, as ratios to the time with one Hutchinson probe.
+    python -m experiments.estimators --dim 24
+    python -m experiments.estimators use --from RUN_DIR
+
+The first trains a field on a mixture of Gaussians before; the second measures the field of a
+finished run of density or tabular. The variances are of the trace at points along trajectories, and
+of the log-density that a solve computes from it (with noise fixed within a solve). The times are of
+a loss and its gradient through one evaluation of a field with two layers of width 256 at batch 512,
+as ratios to the time with one Hutchinson probe.
 """
 
 import dataclasses
@@ -22,10 +25,11 @@ import tyro
 from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, MAX_WIDTH, RunSettings
-from experiments._runner.run_dir import RunDir, load_flow, read_flow_notes
+from experiments._runner.config import Experiment, Run
+from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import MAX_WIDTH, Points, Range, Settings, Steps, Whole, Widths
 from experiments._tasks.pretrained import train_quickly
-from experiments.density import Density
+from experiments._tasks.tables import TableRun
 from jcnf import (
     CNF,
     Exact,
@@ -38,7 +42,6 @@ from jcnf import (
     training,
     transform,
 )
-from jcnf._checks import InputError
 from jcnf.divergence import Estimator, ForwardMode, Hutchinson, HutchPlusPlus, XTrace
 
 SOLVE = Solve(rtol=1e-4, atol=1e-4)
@@ -52,33 +55,56 @@ MAKERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimators(RunSettings):
-    """The field to measure, and how many points, draws and rounds to measure with."""
+class Budget(Settings):
+    """How much to measure."""
 
-    # finished run of density whose field to measure (default: train one on a mixture of Gaussians)
-    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # dimension of the mixture
-    dim: int = 24
-    # optimizer steps on the mixture
-    steps: int = 600
     # points at which variances are measured
-    points: int = 64
+    points: Points = 64
     # draws of each estimated trace; log p gets a fifth as many
-    draws: int = 100
+    draws: Points = 100
     # dimensions in which to time the divergences; none to skip
-    time_dims: tuple[int, ...] = (43, 784)
+    time_dims: Widths = (43, 784)
     # timed rounds of each divergence
-    rounds: int = 9
+    rounds: Steps = 9
 
-    def check(self) -> None:
-        super().check()
-        self.at_least(2, "dim", most=MAX_WIDTH)
-        self.at_least(2, "points", "draws", most=MAX_COUNT)
-        self.at_least(0, "steps")
-        self.at_least(1, "rounds")
-        self.sizes("time_dims")
-        if self.from_run is not None:
-            read_flow_notes(self.from_run)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimators(Experiment):
+    """A field that is trained on a mixture of Gaussians, and the budget to measure it with."""
+
+    # dimension of the mixture
+    dim: Annotated[int, Range(2, MAX_WIDTH)] = 24
+    # optimizer steps on the mixture
+    steps: Whole = 600
+
+    budget: Budget = Budget()
+    run: Run = Run()
+
+    def subject(self, key: Key[Array, ""]) -> tuple[CNF, Array]:
+        """Return the flow to measure and points (n, dim) at its data end."""
+        draw, seed = mixture(self.dim), self.run.seed
+        field = fields.MLP(self.dim, (128, 128), time="concat", key=jr.key(seed))
+        flow = CNF(field, distributions.StandardNormal(self.dim))
+        return train_quickly(flow, draw, self.steps, seed), draw(key, self.budget.points)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UseEstimators(Experiment):
+    """A finished run, and the budget to measure its field with."""
+
+    # finished run of density or tabular, without --context
+    from_run: Annotated[Path, tyro.conf.arg(name="from")]
+
+    budget: Budget = Budget()
+    run: Run = Run()
+
+    def trace(self) -> None:
+        TableRun.load(self.from_run).require_all_columns("this measurement")
+
+    def subject(self, key: Key[Array, ""]) -> tuple[CNF, Array]:
+        """Return the run's flow and samples (n, dim) of it."""
+        flow = TableRun.load(self.from_run).flow
+        return flow, jnp.asarray(evaluate.sample(flow, key, self.budget.points).x[-1])
 
 
 def mixture(dim: int):
@@ -95,23 +121,6 @@ def mixture(dim: int):
         return centers[which] + jnp.einsum("nij,nj->ni", factors[which], noise)
 
     return draw
-
-
-def subject(settings: Estimators) -> tuple[CNF, Array]:
-    """Return the flow to measure and points (n, dim) at its data end."""
-    key = jr.fold_in(jr.key(settings.seed), 2)
-    if settings.from_run is not None:
-        flow, _, notes = load_flow(settings.from_run, Density)
-        if notes["context_dim"]:
-            raise InputError(
-                f"{settings.from_run} was trained with --context: give --from a run without it"
-            )
-        return flow, jnp.asarray(evaluate.sample(flow, key, settings.points).x[-1])
-    draw = mixture(settings.dim)
-    field = fields.MLP(settings.dim, (128, 128), time="concat", key=jr.key(settings.seed))
-    flow = CNF(field, distributions.StandardNormal(settings.dim))
-    flow = train_quickly(flow, draw, settings.steps, settings.seed)
-    return flow, draw(key, settings.points)
 
 
 def budgets(dim: int) -> list[int]:
@@ -142,13 +151,14 @@ def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> 
     return jnp.mean(jnp.var(jax.lax.map(at, keys), axis=0, ddof=1))
 
 
-def variances(settings: Estimators) -> dict[str, Any]:
+def variances(settings: Estimators | UseEstimators) -> dict[str, Any]:
     """Measure both variances for each strategy and number of products."""
-    flow, x = subject(settings)
+    seed = jr.key(settings.run.seed)
+    flow, x = settings.subject(jr.fold_in(seed, 2))
     times = jnp.linspace(0.0, flow.t1, len(x))
     paths = evaluate.trajectory(flow, x, times[::-1]).x[::-1]
     along = jnp.asarray(paths[np.arange(len(x)), np.arange(len(x))])
-    keys = jr.split(jr.fold_in(jr.key(settings.seed), 3), settings.draws)
+    keys = jr.split(jr.fold_in(seed, 3), settings.budget.draws)
     fewer = keys[: max(2, len(keys) // 5)]
     found: dict[str, Any] = {}
     for name, make in MAKERS.items():
@@ -191,7 +201,7 @@ def seconds(dim: int, rounds: int, key: Key[Array, ""]) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in series.items()}
 
 
-def run(settings: Estimators) -> None:
+def run(settings: Estimators | UseEstimators) -> None:
     """Measure variances and times; print and draw them."""
     run_dir = RunDir("estimators", settings)
     found = variances(settings)
@@ -209,8 +219,8 @@ def run(settings: Estimators) -> None:
     ]
     run_dir.save_figures(variance=plot.scaling(panels))
     ratios = {}
-    for dim in settings.time_dims:
-        taken = seconds(dim, settings.rounds, jr.key(settings.seed))
+    for dim in settings.budget.time_dims:
+        taken = seconds(dim, settings.budget.rounds, jr.key(settings.run.seed))
         for name in ("Exact", "ForwardMode"):
             ratios[f"time of {name} over one probe, dim {dim}"] = taken[name] / taken["Hutchinson"]
         print(f"  dim {dim}: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in taken.items()))
@@ -224,4 +234,4 @@ def run(settings: Estimators) -> None:
 
 
 if __name__ == "__main__":
-    main(run, Estimators)
+    main(run, {"train": Estimators, "use": UseEstimators})

@@ -1,21 +1,30 @@
 """Learn a one-dimensional Gaussian from 100 points, with a field of 10 parameters and L-BFGS.
 
-The defaults reproduce the problem of DiffEqFlux's FFJORD tutorial. Its `monte_carlo=True` is
---divergence hutchinson --noise gaussian (Rademacher noise is exact in one dimension).
+    python -m experiments.gaussian_1d --points 1000
+    python -m experiments.gaussian_1d divergence:hutchinson --noise gaussian
+
+The defaults reproduce the problem of DiffEqFlux's FFJORD tutorial. Its `monte_carlo=True` is the
+second command (Rademacher noise is exact in one dimension).
 """
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, preset
-from experiments._runner.flow_config import FitSettings
+from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.fields import MLP, Flow
+from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
+from experiments._runner.objectives import Likelihood, Objective
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Points, Whole
+from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
 from jcnf import evaluate, plot, training
 from jcnf.distributions import ScaledNormal
@@ -24,44 +33,41 @@ MEAN, STD = 6.0, 0.7
 EXTENT = (0.0, 12.0)  # more than 8 standard deviations to each side
 
 
-@preset
-class Gaussian1D(FitSettings):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointMeasure(Measure):
+    """Measuring."""
+
+    # number of fresh points for the held-out NLL, and number of samples of the trained flow
+    test_points: Points = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussian1D(FlowExperiment, LoopExperiment):
     """Points of N(6, 0.7^2) and the flow that learns their density."""
 
-    # training points
-    points: int = 100
+    has_table: ClassVar[bool] = True
+
+    # number of training points
+    points: Points = 100
     # seed of the training points; --seed is the seed of everything else
-    data_seed: int = 0
-    # fresh points for the held-out NLL, and the number of samples of the trained flow
-    test_points: int = 10_000
+    data_seed: Whole = 0
 
-    objective = "likelihood"
-    field = "bounded"
-    widths = (3,)
-    time = "ignore"
-    activation = "tanh"
-    t1 = 10.0
-    solver = "tsit5"
     # The line search of L-BFGS compares losses that hardly differ, so they must be accurate.
-    rtol = 1e-5
-    atol = 1e-5
-    steps = 20
-    batch = 100
-    learning_rate = 1e-2
-    warmup = 0
-    average = 0.0
-    # Three steps for each parameter find the Gaussian of the points. Many more fit the noise of the
-    # points, unless --regularizers jacobian 1 keeps the density smooth.
-    lbfgs_steps = 30
-    has_table = True
-    log_every = 1
-    validate_every = 10
+    objective: Objective = Likelihood(solve=TrainingSolve(solver="tsit5", rtol=1e-5, atol=1e-5))
+    flow: Flow = Flow(
+        field=MLP(widths=(3,), time="ignore", activation="tanh", bounded=True), t1=10.0
+    )
+    # Three L-BFGS steps for each parameter find the Gaussian of the points. Many more fit the noise
+    # of the points, unless --regularizers jacobian 1 keeps the density smooth.
+    training: Training = Training(
+        steps=20, batch=100, learning_rate=1e-2, warmup=0, average=0.0, lbfgs_steps=30
+    )
+    measure: PointMeasure = PointMeasure()
+    loop: Loop = Loop(log_every=1, validate_every=10)
+    run: Run = Run()
 
-    def check(self) -> None:
-        super().check()
-        self.at_least(2, "points", "test_points", most=MAX_COUNT)
-        self.at_least(0, "data_seed")
-        self.check_objective(dim=1)
+    def trace(self) -> None:
+        self.trace_objectives(1)
 
     def make_stages(self) -> list[Stage]:
         """Return the stages; a batch as large as the points becomes all of them."""
@@ -73,11 +79,11 @@ class Gaussian1D(FitSettings):
 
 def run(settings: Gaussian1D) -> None:
     """Train on the points, measure on fresh points and against the true density, and draw."""
-    run_dir = RunDir("gaussian_1d", settings, resume=settings.resume)
+    run_dir = RunDir("gaussian_1d", settings)
     truth = ScaledNormal(1, STD, MEAN)
     points = truth.sample(jr.fold_in(jr.key(settings.data_seed), 3), settings.points)
-    test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.seed), 2))
-    solve, quick = settings.make_test_solve(), settings.make_validation_solve()
+    test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.run.seed), 2))
+    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
@@ -91,13 +97,13 @@ def run(settings: Gaussian1D) -> None:
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    test = truth.sample(test_key, settings.test_points)
+    test = truth.sample(test_key, settings.measure.test_points)
     with progress(f"measuring on {len(test)} fresh points"):
         report = evaluate.accuracy_report(flow, test, solve=solve, extent=EXTENT)
     scores, view = report.scores, report.grid
     assert view is not None
     gaps = np.asarray(truth.log_prob(test)) - scores.log_prob
-    drawn = evaluate.sample(flow, sample_key, settings.test_points, solve=solve)
+    drawn = evaluate.sample(flow, sample_key, settings.measure.test_points, solve=solve)
     samples = drawn.x[-1][~drawn.failed]
     at_points = np.asarray(truth.log_prob(points))
     learned = evaluate.log_prob(flow, points, solve=solve).log_prob

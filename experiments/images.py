@@ -1,282 +1,297 @@
 """Learn the density of images: FFJORD's multiscale CNF by likelihood, or a CNF by flow matching.
 
-Presets: digits (8x8, no download), ffjord-mnist and ffjord-cifar10 (Grathwohl et al. 2019),
-rnode-mnist (Finlay et al. 2020: kinetic and Jacobian regularizers, 4 rk4 steps per block) and
-flow-mnist (a U-Net by flow matching, given the class). Name files of MNIST by --path.
+    python -m experiments.images digits --steps 300
+    python -m experiments.images flow-mnist --files mnist.npz --guidance 2
+
+The presets: digits (8x8, no download), ffjord-mnist and ffjord-cifar10 (Grathwohl et al. 2019:
+0.99 and 3.40 bits/dim), rnode-mnist (Finlay et al. 2020: kinetic and Jacobian regularizers, 4 rk4
+steps per block; 0.97 bits/dim in a third of FFJORD's time) and flow-mnist (a U-Net given the class,
+by flow matching).
 
 Test log-densities are of x = (pixel + u) / levels, given the class with --conditional. Their
 divergence is exact, or estimated by probes and reported with the estimator's standard error.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jaxtyping import Array, Key
 
-from experiments._runner import likelihood_config
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_WIDTH, preset
-from experiments._runner.likelihood_config import LikelihoodSettings, named
+from experiments._runner.config import Loop, Run, Training
+from experiments._runner.fields import Activation, TimeLayer
+from experiments._runner.flow_config import FlowExperiment
+from experiments._runner.objectives import ChainLikelihood, GuidedFlowMatching, choice
+from experiments._runner.settings import (
+    MAX_COUNT,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    Count,
+    Range,
+    Settings,
+    Width,
+)
+from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
-from experiments._tasks.images import ImageLoop, Measure, learn_images
+from experiments._tasks.image_data import ImageData
+from experiments._tasks.images import ImageExperiment, ImageMeasure, learn_images
 from jcnf import Exact, Hutchinson, distributions, fields, flows, objectives
-from jcnf._checks import InputError
-from jcnf.flows import ODE, Chain, Flow, with_fields
+from jcnf.divergence import Divergence
 
 CLASSES = 10
-PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
-USERS = likelihood_config.USERS | {
-    ("flow_matching",): ("drop_context", "guidance"),
-    ("conv",): ("time",),
-    ("unet",): ("frequencies",),
-    ("--conditional",): ("drop_context", "guidance"),
-    ("--test-probes",): ("test_draws",),
-}
+
+Shape = tuple[int, int, int]
+Channels = Annotated[tuple[int, ...], Range(1, MAX_WIDTH, 1, MAX_LAYERS)]
+Places = Annotated[int, Range(1, 100)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageFlow(LikelihoodSettings, ImageLoop):
-    """Images and the CNF that learns them."""
+class Conv(Settings):
+    """Convolutions of 3 x 3 pixels."""
 
-    # training objective: likelihood, flow_matching (needs one scale and one block)
-    objective: str = "likelihood"
-    # field of each block: conv (3 x 3 convolutions), unet
-    field: str = "conv"
-    # hidden channels of the field; unet: channels of each level
-    channels: tuple[int, ...] = (64, 64, 64)
-    # conv: how time enters the layers: ignore, concat, squash, concatsquash, hyper, blend
-    time: str = "concat"
-    # unet: sine and cosine pairs of time, as inputs beside the time itself
-    frequencies: int = 4
-    # activation: tanh, softplus, silu, elu, sine, identity, logcosh
-    activation: str = "softplus"
+    # hidden channels
+    channels: Channels = (64, 64, 64)
+    # how time enters the layers
+    time: TimeLayer = "concat"
+    # activation
+    activation: Activation = "softplus"
+
+    def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> fields.Conv:
+        """Return the untrained field of images of this shape."""
+        return fields.Conv(
+            shape,
+            self.channels,
+            time=self.time,
+            activation=self.activation,
+            context_dim=context_dim,
+            key=key,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNet(Settings):
+    """U-Net."""
+
+    # channels of each level
+    channels: Channels = (64, 64, 64)
+    # number of sine-cosine pairs of time among the inputs, beside time itself
+    time_frequencies: Annotated[int, Range(0, MAX_WIDTH)] = 4
+    # activation
+    activation: Activation = "softplus"
+
+    def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> fields.UNet:
+        """Return the untrained field of images of this shape."""
+        return fields.UNet(
+            shape,
+            self.channels,
+            time_frequencies=self.time_frequencies,
+            activation=self.activation,
+            context_dim=context_dim,
+            key=key,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiscaleFlow(Settings):
+    """The flow: the logit of pixels, and ODEs at one or more scales."""
+
+    field: Annotated[Conv, choice("field:conv")] | Annotated[UNet, choice("field:unet")] = Conv()
     # scales; after each but the last the image is squeezed and half of the channels leave the flow
-    scales: int = 1
+    scales: Places = 1
     # ODEs in a row at each place within a scale
-    blocks: int = 1
+    blocks: Places = 1
     # alpha of the logit of pixels, logit(alpha + (1 - 2 alpha) x)
     alpha: float = 0.05
-    # learn the density given the class
-    conditional: bool = False
-    # flow matching: share of samples trained without their class, for guidance
-    drop_context: float = 0.0
+    t1: ClassVar[float] = 1.0  # of each ODE
+
+    def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> flows.Chain:
+        """Return the untrained flow of images of this shape."""
+        keys = iter(jr.split(key, 2 * self.scales * self.blocks))
+
+        def odes(shape):
+            made = (self.field.make(shape, context_dim, next(keys)) for _ in range(self.blocks))
+            return [flows.ODE(field) for field in made]
+
+        inner = flows.multiscale(shape, self.scales, odes)
+        base = distributions.StandardNormal(shape[0] * shape[1] * shape[2])
+        return flows.Chain((*inner.parts, flows.Logit(self.alpha)), base)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageMatching(GuidedFlowMatching):
+    """Flow matching, which needs no ODE solves, but --scales 1 --blocks 1."""
+
+    # fraction of classes that are dropped, so that samples can be guided
+    drop_context: Annotated[float, Range(0, 1 - 1e-9)] = 0.0
     # scale of classifier-free guidance for the samples; 1 for none
-    guidance: float = 1.0
-    # precision of fields in training: float32, bfloat16 (states are float32 either way)
-    precision: str = "float32"
-    # probes of Hutchinson's estimator for held-out numbers; 0 for the exact divergence
-    test_probes: int = 0
-    # draws of the test probes; their spread gives the estimator's standard error
-    test_draws: int = 4
-    # test images whose log-densities are compared with float64
-    reference_images: int = 20
-    # images in one solve for held-out numbers and samples
-    chunk: int = 500
+    guidance: Annotated[float, Range(0, 1e3)] = 1.0
 
     def check(self) -> None:
-        super().check()
-        self.sizes("channels", fewest=1)
-        self.at_least(1, "scales", "blocks", most=100)
-        self.at_least(1, "chunk", "reference_images")
-        self.at_least(2, "test_draws")
-        self.at_least(0, "test_probes", "frequencies", most=MAX_WIDTH)
-        self.at_least(0, "guidance", most=1e3)
-        self.check_steps(1.0)
-        if self.steer:
-            raise InputError(
-                "--steer needs a flow that is a single ODE, and flows of images have a logit too: "
-                "leave out --steer"
-            )
-        self.check_use(USERS)
-        if self.drop_context and not 0 < self.drop_context < 1:
-            raise InputError(f"--drop-context must be in [0, 1); got {self.drop_context}")
         if self.guidance != 1 and not self.drop_context:
-            raise InputError(
+            raise ValueError(
                 "--guidance other than 1 needs a flow also trained without the class: set "
                 "--drop-context above 0"
             )
-        try:
-            x = jax.ShapeDtypeStruct((2, self.dim), float)
-            context = jax.ShapeDtypeStruct((2, self.classes), float)
-            objective = self.make_stages()[0].objective
-            eqx.filter_eval_shape(
-                lambda batch: objective(self.make_flow(self.dim, self.classes), batch, jr.key(0)),
-                (x, context) if self.classes else x,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from None
 
-    def uses(self) -> set[str]:
-        flags = {"--conditional": self.conditional, "--test-probes": self.test_probes}
-        given = {flag for flag, value in flags.items() if value}
-        return super().uses() | {self.objective, self.field} | given
+    def make(self):
+        return objectives.for_first_ode(super().make())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactDivergence(Settings):
+    """Exact divergence for held-out numbers."""
+
+    test_draws: ClassVar[int] = 1
+
+    def make(self) -> Divergence:
+        """Return the divergence."""
+        return Exact()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EstimatedDivergence(Settings):
+    """Hutchinson's estimate of the divergence for held-out numbers."""
+
+    # number of probes
+    test_probes: Width = 1
+    # number of draws of the probes; their spread gives the estimator's standard error
+    test_draws: Annotated[int, Range(2, MAX_COUNT)] = 4
+
+    def make(self) -> Divergence:
+        """Return the divergence."""
+        return Hutchinson(self.test_probes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMeasure(ImageMeasure):
+    """Measuring."""
+
+    test_divergence: (
+        Annotated[ExactDivergence, choice("test-divergence:exact")]
+        | Annotated[EstimatedDivergence, choice("test-divergence:hutchinson")]
+    ) = ExactDivergence()
+    # number of test images whose log-densities are compared with float64
+    reference_images: Count = 20
+    # number of images in one solve for held-out numbers and samples
+    chunk: Count = 500
 
     @property
-    def loss_units(self) -> str:
-        return "nats" if self.objective == "likelihood" else "no unit"
+    def draws(self) -> int:
+        return self.test_divergence.test_draws
 
-    def make_field(self, shape: tuple[int, int, int], context_dim: int, key: Any) -> Any:
-        """Return an untrained field of images of that shape."""
-        shared: Any = {"activation": self.activation, "context_dim": context_dim, "key": key}
-        if named("field", self.field, {"conv": 0, "unet": 1}):
-            return fields.UNet(shape, self.channels, time_frequencies=self.frequencies, **shared)
-        return fields.Conv(shape, self.channels, time=self.time, **shared)
+    def make_divergence(self) -> Divergence:
+        return self.test_divergence.make()
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
-        keys = iter(jr.split(jr.fold_in(jr.key(self.seed), 0), 2 * self.scales * self.blocks))
 
-        def blocks(shape):
-            return [
-                ODE(self.make_field(shape, context_dim, next(keys))) for _ in range(self.blocks)
-            ]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFlow(FlowExperiment, ImageExperiment):
+    """Images and the CNF that learns them."""
 
-        inner = flows.multiscale(self.shape, self.scales, blocks)
-        parts = (*inner.parts, flows.Logit(self.alpha))
-        return Chain(parts, distributions.StandardNormal(dim))
+    # learn the density given the class
+    conditional: bool = False
+    # precision of fields in training (states are float32 either way)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
-    def make_stages(self) -> list[Stage]:
-        matching = functools.partial(objectives.flow_matching, drop_context=self.drop_context)
-        table: dict[str, Callable] = {
-            "likelihood": self.make_likelihood(),
-            "flow_matching": objectives.for_first_ode(matching),
-        }
-        objective = named("objective", self.objective, table)
-        if self.objective == "flow_matching" and self.scales * self.blocks > 1:
-            raise ValueError("flow matching trains one ODE: give --scales 1 --blocks 1")
-        dtype = named("precision", self.precision, PRECISIONS)
-        if dtype is not None:
-            objective = objectives.cast_fields(objective, dtype)
-        solved = self.objective == "likelihood"
-        return self.then_lbfgs(
-            [
-                Stage(
-                    objectives.with_context(objective),
-                    self.steps,
-                    self.make_optimizer(self.steps, self.learning_rate),
-                    self.make_solve() if solved else None,
-                    self.average,
-                    self.batch,
-                )
-            ]
-        )
+    images: ImageData = ImageData()
+    objective: (
+        Annotated[ChainLikelihood, choice("objective:likelihood")]
+        | Annotated[ImageMatching, choice("objective:flow-matching")]
+    ) = ChainLikelihood()
+    flow: MultiscaleFlow = MultiscaleFlow()  # pyright: ignore[reportIncompatibleVariableOverride]
+    training: Training = Training()
+    measure: FlowMeasure = FlowMeasure()
+    loop: Loop = Loop()
+    run: Run = Run()
+
+    def check(self) -> None:
+        super().check()
+        if not isinstance(self.objective, ImageMatching):
+            return
+        if self.flow.scales * self.flow.blocks > 1:
+            raise ValueError("flow matching trains one ODE: set --scales 1 --blocks 1")
+        if self.objective.drop_context and not self.conditional:
+            raise ValueError("--drop-context needs --conditional: there is no class to drop")
+
+    def trace(self) -> None:
+        self.trace_objectives(self.images.dim, self.classes)
 
     @property
     def classes(self) -> int:
-        """Return the number of classes to condition on, 0 without --conditional."""
         return CLASSES if self.conditional else 0
 
-    def make_sampler(self, flow: Flow) -> Flow:
+    def make_flow(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, dim: int, context_dim: int = 0
+    ) -> flows.Flow:
+        return self.flow.make(self.images.shape, context_dim, jr.fold_in(jr.key(self.run.seed), 0))
+
+    def make_stages(self) -> list[Stage]:
+        stages = super().make_stages()
+        if self.precision == "float32":
+            return stages
+        return [
+            stage._replace(objective=objectives.cast_fields(stage.objective, jnp.bfloat16))
+            for stage in stages
+        ]
+
+    def make_sampler(self, flow: flows.Flow) -> flows.Flow:
         """Return the flow to draw samples from, with the guidance of --guidance."""
-        if self.guidance == 1:
+        guidance = self.objective.guidance if isinstance(self.objective, ImageMatching) else 1
+        if guidance == 1:
             return flow
-        return with_fields(flow, lambda field: fields.Guided(field, self.guidance))
-
-    def make_measure(self) -> Measure:
-        return Measure(
-            solve=self.make_test_solve(),
-            quick=self.make_validation_solve(),
-            divergence=Hutchinson(self.test_probes) if self.test_probes else Exact(),
-            draws=self.test_draws,
-            reference_points=self.reference_images,
-            chunk=self.chunk,
-        )
+        return flows.with_fields(flow, lambda field: fields.Guided(field, guidance))
 
 
-@preset
-class Digits(ImageFlow):
-    """Multiscale CNF of the 8x8 digits."""
-
-    channels = (32, 32)
-    scales = 2
-    steps = 600
-    batch = 128
-    learning_rate = 3e-3
-    validate_every = 100
-    checkpoint_every = 100
-    log_every = 20
-    solver = "rk4"
-    fixed_step = 0.25
-    regularizers = (("kinetic", 0.01), ("jacobian", 0.01))
-    divergence = "hutchinson"
-
-
-@preset
-class FFJORDMnist(ImageFlow):
-    """FFJORD's flow of MNIST; the paper has 0.99 bits/dim."""
-
-    data = "mnist"
-    scales = 3
-    blocks = 2
-    alpha = 1e-6
-    divergence = "hutchinson"
-    rtol = 1e-5
-    atol = 1e-5
-    learning_rate = 1e-3
-    batch = 200
-    steps = 150_000
-    test_probes = 1
-    validation_images = 500
-
-
-@preset
-class RNODEMnist(FFJORDMnist):
-    """RNODE's flow of MNIST; the paper has 0.97 bits/dim, in a third of FFJORD's time."""
-
-    solver = "rk4"
-    fixed_step = 0.25
-    rtol = ImageFlow.rtol
-    atol = ImageFlow.atol
-    regularizers = (("kinetic", 0.01), ("jacobian", 0.01))
-
-
-@preset
-class FFJORDCifar10(FFJORDMnist):
-    """FFJORD's flow of CIFAR-10; the paper has 3.40 bits/dim."""
-
-    data = "cifar10"
-    scales = 4
-    alpha = 0.05
-
-
-@preset
-class FlowMnist(ImageFlow):
-    """U-Net of MNIST given the class, trained by flow matching."""
-
-    data = "mnist"
-    objective = "flow_matching"
-    field = "unet"
-    channels = (16, 32)
-    activation = "silu"
-    alpha = 1e-6
-    conditional = True
-    drop_context = 0.1
-    steps = 10_000
-    batch = 64
-    learning_rate = 2e-3
-    test_probes = 1
-    validation_images = 200
-    validate_every = 2500
-    test_images = 1000
+DIGITS = ImageFlow(
+    objective=ChainLikelihood(
+        solve=TrainingSolve(solver="rk4", fixed_step=0.25),
+        divergence=Hutchinson(),
+        regularizers=(("kinetic", 0.01), ("jacobian", 0.01)),
+    ),
+    flow=MultiscaleFlow(field=Conv(channels=(32, 32)), scales=2),
+    training=Training(steps=600, batch=128, learning_rate=3e-3),
+    loop=Loop(log_every=20, validate_every=100, checkpoint_every=100),
+)
+FFJORD_MNIST = ImageFlow(
+    images=ImageData(data="mnist"),
+    objective=ChainLikelihood(solve=TrainingSolve(rtol=1e-5, atol=1e-5), divergence=Hutchinson()),
+    flow=MultiscaleFlow(scales=3, blocks=2, alpha=1e-6),
+    training=Training(steps=150_000, batch=200, learning_rate=1e-3),
+    measure=FlowMeasure(test_divergence=EstimatedDivergence(), validation_images=500),
+)
+RNODE_MNIST = dataclasses.replace(FFJORD_MNIST, objective=DIGITS.objective)
+FFJORD_CIFAR10 = dataclasses.replace(
+    FFJORD_MNIST,
+    images=ImageData(data="cifar10"),
+    flow=MultiscaleFlow(scales=4, blocks=2),
+)
+FLOW_MNIST = ImageFlow(
+    conditional=True,
+    images=ImageData(data="mnist"),
+    objective=ImageMatching(drop_context=0.1),
+    flow=MultiscaleFlow(field=UNet(channels=(16, 32), activation="silu"), alpha=1e-6),
+    training=Training(batch=64, learning_rate=2e-3),
+    measure=FlowMeasure(
+        test_divergence=EstimatedDivergence(), test_images=1000, validation_images=200
+    ),
+    loop=Loop(validate_every=2500),
+)
 
 
 def run(settings: ImageFlow) -> None:
     """Train the flow, measure it on the test part, and draw the figures."""
-    learn_images("images", settings, lambda _: settings.make_flow(settings.dim, settings.classes))
+    learn_images("images", settings)
 
 
 if __name__ == "__main__":
     main(
         run,
         {
-            "digits": Digits,
-            "ffjord-mnist": FFJORDMnist,
-            "rnode-mnist": RNODEMnist,
-            "ffjord-cifar10": FFJORDCifar10,
-            "flow-mnist": FlowMnist,
+            "digits": DIGITS,
+            "ffjord-mnist": FFJORD_MNIST,
+            "rnode-mnist": RNODE_MNIST,
+            "ffjord-cifar10": FFJORD_CIFAR10,
+            "flow-mnist": FLOW_MNIST,
         },
     )

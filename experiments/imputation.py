@@ -1,4 +1,12 @@
-"""Hide entries of a table's test rows, fill them in by a flow, and compare with the truth."""
+"""Hide entries of a table's test rows, fill them in by a flow, and compare with the truth.
+
+    python -m experiments.imputation --data table.csv --missing-rate 0.2
+    python -m experiments.imputation use --from RUN_DIR
+
+The first trains a density of the table before, in the folder density of its run directory; the
+second uses a finished run of density or tabular. To fill in entries that are really missing, use
+`experiments.density use --impute`.
+"""
 
 import dataclasses
 import time
@@ -11,12 +19,13 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT, RunSettings
-from experiments._runner.run_dir import RunDir, kind_of, load_flow
-from experiments.density import Density, train_and_measure
-from jcnf import Solve, plot
+from experiments._runner.config import Experiment, Run, check_reachable
+from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Points, Positive, Range, Settings, Steps, Whole
+from experiments._tasks.tables import TRAINING, TableFile, TableFlow, TableRun, learn_table
+from jcnf import CNF, Solve, plot
 from jcnf._checks import InputError
-from jcnf.data.tables import Table, load_table
+from jcnf.data.tables import Table
 from jcnf.inference import impute
 from jcnf.inference.gaussian import Gaussian
 
@@ -26,85 +35,100 @@ MAX_LOW_ESS_ROWS = 0.1  # share of such rows above which the run warns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Imputation(RunSettings):
-    """A table, the flow that fills it in, and the settings of the sampler."""
+class Sampling(Settings):
+    """The entries to hide, and the chains that fill them in."""
 
-    # table of numbers (default with --from: the table of that run)
-    data: Path | None = None
-    # finished run of density or tabular, without --context (default: train a density first)
-    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    # steps of that training, without --from
-    train_steps: int = 20_000
     # share of the entries to hide, each independently
-    hide: float = 0.2
+    missing_rate: Annotated[float, Range(1e-9, 1 - 1e-9)] = 0.2
     # test rows to fill in, at most
-    rows: int = 1000
+    rows: Points = 1000
     # draws to keep for each row, evenly spaced along its chain
-    draws: int = 50
+    draws: Steps = 50
     # steps of each chain after the burn-in
-    chain_steps: int = 100
+    chain_steps: Steps = 100
     # steps of the burn-in
-    burn_in: int = 50
+    burn_in: Whole = 50
     # importance samples for the predictive density of each row
-    importance: int = 64
+    importance: Points = 64
     # relative and absolute tolerance of the solves
-    tolerance: float = 1e-3
+    tolerance: Positive = 1e-3
 
     def check(self) -> None:
-        super().check()
-        if self.data is None and self.from_run is None:
-            raise InputError("give --data PATH, --from RUN_DIR, or both")
-        if self.from_run is not None and self.train_steps != type(self).train_steps:
-            raise InputError("--train-steps has no effect with --from: leave it out")
-        self.at_least(1, "train_steps", "draws", "chain_steps")
-        self.at_least(2, "rows", "importance", most=MAX_COUNT)
-        self.at_least(0, "burn_in")
-        self.reachable("tolerance")
-        if not 0 < self.hide < 1:
-            raise InputError(f"--hide must be between 0 and 1; got {self.hide}")
+        check_reachable("tolerance", self.tolerance)
         if self.draws > self.chain_steps:
-            raise InputError(
+            raise ValueError(
                 f"--draws {self.draws} is more than --chain-steps {self.chain_steps}: raise "
                 "--chain-steps, or keep fewer draws"
             )
 
 
-def run(settings: Imputation) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imputation(Experiment):
+    """A table, and the steps of training its density."""
+
+    # table of numbers
+    data: Path
+    # number of training steps
+    train_steps: Steps = TRAINING.steps
+
+    sampling: Sampling = Sampling()
+    run: Run = Run()
+
+    def start(self) -> tuple[RunDir, CNF, Table]:
+        """Open the run directory, and return it with a trained flow and its table."""
+        source, seed = TableFile(data=self.data), self.run.seed
+        table = source.load(seed)
+        run_dir = RunDir("imputation", self)
+        out = run_dir.path / "density"
+        training = dataclasses.replace(TRAINING, steps=self.train_steps)
+        settings = TableFlow(table=source, training=training, run=Run(seed=seed, out=out))
+        learn_table("density", settings, table)
+        return run_dir, TableRun.load(out).flow, table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UseImputation(Experiment):
+    """A finished run, whose flow fills in the entries."""
+
+    # finished run of density or tabular, without --context
+    from_run: Annotated[Path, tyro.conf.arg(name="from")]
+
+    sampling: Sampling = Sampling()
+    run: Run = Run()
+
+    def start(self) -> tuple[RunDir, CNF, Table]:
+        """Open the run directory, and return it with the run's flow and table."""
+        trained = TableRun.load(self.from_run)
+        trained.require_all_columns("imputation")
+        table = trained.load_table()
+        return RunDir("imputation", self), trained.flow, table
+
+
+def run(settings: Imputation | UseImputation) -> None:
     """Train or load a flow, hide entries, fill them in, and measure the errors."""
-    if settings.from_run is not None:
-        flow, table = _trained(settings.from_run, settings.data)
-        run_dir = RunDir("imputation", settings)
-    else:
-        assert settings.data is not None  # by `check`
-        training = dataclasses.replace(
-            Density(), data=settings.data, steps=settings.train_steps, seed=settings.seed
-        )
-        training.check()
-        table = load_table(settings.data, seed=settings.seed)
-        run_dir = RunDir("imputation", settings)
-        training = dataclasses.replace(training, out=run_dir.path / "density")
-        train_and_measure("density", training, table)
-        flow, table = _trained(run_dir.path / "density", None)
-    truth = np.asarray(jnp.asarray(table.test[: settings.rows], float))
-    hidden = np.random.default_rng([settings.seed, 2]).random(truth.shape) < settings.hide
+    run_dir, flow, table = settings.start()
+    sampling, seed = settings.sampling, settings.run.seed
+    truth = np.asarray(jnp.asarray(table.test[: sampling.rows], float))
+    hidden = np.random.default_rng([seed, 2]).random(truth.shape) < sampling.missing_rate
     x = np.where(hidden, np.nan, truth).astype(truth.dtype)
     if not hidden.any():
         raise InputError(
-            f"--hide {settings.hide} of {len(truth)} rows hid no entry: raise --hide or --rows"
+            f"--missing-rate {sampling.missing_rate} of {len(truth)} rows hid no entry: raise "
+            "--missing-rate or --rows"
         )
 
     gaussian = Gaussian.fit(table.train)
-    draw_key, weigh_key = jr.split(jr.fold_in(jr.key(settings.seed), 6))
-    solve = Solve(rtol=settings.tolerance, atol=settings.tolerance, norm="worst")
+    draw_key, weigh_key = jr.split(jr.fold_in(jr.key(seed), 6))
+    solve = Solve(rtol=sampling.tolerance, atol=sampling.tolerance, norm="worst")
     tic = time.perf_counter()
     filled = impute.impute(
         flow,
         x,
         gaussian,
         draw_key,
-        draws=settings.draws,
-        steps=settings.chain_steps,
-        burn_in=settings.burn_in,
+        draws=sampling.draws,
+        steps=sampling.chain_steps,
+        burn_in=sampling.burn_in,
         solve=solve,
     )
     draw_s = time.perf_counter() - tic
@@ -115,7 +139,7 @@ def run(settings: Imputation) -> None:
         filled.draws,
         gaussian,
         weigh_key,
-        samples=settings.importance,
+        samples=sampling.importance,
         solve=solve,
     )
     conditional, marginal = gaussian.given(x), gaussian.independent.given(x)
@@ -206,26 +230,5 @@ def _ratio(values: np.ndarray, count: np.ndarray) -> tuple[float, float]:
     return float(ratio), float(np.sqrt(np.sum(rest**2)) / count.sum())
 
 
-def _trained(path: Path, data: Path | None) -> tuple:
-    """Load the flow of a run and the table that it was trained on, split into parts."""
-    kind = kind_of(path)
-    if not issubclass(kind, Density):
-        raise InputError(f"{path} is not a run of density or tabular: give --from one of these")
-    flow, trained, notes = load_flow(path, kind)
-    if trained.context:
-        raise InputError(
-            f"{path} was trained with --context {' '.join(trained.context)}: give --from a run "
-            "without it"
-        )
-    if data is not None:
-        trained = dataclasses.replace(trained, data=data)
-    table: Table = trained.load()
-    if table.scale.to_json() != notes["table"]:
-        raise InputError(
-            f"{trained.data} is not the table that {path} was trained on: name that table by --data"
-        )
-    return flow, table
-
-
 if __name__ == "__main__":
-    main(run, Imputation)
+    main(run, {"train": Imputation, "use": UseImputation})

@@ -1,5 +1,7 @@
 """Train variational autoencoders of 8x8 digits, with and without a CNF posterior (FFJORD, 4.3).
 
+    python -m experiments.latent --seeds 1 --latent 2
+
 For each seed, four models p(x | z), q(z | x) take the same steps on the same batches:
 
 - gaussian: q is N(mean, diag scale^2)
@@ -18,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -28,18 +30,20 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_WIDTH, LoopSettings, SolveSettings, preset
+from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.fields import TimeLayer
 from experiments._runner.loop import FitResult, fit
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import MAX_LAYERS, MAX_WIDTH, Range, Settings, Steps, Width
+from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
 from experiments._tasks.vae_figures import Measured, draw
 from jcnf import evaluate, fields, objectives, training
-from jcnf._checks import InputError
 from jcnf.data.images import load_images
 from jcnf.evaluate import standard_error
 from jcnf.flows import ODE
 from jcnf.flows.vae import VAE, Binomial, Encoder, Posterior
-from jcnf.training import checkpoint
+from jcnf.training import DrawBatch, checkpoint
 
 MODELS = ("gaussian", "wider", "flow", "refined")
 PAIRS = [("wider", "gaussian"), ("flow", "gaussian"), ("refined", "gaussian"), ("flow", "wider")]
@@ -50,98 +54,107 @@ VALIDATION_SAMPLES = 16  # of z for each image
 ACTIVE_UNIT_VARIANCE = 0.01
 
 
-@preset
-class Latent(LoopSettings, SolveSettings):
-    """The autoencoder, its posterior, and how many seeds to compare.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Networks(Settings):
+    """The encoder and the decoder."""
 
-    Solve to a tolerance in training. With two fixed steps of rk4 a flow learned to exploit their
-    error, and its training ELBO was not a bound.
-    """
-
-    # number of seeds to compare, from --seed on
-    seeds: int = 3
     # dimension of z
-    latent: int = 8
+    latent: Width = 8
     # width of the two hidden layers of the encoder, which is also the number of its features
-    hidden: int = 128
+    hidden: Width = 128
     # width of the encoder of the model "wider"
-    wider: int = 216
+    wider: Width = 216
     # width of the two hidden layers of the decoder
-    decoder: int = 128
-    # hidden widths of the posterior's field
-    widths: tuple[int, ...] = (64, 64)
-    # how time enters the field: ignore, concat, squash, concatsquash, hyper, blend
-    time: str = "concatsquash"
-    # how the encoder's features enter the field: concat, modulate
-    conditioning: str = "modulate"
+    decoder: Width = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PosteriorField(Settings):
+    """The field of the posterior, a multilayer perceptron."""
+
+    # hidden widths
+    widths: Annotated[tuple[int, ...], Range(1, MAX_WIDTH, 1, MAX_LAYERS)] = (64, 64)
+    # how time enters
+    time: TimeLayer = "concatsquash"
+    # how the encoder's features enter
+    conditioning: Literal["concat", "modulate"] = "modulate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ELBOMeasure(Measure):
+    """Measuring."""
+
+    # number of samples of z for each test image
+    samples: Steps = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent(LoopExperiment):
+    """The autoencoder, its posterior, and how many seeds to compare."""
+
+    has_table: ClassVar[bool] = True
+    # number of seeds to compare, from --seed on
+    seeds: Steps = 3
     # make a pixel 1 with its gray value as probability, drawn anew for each training batch and once
     # for validation and test; otherwise it is a count out of 16
     binary: bool = True
-    # samples of z for each test image
-    samples: int = 128
 
-    has_table = True
-    steps = 2500
-    batch = 128
-    learning_rate = 5e-3
-    weight_decay = 0.03
-    average = 0.99
-    log_every = 100
-    checkpoint_every = 1000
-    validate_every = 250
+    networks: Networks = Networks()
+    field: PosteriorField = PosteriorField()
+    # With two fixed steps of rk4, a flow learned to exploit their error, and its training ELBO was
+    # not a bound. Hence steps adapted to tolerances.
+    solve: TrainingSolve = TrainingSolve()
+    training: Training = Training(
+        steps=2500, batch=128, learning_rate=5e-3, weight_decay=0.03, average=0.99
+    )
+    measure: ELBOMeasure = ELBOMeasure()
+    loop: Loop = Loop(log_every=100, checkpoint_every=1000, validate_every=250)
+    run: Run = Run()
 
     def check(self) -> None:
         super().check()
-        self.at_least(1, "seeds", "samples")
-        self.at_least(1, "latent", "hidden", "wider", "decoder", most=MAX_WIDTH)
-        self.sizes("widths", fewest=1)
-        if self.seed + self.seeds > 2**31:
-            raise InputError(
-                f"the last seed, --seed {self.seed} plus --seeds {self.seeds}, exceeds 2147483647: "
-                "lower one of them"
+        if self.run.seed + self.seeds > 2**31:
+            raise ValueError(
+                f"the last seed, --seed {self.run.seed} plus --seeds {self.seeds}, exceeds "
+                "2147483647: lower one of them"
             )
-        if self.lbfgs_steps and self.adjoint == "forward":
-            raise InputError("L-BFGS needs reverse-mode gradients: choose another --adjoint")
-        self.check_steps(1.0)
-        try:
-            self.make_stages()
-            eqx.filter_eval_shape(self.make_vae, 1, self.make_refinement())
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        self.solve.check_interval(1.0)
+        self.make_stages()
 
     def of_seed(self, seed: int, folder: Path) -> "Latent":
         """Return the settings of one seed, whose run directory is a subfolder."""
-        return dataclasses.replace(self, seed=seed, out=folder / f"seed{seed}")
+        out = folder / f"seed{seed}"
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, seed=seed, out=out))
 
     def _key(self, part: int):
-        return jr.fold_in(jr.fold_in(jr.key(self.seed), 0), part)
+        return jr.fold_in(jr.fold_in(jr.key(self.run.seed), 0), part)
 
     def make_vae(self, dim: int, refine: ODE | None = None, *, wider: bool = False) -> VAE:
         """Return an untrained model of images of `dim` pixels."""
+        sizes = self.networks
         trunk_key, head_key, decoder_key = (self._key(part) for part in range(3))
         mlp = functools.partial(eqx.nn.MLP, activation=jax.nn.silu)
-        width = self.wider if wider else self.hidden
+        width = sizes.wider if wider else sizes.hidden
         trunk = mlp(dim, width, width, 1, final_activation=jax.nn.silu, key=trunk_key)
-        encoder = Encoder(trunk, width, self.latent, key=head_key)
-        decoder = mlp(self.latent, dim, self.decoder, 2, key=decoder_key)
-        return VAE(
-            Posterior(encoder, self.latent, refine), decoder, Binomial(1 if self.binary else TRIALS)
-        )
+        encoder = Encoder(trunk, width, sizes.latent, key=head_key)
+        decoder = mlp(sizes.latent, dim, sizes.decoder, 2, key=decoder_key)
+        likelihood = Binomial(1 if self.binary else TRIALS)
+        return VAE(Posterior(encoder, sizes.latent, refine), decoder, likelihood)
 
     def make_refinement(self) -> ODE:
         """Return a CNF that starts as the identity: the last layer of its field is 0."""
         field = fields.MLP(
-            self.latent,
-            self.widths,
-            time=self.time,
-            context_dim=self.hidden,
-            conditioning=self.conditioning,
+            self.networks.latent,
+            self.field.widths,
+            time=self.field.time,
+            context_dim=self.networks.hidden,
+            conditioning=self.field.conditioning,
             key=self._key(3),
         )
         last = jax.tree.map(jnp.zeros_like, field.layers[-1])
         return ODE(eqx.tree_at(lambda field: field.layers[-1], field, last))
 
-    def draw_of(self, num: int | None) -> training.DrawBatch:
+    def draw_of(self, num: int | None) -> DrawBatch:
         """Return a function that draws batches of `num` images; None for all."""
         rows = training.draw_rows(num)
 
@@ -156,20 +169,9 @@ class Latent(LoopSettings, SolveSettings):
 
     def stages_of(self, objective: Any) -> list[Stage]:
         """Return the stages of training by `objective`, which takes a `solve`."""
-        solve = self.make_solve()
-        stage = Stage(
-            functools.partial(objective, solve=solve),
-            self.steps,
-            self.make_optimizer(self.steps, self.learning_rate),
-            solve,
-            self.average,
-            self.batch,
-        )
-        return self.then_lbfgs([stage])
-
-    @property
-    def loss_units(self) -> str:
-        return "nats"
+        solve = self.solve.make()
+        stage = self.training.make_stage(functools.partial(objective, solve=solve), solve)
+        return self.training.then_lbfgs([stage])
 
 
 def run(settings: Latent) -> None:
@@ -180,19 +182,19 @@ def run(settings: Latent) -> None:
     if settings.binary:
         for part, seed in {"val": 0, "test": 1}.items():
             images[part] = binarized(jr.key(seed), images[part])
-    run_dir = RunDir("latent", settings, resume=settings.resume)
-    solve = settings.make_test_solve()
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    run_dir = RunDir("latent", settings)
+    solve = settings.measure.make_solve()
+    seeds = range(settings.run.seed, settings.run.seed + settings.seeds)
     found: list[dict[str, Measured]] = []
     for seed in seeds:
         one = settings.of_seed(seed, run_dir.path)
         fits = train_models(one, images, run_dir)
         key = jr.fold_in(jr.key(seed), 2)
-        print(f"seed {seed}: bounds by {settings.samples} samples of z per image")
+        print(f"seed {seed}: bounds by {settings.measure.samples} samples of z per image")
         found.append({})
         for name, fitted in fits.items():
             samples = evaluate.elbo(
-                fitted.flow, images["test"], key, samples=settings.samples, solve=solve
+                fitted.flow, images["test"], key, samples=settings.measure.samples, solve=solve
             )
             found[-1][name] = Measured(fitted, samples)
             print(f"{name}: ELBO {np.mean(samples.elbo):.3f}")
@@ -210,7 +212,8 @@ def run(settings: Latent) -> None:
     for model in MODELS:
         numerics[f"nfe_{model}"] = mean_of(model, found, lambda m: m.samples.nfe)
         timing[f"train_s_{model}"] = mean_of(model, found, lambda m: m.fitted.timing["train_s"])
-    draw(run_dir, settings, found[0], loaded.shape, images["test"])
+    key = jr.fold_in(jr.key(settings.run.seed), 4)
+    draw(run_dir, found[0], loaded.shape, images["test"], key, solve)
     warning = "some solves of the bounds failed, so the metrics that need them are NaN"
     run_dir.finish(metrics, numerics, timing, [warning] if numerics["solver_failures"] else [])
 
@@ -223,7 +226,9 @@ def binarized(key: Key[Array, ""], images: Float[Array, "n dim"]) -> Float[Array
 def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> dict[str, FitResult]:
     """Train the four models of one seed, each in its own run directory."""
     dim = images["train"].shape[1]
-    key, quick = jr.fold_in(jr.key(settings.seed), 3), settings.make_validation_solve()
+    key = jr.fold_in(jr.key(settings.run.seed), 3)
+    folder, quick = settings.run.out, settings.measure.make_validation_solve()
+    assert folder is not None  # set by `of_seed`
 
     def trained(name, model, make_vae=lambda model: model):
         """Train `model`, from which `make_vae` makes the VAE that the result holds."""
@@ -237,9 +242,14 @@ def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> d
             )
             return -float(np.mean(found.elbo))
 
-        path = settings.out / name
-        own = dataclasses.replace(settings, out=path, resume=(path / "config.json").exists())
-        run_dir = RunDir("latent", own, resume=own.resume, part_of=whole)
+        path = folder / name
+        resume = (path / "config.json").exists()
+        own = dataclasses.replace(
+            settings,
+            run=dataclasses.replace(settings.run, out=path),
+            loop=dataclasses.replace(settings.loop, resume=resume),
+        )
+        run_dir = RunDir("latent", own, part_of=whole)
         fitted = fit(
             run_dir,
             own,

@@ -1,5 +1,7 @@
 """Detect out-of-distribution data with a finished run, by several scores, and say where they fail.
 
+    python -m experiments.ood --from RUN_DIR --outside other.npz
+
 Inside is the run's own test part. Outside are the files of --outside, uniform noise, and shuffled
 test data: images with shuffled pixels, or table rows with each column permuted independently. The
 scores are those of jcnf.evaluate.ood: likelihood, typicality, complexity (images only) and ratio
@@ -20,8 +22,9 @@ import tyro
 from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import RunSettings
+from experiments._runner.config import Experiment, Run, check_reachable
 from experiments._runner.run_dir import RunDir
+from experiments._runner.settings import Points, Positive, Whole
 from experiments._tasks.ood_data import (
     INSIDE,
     ImageModel,
@@ -47,7 +50,17 @@ Values = dict[str, np.ndarray]  # name of a set: values (n,) of its points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OOD(RunSettings):
+class OODRun(Run):
+    """The run: its directory, seed and precision."""
+
+    # output directory (by default RUN_DIR/ood)
+    out: Path | None = None
+    # seed of the noise and shuffling
+    seed: Whole = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OOD(Experiment):
     """A finished run, and the data to compare with its own."""
 
     # finished run of images, density or tabular, or of nice on images
@@ -58,18 +71,14 @@ class OOD(RunSettings):
     # run on the same kind of images or columns but perturbed data; adds the score ratio
     background: Path | None = None
     # points in each set, at most
-    count: int = 1000
+    count: Points = 1000
     # relative and absolute tolerance of the solves; ranks need fewer digits than held-out numbers
-    test_tolerance: float = 1e-3
-    # output directory (default: RUN_DIR/ood)
-    out: Path | None = None
-    # seed of the noise and shuffling
-    seed: int = 0
+    test_tolerance: Positive = 1e-3
+
+    run: OODRun = OODRun()
 
     def check(self) -> None:
-        super().check()
-        self.at_least(2, "count")
-        self.reachable("test_tolerance")
+        check_reachable("test_tolerance", self.test_tolerance)
 
 
 def run(settings: OOD) -> None:
@@ -84,10 +93,11 @@ def run(settings: OOD) -> None:
                 f"--background {settings.background} does not match {source}: give a run on images "
                 "of the same size, or on the same columns"
             )
-    sets = load_sets(source, model, trained, settings.outside, settings.count, settings.seed)
-    out = settings.out or source / "ood"
-    run_dir = RunDir("ood", dataclasses.replace(settings, out=out))
-    start, key = time.monotonic(), jr.fold_in(jr.key(settings.seed), 2)
+    seed = settings.run.seed
+    sets = load_sets(source, trained, settings.outside, settings.count, seed)
+    place = dataclasses.replace(settings.run, out=settings.run.out or source / "ood")
+    run_dir = RunDir("ood", dataclasses.replace(settings, run=place))
+    start, key = time.monotonic(), jr.fold_in(jr.key(seed), 2)
     log_prob = log_probs(settings, model, sets, key)
     other = None if background is None else log_probs(settings, background, sets, key)
     failures = {f"failures_{name}": int(np.isnan(x).sum()) for name, x in log_prob.items()}

@@ -1,11 +1,14 @@
 """OT-Flow: optimal transport by the gradient of a potential, with an HJB regularizer.
 
+    python -m experiments.ot_flow --data moons
+
 The settings are the source's for a CPU, with three changes: half the batch, drawn fresh at every
 step; a third of its learning rate 0.1; and a cosine decay, where the source halves the rate every
 100 steps. Its loss a1 L + a2 C + a3 R, with (a1, a2, a3) = (1, 100, 5), is 100 times the loss here:
 C is the NLL, L the kinetic energy and R the HJB residual.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,44 +16,55 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from experiments._runner.cli import main
-from experiments._runner.config import preset
-from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
+from experiments._runner.config import Loop, Run, Training
+from experiments._runner.fields import Flow, Potential
+from experiments._runner.flow_config import FlowExperiment
+from experiments._runner.objectives import Likelihood
+from experiments._runner.solves import TrainingSolve
+from experiments._tasks import figures
+from experiments._tasks.density2d import PlaneExperiment, PlaneMeasure, ToyName, learn
 from jcnf import CNF, Exact, evaluate, regularizers, transform
-from jcnf._checks import InputError
+from jcnf.data.toys import Toy, toy
 
 MMD_POINTS = 5000
 REGULARIZERS = (regularizers.kinetic, regularizers.hjb)
 
 
-@preset
-class OTFlow(ToySettings, PlaneFit):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PotentialFlow(Flow):
+    """The flow: its potential, its base distribution and its end time."""
+
+    field: Potential = Potential()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OTFlow(FlowExperiment, PlaneExperiment):
     """A toy density, and a potential whose gradient carries the base to it."""
 
-    data = "8gaussians"
-    objective = "likelihood"
-    field = "potential"
-    widths = (32, 10)
-    regularizers = (("kinetic", 0.01), ("hjb", 0.05))
-    solver = "rk4"
-    fixed_step = 1 / 8
-    batch = 1024
-    steps = 1000
-    learning_rate = 0.03
-    log_every = 50
-    validate_every = 250
+    # toy density
+    data: ToyName = "8gaussians"
 
-    def check(self) -> None:
-        if self.field != "potential" or self.learn_t1 or self.augment:
-            raise InputError(
-                "OT-Flow needs --field potential, and neither --learn-t1 nor --augment: drop them, "
-                "or use experiments.toy2d"
-            )
-        super().check()
+    objective: Likelihood = Likelihood(
+        solve=TrainingSolve(solver="rk4", fixed_step=1 / 8),
+        regularizers=(("kinetic", 0.01), ("hjb", 0.05)),
+    )
+    flow: PotentialFlow = PotentialFlow()
+    training: Training = Training(steps=1000, batch=1024, learning_rate=0.03)
+    measure: PlaneMeasure = PlaneMeasure()
+    loop: Loop = Loop(log_every=50, validate_every=250)
+    run: Run = Run()
+
+    def trace(self) -> None:
+        self.trace_objectives(2)
+
+    def make_density(self) -> Toy:
+        return toy(self.data)
 
 
 def run(settings: OTFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    learn_flow("ot_flow", settings, also=functools.partial(transport_figures, settings))
+    also = functools.partial(transport_figures, settings)
+    learn("ot_flow", settings, settings.make_flow(2), also=also)
 
 
 def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
@@ -64,22 +78,22 @@ def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
 
     The first three are NaN if the solve of any point failed.
     """
-    density, solve = settings.make_density(), settings.make_test_solve()
-    keys = jr.split(jr.fold_in(jr.key(settings.seed), 4), 3)
+    density, solve = settings.make_density(), settings.measure.make_solve()
+    keys = jr.split(jr.fold_in(jr.key(settings.run.seed), 4), 3)
     x = density.sample(keys[0], MMD_POINTS)
-    way = jax.jit(
+    ended = jax.jit(
         lambda x: transform(flow, x, solve=solve, divergence=Exact(), regularizers=REGULARIZERS)
     )(x)
-    arrived = jnp.where(jnp.any(way.stats.failed), jnp.nan, 1.0)
-    cost = arrived * jnp.mean(way.regularizers["kinetic"])
-    distance = jnp.mean(jnp.sum((way.x - x) ** 2, axis=1))
+    known = jnp.where(jnp.any(ended.stats.failed), jnp.nan, 1.0)
+    cost = known * jnp.mean(ended.regularizers["kinetic"])
+    distance = jnp.mean(jnp.sum((ended.x - x) ** 2, axis=1))
     samples = evaluate.sample(flow, keys[1], MMD_POINTS, solve=solve)
     fresh = density.sample(keys[2], MMD_POINTS)
     return {
         "transport_cost": float(cost),
-        "hjb_residual": float(arrived * jnp.mean(way.regularizers["hjb"])),
+        "hjb_residual": float(known * jnp.mean(ended.regularizers["hjb"])),
         "straightness": float(distance / (2 * cost * flow.t1)),
-        "mmd": evaluate.mmd(jnp.asarray(samples.x[-1][~samples.failed]), fresh),
+        "mmd": figures.mmd_of(samples, fresh),
         "mmd_floor": evaluate.mmd(x, fresh),
     }
 

@@ -1,5 +1,8 @@
 """Straighten a trained flow by training on the pairs of base and data that it joins.
 
+    python -m experiments.reflow --data 8gaussians
+    python -m experiments.reflow --data 8gaussians --from RUN_DIR
+
 This is rectified flow (Liu et al. 2023). The figures show how many Euler steps sampling takes
 before and after.
 """
@@ -15,60 +18,77 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import MAX_COUNT
+from experiments._runner.config import Measure, Run, Training
+from experiments._runner.fields import Flow
+from experiments._runner.flow_config import FlowExperiment
+from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.run_dir import RunDir, load_flow
-from experiments._runner.stages import Stage, drawing, train_stages
-from experiments._tasks.density2d import PlaneFlow, ToySettings
-from experiments.flow_matching import mmd_of
-from experiments.toy2d import Toy2D
+from experiments._runner.settings import Points, Range, Steps
+from experiments._runner.stages import drawing, train_stages
+from experiments._tasks.density2d import ToyFlow, ToyName
+from experiments._tasks.figures import mmd_of
 from jcnf import CNF, Solve, evaluate, objectives, plot, training
 from jcnf._checks import InputError
-from jcnf.objectives import times
+from jcnf.data.toys import toy
+from jcnf.objectives.times import data_biased
 from jcnf.plot import CurvePanel, scaling
 
 FRAMES = 21
 PARTICLES = 300
-MAX_EULER_STEPS = 100_000
 # Samples count as good as data up to this multiple of the MMD of two samples of the data.
 GOOD_MMD_RATIO = 1.5
 
 
+EulerSteps = Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reflow(ToySettings, PlaneFlow):
+class Reflow(FlowExperiment):
     """A toy density, the flow trained on it, and its rectification."""
 
+    # toy density
+    data: ToyName = "8gaussians"
     # finished run of toy2d on the same --data to rectify (default: train a flow first)
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-
     # pairs of base and data to join by the trained flow
-    pairs: int = 50_000
+    pairs: Points = 50_000
     # training steps on these pairs
-    reflow_steps: int = 4000
+    reflow_steps: Steps = 4000
     # numbers of Euler steps to sample with
-    euler_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    euler_steps: Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)] = (
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+    )
     # samples for the maximum mean discrepancy (MMD)
-    mmd_points: int = 10_000
+    mmd_points: Points = 10_000
+    # fresh points for the held-out gaps
+    test_points: Points = 20_000
+
+    objective: Objective = FlowMatching()
+    flow: Flow = Flow()
+    training: Training = Training()
+    measure: Measure = Measure()
+    run: Run = Run()
 
     def check(self) -> None:
         super().check()
-        self.at_least(2, "pairs", "mmd_points", most=MAX_COUNT)
-        self.at_least(1, "reflow_steps")
-        if (
-            not self.euler_steps
-            or not 1 <= min(self.euler_steps) <= max(self.euler_steps) <= MAX_EULER_STEPS
-        ):
-            raise InputError(
-                f"--euler-steps must be whole numbers from 1 to {MAX_EULER_STEPS}, at least one"
-            )
         if len(set(self.euler_steps)) < len(self.euler_steps):
-            raise InputError("--euler-steps must not repeat a value")
+            raise ValueError("--euler-steps must not repeat a value")
+
+    def trace(self) -> None:
+        self.trace_objectives(2)
 
 
 def run(settings: Reflow) -> None:
     """Train and rectify a flow, and sample before and after by few Euler steps."""
-    density = settings.make_density()
-    keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
-    solve = settings.make_test_solve()
+    density = toy(settings.data)
+    keys = jr.split(jr.fold_in(jr.key(settings.run.seed), 2), 5)
+    solve = settings.measure.make_solve()
     # Read the run before creating a directory, so that a bad one leaves none behind.
     original = None if settings.from_run is None else read_flow(settings)
     run_dir = RunDir("reflow", settings)
@@ -82,17 +102,9 @@ def run(settings: Reflow) -> None:
             "--learning-rate or --clip, or a looser --test-tolerance"
         )
     pairs = (jnp.asarray(joined.x[0][arrived]), jnp.asarray(joined.x[-1][arrived]))
-    optimizer = settings.make_optimizer(settings.reflow_steps, settings.learning_rate)
-    objective = functools.partial(objectives.rectified, time=times.TIMES[settings.times])
-    stage = Stage(
-        objective,
-        settings.reflow_steps,
-        optimizer,
-        None,
-        settings.average,
-        settings.batch,
-    )
-    rectified = train_stages(original, [stage], training.draw_rows, pairs, settings.seed)
+    objective = functools.partial(objectives.rectified, time=data_biased)
+    stage = settings.training.make_stage(objective, None, steps=settings.reflow_steps)
+    rectified = train_stages(original, [stage], training.draw_rows, pairs, settings.run.seed)
     run_dir.save_flow(rectified.flow, {})
 
     fresh = density.sample(keys[1], settings.mmd_points)
@@ -138,7 +150,7 @@ def run(settings: Reflow) -> None:
 def read_flow(settings: Reflow) -> CNF:
     """Load the flow of --from; raise `InputError` if it does not fit the settings."""
     assert settings.from_run is not None
-    flow, trained, _ = load_flow(settings.from_run, Toy2D)
+    flow, trained, _ = load_flow(settings.from_run, ToyFlow)
     if trained.augment:
         raise InputError(
             f"{settings.from_run} was trained with --augment: give --from a run without it"
@@ -152,12 +164,12 @@ def read_flow(settings: Reflow) -> CNF:
 
 def trained_flow(settings: Reflow) -> CNF:
     """Train a flow by the settings, without checkpoints."""
-    density = settings.make_density()
+    density = toy(settings.data)
     trained = train_stages(
         settings.make_flow(2),
         settings.make_stages(),
         drawing(density.sample),
-        seed=settings.seed,
+        seed=settings.run.seed,
     )
     print(f"trained in {trained.seconds:.1f} s")
     return trained.flow

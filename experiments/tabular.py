@@ -1,76 +1,104 @@
-"""Measure held-out likelihood on real tables: the MAF suite as published, digits, or any table."""
+"""Measure held-out likelihood on real tables: the MAF suite as published, digits, or any table.
+
+    python -m experiments.tabular table:digits --peer-seconds 180
+    python -m experiments.tabular table:suite --suite power --data FOLDER
+    python -m experiments.tabular table:file --data table.csv
+
+`experiments.density use` reads these runs too.
+"""
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 
-from experiments import density
 from experiments._runner.cli import main
+from experiments._runner.config import Loop, Run, Training
+from experiments._runner.fields import Flow
+from experiments._runner.objectives import FlowMatching, Objective, choice
+from experiments._runner.settings import Range
 from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
-from experiments.density import Density
+from experiments._tasks.tables import (
+    FLOW,
+    LOOP,
+    TRAINING,
+    TableExperiment,
+    TableFile,
+    TableMeasure,
+    TableSource,
+    learn_table,
+)
 from jcnf import evaluate, training
-from jcnf._checks import InputError
 from jcnf.data.images import load_digits_table
-from jcnf.data.tables import MAF_SUITE, Table, load_maf_suite
+from jcnf.data.tables import Table, load_maf_suite
 
-DIGITS = "digits"
 PEER_BATCH = 512
-MAX_PEER_SECONDS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tabular(Density):
+class Digits(TableSource):
+    """The 8x8 digits of scikit-learn."""
+
+    def load(self, seed: int) -> Table:
+        return load_digits_table()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAFSuite(TableSource):
+    """A table of the MAF suite, preprocessed and split as published."""
+
+    # folder with the raw files
+    data: Path
+    # name of the table
+    suite: Literal["power", "gas", "hepmass", "miniboone", "bsds300"]
+
+    @property
+    def path(self) -> Path:
+        return self.data
+
+    def load(self, seed: int) -> Table:
+        return load_maf_suite(self.suite, self.data)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tabular(TableExperiment):
     """A table, the flow that learns it, and the spline flow to compare with."""
 
-    # table to measure: digits (scikit-learn's, 8x8), or one of the MAF suite, with its raw files in
-    # the folder --data: power, gas, hepmass, miniboone, bsds300
-    suite: str | None = None
     # training seconds of a neural spline flow (flowjax) on the same split; 0 for none
-    peer_seconds: float = 0.0
+    peer_seconds: Annotated[float, Range(0, 100_000)] = 0.0
+
+    table: (
+        Annotated[Digits, choice("table:digits")]
+        | Annotated[MAFSuite, choice("table:suite")]
+        | Annotated[TableFile, choice("table:file")]
+    ) = Digits()
+    objective: Objective = FlowMatching()
+    flow: Flow = FLOW
+    training: Training = TRAINING
+    measure: TableMeasure = TableMeasure()
+    loop: Loop = LOOP
+    run: Run = Run()
 
     def check(self) -> None:
-        if self.from_run is not None:
-            raise InputError("give --from to experiments.density, which reads runs of tabular too")
-        known = (DIGITS, *MAF_SUITE)
-        if self.suite is not None and self.suite not in known:
-            raise InputError(f"unknown suite '{self.suite}': use one of {', '.join(known)}")
-        if self.suite != DIGITS and self.data is None:
-            raise InputError("give --data PATH, or --suite digits")
-        if self.suite == DIGITS and self.data is not None:
-            raise InputError("--suite digits comes with scikit-learn: leave out --data")
         super().check()
-        if not 0 <= self.peer_seconds <= MAX_PEER_SECONDS:
-            raise InputError(
-                f"--peer-seconds must be from 0 to {MAX_PEER_SECONDS}; got {self.peer_seconds}"
+        if self.peer_seconds and self.table.context:
+            raise ValueError(
+                "--peer-seconds trains a spline flow, which takes no context: leave out "
+                "--peer-seconds or --context"
             )
+
+    def trace(self) -> None:
         if self.peer_seconds:
             require_flowjax()
-            if self.context:
-                raise InputError(
-                    "--peer-seconds trains a spline flow, which takes no context: leave it out, or "
-                    "leave out --context"
-                )
-        if self.suite is not None and (self.drop or self.dequantize):
-            raise InputError("--suite has its own preprocessing: leave out --drop and --dequantize")
-
-    def needs_data(self) -> bool:
-        return self.suite != DIGITS
-
-    def load(self) -> Table:
-        if self.suite == DIGITS:
-            return load_digits_table()
-        if self.suite is None:
-            return super().load()
-        assert self.data is not None  # by `check`
-        return load_maf_suite(self.suite, self.data)
 
 
 def run(settings: Tabular) -> None:
     """Train and measure the flow, then the spline flow if asked for."""
-    table = settings.load()
+    table = settings.table.load(settings.run.seed)
     peers = functools.partial(peer, settings, table) if settings.peer_seconds else dict
-    density.train_and_measure("tabular", settings, table, peers)
+    learn_table("tabular", settings, table, peers)
 
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:
@@ -80,7 +108,7 @@ def peer(settings: Tabular, table: Table) -> dict[str, float]:
         training.draw_rows(PEER_BATCH),
         rows,
         seconds=settings.peer_seconds,
-        seed=settings.seed,
+        seed=settings.run.seed,
         val=val,
     )
     log_prob = trained.log_prob(test)

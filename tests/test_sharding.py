@@ -15,7 +15,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from experiments.toy2d import Toy2D
+from experiments._runner.config import Loop, Training
+from experiments._tasks.density2d import ToyFlow
 from jcnf import sharding
 from jcnf._checks import InputError
 from jcnf.evaluate import chunks
@@ -165,7 +166,7 @@ def test_every_way_gives_the_same(found, layout, task):
 @pytest.mark.slow
 def test_a_run_goes_on_in_two_processes(tmp_path):
     """An experiment interrupted on one device is finished by two processes of two devices."""
-    words = ["--steps", "20", "--batch", "64", "--field", "mlp", "--widths", "8", "--log-every"]
+    words = ["--steps", "20", "--batch", "64", "--field", "mlp", "--width", "8", "--log-every"]
     words += ["10", "--validate-every", "10", "--checkpoint-every", "10", "--test-points", "100"]
     words += ["--cells", "20", "--frames", "2"]
     stop = (
@@ -271,12 +272,14 @@ def test_devices_must_divide_the_batches(monkeypatch):
         size = 4
 
     monkeypatch.setattr(sharding, "make_mesh", lambda devices: Four)
-    Toy2D(devices=4, batch=64, lbfgs_steps=1, lbfgs_batch=8).check()
+    ToyFlow(
+        loop=Loop(devices=4), training=Training(batch=64, lbfgs_steps=1, lbfgs_batch=8)
+    ).make_mesh()
     for settings in ({"batch": 66}, {"lbfgs_steps": 1, "lbfgs_batch": 9}):
         with pytest.raises(InputError, match="cannot be split among 4 devices"):
-            Toy2D(devices=4, **settings).check()
+            ToyFlow(loop=Loop(devices=4), training=Training(**settings)).make_mesh()
 
 
 def test_more_devices_than_there_are():
     with pytest.raises(InputError, match="--devices: expected 1 to 1 devices; got 3"):
-        Toy2D(devices=3).check()
+        ToyFlow(loop=Loop(devices=3)).make_mesh()

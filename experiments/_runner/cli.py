@@ -31,7 +31,9 @@ def parse(
     """
     if isinstance(settings, Mapping):
         names = ", ".join(settings)
-        description = f"{description}\n\nThe first word can be one of: {names} (default: the first)."
+        description = (
+            f"{description}\n\nThe first word can be one of: {names} (default: the first)."
+        )
         chosen = words[0] if words and words[0] in settings else next(iter(settings))
         settings, words = settings[chosen], words[1:] if [chosen] == list(words[:1]) else words
     # Set the precision first: it decides which tolerances are possible.

@@ -6,7 +6,7 @@ import jax.random as jr
 
 from experiments._runner.config import Experiment, Measure, Training
 from experiments._runner.fields import Flow
-from experiments._runner.objectives import Objective
+from experiments._runner.objectives import BySolves, FlowMatching
 from experiments._runner.stages import Stage
 from jcnf import CNF
 
@@ -14,7 +14,7 @@ from jcnf import CNF
 class FlowExperiment(Experiment):
     """The settings of an experiment that trains a flow by an objective."""
 
-    objective: Objective
+    objective: BySolves | FlowMatching
     flow: Flow
     training: Training
     measure: Measure

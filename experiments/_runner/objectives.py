@@ -66,6 +66,11 @@ class BySolves(Settings):
         return [self.solve]
 
     @property
+    def loss_units(self) -> str:
+        """The unit of the loss."""
+        return "nats"
+
+    @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the objectives of jcnf."""
         divergence = self.divergence
@@ -77,27 +82,59 @@ class BySolves(Settings):
             "regularizers": self.make_regularizers(),
         }
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Likelihood(BySolves):
-    """Maximum likelihood, by ODE solves."""
-
-    # half width of the random time of the base in training (STEER; 0 for a fixed time)
-    random_end_time: NonNegative = 0.0
-
     def make(self) -> Callable:
         """Return the objective."""
-        return functools.partial(objectives.likelihood, steer=self.random_end_time, **self.options)
+        raise NotImplementedError
 
     def make_stages(self, training: Training) -> list[Stage]:
         """Return one stage of training by this objective."""
         objective = objectives.with_context(self.make())
         return [training.make_stage(objective, self.solve.make())]
 
-    @property
-    def loss_units(self) -> str:
-        """The unit of the loss."""
-        return "nats"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainLikelihood(BySolves):
+    """Maximum likelihood of a flow that may have several parts, by ODE solves."""
+
+    def make(self) -> Callable:
+        return functools.partial(objectives.likelihood, **self.options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood(ChainLikelihood):
+    """Maximum likelihood, by ODE solves."""
+
+    # half width of the random time of the base in training (STEER; 0 for a fixed time)
+    random_end_time: NonNegative = 0.0
+
+    def make(self) -> Callable:
+        return functools.partial(super().make(), steer=self.random_end_time)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matching(Settings):
+    """The path and the times of flow matching."""
+
+    # path from base to data
+    path: Literal["linear", "trigonometric", "sigma_min", "variance_preserving", "stochastic"] = (
+        "linear"
+    )
+    # how times on the path are drawn
+    times: Literal["uniform", "stratified", "data_biased", "logit_normal"] = "data_biased"
+
+
+Coupling = Literal["independent", "exact", "sinkhorn"]
+
+
+def flow_matching(matching: Matching, coupling: Coupling, **options: Any) -> Callable:
+    """Return the flow-matching objective."""
+    return functools.partial(
+        objectives.flow_matching,
+        path=paths.PATHS[matching.path],
+        time=times.TIMES[matching.times],
+        coupling=couplings.COUPLINGS[coupling],
+        **options,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +143,7 @@ class NoFinetuning(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finetuning(Likelihood):
+class Finetuning(Settings):
     """Maximum likelihood afterwards, by ODE solves."""
 
     # number of these steps
@@ -114,50 +151,37 @@ class Finetuning(Likelihood):
     # peak learning rate of these steps
     finetune_learning_rate: Positive = 1e-3
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Matching(Settings):
-    """The options of flow matching."""
-
-    # path from base to data
-    path: Literal[
-        "linear", "trigonometric", "sigma_min", "variance_preserving", "stochastic"
-    ] = "linear"
-    # how base samples are paired with data: exact is optimal transport in the batch
-    coupling: Literal["independent", "exact", "sinkhorn"] = "independent"
-    # how times on the path are drawn
-    times: Literal["uniform", "stratified", "data_biased", "logit_normal"] = "data_biased"
-
-    def make(self) -> Callable:
-        """Return the objective."""
-        return functools.partial(
-            objectives.flow_matching,
-            path=paths.PATHS[self.path],
-            coupling=couplings.COUPLINGS[self.coupling],
-            time=times.TIMES[self.times],
-        )
+    likelihood: Likelihood = Likelihood()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatching(Matching):
+class FlowMatching(Settings):
     """Flow matching, which needs no ODE solves."""
+
+    matching: Matching = Matching()
+    # how base samples are paired with data: exact is optimal transport in the batch
+    coupling: Coupling = "independent"
 
     finetune: (
         Annotated[NoFinetuning, choice("finetune:none")]
         | Annotated[Finetuning, choice("finetune:likelihood")]
     ) = NoFinetuning()
 
+    def make(self) -> Callable:
+        """Return the objective."""
+        return flow_matching(self.matching, self.coupling)
+
     def make_stages(self, training: Training) -> list[Stage]:
         """Return a stage of flow matching and, if asked for, one of likelihood."""
         stages = [training.make_stage(objectives.with_context(self.make()), None)]
-        after = self.finetune
-        if isinstance(after, Finetuning):
+        if isinstance(self.finetune, Finetuning):
+            likelihood = self.finetune.likelihood
             stages.append(
                 training.make_stage(
-                    objectives.with_context(after.make()),
-                    after.solve.make(),
-                    steps=after.finetune_steps,
-                    learning_rate=after.finetune_learning_rate,
+                    objectives.with_context(likelihood.make()),
+                    likelihood.solve.make(),
+                    steps=self.finetune.finetune_steps,
+                    learning_rate=self.finetune.finetune_learning_rate,
                 )
             )
         return stages
@@ -165,7 +189,7 @@ class FlowMatching(Matching):
     @property
     def solves(self) -> list[TrainingSolve]:
         """The settings of all ODE solves in training."""
-        return [self.finetune.solve] if isinstance(self.finetune, Finetuning) else []
+        return self.finetune.likelihood.solves if isinstance(self.finetune, Finetuning) else []
 
     @property
     def loss_units(self) -> str:
@@ -181,18 +205,23 @@ class GuidedFlowMatching(FlowMatching):
     drop_context: Annotated[float, Range(0, 1 - 1e-9)] = 0.1
 
     def make(self) -> Callable:
-        return functools.partial(super().make(), drop_context=self.drop_context)
+        return flow_matching(self.matching, self.coupling, drop_context=self.drop_context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixed(Likelihood, Matching):
+class Mixed(Likelihood):
     """Likelihood plus flow matching."""
 
     # weight of flow matching; likelihood has weight 1
     matching_weight: NonNegative = 1.0
+    # how base samples are paired with data: exact is optimal transport in the batch
+    coupling: Coupling = "independent"
+
+    matching: Matching = Matching()
 
     def make(self) -> Callable:
-        weights = {Likelihood.make(self): 1.0, Matching.make(self): self.matching_weight}
+        matching = flow_matching(self.matching, self.coupling)
+        weights = {super().make(): 1.0, matching: self.matching_weight}
         return functools.partial(objectives.weighted_sum, weights=weights)
 
     @property

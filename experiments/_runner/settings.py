@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jcnf._checks import InputError
 
@@ -59,20 +59,25 @@ NonNegative = Annotated[float, Range(0, 1e9)]
 Share = Annotated[float, Range(0, 1)]
 
 
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 class Settings:
     """Base of the settings. Each is a frozen dataclass, valid from the moment it exists.
 
-    **Raises:** `ValueError` that names the flag, for a value out of its range and for values that
-    do not go together.
+    **Raises:** `ValueError` that names the flag, for a value out of its range or choices, and for
+    values that do not go together.
     """
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
-            for limit in _limits(hints[field.name]):
+            hint = hints[field.name]
+            for limit in _limits(hint):
                 if value is not None:
                     limit.check(field.name, value)
+            if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+                choices = ", ".join(typing.get_args(hint))
+                raise ValueError(f"{flag(field.name)} must be one of {choices}; got {value!r}")
         self.check()
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from experiments._runner.settings import Positive, Range, Settings
 from jcnf import Solve
+from jcnf._checks import InputError
 from jcnf.ode import MAX_STEPS_LIMIT, check_tolerance
 
 DEFAULT_TOLERANCE = 1e-3
@@ -39,16 +40,16 @@ class TrainingSolve(Settings):
         check_tolerance(self.make(), jnp.result_type(float))
 
     def check_interval(self, length: float) -> None:
-        """Raise `ValueError` if fixed steps cannot cover an interval of this length."""
+        """Raise `InputError` if fixed steps cannot cover an interval of this length."""
         if self.fixed_step is None:
             return
         if self.fixed_step > length:
-            raise ValueError(
+            raise InputError(
                 f"--fixed-step must be at most the length of the interval, {length:g}; "
                 f"got {self.fixed_step:g}"
             )
         if length > self.fixed_step * self.max_steps:
-            raise ValueError(
+            raise InputError(
                 f"--fixed-step {self.fixed_step} needs {length / self.fixed_step:.0f} steps, but "
                 f"--max-steps is {self.max_steps}: raise one of them"
             )

@@ -1,4 +1,6 @@
-"""Figures of a trained flow that several experiments draw."""
+"""Figures of a trained flow that several experiments draw, and of its samples."""
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,9 @@ def plane(
         snapshots=plot.snapshots(paths, times, extent=grid.extent),
     )
     plot.animation(run_dir.path / "figures" / "flow.gif", paths, times, extent=grid.extent)
+
+
+def mmd_of(samples: evaluate.Trajectories, fresh: Array) -> float:
+    """MMD of the samples that did not fail to `fresh` data; NaN if fewer than two are left."""
+    reached = samples.x[-1][~samples.failed]
+    return evaluate.mmd(jnp.asarray(reached), fresh) if len(reached) > 1 else math.nan

@@ -1,8 +1,9 @@
 """Images to learn: their settings, and the arrays for training and measuring."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,36 +11,24 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.config import RunSettings
+from experiments._runner.settings import Settings
 from jcnf import training
-from jcnf._checks import InputError
 from jcnf._rows import evenly_spaced
 from jcnf.data.images import Images, dequantize, load_images, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings(RunSettings):
-    """Settings of the images to learn."""
+class ImageData(Settings):
+    """The images to learn."""
 
-    # images: digits (8x8, from scikit-learn), mnist, fashion_mnist, cifar10
-    data: str = "digits"
+    # data set; the digits are 8x8 and come with scikit-learn
+    data: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
     # .npz file or folder of idx files (by default downloaded from openml.org)
-    path: Path | None = None
-    # number of test images to measure on (0 for all)
-    test_images: int = 0
-    # number of validation images (0 for all)
-    validation_images: int = 1000
+    files: Path | None = None
 
     def check(self) -> None:
-        super().check()
-        shape_of(self.data)
-        if self.data == "digits" and self.path is not None:
-            raise InputError("the digits come with scikit-learn: leave out --path")
-        if self.path is not None and not Path(self.path).exists():
-            raise InputError(f"--path: {self.path} does not exist")
-        self.at_least(0, "test_images", "validation_images")
-        if self.test_images == 1:
-            raise InputError("--test-images must be at least 2, for a standard error, or 0; got 1")
+        if self.data == "digits" and self.files is not None:
+            raise ValueError("the digits come with scikit-learn: leave out --files")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,11 +38,11 @@ class ImageSettings(RunSettings):
     @property
     def dim(self) -> int:
         """The number of values: height x width x channels."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def load(self) -> Images:
         """Return the training, validation and test images."""
-        return load_images(self.data, self.path)
+        return load_images(self.data, self.files)
 
 
 def dequantized_batches(levels: int, batch: int | None) -> training.DrawBatch:

@@ -1,7 +1,6 @@
 """Learning the density of images, as several experiments do."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +9,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.config import LoopSettings
+from experiments._runner.config import LoopExperiment, Measure
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._tasks.image_data import ImageSettings, dequantized_batches, held_out, some
-from jcnf import Exact, Solve, evaluate, plot
+from experiments._runner.settings import Count, Whole
+from experiments._tasks.image_data import ImageData, dequantized_batches, held_out, some
+from jcnf import Exact, evaluate, plot
 from jcnf._checks import InputError
 from jcnf.data.images import Images
 from jcnf.divergence import Divergence
@@ -25,48 +25,69 @@ from jcnf.flows import Flow
 MAX_IMAGE_ROWS = 10  # of ten images each
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """The way in which log-densities are computed."""
-
-    solve: Solve = evaluate.ACCURATE  # for the test part
-    quick: Solve = evaluate.ACCURATE  # for validations and figures
-    divergence: Divergence = Exact()  # noqa: RUF009 (frozen)
-    draws: int = 8  # noise draws of an estimated divergence
-    reference_points: int = 1000  # maximum number compared with float64
-    chunk: int = 1000  # images per solve
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageLoop(LoopSettings, ImageSettings):
-    """Settings of images and of the loop that trains on them."""
+class ImageMeasure(Measure):
+    """Measuring."""
+
+    # number of test images to measure on (0 for all)
+    test_images: Whole = 0
+    # number of validation images (0 for all)
+    validation_images: Whole = 1000
+    # number of test images whose log-densities are compared with float64
+    reference_images: Count = 1000
+    # number of images in one solve
+    chunk: Count = 1000
+
+    def check(self) -> None:
+        super().check()
+        if self.test_images == 1:
+            raise ValueError("--test-images must be at least 2, for a standard error, or 0; got 1")
+
+    @property
+    def draws(self) -> int:
+        """The number of noise draws of the divergence."""
+        return 1
+
+    def make_divergence(self) -> Divergence:
+        """Return the divergence of held-out numbers."""
+        return Exact()
+
+
+class ImageExperiment(LoopExperiment):
+    """The settings of an experiment that learns the density of images by the loop."""
+
+    images: ImageData
+    measure: ImageMeasure
 
     @property
     def classes(self) -> int:
         """The number of classes if the density is conditional on the class, otherwise 0."""
         return 0
 
-    def make_measure(self) -> Measure:
-        return Measure()
+    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
+        """Return the untrained flow."""
+        raise NotImplementedError
+
+    def make_start(self, images: Images) -> Flow:
+        """Return the flow from which training on `images` starts."""
+        return self.make_flow(self.images.dim, self.classes)
 
     def make_sampler(self, flow: Flow) -> Flow:
         """Return the flow from which samples are drawn."""
         return flow
 
 
-def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow]) -> None:
-    """Train a flow on images, x = (pixel + u) / levels in [0, 1]^dim, measure it and draw it.
-
-    `make(images)` returns the untrained flow.
-    """
-    images, classes, measure = settings.load(), settings.classes, settings.make_measure()
+def learn_images(name: str, settings: ImageExperiment) -> None:
+    """Train a flow on images, x = (pixel + u) / levels in [0, 1]^dim, measure it and draw it."""
+    images, classes, measure = settings.images.load(), settings.classes, settings.measure
+    divergence, chunk = measure.make_divergence(), measure.chunk
     if classes and (images.labels is None or max(map(np.max, images.labels.values())) >= classes):
         raise InputError(
             f"a density given the class needs images with labels 0 to {classes - 1}: use other "
             "images, or --no-conditional"
         )
-    run_dir = RunDir(name, settings, resume=settings.resume)
-    keys = jr.split(jr.fold_in(jr.key(settings.seed), 2), 5)
+    run_dir = RunDir(name, settings)
+    keys = jr.split(jr.fold_in(jr.key(settings.run.seed), 2), 5)
     val_key, val_noise_key, test_key, score_key, sample_key = keys
 
     def part(which, count, key):
@@ -74,8 +95,8 @@ def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow])
         x = held_out(pixels, images.levels, count, key)
         return x, one_hot(images, which, classes, some(len(pixels), count))
 
-    dim, levels = settings.dim, images.levels
-    x_val, c_val = part("val", settings.validation_images, val_key)
+    dim, levels = settings.images.dim, images.levels
+    x_val, c_val = part("val", measure.validation_images, val_key)
 
     def validate(flow):
         scores = evaluate.log_prob(
@@ -83,9 +104,9 @@ def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow])
             x_val,
             key=val_noise_key,
             context=c_val,
-            solve=measure.quick,
-            divergence=measure.divergence,
-            chunk=measure.chunk,
+            solve=measure.make_validation_solve(),
+            divergence=divergence,
+            chunk=chunk,
         )
         return float(bits_per_dim(-scores.nll, dim, levels))
 
@@ -94,7 +115,7 @@ def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow])
     fitted = fit(
         run_dir,
         settings,
-        make(images),
+        settings.make_start(images),
         draw_of=lambda batch: dequantized_batches(levels, batch),
         data=pixels if context is None else (pixels, context),
         validate=validate,
@@ -106,7 +127,7 @@ def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow])
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
 
-    x, c = part("test", settings.test_images, test_key)
+    x, c = part("test", measure.test_images, test_key)
     with progress("drawing figures"):
         plot_images(run_dir, settings, flow, np.asarray(x), c, sample_key)
     with progress(f"measuring on {len(x)} test images"):
@@ -115,11 +136,11 @@ def learn_images(name: str, settings: ImageLoop, make: Callable[[Images], Flow])
             x,
             key=score_key,
             context=c,
-            solve=measure.solve,
-            divergence=measure.divergence,
+            solve=measure.make_solve(),
+            divergence=divergence,
             draws=measure.draws,
-            reference_points=measure.reference_points,
-            chunk=measure.chunk,
+            reference_points=measure.reference_images,
+            chunk=chunk,
         )
     scores = report.scores
     unit = dim * np.log(2)
@@ -146,7 +167,7 @@ def one_hot(images: Images, which: str, classes: int, rows: Any) -> Array | None
 
 def plot_images(
     run_dir: RunDir,
-    settings: ImageLoop,
+    settings: ImageExperiment,
     flow: Flow,
     x: np.ndarray,
     context: Array | None,
@@ -156,10 +177,11 @@ def plot_images(
 
     Each row interpolates linearly between the latents of two test images.
     """
-    count, solve = min(MAX_IMAGE_ROWS * 10, len(x)), settings.make_measure().quick
+    count, shape = min(MAX_IMAGE_ROWS * 10, len(x)), settings.images.shape
+    solve = settings.measure.make_validation_solve()
     given = None if context is None else jnp.eye(settings.classes)[np.arange(count) % 10]
     samples = evaluate.sample(settings.make_sampler(flow), key, count, context=given, solve=solve)
-    figure = plot.image_grid([("data", x[:count]), ("samples", samples.x[-1])], settings.shape)
+    figure = plot.image_grid([("data", x[:count]), ("samples", samples.x[-1])], shape)
     run_dir.save_figures(samples=figure)
     rows = min(MAX_IMAGE_ROWS, len(x) // 2)
     ends = jnp.asarray(x[: 2 * rows])
@@ -175,5 +197,5 @@ def plot_images(
     ways = evaluate.transform(
         flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve
     )
-    figure = plot.image_grid([("between two test images", ways.x[-1])], settings.shape)
+    figure = plot.image_grid([("between two test images", ways.x[-1])], shape)
     run_dir.save_figures(interpolation=figure)

@@ -14,15 +14,14 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.run_dir import kind_of, load_flow
-from experiments._tasks.image_data import held_out, some
-from experiments._tasks.images import ImageLoop
-from experiments._tasks.tables import Columns
-from experiments.density import Density
+from experiments._tasks.image_data import ImageData, held_out, some
+from experiments._tasks.images import ImageExperiment
+from experiments._tasks.tables import Columns, TableExperiment, TableFile, TableRun, require_data
 from jcnf import Solve, evaluate
 from jcnf._checks import InputError
 from jcnf.data.images import read_images
 from jcnf.data.noise import shuffled, uniform_noise
-from jcnf.data.tables import Standardizer, read_rows
+from jcnf.data.tables import read_rows
 from jcnf.divergence import Divergence
 from jcnf.flows import Flow
 
@@ -87,54 +86,45 @@ class Sets(NamedTuple):
     shape: tuple[int, int, int] = (0, 0, 0)
 
 
-def load_model(run: Path) -> tuple[ImageModel | TableModel, ImageLoop | Density]:
-    """Return the density that a run has learned, and the run's settings.
+def load_model(run: Path) -> tuple[ImageModel | TableModel, ImageExperiment | TableRun]:
+    """Return the density that a run has learned, and what knows the data: its settings or the run.
 
     **Raises:** `InputError` if it is not a run on images or tables, or has not finished training.
     """
     kind = kind_of(run)
-    if not issubclass(kind, ImageLoop | Density):
+    if issubclass(kind, TableExperiment):
+        trained = TableRun.load(run)
+        columns = trained.columns
+        return TableModel(trained.flow, (columns.scale.columns, columns.places), columns), trained
+    if not issubclass(kind, ImageExperiment):
         raise InputError(
             f"{run} was not trained on images or a table ({kind.__name__}), so it has no test "
             "part: use a run of images, density or tabular, or of nice on images"
         )
-    flow, trained, notes = load_flow(run, kind)
-    if isinstance(trained, Density):
-        columns = Columns.of(Standardizer.from_json(notes["table"]), trained.context)
-        form = (columns.scale.columns, columns.places)
-        return TableModel(flow, form, columns), trained
-    measure = trained.make_measure()
-    model = ImageModel(flow, trained.shape, trained.classes, measure.divergence, measure.chunk)
-    return model, trained
+    flow, settings, _ = load_flow(run, kind)
+    measure = settings.measure
+    model = ImageModel(
+        flow, settings.images.shape, settings.classes, measure.make_divergence(), measure.chunk
+    )
+    return model, settings
 
 
 def load_sets(
-    run: Path,
-    model: ImageModel | TableModel,
-    trained: ImageLoop | Density,
-    outside: Sequence[Path],
-    count: int,
-    seed: int,
+    run: Path, trained: ImageExperiment | TableRun, outside: Sequence[Path], count: int, seed: int
 ) -> Sets:
     """Return at most `count` points of each set: the test part, noise, and the `outside` files.
 
     **Raises:** `InputError` if the data that the run was trained on are missing or have changed,
     if a file does not have their form, or if two sets have the same name.
     """
-    path = trained.data if isinstance(trained, Density) else trained.path
-    if path is not None and not Path(path).exists():
-        raise InputError(
-            f"{run} was trained on {path}, which does not exist: restore it, or start from the "
-            "folder to which the path is relative"
-        )
-    if isinstance(trained, ImageLoop):
-        return _images(trained, outside, count, seed)
-    assert isinstance(model, TableModel)  # ensured by `load_model`
-    return _tables(run, model.columns.scale, trained, outside, count, seed)
+    if isinstance(trained, TableRun):
+        return _tables(trained, outside, count, seed)
+    require_data(run, trained.images.files)
+    return _images(trained.images, outside, count, seed)
 
 
-def _images(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int) -> Sets:
-    images, rng = trained.load(), np.random.default_rng([seed, 0])
+def _images(data: ImageData, outside: Sequence[Path], count: int, seed: int) -> Sets:
+    images, rng = data.load(), np.random.default_rng([seed, 0])
     levels, warnings = images.levels, []
 
     def read(path):
@@ -152,7 +142,7 @@ def _images(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int) 
     test = images.test[some(len(images.test), count)]
     pixels = {
         INSIDE: test,
-        "uniform_noise": uniform_noise(rng, count, trained.dim, levels),
+        "uniform_noise": uniform_noise(rng, count, data.dim, levels),
         "shuffled": shuffled(rng, test),
     }
     pixels |= _outside(outside, pixels, read)
@@ -167,18 +157,12 @@ def _images(trained: ImageLoop, outside: Sequence[Path], count: int, seed: int) 
     )
 
 
-def _tables(
-    run: Path,
-    scale: Standardizer,
-    trained: Density,
-    outside: Sequence[Path],
-    count: int,
-    seed: int,
-) -> Sets:
-    table, rng = trained.load(), np.random.default_rng([seed, 0])
-    same = table.scale.columns == scale.columns
-    if not same or not np.allclose(table.scale.mean, scale.mean, atol=1e-6 * scale.std):
-        raise InputError(f"{trained.data} has changed since {run} was trained on it: restore it")
+def _tables(trained: TableRun, outside: Sequence[Path], count: int, seed: int) -> Sets:
+    table, scale, rng = (
+        trained.load_table(),
+        trained.columns.scale,
+        np.random.default_rng([seed, 0]),
+    )
     test, train = (
         scale.unstandardize(part[some(len(part), count)]) for part in (table.test, table.train)
     )
@@ -192,7 +176,8 @@ def _tables(
         return rows[some(len(rows), count)]
 
     x |= _outside(outside, x, read)
-    noisy = trained.dequantize and outside
+    source = trained.settings.table
+    noisy = isinstance(source, TableFile) and source.dequantize and outside
     warnings = ["the run's rows have noise added by --dequantize; those of --outside do not"]
     return Sets(x, train, warnings if noisy else [])
 

@@ -1,21 +1,17 @@
 """Figures of VAEs: reconstructions, samples of the prior, and posteriors in the plane."""
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from experiments._runner.loop import FitResult
 from experiments._runner.run_dir import RunDir
-from jcnf import evaluate, plot
+from jcnf import Solve, evaluate, plot
 from jcnf.plot import _style, image_grid
-
-if TYPE_CHECKING:
-    from experiments.latent import Latent
 
 SHOWN_IMAGES = 60
 SHOWN_POSTERIORS = 6
@@ -32,15 +28,16 @@ class Measured(NamedTuple):
 
 def draw(
     run_dir: RunDir,
-    settings: "Latent",
     found: dict[str, Measured],
     shape: tuple[int, int, int],
     test: Array,
+    key: Key[Array, ""],
+    solve: Solve,
 ) -> None:
-    """Draw images of the first seed's models and, for latents in the plane, their posteriors."""
+    """Draw images of models and, for latents in the plane, their posteriors; consumes `key`."""
     model = found["flow"].fitted.flow
     decode = jax.jit(jax.vmap(lambda z: jax.nn.sigmoid(model.decoder(z))))
-    z = model.prior.sample(jr.fold_in(jr.key(settings.seed), 4), SHOWN_IMAGES)
+    z = model.prior.sample(key, SHOWN_IMAGES)
     mean = jnp.asarray(found["flow"].samples.mean[:SHOWN_IMAGES])
     run_dir.save_figures(
         images=image_grid(
@@ -51,16 +48,16 @@ def draw(
             ],
             shape,
         ),
-        training=plot.training_curves(found["flow"].fitted.records, loss_units=settings.loss_units),
+        training=plot.training_curves(found["flow"].fitted.records, loss_units="nats"),
     )
-    if settings.latent == 2:
+    if model.prior.dim == 2:
         run_dir.save_figures(
-            posteriors=draw_posteriors(found, shape, test[:SHOWN_POSTERIORS], settings)
+            posteriors=draw_posteriors(found, shape, test[:SHOWN_POSTERIORS], solve)
         )
 
 
 def draw_posteriors(
-    found: dict[str, Measured], shape: tuple[int, int, int], x: Array, settings: "Latent"
+    found: dict[str, Measured], shape: tuple[int, int, int], x: Array, solve: Solve
 ) -> _style.Figure:
     """Draw p(z | x) of the "gaussian" model's decoder, and its "gaussian" and "refined" fits."""
     model = found["gaussian"].fitted.flow
@@ -79,9 +76,7 @@ def draw_posteriors(
 
         def approximate(posterior, z, one=one):
             context = jnp.broadcast_to(one[None], (len(z), len(one)))
-            return evaluate.log_prob(
-                posterior, z, context=context, solve=settings.make_test_solve()
-            )
+            return evaluate.log_prob(posterior, z, context=context, solve=solve)
 
         densities = [exact, *(functools.partial(approximate, q) for q in posteriors)]
         panels.append([evaluate.grid_of(d, views[-1], POSTERIOR_CELLS).log_prob for d in densities])

@@ -12,7 +12,7 @@ from jcnf.training import checkpoint
 
 pytestmark = pytest.mark.slow
 STEPS = 2000
-WORDS = ["--steps", STEPS, "--widths", 64, "--batch", 16, "--log-every", 100]
+WORDS = ["--steps", STEPS, "--width", 64, "--batch", 16, "--log-every", 100]
 WORDS += ["--checkpoint-every", 200, "--validate-every", 1000, "--test-points", 50]
 WORDS += ["--particles", 10, "--frames", 3, "--cells", 20]
 
@@ -131,7 +131,7 @@ def test_exploding_learning_rate(tmp_path):
 
 
 def test_solver_forced_to_fail(tmp_path):
-    words = ["--objective", "likelihood", "--max-steps", 1, "--rtol", 1e-6, "--atol", 1e-6]
+    words = ["objective:likelihood", "--max-steps", 1, "--rtol", 1e-6, "--atol", 1e-6]
     assert "solves failed" in fails(tmp_path / "run", *words)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     counts = report["skipped_since_record"]

@@ -13,7 +13,7 @@ from jcnf.training import checkpoint
 
 KILLS = 50
 STEPS = 30_000
-WORDS = ["--steps", STEPS, "--widths", 8, "--batch", 16, "--log-every", 500]
+WORDS = ["--steps", STEPS, "--width", 8, "--batch", 16, "--log-every", 500]
 WORDS += ["--checkpoint-every", 1000, "--validate-every", 6000, "--test-points", 50]
 WORDS += ["--particles", 10, "--frames", 3, "--cells", 20]
 
