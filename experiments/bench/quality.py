@@ -61,14 +61,17 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
     data = toy(DATA)
     x = data.sample(jr.fold_in(jr.key(seed), 2), TEST_POINTS)
     true = np.asarray(data.log_prob(x))
-    trainings = {"jcnf, flow matching": matching, "jcnf, likelihood": ffjord}
+    trainings = {
+        "jcnf, flow matching": functools.partial(matching, seed),
+        "jcnf, likelihood": functools.partial(ffjord, seed),
+    }
     for name, peer in peers.load("torchdiffeq").items() if with_peers else ():
         learner = peer.learner(CASES["toy"](0), FFJORD_DECAY, seed)
-        trainings[f"{name}, likelihood"] = lambda _, follower, own=learner: follow(own, follower)
+        trainings[f"{name}, likelihood"] = functools.partial(follow, learner)
     found = {}
     for name, train in trainings.items():
         follower = Follower(x, true, limit)
-        train(seed, follower)
+        train(follower)
         found[name] = _summary(name, follower.curve)
     if with_peers:
         seconds, gaps = [], []
