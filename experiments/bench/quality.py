@@ -4,6 +4,7 @@ The gap is the test NLL minus the NLL of the true density on the same points. Co
 measurements are not counted; a measurement follows whenever the steps have grown by a tenth.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax.random as jr
 import numpy as np
 import optax
 
+import jcnf
 from experiments._tasks.spline_flow import train_spline_flow
 from experiments.bench import peers
 from experiments.bench.cases import CASES, SOLVE
@@ -23,6 +25,8 @@ from jcnf.plot import CurvePanel
 DATA, TARGETS, TEST_POINTS = "8gaussians", (0.20, 0.10, 0.05), 5000
 SPLINE_BUDGETS = (2.0, 4.0, 8.0, 16.0)  # seconds of separate runs, whose schedules end there
 FFJORD_BATCH, FFJORD_DECAY = 100, 1e-5
+MAX_STEPS, EVERY = 10**7, 50  # of our trainings, and between two times at which they may end
+LogProb = Callable[[jax.Array], np.ndarray]
 Curve = tuple[list[float], list[float]]  # seconds, gaps
 
 
@@ -30,7 +34,26 @@ class Learner(NamedTuple):
     """A training that can be continued in parts."""
 
     train: Callable[[int], None]  # takes this many more steps
-    log_prob: Callable[[jax.Array], np.ndarray]  # of the model trained so far
+    log_prob: LogProb  # of the model trained so far
+
+
+class Follower:
+    """Measures the gap of a model in training, whenever its steps have grown by a tenth."""
+
+    def __init__(self, x: jax.Array, true: np.ndarray, limit: float):
+        self.x, self.true, self.limit = x, true, limit
+        self.curve: Curve = [], []
+        self.next_step = 0
+
+    def __call__(self, step: int, seconds: float, log_prob: LogProb) -> bool:
+        """Measure if it is time; return whether the last target is reached or the time is up."""
+        if step < self.next_step:
+            return False
+        self.next_step = step + max(10, step // 10)
+        gap = float(np.mean(self.true - log_prob(self.x)))
+        for values, value in zip(self.curve, (seconds, gap), strict=True):
+            values.append(value)
+        return gap <= TARGETS[-1] or seconds > self.limit
 
 
 def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
@@ -38,12 +61,18 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
     data = toy(DATA)
     x = data.sample(jr.fold_in(jr.key(seed), 2), TEST_POINTS)
     true = np.asarray(data.log_prob(x))
-    learners = {"jcnf, flow matching": matching(seed), "jcnf, likelihood": ffjord(seed)}
+    trainings = {
+        "jcnf, flow matching": functools.partial(matching, seed),
+        "jcnf, likelihood": functools.partial(ffjord, seed),
+    }
     for name, peer in peers.load("torchdiffeq").items() if with_peers else ():
-        learners[f"{name}, likelihood"] = peer.learner(CASES["toy"](0), FFJORD_DECAY, seed)
+        learner = peer.learner(CASES["toy"](0), FFJORD_DECAY, seed)
+        trainings[f"{name}, likelihood"] = functools.partial(follow, learner)
     found = {}
-    for name, learner in learners.items():
-        found[name] = _summary(name, follow(learner, x, true, limit))
+    for name, train in trainings.items():
+        follower = Follower(x, true, limit)
+        train(follower)
+        found[name] = _summary(name, follower.curve)
     if with_peers:
         seconds, gaps = [], []
         for budget in SPLINE_BUDGETS:
@@ -56,19 +85,15 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
     return found
 
 
-def follow(learner: Learner, x, true: np.ndarray, limit: float, parts: int = 10_000) -> Curve:
-    """Train and measure in turn, until the last target is reached or the time is up."""
-    seconds, gaps, spent, steps = [], [], 0.0, 0
-    for _ in range(parts):
+def follow(learner: Learner, follower: Follower) -> None:
+    """Train and measure in turn, until the follower has seen enough."""
+    seconds, steps, enough = 0.0, 0, False
+    while not enough:
         more = max(10, steps // 10)
         tic = time.perf_counter()
         learner.train(more)
-        spent, steps = spent + time.perf_counter() - tic, steps + more
-        seconds.append(spent)
-        gaps.append(float(np.mean(true - learner.log_prob(x))))
-        if gaps[-1] <= TARGETS[-1] or spent > limit:
-            break
-    return seconds, gaps
+        seconds, steps = seconds + time.perf_counter() - tic, steps + more
+        enough = follower(steps, seconds, learner.log_prob)
 
 
 def seconds_to(target: float, curve: Curve) -> float | None:
@@ -82,45 +107,42 @@ def panel(found: dict[str, dict]) -> CurvePanel:
     return CurvePanel(DATA, "training seconds", "gap (nats)", series)
 
 
-def matching(seed: int) -> Learner:
-    """Return flow matching as in the experiments, but at a constant learning rate."""
+def matching(seed: int, follower: Follower) -> None:
+    """Train by flow matching as in the experiments, but at a constant learning rate."""
     field = fields.ResNet(2, 96, 2, time_frequencies=4, key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))
     optimizer = training.make_optimizer(5e-3, 1, clip=10.0, schedule="constant")
-    return _learner(flow, objectives.flow_matching, 1024, optimizer, 0.999, seed)
+    _train(flow, follower, seed, batch=1024, optimizer=optimizer)
 
 
-def ffjord(seed: int) -> Learner:
-    """Return likelihood with FFJORD's settings, except that the end time is not trained."""
+def ffjord(seed: int, follower: Follower) -> None:
+    """Train by likelihood with FFJORD's settings, except that the end time is not trained."""
+    settings = {"objective": objectives.likelihood, "batch": FFJORD_BATCH, "solve": SOLVE}
     optimizer = optax.chain(optax.add_decayed_weights(FFJORD_DECAY), optax.adam(1e-3))
-    flow = CASES["toy"](0).flow
-    return _learner(flow, objectives.likelihood, FFJORD_BATCH, optimizer, 0.0, seed, SOLVE)
+    _train(CASES["toy"](0).flow, follower, seed, optimizer=optimizer, average=0.0, **settings)
 
 
-def _learner(flow, objective, batch, optimizer, average, seed, solve=None):
-    data, key = toy(DATA), jr.key(seed)
-    run = training.make_train_loop(
+def _train(flow, follower, seed, **settings):
+    solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
+
+    def log_prob(flow, x):
+        return evaluate.log_prob(flow, x, solve=solve).log_prob
+
+    def measure(progress):
+        own = functools.partial(log_prob, progress.flow)
+        return follower(progress.step, progress.snapshot.seconds, own)
+
+    jcnf.fit(
         flow,
-        objective,
-        lambda key, _: data.sample(key, batch),
-        optimizer,
-        average=average,
-        solve=solve,
+        toy(DATA).sample,
+        key=jr.key(seed),
+        steps=MAX_STEPS,
+        every=EVERY,
+        validation=None,
+        callbacks=[measure],
+        progress=False,
+        **settings,
     )
-    state = training.init(flow, optimizer)
-    program = run.program.lower(state, None, key, 0).compile()
-    until = 0
-
-    def go_on(steps):
-        nonlocal state, until
-        until += steps
-        state, _ = jax.block_until_ready(program(state, None, key, until))
-
-    def log_prob(x):
-        solve = Solve(rtol=1e-4, atol=1e-4, norm="worst")
-        return evaluate.log_prob(training.with_params(flow, state.average), x, solve=solve).log_prob
-
-    return Learner(go_on, log_prob)
 
 
 def _summary(name, curve):

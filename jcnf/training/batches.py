@@ -65,7 +65,7 @@ def prepare(
 ) -> Prepared:
     """Prepare the arguments of `jcnf.fit` of these names for the training loop; consumes `key`."""
     split_key, fresh_key = jr.split(key)
-    held_out = validation
+    held_out: Any = validation
     if callable(data):
         check_int(batch=batch)
         rows, draw = None, lambda key, _: data(key, batch)
@@ -85,8 +85,9 @@ def prepare(
             )
         if isinstance(validation, float):
             rows, held_out = _split(rows, validation, split_key)
-    scored = validation is None or callable(validation)
-    return Prepared(rows, draw, paired, validation if scored else partial(_nll, rows=held_out))
+    scored = held_out is None or callable(held_out)
+    score: Any = held_out if scored else partial(_nll, rows=held_out)
+    return Prepared(rows, draw, paired, score)
 
 
 def _split(rows, share, key):

@@ -56,10 +56,11 @@ class Snapshot(NamedTuple):
     @classmethod
     def restored(cls, arrays: tuple[TrainState, PyTree], numbers: dict[str, Any]) -> "Snapshot":
         """Return the snapshot that has these `arrays` and `numbers`."""
-        sums = numbers["sums"]
-        if sums is not None:
-            sums = MetricSums(**jax.tree.map(lambda n: jnp.asarray(n, type(n)), sums))
-        return cls(*arrays, **numbers | {"sums": sums})
+        restored = cls(*arrays, **numbers)
+        if restored.sums is None:
+            return restored
+        sums = jax.tree.map(lambda number: jnp.asarray(number, type(number)), numbers["sums"])
+        return restored._replace(sums=MetricSums(**sums))
 
     @property
     def step(self) -> int:

@@ -25,7 +25,7 @@ from jcnf.training.batches import DrawBatch
 from jcnf.training.reports import check_data, report
 from jcnf.training.state import MetricSums, TrainState, check_optimizer, partition
 
-Objective = Callable[[Any, Any, Key[Array, ""]], tuple[Array, dict[str, Array]]]
+Objective = Callable[..., tuple[Array, dict[str, Array]]]  # of a model, a batch and a key
 
 
 def by_reverse_mode(function: Callable) -> Callable:

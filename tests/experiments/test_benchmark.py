@@ -192,7 +192,9 @@ def test_scaling_takes_every_point_of_its_grid():
 def test_quality_follows_a_training_to_its_target():
     gaps = iter([0.5, 0.15, 0.15, 0.04])
     learner = quality.Learner(lambda steps: None, lambda x: -next(gaps) * np.ones(3))
-    curve = quality.follow(learner, None, np.zeros(3), limit=100.0)
+    follower = quality.Follower(None, np.zeros(3), limit=100.0)
+    quality.follow(learner, follower)
+    curve = follower.curve
     assert curve[1] == pytest.approx([0.5, 0.15, 0.15, 0.04])
     assert quality.seconds_to(0.2, curve) == curve[0][1]
     assert quality.seconds_to(0.01, curve) is None

@@ -1,4 +1,4 @@
-"""`jcnf.fit`: its result, the rows that it holds out, and when it stops."""
+"""`jcnf.fit`: its result, the rows that it holds out, when it stops, and how it goes on."""
 
 import equinox as eqx
 import jax
@@ -12,6 +12,7 @@ from helpers import mlp
 import jcnf
 from jcnf import CNF, objectives
 from jcnf.distributions import StandardNormal
+from jcnf.training import Snapshot, checkpoint
 
 pytestmark = pytest.mark.usefixtures("promotion")
 
@@ -138,3 +139,115 @@ def test_fit_refuses_bad_arguments(settings, message):
     arguments = {"data": X, **SMALL} | settings
     with pytest.raises(ValueError, match=message):
         jcnf.fit(flow(), key=jr.key(0), **arguments)
+
+
+TARGET = jnp.array([1.0, -2.0])
+
+
+def squares(model, x, key):
+    """(w - target)^2 with noise; the solve fails where w[0] is above 0.55."""
+    loss = jnp.sum((model["w"] - TARGET + 0.1 * jnp.mean(x, axis=0) + 0.1 * jr.normal(key)) ** 2)
+    return loss, {"failed": model["w"][0] > 0.55}
+
+
+def distance(model):
+    return float(jnp.sum((model["w"] - TARGET) ** 2))
+
+
+def quick_fit(**settings):
+    """Fit a model that compiles quickly."""
+    settings = {
+        **{"objective": squares, "steps": 40, "every": 8, "batch": 16, "validate_every": 16},
+        **{"optimizer": optax.adam(0.01), "validation": distance, "average": 0.9},
+        **{"progress": False} | settings,
+    }
+    return jcnf.fit({"w": jnp.zeros(2)}, X, key=jr.key(3), **settings)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return quick_fit()
+
+
+def without_seconds(result):
+    history = [{k: v for k, v in record.items() if k != "seconds"} for record in result.history]
+    return history, result.flow, result.snapshot._replace(seconds=0.0)
+
+
+def assert_the_same(result, other):
+    for one, two in zip(without_seconds(result), without_seconds(other), strict=True):
+        assert eqx.tree_equal(one, two)
+
+
+def test_fit_validates_at_the_first_record_after_so_many_steps_and_at_the_end(whole):
+    assert [record["step"] for record in whole.history] == [8, 16, 24, 32, 40]
+    assert [record["step"] for record in whole.history if "score" in record] == [16, 32, 40]
+    seconds = [record["seconds"] for record in whole.history]
+    assert 0 < seconds[0] < seconds[-1] == whole.snapshot.seconds
+
+
+def test_fit_interrupted_goes_on_bit_for_bit_from_a_snapshot_on_disk(whole, tmp_path):
+    """Some of the stops are at records, some at validations, and some between them."""
+    start, history, file = None, [], tmp_path / "snapshot"
+    like = Snapshot.first({"w": jnp.zeros(2)}, optax.adam(0.01)).arrays
+    for stop in (1, 8, 9, 16, 17, None):
+        part = quick_fit(start=start, interrupt=lambda at, stop=stop: at.step == stop)
+        assert part.snapshot.step == (stop or 40)
+        checkpoint.save(file, part.snapshot.arrays, part.snapshot.numbers)
+        start = Snapshot.restored(*checkpoint.load(file, like))
+        history += part.history
+    assert_the_same(part._replace(history=history, snapshot=start), whole)
+
+
+def test_fit_goes_on_from_the_snapshot_that_a_callback_returns(whole):
+    kept, steps = [], []
+
+    def back_once(progress):
+        steps.append(progress.step)
+        if progress.step == 16:
+            kept.append(progress.snapshot)
+        return kept[0] if steps.count(24) == 1 and progress.step == 24 else None
+
+    result = quick_fit(callbacks=[back_once])
+    assert steps == [8, 16, 24, 24, 32, 40]
+    assert_the_same(result, whole)
+
+
+def test_fit_that_is_stuck_asks_the_callbacks_and_then_ends_with_a_warning():
+    told = []
+    settings = {"optimizer": optax.sgd(0.1), "steps": 100, "max_skips": 5}
+    with pytest.warns(UserWarning, match="ended before step 100, after 5 skipped updates in a row"):
+        result = quick_fit(callbacks=[told.append], **settings)
+    assert [progress.stuck for progress in told] == [False] * (len(told) - 1) + [True]
+    assert result.history[-1]["step"] == told[-1].step == result.snapshot.step < 100
+    assert distance(result.flow) == result.snapshot.lowest < distance({"w": jnp.zeros(2)})
+    firsts = [progress.snapshot for progress in told if not progress.stuck][:1]
+    back = lambda progress: firsts.pop() if progress.stuck and firsts else None  # noqa: E731
+    with pytest.warns(UserWarning, match="were skipped"):
+        again = quick_fit(callbacks=[back], **settings)
+    assert eqx.tree_equal(again.flow, result.flow)
+    assert not firsts
+
+
+def test_fit_that_never_learned_raises():
+    def failing(model, x, key):
+        return jnp.sum(model["w"]), {"failed": jnp.asarray(True)}
+
+    with pytest.raises(RuntimeError, match="nothing was learned: 40 of 40 updates"):
+        quick_fit(objective=failing)
+
+
+def test_fit_draws_batches_by_a_function_of_the_data():
+    def draw(key, tables):
+        return tables["x"][:4] + jr.normal(key)
+
+    def objective(model, x, key):
+        return jnp.sum(model["w"] * jnp.mean(x, axis=0)), {"rows": jnp.asarray(float(len(x)))}
+
+    result = jcnf.fit(
+        *({"w": jnp.zeros(2)}, {"x": X, "unused": X[:3]}),
+        key=jr.key(0),
+        objective=objective,
+        **SMALL | {"batch": draw, "validation": None, "optimizer": optax.sgd(0.1)},
+    )
+    assert [record["rows"] for record in result.history] == [4.0] * 4
