@@ -1,7 +1,9 @@
 """Learn p(x | class) of two moons, and draw samples with classifier-free guidance.
 
-python -m experiments.conditional --guidance 0 1 4
-python -m experiments.conditional objective:likelihood field:mlp
+    python -m experiments.conditional --guidance 0 1 4
+    python -m experiments.conditional objective:likelihood field:mlp
+
+Guidance needs flow matching, which drops some classes so that the flow learns p(x) too.
 """
 
 import dataclasses

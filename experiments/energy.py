@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -56,7 +57,8 @@ class TargetKL(ReverseKL):
 
     @functools.cached_property
     def energy(self) -> Energy:
-        return energies.energy(self.target, self.extent)
+        with jax.ensure_compile_time_eval():  # an energy of yours is tried, even within a jit
+            return energies.energy(self.target, self.extent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
 """Measure KL against the number of units of a planar flow (Chen et al. 2018, figure 4).
 
-python -m experiments.energy_sweep --targets u1 u2 --units 2 8
+    python -m experiments.energy_sweep --targets u1 u2 --units 2 8
+
+All other settings are shared by the flows, one for each target and number of units.
 """
 
 import dataclasses
 import functools
-from typing import Annotated, Literal
+import typing
+from typing import Annotated
 
 import jax.random as jr
 from jaxtyping import Array, Key
@@ -19,6 +22,7 @@ from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import MAX_WIDTH, Range, Settings, Width
 from experiments._runner.stages import train_stages
 from experiments._tasks.energies import (
+    EnergyName,
     ReverseKL,
     SampleMeasure,
     base_samples,
@@ -38,7 +42,7 @@ class TargetKLs(ReverseKL):
     """Reverse KL divergence to the density of each energy, by ODE solves."""
 
     # energies to learn
-    targets: tuple[Literal["u1", "u2", "u3", "u4"], ...] = ("u1", "u2", "u3", "u4")
+    targets: tuple[EnergyName, ...] = typing.get_args(EnergyName)
 
     @functools.cached_property
     def energy(self) -> Energy:
@@ -89,7 +93,7 @@ class EnergySweep(FlowExperiment):
     def trace(self) -> None:
         self.trace_objectives(2)
 
-    def of(self, target: str, units: int) -> "EnergySweep":
+    def of(self, target: EnergyName, units: int) -> "EnergySweep":
         """Return the settings for this target and number of units alone."""
         objective = dataclasses.replace(self.objective, targets=(target,))
         field = dataclasses.replace(self.flow.field, units=(units,))

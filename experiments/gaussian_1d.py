@@ -52,15 +52,22 @@ class Gaussian1D(FlowExperiment, LoopExperiment):
     # seed of the training points; --seed is the seed of everything else
     data_seed: Whole = 0
 
-    # The line search of L-BFGS compares losses that hardly differ, so they must be accurate.
-    objective: Objective = Likelihood(solve=TrainingSolve(solver="tsit5", rtol=1e-5, atol=1e-5))
+    objective: Objective = Likelihood(
+        # The line search of L-BFGS compares losses that hardly differ, so they must be accurate.
+        solve=TrainingSolve(solver="tsit5", rtol=1e-5, atol=1e-5)
+    )
     flow: Flow = Flow(
         field=MLP(widths=(3,), time="ignore", activation="tanh", bounded=True), t1=10.0
     )
-    # Three L-BFGS steps for each parameter find the Gaussian of the points. Many more fit the noise
-    # of the points, unless --regularizers jacobian 1 keeps the density smooth.
     training: Training = Training(
-        steps=20, batch=100, learning_rate=1e-2, warmup=0, average=0.0, lbfgs_steps=30
+        steps=20,
+        batch=100,
+        learning_rate=1e-2,
+        warmup=0,
+        average=0.0,
+        # Three steps for each parameter find the Gaussian of the points. Many more fit the noise of
+        # the points, unless --regularizers jacobian 1 keeps the density smooth.
+        lbfgs_steps=30,
     )
     measure: PointMeasure = PointMeasure()
     loop: Loop = Loop(log_every=1, validate_every=10)

@@ -23,7 +23,7 @@ from tyro.conf import Fixed, Suppress
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
 from experiments._runner.fields import Base, Logistic, Normal
-from experiments._runner.settings import MAX_LAYERS, Range, Settings, Widths
+from experiments._runner.settings import MAX_LAYERS, Positive, Range, Settings, Widths
 from experiments._runner.stages import Stage
 from experiments._tasks.density2d import PlaneExperiment, PlaneMeasure, ToyName, learn
 from experiments._tasks.image_data import ImageData, held_out
@@ -52,7 +52,7 @@ class Couplings(Settings):
 class NoSolves(Measure):
     """Measuring a flow that solves no ODE."""
 
-    test_tolerance: Suppress[Fixed[float]] = 1e-5  # without effect
+    test_tolerance: Suppress[Fixed[Positive]] = 1e-5  # without effect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

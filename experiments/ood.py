@@ -66,7 +66,7 @@ class OOD(Experiment):
     # finished run of images, density or tabular, or of nice on images
     from_run: Annotated[Path, tyro.conf.arg(name="from")]
     # files of outside data: tables with the run's columns, or images of its size with values from 0
-    # (black) to 255, in the formats of --path of experiments.images (the test part is read)
+    # (black) to 255, in the formats of --files of experiments.images (the test part is read)
     outside: tuple[Path, ...] = ()
     # run on the same kind of images or columns but perturbed data; adds the score ratio
     background: Path | None = None

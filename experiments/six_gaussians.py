@@ -1,5 +1,8 @@
 """Learn six Gaussians by torchdyn's continuous normalizing flow, augmented or not.
 
+    python -m experiments.six_gaussians
+    python -m experiments.six_gaussians --augment 1
+
 The network, solver, batch and weight decay are the source's. The samples are fresh at every step,
 the learning rate decays as a cosine, and training takes a fifth of its 300 epochs of 16 batches.
 

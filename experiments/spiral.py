@@ -12,7 +12,7 @@ batch and a higher learning rate, which decays as a cosine. The source's own set
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import jax.random as jr
 import numpy as np
@@ -34,7 +34,7 @@ from experiments._runner.settings import (
 )
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
-from experiments._tasks.series import SCORE, Learner, root_mean_square
+from experiments._tasks.series import SCORE, Learner, SpiralName, root_mean_square
 from jcnf import objectives, plot, training
 from jcnf._checks import InputError
 from jcnf.data.series import Series, load_series, spiral
@@ -49,7 +49,7 @@ class Target(Settings):
     """A spiral of known motion, observed with noise."""
 
     # spiral to learn: linear (dz/dt = W z), cubic (dz/dt = W' z^3)
-    target: Literal["linear", "cubic"] = "linear"
+    target: SpiralName = "linear"
     # number of observations
     points: Annotated[int, Range(3, MAX_COUNT)] = 200
     # standard deviation of the noise on the observations

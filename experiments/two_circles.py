@@ -1,5 +1,7 @@
 """Learn two circles by the planar CNF of Chen et al. (2018), as in torchdiffeq's example.
 
+    python -m experiments.two_circles
+
 The settings are the source's but for the learning rate, the tolerances and the regularizer, without
 which the flow becomes stiff. The source's own settings: --learning-rate 1e-3 --schedule constant
 --average 0 --rtol 1e-5 --atol 1e-5 --clip 1e9 --regularizers

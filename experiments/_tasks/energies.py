@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from jcnf._checks import InputError
 from jcnf.data import energies
 from jcnf.data.energies import Energy, Integral
 
+EnergyName = Literal["u1", "u2", "u3", "u4"]
 CELLS = 300  # along each axis of the grid on which densities are integrated
 # Share of the extent added at each side, where a flow may put mass that the target does not have.
 MARGIN_SHARE = 0.25

@@ -158,11 +158,8 @@ def _images(data: ImageData, outside: Sequence[Path], count: int, seed: int) -> 
 
 
 def _tables(trained: TableRun, outside: Sequence[Path], count: int, seed: int) -> Sets:
-    table, scale, rng = (
-        trained.load_table(),
-        trained.columns.scale,
-        np.random.default_rng([seed, 0]),
-    )
+    table, scale = trained.load_table(), trained.columns.scale
+    rng = np.random.default_rng([seed, 0])
     test, train = (
         scale.unstandardize(part[some(len(part), count)]) for part in (table.test, table.train)
     )

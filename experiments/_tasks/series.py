@@ -4,7 +4,7 @@ import functools
 import io
 import math
 import time
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jcnf.flows import solve_trajectory
 from jcnf.ode import Stats
 from jcnf.training import checkpoint
 
+SpiralName = Literal["linear", "cubic"]
 CURVE_POINTS = 400  # of a learned trajectory that is drawn and compared with the truth
 PANELS = 8
 DRAWING_SECONDS = 3.0  # minimum time between two drawings in training

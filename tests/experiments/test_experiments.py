@@ -1,5 +1,6 @@
 """The experiments as a user runs them: whole runs, resuming, and messages for bad input."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from command_lines import command_of
 
 from experiments._runner import cli
+from experiments._runner.config import Run
 from jcnf import CNF
 from jcnf.distributions import StandardNormal
 
@@ -190,7 +192,8 @@ BAD = {
     "picture --image none.png": "none.png",
     "picture --image few.csv": "few.csv.*.png",
     "picture --image .": "directory",
-    "nice mnist --path no.npz": "no.npz",
+    "nice mnist --files no.npz": "no.npz",
+    "nice digits --files few.csv": "digits.*--files",
     "images --test-images 1": "--test-images.*2",
     "images --alpha 0.7": "alpha.*0.7",
     "images --alpha 1e-9": "alpha.*1e-7",
@@ -352,8 +355,16 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
         (
             "images",
             [
-                *("--channels", 4, "--steps", 4, "--precision", "bfloat16", "--test-probes", 1),
-                *("--reference-images", 2, "--test-draws", 2, *PICTURES, *LOOP),
+                *("--channels", 4, "--steps", 4, "--precision", "bfloat16"),
+                *(
+                    "test-divergence:hutchinson",
+                    "--reference-images",
+                    2,
+                    "--test-draws",
+                    2,
+                    *PICTURES,
+                    *LOOP,
+                ),
             ],
             "samples",
         ),
@@ -391,14 +402,15 @@ def test_measurements_run_and_draw(tmp_path, name, settings, figure):
 
 def test_pictures_without_labels_have_no_classes(tmp_path):
     from experiments._tasks.images import learn_images
-    from experiments.images import FlowMnist
+    from experiments.images import FLOW_MNIST
     from jcnf._checks import InputError
 
     x = np.zeros((20, 28, 28), np.uint8)
     np.savez(tmp_path / "mnist.npz", x_train=x, x_test=x)
-    settings = FlowMnist(path=tmp_path / "mnist.npz", out=tmp_path / "run")
+    images = dataclasses.replace(FLOW_MNIST.images, files=tmp_path / "mnist.npz")
+    settings = dataclasses.replace(FLOW_MNIST, images=images, run=Run(out=tmp_path / "run"))
     with pytest.raises(InputError, match=r"labels 0 to 9: .*--no-conditional"):
-        learn_images("images", settings, lambda images: None)
+        learn_images("images", settings)
     assert not (tmp_path / "run").exists()
 
 
@@ -408,7 +420,7 @@ def test_the_settings_of_a_run_are_found_by_name(tmp_path):
     from jcnf._checks import InputError
     from jcnf.training import checkpoint
 
-    settings = PlaneNICE(out=tmp_path / "run")
+    settings = PlaneNICE(run=Run(out=tmp_path / "run"))
     RunDir("nice", settings).save_flow(CNF(Straight(), StandardNormal(2)), {})
     assert kind_of(tmp_path / "run") is PlaneNICE
     for name in (

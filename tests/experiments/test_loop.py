@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from experiments._runner import run_dir
-from experiments._runner.config import LoopSettings
+from experiments._runner.config import Loop, LoopExperiment, Run, Training
 from experiments._runner.loop import fit
 from experiments._runner.recorder import MAX_ROLLBACKS
 from experiments._runner.run_dir import RunDir
@@ -50,16 +50,16 @@ def squares(model, x, key, *, solve=None):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(LoopSettings):
-    steps: int = 40
-    log_every: int = 5
-    checkpoint_every: int = 10
-    validate_every: int = 20
+class Settings(LoopExperiment):
+    training: Training = Training(steps=40)
+    loop: Loop = Loop(log_every=5, checkpoint_every=10, validate_every=20)
+    run: Run = Run()
 
     def make_stages(self):
         """Two stages with different optimizers."""
-        first = Stage(squares, self.steps, ADAM, Solve(), average=0.9, batch=8)
-        return [first, first._replace(optimizer=SGD, steps=self.steps // 2)]
+        steps = self.training.steps
+        first = Stage(squares, steps, ADAM, Solve(), average=0.9, batch=8)
+        return [first, first._replace(optimizer=SGD, steps=steps // 2)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,10 +112,14 @@ def distance(model):
     return float(jnp.sum((model["w"] - TARGET) ** 2))
 
 
-def trained(out, *, resume=False, validate=distance, **given):
-    stages, data = given.pop("stages", None), given.pop("data", DATA)
-    settings = Settings(out=out, resume=resume, **given)
-    run = RunDir("toy2d", settings, resume=resume)
+def settings_of(out, *, resume=False, seed=0, **loop):
+    loop = dataclasses.replace(Settings().loop, resume=resume, **loop)
+    return Settings(loop=loop, run=Run(out=out, seed=seed))
+
+
+def trained(out, *, validate=distance, stages=None, data=DATA, **given):
+    settings = settings_of(out, **given)
+    run = RunDir("toy2d", settings)
     return fit(run, settings, START, training.draw_rows, data, validate, stages=stages)
 
 
@@ -185,9 +189,9 @@ def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / ".config.json.123").write_bytes(b"{")
-    RunDir("toy2d", Settings(out=out))
+    RunDir("toy2d", settings_of(out))
     (out / "figures").rmdir()
-    run = RunDir("toy2d", Settings(out=out, resume=True), resume=True)
+    run = RunDir("toy2d", settings_of(out, resume=True))
     run.write_json("figures/of.json", [1])
 
 
@@ -297,7 +301,7 @@ def test_a_damaged_config_is_refused(tmp_path, content):
     ("notes", "message"),
     [
         ({"versions": {"jcnf": "0.0.1"}}, "was written by jcnf 0.0.1, this is "),
-        ({"config": {"steps": 41}}, r"other settings \(.*steps 41 -> 40"),
+        ({"config": {"training": {"steps": 41}}}, r"other settings \(.*steps 41 -> 40"),
         ({"place": None}, "is not a checkpoint of a training"),
     ],
 )
@@ -426,7 +430,7 @@ def test_a_signal_between_skipped_updates_leaves_what_is_gone_back_to(tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
 
     before_each_dispatch(monkeypatch, stop)
-    again = {"keep": 1, "validate_every": 1000, "stages": parts}
+    again = {"keep_checkpoints": 1, "validate_every": 1000, "stages": parts}
     for _ in range(2):
         with pytest.raises(Stopped):
             trained(out, resume=out.exists(), **again)

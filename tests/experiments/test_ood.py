@@ -1,5 +1,6 @@
 """Out-of-distribution detection: densities made by hand, the whole command, and bad input."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -12,12 +13,13 @@ import pytest
 
 from experiments import ood
 from experiments._runner.cli import main
+from experiments._runner.config import Run
 from experiments._runner.run_dir import RunDir
 from experiments._tasks import ood_data
 from experiments._tasks.image_data import held_out
 from experiments._tasks.ood_data import ImageModel
 from experiments.density import Density
-from experiments.nice import DigitsNICE, PlaneNICE
+from experiments.nice import Couplings, ImageNICE, PlaneNICE
 from jcnf import CNF, Exact, Solve, evaluate, fields
 from jcnf.data.images import load_digits_parts
 from jcnf.data.tables import load_table
@@ -40,9 +42,10 @@ def table_run(folder, data, **settings):
     return folder
 
 
-def digits_run(folder, **settings):
+def digits_run(folder):
     """Save a run of NICE on the digits, calibrated but not trained."""
-    settings = DigitsNICE(out=folder, widths=(4,), **settings)
+    flow = dataclasses.replace(ImageNICE().flow, widths=(4,))
+    settings = ImageNICE(flow=flow, run=Run(out=folder))
     x = held_out(load_digits_parts()["train"].pixels, 17, 0, jr.key(0))
     RunDir("nice", settings).save_flow(settings.make_flow(64).calibrated(x), {"classes": 0})
     return folder
@@ -246,9 +249,9 @@ def bad(normals, trained, tmp_path_factory):
     for name in ("small", "sub/small", "test"):
         np.savez(folder / f"{name}.npz", x=np.zeros((3, 8, 8), np.uint8))
     np.savez(folder / "wide.npz", x=np.zeros((3, 8, 9), np.uint8))
-    toy = PlaneNICE(out=folder / "toy", widths=(3,), couplings=2)
+    toy = PlaneNICE(flow=Couplings(widths=(3,), couplings=2), run=Run(out=folder / "toy"))
     RunDir("nice", toy).save_flow(toy.make_flow(2), {})
-    RunDir("nice", DigitsNICE(out=folder / "unfinished"))
+    RunDir("nice", ImageNICE(run=Run(out=folder / "unfinished")))
     (folder / "done").mkdir()
     (folder / "done" / "summary.json").write_text("{}")
     return folder

@@ -290,16 +290,18 @@ def test_a_program_is_compiled_once():
 
 
 def test_a_run_directory_gives_its_flow_back(tmp_path):
+    from experiments._runner.config import Run
+    from experiments._runner.fields import Logistic
     from experiments._runner.run_dir import RunDir, load_flow
-    from experiments.nice import PlaneNICE
+    from experiments.nice import Couplings, PlaneNICE
 
-    settings = PlaneNICE(out=tmp_path, widths=(3,), couplings=2, base="logistic", split="odd_even")
-    settings.check()
+    couplings = Couplings(widths=(3,), couplings=2, split="odd_even", base=Logistic())
+    settings = PlaneNICE(flow=couplings, run=Run(out=tmp_path))
     flow = jax.tree.map(lambda leaf: leaf + 0.5, settings.make_flow(2))
     RunDir("nice", settings).save_flow(flow, {})
     loaded, again, notes = load_flow(tmp_path, PlaneNICE)
     assert eqx.tree_equal(loaded, flow)
-    assert again.couplings == 2
+    assert again == settings
     assert (notes["dim"], notes["context_dim"]) == (2, 0)
 
 
