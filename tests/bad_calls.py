@@ -613,7 +613,9 @@ TRAINING = {
         ["expected a typed key", "jax.random.key(seed)"],
     ),
     "make_train_loop: a solve for what solves nothing": (
-        build_loop(objective=objectives.with_context(objectives.flow_matching), solve=Solve()),
+        lambda: build_loop(
+            objective=objectives.with_context(objectives.flow_matching), solve=Solve()
+        )()(training.init(FLOW, OPTIMIZER), ROWS, KEY, 3),
         ["takes no solve", "solve="],
     ),
     "marginal_log_prob: a name for a solve": (
