@@ -37,7 +37,7 @@ ONES = {n: jnp.ones((3, n)) for n in range(1, 5)}
 NAN = X.at[1, 0].set(jnp.nan)
 ROWS = np.random.default_rng(0).normal(size=(20, 2))
 FLOW = CNF(fields.MLP(2, (4,), key=KEY), StandardNormal(2))
-FIELD, BASE = FLOW.field, FLOW.base
+FIELD, BASE = FIELD, FLOW.base
 GIVEN = CNF(fields.MLP(2, (4,), context_dim=3, key=KEY), BASE)
 WIDE = CNF(fields.MLP(3, (4,), key=KEY), StandardNormal(3))
 OPTIMIZER = training.make_optimizer(1e-3, 10)
@@ -50,7 +50,7 @@ class Silent:
         return x
 
 
-class Column(eqx.Module):
+class Column(fields.Field):
     """A field of another shape than x."""
 
     dim: int = 2
@@ -143,19 +143,19 @@ refuses(jcnf.trajectory, flow, times=TIMES)
 refuses(jcnf.trajectory, {"x": X, "times": [0.0, 1.0]}, says={"flow": "dim"}, flow=FIELDS[:2])
 refuses(CNF, {"field": FIELD, "base": BASE}, field=FIELDS, base=BASES, t1=POSITIVE)
 refuses(flows.ODE, field=FIELDS)
-chain = {"parts": [FLOW], "base": BASE}
-other = CNF(fields.MLP(2, context_dim=1, key=KEY), BASE)
-refuses(Chain, chain, parts=[[], [FIELD], [CNF], FLOW, "ode"], base=BASES[1:])
-refuses(Chain, chain, says={"parts": "context"}, parts=[[GIVEN, other]])
+chain = {"parts": [FLOW.bijection], "base": BASE}
+other = flows.ODE(fields.MLP(2, context_dim=1, key=KEY))
+refuses(Chain, chain, parts=[[], [FIELD], [CNF], [FLOW], FLOW.bijection, "ode"], base=BASES[1:])
+refuses(Chain, chain, says={"parts": "context"}, parts=[[GIVEN.bijection, other]])
 refuses(Composition, parts=[[], [FIELD], "ode"])
-scales = {"shape": (8, 8, 1), "scales": 1, "blocks": lambda shape: [FLOW]}
+scales = {"shape": (8, 8, 1), "scales": 1, "blocks": lambda shape: [FLOW.bijection]}
 refuses(flows.multiscale, scales, shape=SHAPES, scales=[0, 1.5, 5])
 refuses(flows.Logit, alpha=[0.0, 0.5, np.nan, 1e-300, "0.1"])
 refuses(flows.Squeeze, shape=[*SHAPES, (3, 4, 1)])
-refuses(flows.ChannelSplit, {"inner": FLOW, "shape": (2, 2, 1)}, channels=[1])
+refuses(flows.ChannelSplit, {"inner": FLOW.bijection, "shape": (2, 2, 1)}, channels=[1])
 refuses(NICE, {"dim": 2, "key": KEY}, dim=[1], couplings=[0, 1.5], widths=WIDTHS, key=KEYS)
 refuses(NICE, {"dim": 2, "key": KEY}, split=["thirds"], base=BASES[:1])
-refuses(NICE(2, (4,), key=KEY).calibrated, x=[NAN, X[0]])
+refuses(flows.calibrated, {"flow": NICE(2, (4,), key=KEY)}, x=[NAN, X[0]])
 refuses(augmented.augment, {"x": X, "key": KEY, "extra": 1}, x=BATCHES[:1], key=KEYS)
 refuses(augmented.augment, {"x": X, "key": KEY}, extra=[-1, 0.5])
 wide = {"flow": WIDE, "x": X, "key": KEY}
@@ -196,8 +196,8 @@ refuses(fields.MinusIdentity, field=FIELDS)
 rescaled = {"field": FIELD, "rate": 1.0}
 refuses(fields.TimeRescaling, rescaled, field=FIELDS, rate=POSITIVE, start=[np.nan])
 mixture = {"fields": [FIELD], "key": KEY}
-refuses(fields.Mixture, mixture, fields=[[], [FIELD, WIDE.field], [fields.MLP]], key=KEYS)
-refuses(fields.Guided, {"field": GIVEN.field}, scale=[np.nan, "2"])
+refuses(fields.Mixture, mixture, fields=[[], [FIELD, WIDE.bijection.field], [fields.MLP]], key=KEYS)
+refuses(fields.Guided, {"field": GIVEN.bijection.field}, scale=[np.nan, "2"])
 refuses(regularizers.taylor, order=COUNTS)
 refuses(regularizers.named, says={"name": "kinetics|order"}, name=["kinetics", "taylor0"])
 refuses(paths.SigmaMin, sigma=[1.0, np.nan, "0.1"])

@@ -62,6 +62,12 @@ class Snapshot(NamedTuple):
         sums = jax.tree.map(lambda number: jnp.asarray(number, type(number)), numbers["sums"])
         return restored._replace(sums=MetricSums(**sums))
 
+    def validated(self, score: float) -> "Snapshot":
+        """Return the snapshot after a validation with this score."""
+        if score < self.lowest:
+            return self._replace(best=self.state.average, lowest=score, worse=0)
+        return self._replace(worse=self.worse + 1)
+
     @property
     def step(self) -> int:
         """The number of steps taken."""
@@ -244,17 +250,15 @@ def fit(
                 if score is not None and (late or over(at)):
                     scored = {score_name: float(score(here))}
                     metrics |= scored
-                    at = at._replace(worse=at.worse + 1)
-                    if scored[score_name] < at.lowest:
-                        at = at._replace(best=state.average, lowest=scored[score_name], worse=0)
+                    at = at.validated(scored[score_name])
                 at = at._replace(recorded=at.step, sums=None)
                 told = sums if told is None else jax.tree.map(operator.add, told, sums)
                 history.append({"step": at.step, "seconds": at.seconds, **metrics})
-                here = Progress(at.step, steps, metrics, here, at, stuck(at))
-                answers = [callback(here) for callback in callbacks]
-                back = [answer for answer in answers if isinstance(answer, Snapshot)]
-                if back:
-                    at = _replicated(back[0])
+                place = Progress(at.step, steps, metrics, here, at, stuck(at))
+                answers = [callback(place) for callback in callbacks]
+                back = next((each for each in answers if isinstance(each, Snapshot)), None)
+                if back is not None:
+                    at = _replicated(back)
                     history = [record for record in history if record["step"] <= at.step]
                 elif any(answers):
                     break
@@ -278,9 +282,9 @@ def _replicated(snapshot):
 
 
 def _mesh(devices):
-    return (
-        contextlib.nullcontext() if devices is None else jax.set_mesh(sharding.make_mesh(devices))
-    )
+    if devices is None:
+        return contextlib.nullcontext()
+    return jax.set_mesh(sharding.make_mesh(devices))
 
 
 def _bar(steps, step, progress):
