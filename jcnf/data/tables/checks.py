@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jcnf._checks import InputError
-from jcnf.data.tables.dependence import Dependence, dependences
+from jcnf.data.tables.dependence import dependences, linear_dependences
 from jcnf.data.tables.levels import Levels
 
 _MAX_COPY_UNEXPLAINED = 1e-10  # 1 - R^2 of a column that equals another up to rounding
@@ -44,9 +44,9 @@ def require_usable(
             f"leave out with {_drop(constant)}"
         )
     copies = {
-        one.target: f"{one.target} of {next(iter(one.others))}"
-        for one in dependences(train, columns)
-        if len(one.others) == 1 and not one.is_product and one.unexplained < _MAX_COPY_UNEXPLAINED
+        one.target: f"{one.target} of {one.others[0]}"
+        for one in linear_dependences(train, columns)
+        if len(one.others) == 1 and one.unexplained < _MAX_COPY_UNEXPLAINED
     }
     if copies:
         raise InputError(
@@ -106,16 +106,9 @@ def warnings(
         )
     for one in dependences(distinct, columns):
         yield (
-            f"{one.target} follows from {_explained(one)}: {_UNBOUNDED}; leave it out with "
-            f"{_drop([one.target])}"
+            f"{one.target} follows from {_listed(one.others)} ({one.how}, 1 - R2 = "
+            f"{one.unexplained:.1g}): {_UNBOUNDED}; leave it out with {_drop([one.target])}"
         )
-
-
-def _explained(one: Dependence) -> str:
-    if one.is_product:
-        terms = [f"{name}^{power:.3g}" for name, power in one.others.items()]
-        return f"the product {_listed(terms)} (1 - R2 = {one.unexplained:.1g})"
-    return f"{_listed(one.others)} (linear, 1 - R2 = {one.unexplained:.1g})"
 
 
 def _without_duplicates(rows: np.ndarray) -> np.ndarray:
