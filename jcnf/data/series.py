@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jcnf._checks import InputError, check_int, check_number
-from jcnf.data.tables import Standardizer, all_but, read_raw
+from jcnf.data.tables import Standardizer, read_raw
 
 Path = str | os.PathLike
 
@@ -93,7 +93,8 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
     **Raises:** `InputError` for a file that is not a table of numbers (as `load_table` does), for
     times that do not increase, for a constant column, and for fewer than 3 rows or 2 columns.
     """
-    table = read_raw(path, all_but(()))
+    table = read_raw(path)
+    table = table.take(range(len(table.columns)))
     if set(table.parts) != {"rows"}:
         raise InputError(
             f"{path}: expected one array; got the parts {', '.join(table.parts)}: save them as one"

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from jcnf._checks import InputError
 from jcnf.data.tables.dependence import dependences, linear_dependences
+from jcnf.data.tables.files import RawTable
 from jcnf.data.tables.levels import Levels
 
 _MAX_COPY_UNEXPLAINED = 1e-10  # 1 - R^2 of a column that equals another up to rounding
@@ -55,11 +56,12 @@ def require_usable(
         )
 
 
-def is_index(rows: Float[np.ndarray, "rows dim"], columns: Sequence[str]) -> bool:
+def is_index(raw: RawTable, places: Sequence[int]) -> bool:
     """Whether the first of several columns is the index that pandas wrote beside them."""
-    first = rows[:, 0]
-    whole = (first == np.round(first)).all() and len(np.unique(first)) == len(first)
-    return whole and len(columns) > 1 and columns[0] in ("Unnamed: 0", "index")
+    if len(places) < 2 or raw.columns[places[0]] not in ("Unnamed: 0", "index"):
+        return False
+    first = np.concatenate([rows[:, places[0]] for rows in raw.parts.values()])
+    return bool((first == np.round(first)).all()) and len(np.unique(first)) == len(first)
 
 
 def warnings(
