@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from refusal import fails
 
-from jcnf._checks import InputError
 from jcnf.data.tables import Levels, jitter, load_table, read_rows, resolutions, write_rows
 
 
@@ -31,12 +31,6 @@ def text(path, content, name="table.csv"):
 
 def lines(rows, separator=","):
     return "".join(separator.join(map(repr, row)) + "\n" for row in rows.tolist())
-
-
-def fails(*words):
-    """Expect an error of one line that has these words, in this order."""
-    pattern = "[^\\n]*".join(re.escape(str(word)) for word in ("", *words, ""))
-    return pytest.raises(InputError, match=rf"\A{pattern}\Z")
 
 
 def whole(table):

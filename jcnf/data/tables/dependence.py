@@ -5,7 +5,7 @@ of powers. Quadratic relations are found by least squares, one fit for each colu
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -54,7 +54,7 @@ def _some(rows: np.ndarray) -> np.ndarray:
 
 
 def _products(rows: np.ndarray, columns: Sequence[str]) -> list[Dependence]:
-    positive = np.flatnonzero(rows.min(axis=0) > 0)
+    positive = np.flatnonzero(rows.min(axis=0) > 0).tolist()
     names = [columns[i] for i in positive]
     return _linear(np.log(rows[:, positive]), names, "a product of powers")
 
@@ -66,18 +66,17 @@ def _linear(values: np.ndarray, columns: Sequence[str], how: str) -> list[Depend
     # Pivoting puts the column that the earlier ones explain least next. The preference is for the
     # first of columns that are equally good.
     preference = np.linspace(1, 0.999, len(columns))
-    r, order = scipy.linalg.qr(z * preference, mode="r", pivoting=True)
+    decomposed: Any = scipy.linalg.qr(z * preference, mode="r", pivoting=True)
+    r, order = decomposed
     rank = int(np.sum(np.abs(np.diagonal(r)) >= np.sqrt(_MAX_UNEXPLAINED)))
     weights = scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank])
-    scale = preference / std
-    found = []
+    scale, found = preference / std, []
     for place in rank + np.argsort(order[rank:]):
-        target, weight = order[place], weights[:, place]
-        terms = order[:rank][np.abs(weight) > _MIN_WEIGHT]
-        powers = weight[np.abs(weight) > _MIN_WEIGHT] * scale[terms] / scale[target]
+        target = int(order[place])
         others = [
-            columns[i] if how == "linear" else f"{columns[i]}^{power:.3g}"
-            for i, power in zip(terms, powers, strict=True)
+            f"{columns[i]}{'' if how == 'linear' else f'^{w * scale[i] / scale[target]:.3g}'}"
+            for i, w in zip(order[:rank].tolist(), weights[:, place], strict=True)
+            if abs(w) > _MIN_WEIGHT
         ]
         left = float(np.sum(r[rank:, place] ** 2))
         found += [Dependence(columns[target], others, how, left)] if others else []
