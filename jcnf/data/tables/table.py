@@ -164,7 +164,8 @@ def load_table(
     raw = read_raw(path)
     places, warnings = raw.all_but(drop), []
     if checks.is_index(raw, places):
-        warnings = [f"{raw.columns[0]} is left out: it is an index, which only counts the rows"]
+        index = raw.columns[places[0]]
+        warnings = [f"{index} is left out: it is an index, which only counts the rows"]
         places = places[1:]
     try:
         raw = raw.take(places)
