@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jcnf._checks import InputError, check_int, check_number
-from jcnf.data.tables import Standardizer, all_but, read_raw
+from jcnf.data.tables import Standardizer, read_raw
 
 Path = str | os.PathLike
 
@@ -97,7 +97,8 @@ def load_series(path: Path, *, unit: float | None = None, held_out: int = 0) -> 
     check_int(0, held_out=held_out)
     if unit is not None:
         check_number("(0, inf)", unit=unit)
-    table = read_raw(path, all_but(()))
+    table = read_raw(path)
+    table = table.take(range(len(table.columns)))
     if set(table.parts) != {"rows"}:
         raise InputError(
             f"{path}: expected one array; got the parts {', '.join(table.parts)}: save them as one"

@@ -177,7 +177,7 @@ def histograms_in(ax: Any, data: np.ndarray, samples: np.ndarray, limits: Any) -
 def save_gif(
     path: str | os.PathLike[str], figure: Any, draw: Callable[[int], Any], frames: int, fps: int
 ) -> Path:
-    """Write a GIF of `figure` after `draw(i)` for each frame i; the last one stays 1.5 s longer.
+    """Write a GIF of `figure` after `draw(i)` for each frame i; the last one stays a second longer.
 
     The file is written completely or not at all.
     """
@@ -186,7 +186,7 @@ def save_gif(
     draw(0)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing moves but what `draw` changes
-    numbers = [*range(frames), *[frames - 1] * round(1.5 * fps)]
+    numbers = [*range(frames), *[frames - 1] * fps]
     path = Path(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.gif")
     try:

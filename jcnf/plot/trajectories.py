@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
-from jcnf._checks import check_number
+from jcnf._checks import check_int
 from jcnf.plot import _style as c
 from jcnf.plot._style import BASE, DATA, FIGURE_WIDTH, MODEL, Extent, Figure
 
@@ -121,11 +121,11 @@ def learning_animation(
 ) -> Path:
     """Write a GIF with a frame for each of the curves, as in `learning`, and return its path.
 
-    The last frame stays 1.5 s longer. A file next to `path` is written first and then moved there.
+    The last frame stays a second longer. A file next to `path` is written first, then moved.
     """
     import matplotlib
 
-    check_number("(0, inf)", fps=fps)
+    check_int(fps=fps)
     every = _curves(curves, titles)
     with matplotlib.rc_context(c.RC):
         figure = c.new_figure(*GIF_SIZE)
@@ -231,14 +231,14 @@ def animation(
     """Write a GIF of the base turning into data, a frame for each time, and return its path.
 
     `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. The last frame
-    stays 1.5 s longer. At most 5,000 particles are drawn; those that are non-finite anywhere are
+    stays a second longer. At most 5,000 particles are drawn; those that are non-finite anywhere are
     dropped and counted. A file next to `path` is written first and then moved there.
 
     **Raises:** `OSError` if the file cannot be written, and `ValueError` for wrong shapes.
     """
     import matplotlib
 
-    check_number("(0, inf)", fps=fps)
+    check_int(fps=fps)
     every, times = c.check_paths(paths, times)
     kept = c.finite(every.transpose(1, 0, 2))
     drawn = c.thin(kept, c.MAX_DOTS)

@@ -3,7 +3,6 @@
 import functools
 import gzip
 import math
-import re
 import struct
 import urllib.error
 
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from refusal import fails
 
-from jcnf._checks import InputError
 from jcnf.data import images
 from jcnf.data.images import load_digits_table, load_images, read_images
 from jcnf.evaluate.log_prob import bits_per_dim
@@ -150,12 +149,6 @@ BAD_IDX = {
     "damaged gzip": ("t10k-images-idx3-ubyte", gzip.compress(idx(gray((7, 28, 28))))[:-9]),
     "three axes": ("t10k-labels-idx1-ubyte", idx(gray((7, 1, 1)))),
 }
-
-
-def fails(*words):
-    """Expect an error of one line that has these words, in this order."""
-    pattern = "[^\\n]*".join(re.escape(str(word)) for word in ("", *words, ""))
-    return pytest.raises(InputError, match=rf"\A{pattern}\Z")
 
 
 @pytest.mark.parametrize("case", BAD_ARRAYS)

@@ -96,7 +96,7 @@ def test_learning_animation_has_a_frame_for_each_curve(tmp_path):
     with Image.open(path) as gif:
         assert gif.n_frames == 5
         gif.seek(4)
-        assert gif.info["duration"] >= 1500
+        assert gif.info["duration"] >= 1000
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -232,7 +232,7 @@ def test_animation_has_a_frame_per_time_and_is_small(tmp_path):
         for frame in range(gif.n_frames):
             gif.seek(frame)
             durations.append(gif.info["duration"])
-    assert durations == [50] * 59 + [1550]
+    assert durations == [50] * 59 + [1050]
 
 
 def test_animation_dots_move_with_the_particles(tmp_path):

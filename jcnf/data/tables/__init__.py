@@ -1,6 +1,5 @@
 """Tables of numbers: read, check, standardize and split them."""
 
-from jcnf.data.tables.files import all_but as all_but
 from jcnf.data.tables.files import load_arrays as load_arrays
 from jcnf.data.tables.files import read_raw as read_raw
 from jcnf.data.tables.files import write_rows as write_rows

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jcnf._checks import InputError
-from jcnf.data.tables.dependence import Dependence, dependences
+from jcnf.data.tables.dependence import dependences, linear_dependences
+from jcnf.data.tables.files import RawTable
 from jcnf.data.tables.levels import Levels
 
 _MAX_COPY_UNEXPLAINED = 1e-10  # 1 - R^2 of a column that equals another up to rounding
@@ -44,9 +45,9 @@ def require_usable(
             f"leave out with {_drop(constant)}"
         )
     copies = {
-        one.target: f"{one.target} of {next(iter(one.others))}"
-        for one in dependences(train, columns)
-        if len(one.others) == 1 and not one.is_product and one.unexplained < _MAX_COPY_UNEXPLAINED
+        one.target: f"{one.target} of {one.others[0]}"
+        for one in linear_dependences(train, columns)
+        if len(one.others) == 1 and one.unexplained < _MAX_COPY_UNEXPLAINED
     }
     if copies:
         raise InputError(
@@ -55,11 +56,12 @@ def require_usable(
         )
 
 
-def is_index(rows: Float[np.ndarray, "rows dim"], columns: Sequence[str]) -> bool:
+def is_index(raw: RawTable, places: Sequence[int]) -> bool:
     """Whether the first of several columns is the index that pandas wrote beside them."""
-    first = rows[:, 0]
-    whole = (first == np.round(first)).all() and len(np.unique(first)) == len(first)
-    return whole and len(columns) > 1 and columns[0] in ("Unnamed: 0", "index")
+    if len(places) < 2 or raw.columns[places[0]] not in ("Unnamed: 0", "index"):
+        return False
+    first = np.concatenate([rows[:, places[0]] for rows in raw.parts.values()])
+    return bool((first == np.round(first)).all()) and len(np.unique(first)) == len(first)
 
 
 def warnings(
@@ -106,16 +108,9 @@ def warnings(
         )
     for one in dependences(distinct, columns):
         yield (
-            f"{one.target} follows from {_explained(one)}: {_UNBOUNDED}; leave it out with "
-            f"{_drop([one.target])}"
+            f"{one.target} follows from {_listed(one.others)} ({one.how}, 1 - R2 = "
+            f"{one.unexplained:.1g}): {_UNBOUNDED}; leave it out with {_drop([one.target])}"
         )
-
-
-def _explained(one: Dependence) -> str:
-    if one.is_product:
-        terms = [f"{name}^{power:.3g}" for name, power in one.others.items()]
-        return f"the product {_listed(terms)} (1 - R2 = {one.unexplained:.1g})"
-    return f"{_listed(one.others)} (linear, 1 - R2 = {one.unexplained:.1g})"
 
 
 def _without_duplicates(rows: np.ndarray) -> np.ndarray:

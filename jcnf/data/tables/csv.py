@@ -20,8 +20,8 @@ def read_csv(
     """Return the numbers of a .csv or .csv.gz, the names in its header (or None), and its texts.
 
     Cells are separated by commas, semicolons, tabs or blanks; lines that start with # are comments.
-    Empty cells, pandas' other words for missing values, and texts become NaN. The third value maps
-    the position of each column with text to a description of its text.
+    Empty cells, those that a short row lacks at its end, pandas' words for missing values, and
+    texts become NaN. The third value maps the position of each column with text to a description.
 
     **Raises:** `InputError` for a file that is damaged, is not UTF-8 text, has a row that is longer
     than the first, or has no rows; and without pandas.

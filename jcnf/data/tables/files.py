@@ -4,7 +4,7 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +25,88 @@ class CellError(InputError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RawTable:
-    """The numbers of a file: float64 arrays (rows, dim) in its own units, split as in the file."""
+    """All numbers of a file: float64 arrays (rows, dim) in its own units, split as in the file."""
 
     path: Path
     parts: dict[str, np.ndarray]  # {"rows"}, or {"train", "test"} and perhaps "val"
-    columns: tuple[str, ...]  # of the kept columns; "x1", "x2", ... if the file has no names
+    columns: tuple[str, ...]  # "x1", "x2", ... if the file has no names
     named: bool  # whether the names are the file's own
+    texts: dict[int, str]  # a description of the text in each column that has any, which is NaN
+
+    def all_but(self, drop: Iterable[str | int]) -> list[int]:
+        """Return the places of all columns but `drop`, given by name or 1-based number.
+
+        **Raises:** `InputError` for unknown columns, and if none is left.
+        """
+        numbers = {str(i + 1): i for i in range(len(self.columns))}
+        places = numbers | {name: i for i, name in enumerate(self.columns)}
+        drop = [str(item) for item in drop]
+        if unknown := [item for item in drop if item not in places]:
+            known = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
+            raise InputError(
+                f"{self.path}: no column {unknown[0]!r} to drop: the columns are {known}, or by "
+                f"number 1 to {len(self.columns)}"
+            )
+        gone = {places[item] for item in drop}
+        if len(gone) == len(self.columns):
+            raise InputError(
+                f"{self.path}: drop leaves none of the {len(gone)} columns: drop fewer"
+            )
+        return [i for i in range(len(self.columns)) if i not in gone]
+
+    def those_of(self, columns: Sequence[str]) -> list[int]:
+        """Return the places of `columns`, in this order.
+
+        Columns are found by name, but by place if either side has no names and their number agrees.
+        Without names, a column's name is its place ("x3"), so a file that still has the columns
+        that were dropped in training is read correctly.
+
+        **Raises:** `InputError` for columns that the file does not have.
+        """
+        both_named = self.named and not all(c[:1] == "x" and c[1:].isdigit() for c in columns)
+        if len(self.columns) == len(columns) and not both_named:
+            return list(range(len(columns)))
+        if missing := [name for name in columns if name not in self.columns]:
+            raise InputError(
+                f"{self.path}: no column {missing[0]}: the model needs the {len(columns)} columns "
+                f"{', '.join(columns)}, and the file has the {len(self.columns)} "
+                f"{', '.join(self.columns)}; name the columns as the model does, or put exactly "
+                "these in this order"
+            )
+        return [self.columns.index(name) for name in columns]
+
+    def take(self, places: Sequence[int], *, missing: bool = False) -> "RawTable":
+        """Return a table of the columns at `places`, which must be finite.
+
+        With `missing`, empty and NaN cells may be in them.
+
+        **Raises:** `CellError` for text, infinite values, and missing ones without `missing`.
+        """
+        columns = tuple(self.columns[i] for i in places)
+        for place, name in zip(places, columns, strict=True):
+            label = f"column {place + 1}" + ("" if name == f"x{place + 1}" else f" ({name})")
+            if place in self.texts:
+                found = self.texts[place]
+                raise CellError(
+                    f"{self.path}: {label} has {found}: correct or encode it as numbers", name
+                )
+            for part, rows in self.parts.items():
+                where = f"{self.path}: {part}" if len(self.parts) > 1 else self.path
+                bad = ~np.isfinite(rows[:, place]) & ~(missing & np.isnan(rows[:, place]))
+                if bad.any():
+                    raise CellError(
+                        f"{where}: {label} has missing or infinite values in {bad.sum()} of "
+                        f"{len(bad)} rows (first: row {bad.argmax() + 1}): remove or fill them",
+                        name,
+                    )
+        parts = {part: rows[:, places] for part, rows in self.parts.items()}
+        return RawTable(self.path, parts, columns, self.named, {})
 
 
-# From a file's path, its column names, and whether they are its own: positions of columns to read.
-Choose = Callable[[Path, Sequence[str], bool], list[int]]
+def read_raw(path: str | os.PathLike) -> RawTable:
+    """Read a table whole.
 
-
-def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) -> RawTable:
-    """Read the columns that `choose` picks; with `missing`, empty and NaN cells become NaN.
-
-    **Raises:** `InputError` for a missing or damaged file, an unknown ending and ragged rows;
-    `CellError` for text and infinite values in the columns that are read, and for missing ones
-    without `missing`; whatever `choose` raises.
+    **Raises:** `InputError` for a missing or damaged file, an unknown ending and ragged rows.
     """
     check_instance((str, os.PathLike), "a path", path=path)
     path = _existing(Path(path))
@@ -53,64 +117,7 @@ def read_raw(path: str | os.PathLike, choose: Choose, *, missing: bool = False) 
     else:
         parts, given = _read_numpy(path)
     names = _column_names(path, given, next(iter(parts.values())).shape[1])
-    kept = choose(path, names, given is not None)
-    columns = tuple(names[i] for i in kept)
-    labels = [_label(i, names[i]) for i in kept]
-    if text := [place for place, i in enumerate(kept) if i in texts]:
-        raise CellError(
-            f"{path}: {labels[text[0]]} has {texts[kept[text[0]]]}: correct or encode it as "
-            "numbers",
-            columns[text[0]],
-        )
-    parts = {part: rows[:, kept].astype(np.float64) for part, rows in parts.items()}
-    for part, rows in parts.items():
-        where = f"{path}: {part}" if len(parts) > 1 else str(path)
-        _require_finite(where, rows, labels, columns, missing)
-    return RawTable(path, parts, columns, given is not None)
-
-
-def all_but(drop: Iterable[str | int]) -> Choose:
-    """Return a choice of all columns but `drop`, given by name or 1-based number."""
-    drop = [str(item) for item in drop]
-
-    def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
-        numbers = {str(i + 1): i for i in range(len(names))}
-        places = numbers | {name: i for i, name in enumerate(names)}
-        if unknown := [item for item in drop if item not in places]:
-            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise InputError(
-                f"{path}: no column {unknown[0]!r} to drop: the columns are {known}, or by number "
-                f"1 to {len(names)}"
-            )
-        gone = {places[item] for item in drop}
-        if len(gone) == len(names):
-            raise InputError(f"{path}: drop leaves none of the {len(names)} columns: drop fewer")
-        return [i for i in range(len(names)) if i not in gone]
-
-    return choose
-
-
-def those_of(columns: Sequence[str]) -> Choose:
-    """Return a choice of these columns, in this order.
-
-    Columns are found by name, but by position if either side has no names and their number agrees.
-    Without names, a column's name is its position ("x3"), so a file that still has the columns that
-    were dropped in training is read correctly.
-    """
-
-    def choose(path: Path, names: Sequence[str], named: bool) -> list[int]:
-        both_named = named and not all(name[:1] == "x" and name[1:].isdigit() for name in columns)
-        if len(names) == len(columns) and not both_named:
-            return list(range(len(names)))
-        if missing := [name for name in columns if name not in names]:
-            raise InputError(
-                f"{path}: no column {missing[0]}: the model needs the {len(columns)} columns "
-                f"{', '.join(columns)}, and the file has the {len(names)} {', '.join(names)}; name "
-                "the columns as the model does, or put exactly these in this order"
-            )
-        return [list(names).index(name) for name in columns]
-
-    return choose
+    return RawTable(path, parts, tuple(names), given is not None, texts)
 
 
 def write_rows(path: str | os.PathLike, rows: np.ndarray, columns: Sequence[str]) -> None:
@@ -191,11 +198,6 @@ def _column_names(path: Path, given: Sequence[str] | None, width: int) -> list[s
     return names
 
 
-def _label(position: int, name: str) -> str:
-    """Return a column as messages name it: "column 3", with its name if the file has one."""
-    return f"column {position + 1}" + ("" if name == f"x{position + 1}" else f" ({name})")
-
-
 def _read_numpy(path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Return the arrays (rows, dim) of a table in a .npy or .npz, and its column names."""
     arrays = load_arrays(path)
@@ -236,19 +238,4 @@ def _table(path: Path, name: str, array: np.ndarray) -> np.ndarray:
             f"{path}: the array {name} has shape {array.shape}; expected (rows, columns): "
             "save x.reshape(len(x), -1)"
         )
-    return array[:, None] if array.ndim == 1 else array
-
-
-def _require_finite(
-    where: str, rows: np.ndarray, labels: Sequence[str], columns: Sequence[str], missing: bool
-) -> None:
-    bad = np.isinf(rows) if missing else ~np.isfinite(rows)
-    if bad.any():
-        place = int(bad.any(axis=0).argmax())
-        some = np.flatnonzero(bad[:, place])
-        what = "infinite values" if missing else "missing or infinite values"
-        raise CellError(
-            f"{where}: {labels[place]} has {what} in {len(some)} of {len(rows)} rows (first: row "
-            f"{some[0] + 1}): remove or fill those rows",
-            columns[place],
-        )
+    return (array[:, None] if array.ndim == 1 else array).astype(np.float64)

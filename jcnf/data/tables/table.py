@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int
 
 from jcnf._checks import InputError
 from jcnf.data.tables import checks, levels
-from jcnf.data.tables.files import CellError, RawTable, all_but, read_raw, those_of
+from jcnf.data.tables.files import CellError, RawTable, read_raw
 
 Path = str | os.PathLike
 
@@ -161,14 +161,17 @@ def load_table(
     leave a part empty, data that no model can fit (see `checks.require_usable`), and values that
     float32 cannot hold once standardized.
     """
+    raw = read_raw(path)
+    places, warnings = raw.all_but(drop), []
+    if checks.is_index(raw, places):
+        index = raw.columns[places[0]]
+        warnings = [f"{index} is left out: it is an index, which only counts the rows"]
+        places = places[1:]
     try:
-        raw = read_raw(path, all_but(drop))
+        raw = raw.take(places)
     except CellError as error:
-        raise InputError(f"{error}, or {_drop(error.column)}") from None
-    rows, columns, warnings = np.concatenate(list(raw.parts.values())), raw.columns, []
-    if checks.is_index(rows, columns):
-        warnings = [f"{columns[0]} is left out: it is an index, which only counts the rows"]
-        rows, columns = rows[:, 1:], columns[1:]
+        raise InputError(f"{error}, or leave the column out with drop=[{error.column!r}]") from None
+    rows, columns = np.concatenate(list(raw.parts.values())), raw.columns
     train, val, test = _split(raw, seed, val_fraction, test_fraction)
     checks.require_usable(raw.path, rows[train], columns)
     steps = levels.resolutions(rows) if dequantize else None
@@ -195,7 +198,8 @@ def read_rows(
 
     **Raises:** `InputError` for a file that cannot be read, or that has other columns.
     """
-    raw = read_raw(path, those_of(columns), missing=missing)
+    raw = read_raw(path)
+    raw = raw.take(raw.those_of(columns), missing=missing)
     if len(raw.parts) > 1:
         raise InputError(
             f"{raw.path}: has the parts {', '.join(raw.parts)}: save the one to score in a file "
@@ -243,7 +247,3 @@ def _moments(rows: Float[np.ndarray, "rows dim"]) -> tuple[np.ndarray, np.ndarra
     """Mean and standard deviation of each column, even if squares of its values overflow."""
     unit = np.abs(rows).max(axis=0)
     return unit * (rows / unit).mean(axis=0), unit * (rows / unit).std(axis=0)
-
-
-def _drop(column: str) -> str:
-    return f"leave the column out with drop=[{column!r}]"
