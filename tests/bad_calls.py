@@ -140,7 +140,7 @@ for draw in (jcnf.sample, jcnf.sample_and_log_prob):
 TIMES = [jnp.zeros(1), 1.0, jnp.array([0.0, 1.0, 0.5]), jnp.array([0.0, 0.0, 1.0]), ["0", "1"]]
 TIMES += [jnp.array([0.0, jnp.nan]), jnp.array([0.0, jnp.inf]), jnp.ones((4, 2))]
 refuses(jcnf.trajectory, flow, times=TIMES)
-refuses(jcnf.trajectory, {"x": X, "times": [0.0, 1.0]}, says={"flow": "dim"}, flow=FIELDS[:2])
+refuses(jcnf.trajectory, {"x": X, "times": [0.0, 1.0]}, says={"flow": "Field"}, flow=FIELDS[:2])
 refuses(CNF, {"field": FIELD, "base": BASE}, field=FIELDS, base=BASES, t1=POSITIVE)
 refuses(flows.ODE, field=FIELDS)
 chain = {"parts": [FLOW.bijection], "base": BASE}
