@@ -1,6 +1,7 @@
 """Learn p(x | class) of two moons, and draw samples with classifier-free guidance."""
 
-import equinox as eqx
+import functools
+
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -13,7 +14,7 @@ from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
 from experiments._runner.stages import drawing
 from experiments._tasks.density2d import VALIDATION_POINTS
-from jcnf import evaluate, fields, plot
+from jcnf import evaluate, fields, flows, plot
 from jcnf._checks import InputError
 from jcnf.data import classes
 
@@ -103,10 +104,9 @@ def run(settings: Conditional) -> None:
     clouds = []
     for scale in settings.guidance:
         # The scale is an array, so that all scales share one compiled program.
-        guided = eqx.tree_at(
-            lambda flow: flow.field, flow, fields.Guided(flow.field, jnp.asarray(scale, float))
-        )
-        times = jnp.array([0.0, flow.t1])
+        guide = functools.partial(fields.Guided, scale=jnp.asarray(scale, float))
+        guided = flows.with_fields(flow, guide)
+        times = jnp.array([0.0, flow.bijection.t1])
         paths = evaluate.trajectory(
             guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
         )

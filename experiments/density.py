@@ -32,7 +32,7 @@ from experiments._tasks.tables import (
     sample_rows,
     score_rows,
 )
-from jcnf import CNF, evaluate, plot, training
+from jcnf import Flow, evaluate, plot, training
 from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, Table, load_table, read_rows
 
@@ -253,7 +253,7 @@ def train_and_measure(
 def draw_figures(
     run_dir: RunDir,
     settings: Density,
-    flow: CNF,
+    flow: Flow,
     table: Table,
     drawn: np.ndarray,
     test_nll: float,

@@ -23,7 +23,7 @@ from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
 from experiments._runner.stages import DrawOf, Stage, drawing
 from experiments._tasks import figures
-from jcnf import CNF, Solve, evaluate, objectives, plot
+from jcnf import Flow, Solve, evaluate, objectives, plot
 from jcnf._checks import InputError
 from jcnf.data import energies
 from jcnf.data.energies import Energy, Integral
@@ -215,20 +215,20 @@ def integrated(energy: Energy) -> Integral:
     return integral
 
 
-def base_samples(flow: CNF) -> DrawOf:
+def base_samples(flow: Flow) -> DrawOf:
     """Return a function that draws batches of fresh base samples."""
     return drawing(lambda key, num: flow.base.sample(key, num))
 
 
 @eqx.filter_jit
-def free_energy(flow: CNF, z: Array, energy: Energy, solve: Solve) -> Array:
+def free_energy(flow: Flow, z: Array, energy: Energy, solve: Solve) -> Array:
     """Estimate E_q[log q + U], nats, from base samples `z`; NaN if the solve of any failed."""
     value, metrics = objectives.reverse_kl(flow, z, energy=energy.function, solve=solve)
     return jnp.where(metrics["failed_rows"] > 0, jnp.nan, value)
 
 
 def measure(
-    flow: CNF,
+    flow: Flow,
     energy: Energy,
     integral: Integral,
     key: Key[Array, ""],

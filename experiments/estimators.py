@@ -29,6 +29,7 @@ from experiments.density import Density
 from jcnf import (
     CNF,
     Exact,
+    Flow,
     Solve,
     distributions,
     evaluate,
@@ -97,7 +98,7 @@ def mixture(dim: int):
     return draw
 
 
-def subject(settings: Estimators) -> tuple[CNF, Array]:
+def subject(settings: Estimators) -> tuple[Flow, Array]:
     """Return the flow to measure and points (n, dim) at its data end."""
     key = jr.fold_in(jr.key(settings.seed), 2)
     if settings.from_run is not None:
@@ -120,24 +121,24 @@ def budgets(dim: int) -> list[int]:
 
 
 @eqx.filter_jit
-def trace_variance(flow: CNF, times: Array, x: Array, strategy: Estimator, keys: Array) -> Array:
+def trace_variance(flow: Flow, times: Array, x: Array, strategy: Estimator, keys: Array) -> Array:
     """Variance of the estimated trace over keys; mean over points `x` (n, dim) at `times` (n,)."""
 
     def at(key):
         noise = strategy.draw(key, len(x), x.shape[1], x.dtype)
-        one = functools.partial(strategy, flow.field)
+        one = functools.partial(strategy, flow.bijection.field)
         return jax.vmap(lambda t, x, noise: one(t, x, None, noise).divergence)(times, x, noise)
 
     return jnp.mean(jnp.var(jax.lax.map(at, keys), axis=0, ddof=1))
 
 
 @eqx.filter_jit
-def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> Array:
+def log_prob_variance(flow: Flow, x: Array, strategy: Estimator, keys: Array) -> Array:
     """Variance of the log-density over keys, nats^2; mean over points `x` (n, dim)."""
 
     def at(key):
         result = transform(flow, x, key=key, solve=SOLVE, divergence=strategy)
-        return flow.base.log_prob(result.x) + result.logdet
+        return flow.base.log_prob(result.value) + result.logdet
 
     return jnp.mean(jnp.var(jax.lax.map(at, keys), axis=0, ddof=1))
 
@@ -145,7 +146,7 @@ def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> 
 def variances(settings: Estimators) -> dict[str, Any]:
     """Measure both variances for each strategy and number of products."""
     flow, x = subject(settings)
-    times = jnp.linspace(0.0, flow.t1, len(x))
+    times = jnp.linspace(0.0, flow.bijection.t1, len(x))
     paths = evaluate.trajectory(flow, x, times[::-1]).x[::-1]
     along = jnp.asarray(paths[np.arange(len(x)), np.arange(len(x))])
     keys = jr.split(jr.fold_in(jr.key(settings.seed), 3), settings.draws)

@@ -21,7 +21,7 @@ from experiments._runner.stages import Stage
 from experiments._tasks.density2d import PlaneLoop, ToySettings, learn
 from experiments._tasks.image_data import held_out
 from experiments._tasks.images import ImageLoop, learn_pictures
-from jcnf import NICE, distributions, evaluate, objectives
+from jcnf import NICE, Flow, distributions, evaluate, flows, objectives
 from jcnf._checks import InputError
 
 CALIBRATION_IMAGES = 10_000
@@ -54,7 +54,7 @@ class NICESettings(TrainingSettings):
     def loss_units(self) -> str:
         return "nats"
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> NICE:
+    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
         """Return the untrained flow; raise `ValueError` for a context, which it cannot take."""
         if context_dim:
             raise ValueError(f"NICE takes no context; got one of size {context_dim}")
@@ -133,7 +133,7 @@ def run(settings: PlaneNICE | DigitsNICE) -> None:
     def calibrated(images):
         key = jr.fold_in(jr.key(settings.seed), 4)
         x = held_out(images.train, images.levels, CALIBRATION_IMAGES, key)
-        return settings.make_flow(settings.dim).calibrated(x)
+        return flows.calibrated(settings.make_flow(settings.dim), x)
 
     learn_pictures("nice", settings, calibrated)
 

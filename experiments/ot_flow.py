@@ -15,7 +15,7 @@ import jax.random as jr
 from experiments._runner.cli import main
 from experiments._runner.config import preset
 from experiments._tasks.density2d import PlaneFit, ToySettings, learn_flow
-from jcnf import CNF, Exact, evaluate, regularizers, transform
+from jcnf import Exact, Flow, evaluate, regularizers, transform
 from jcnf._checks import InputError
 
 MMD_POINTS = 5000
@@ -53,7 +53,7 @@ def run(settings: OTFlow) -> None:
     learn_flow("ot_flow", settings, also=functools.partial(transport_figures, settings))
 
 
-def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
+def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:
     """Return the transport cost, straightness and sample quality of a flow, on fresh points.
 
     - "transport_cost": mean of 1/2 integral |v|^2 dt
@@ -78,7 +78,7 @@ def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
     return {
         "transport_cost": float(cost),
         "hjb_residual": float(arrived * jnp.mean(way.regularizers["hjb"])),
-        "straightness": float(distance / (2 * cost * flow.t1)),
+        "straightness": float(distance / (2 * cost * flow.bijection.t1)),
         "mmd": evaluate.mmd(jnp.asarray(samples.x[-1][~samples.failed]), fresh),
         "mmd_floor": evaluate.mmd(x, fresh),
     }

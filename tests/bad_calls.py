@@ -39,20 +39,21 @@ KNOWN = np.array([True, False])
 NAN = X.at[1, 0].set(jnp.nan)
 ROWS = np.random.default_rng(0).normal(size=(20, 2))
 NAN_ROWS = np.where(np.arange(20)[:, None] == 4, np.nan, ROWS)
-FLOW = CNF(fields.MLP(2, (4,), key=KEY), StandardNormal(2))
+FIELD = fields.MLP(2, (4,), key=KEY)
+FLOW = CNF(FIELD, StandardNormal(2))
 GIVEN = CNF(fields.MLP(2, (4,), context_dim=3, key=KEY), StandardNormal(2))
 WIDE = CNF(fields.MLP(3, (4,), key=KEY), StandardNormal(3))
 OPTIMIZER = training.make_optimizer(1e-3, 10)
 
 
 class Silent:
-    """No field: it has no dim."""
+    """Not a field: it does not subclass `Field`."""
 
     def __call__(self, t, x, context=None):
         return x
 
 
-class Column(eqx.Module):
+class Column(fields.Field):
     """A field of another shape than x."""
 
     dim: int = 2
@@ -113,7 +114,7 @@ FLOWS = {
         of(jcnf.log_prob, fields.MLP, X),
         ["flow", "CNF(field, base)", "instance"],
     ),
-    "log_prob: a field": (of(jcnf.log_prob, FLOW.field, X), ["flow", "CNF(field, base)"]),
+    "log_prob: a field": (of(jcnf.log_prob, FIELD, X), ["flow", "CNF(field, base)"]),
     "log_prob: a list for a context": (
         of(jcnf.log_prob, GIVEN, X, context=[[1.0, 2.0, 3.0]] * 3),
         ["context must be an array", "asarray"],
@@ -245,44 +246,53 @@ FLOWS = {
         of(jcnf.trajectory, FLOW, X, jnp.ones((4, 2))),
         ["(times, batch)", "(4, 2)"],
     ),
-    "trajectory: no dim": (of(jcnf.trajectory, Silent(), X, [0.0, 1.0]), ["integer dim"]),
-    "trajectory: a class": (of(jcnf.trajectory, fields.MLP, X, [0.0, 1.0]), ["integer dim"]),
-    "CNF: other dims": (of(CNF, FLOW.field, StandardNormal(3)), ["same dim", "2 and 3"]),
+    "trajectory: no field": (of(jcnf.trajectory, Silent(), X, [0.0, 1.0]), ["Field", "subclass"]),
+    "trajectory: a class": (of(jcnf.trajectory, fields.MLP, X, [0.0, 1.0]), ["Field", "instance"]),
+    "CNF: other dims": (of(CNF, FIELD, StandardNormal(3)), ["same dim", "2 and 3"]),
     "CNF: a class": (of(CNF, fields.MLP, StandardNormal(2)), ["field", "instance"]),
-    "CNF: no dim": (of(CNF, Silent(), StandardNormal(2)), ["field", "dim"]),
-    "CNF: no base": (of(CNF, FLOW.field, 2), ["base", "jcnf.distributions"]),
-    "CNF: a class of bases": (of(CNF, FLOW.field, StandardNormal), ["base", "StandardNormal"]),
-    "CNF: t1 0": (of(CNF, FLOW.field, FLOW.base, 0.0), ["t1", "positive"]),
-    "CNF: t1 negative": (of(CNF, FLOW.field, FLOW.base, -1.0), ["t1", "positive"]),
-    "CNF: t1 NaN": (of(CNF, FLOW.field, FLOW.base, np.nan), ["t1", "finite"]),
-    "CNF: t1 infinite": (of(CNF, FLOW.field, FLOW.base, np.inf), ["t1", "finite"]),
-    "CNF: t1 a string": (of(CNF, FLOW.field, FLOW.base, "1"), ["t1", "'1'"]),
-    "CNF: t1 a bool": (of(CNF, FLOW.field, FLOW.base, True), ["t1", "True"]),
+    "CNF: no field": (of(CNF, Silent(), StandardNormal(2)), ["field", "subclass"]),
+    "CNF: no base": (of(CNF, FIELD, 2), ["base", "jcnf.distributions"]),
+    "CNF: a class of bases": (
+        of(CNF, FIELD, StandardNormal),
+        ["base", "StandardNormal"],
+    ),
+    "CNF: t1 0": (of(CNF, FIELD, FLOW.base, 0.0), ["t1", "positive"]),
+    "CNF: t1 negative": (of(CNF, FIELD, FLOW.base, -1.0), ["t1", "positive"]),
+    "CNF: t1 NaN": (of(CNF, FIELD, FLOW.base, np.nan), ["t1", "finite"]),
+    "CNF: t1 infinite": (of(CNF, FIELD, FLOW.base, np.inf), ["t1", "finite"]),
+    "CNF: t1 a string": (of(CNF, FIELD, FLOW.base, "1"), ["t1", "'1'"]),
+    "CNF: t1 a bool": (of(CNF, FIELD, FLOW.base, True), ["t1", "True"]),
     "ODE: a number": (of(flows.ODE, 3), ["field", "3"]),
     "Chain: no parts": (of(Chain, [], StandardNormal(2)), ["at least one part"]),
-    "Chain: fields": (of(Chain, [FLOW.field], StandardNormal(2)), ["ODE(field)"]),
+    "Chain: fields": (of(Chain, [FIELD], StandardNormal(2)), ["ODE(field)"]),
+    "Chain: flows": (of(Chain, [FLOW], FLOW.base), ["flow.bijection"]),
+    "Flow: a field": (of(flows.Flow, FIELD, FLOW.base), ["bijection", "ODE(field)"]),
     "Chain: classes": (of(Chain, [CNF], StandardNormal(2)), ["Bijection"]),
     "Chain: two contexts": (
-        of(Chain, [GIVEN, CNF(fields.MLP(2, context_dim=1, key=KEY), FLOW.base)], FLOW.base),
+        of(
+            Chain,
+            [GIVEN.bijection, flows.ODE(fields.MLP(2, context_dim=1, key=KEY))],
+            FLOW.base,
+        ),
         ["one size", "[1, 3]"],
     ),
-    "Chain: no base": (of(Chain, [FLOW], None), ["base"]),
-    "Chain: one part without a list": (of(Chain, FLOW, FLOW.base), ["parts", "sequence"]),
+    "Chain: no base": (of(Chain, [FLOW.bijection], None), ["base"]),
+    "Chain: one part without a list": (of(Chain, FLOW.bijection, FLOW.base), ["parts", "sequence"]),
     "Composition: a name": (of(Composition, "ode"), ["Bijection", "str"]),
     "multiscale: none": (
-        of(flows.multiscale, (8, 8, 1), 0, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8, 1), 0, lambda shape: [FLOW.bijection]),
         ["0 scales"],
     ),
     "multiscale: odd": (
-        of(flows.multiscale, (6, 6, 1), 3, lambda shape: [FLOW]),
+        of(flows.multiscale, (6, 6, 1), 3, lambda shape: [FLOW.bijection]),
         ["halved", "6 x 6"],
     ),
     "multiscale: half a scale": (
-        of(flows.multiscale, (8, 8, 1), 1.5, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8, 1), 1.5, lambda shape: [FLOW.bijection]),
         ["scales", "whole"],
     ),
     "multiscale: two sizes": (
-        of(flows.multiscale, (8, 8), 1, lambda shape: [FLOW]),
+        of(flows.multiscale, (8, 8), 1, lambda shape: [FLOW.bijection]),
         ["height, width, channels", "(8, 8)"],
     ),
     "Logit: 0": (of(flows.Logit, 0.0), ["alpha"]),
@@ -303,11 +313,11 @@ FLOWS = {
     "NICE: another base": (of(NICE, 2, base=StandardNormal(3), key=KEY), ["3 and 2"]),
     "NICE: a legacy key": (of(NICE, 2, key=LEGACY), ["key", "jax.random.key"]),
     "NICE: calibrated by NaN": (
-        lambda: NICE(2, (4,), key=KEY).calibrated(NAN),
+        lambda: flows.calibrated(NICE(2, (4,), key=KEY), NAN),
         ["x has NaN or inf", "first: 1"],
     ),
     "NICE: calibrated by one row": (
-        lambda: NICE(2, (4,), key=KEY).calibrated(X[0]),
+        lambda: flows.calibrated(NICE(2, (4,), key=KEY), X[0]),
         ["(batch, 2)"],
     ),
     "augment: fewer": (of(augmented.augment, X, KEY, -1), ["extra", "-1"]),
@@ -438,20 +448,32 @@ SETTINGS = {
     "UNet: odd": (of(fields.UNet, (7, 8, 1), (8, 8), key=KEY), ["halved", "7 x 8"]),
     "UNet: channels of no groups": (of(fields.UNet, (8, 8, 1), (12,), key=KEY), ["multiples"]),
     "UNet: height 8.0": (of(fields.UNet, (8.0, 8, 1), (8,), key=KEY), ["shape", "8.0"]),
-    "Cast: whole numbers": (of(fields.Cast, FLOW.field, int), ["floating dtype"]),
-    "Cast: unknown": (of(fields.Cast, FLOW.field, "float12"), ["floating dtype", "float12"]),
+    "Cast: whole numbers": (of(fields.Cast, FIELD, int), ["floating dtype"]),
+    "Cast: unknown": (
+        of(fields.Cast, FIELD, "float12"),
+        ["floating dtype", "float12"],
+    ),
     "Cast: a class": (of(fields.Cast, fields.MLP, "bfloat16"), ["field", "instance"]),
     "MinusIdentity: no field": (of(fields.MinusIdentity, 3), ["field", "3"]),
-    "TimeRescaling: rate 0": (of(fields.TimeRescaling, FLOW.field, 0.0), ["rate"]),
-    "TimeRescaling: rate NaN": (of(fields.TimeRescaling, FLOW.field, np.nan), ["rate"]),
-    "TimeRescaling: rate 'fast'": (of(fields.TimeRescaling, FLOW.field, "fast"), ["rate"]),
-    "TimeRescaling: start NaN": (of(fields.TimeRescaling, FLOW.field, 1.0, np.nan), ["start"]),
+    "TimeRescaling: rate 0": (of(fields.TimeRescaling, FIELD, 0.0), ["rate"]),
+    "TimeRescaling: rate NaN": (of(fields.TimeRescaling, FIELD, np.nan), ["rate"]),
+    "TimeRescaling: rate 'fast'": (
+        of(fields.TimeRescaling, FIELD, "fast"),
+        ["rate"],
+    ),
+    "TimeRescaling: start NaN": (
+        of(fields.TimeRescaling, FIELD, 1.0, np.nan),
+        ["start"],
+    ),
     "Mixture: none": (of(fields.Mixture, [], key=KEY), ["at least one field"]),
-    "Mixture: two dims": (of(fields.Mixture, [FLOW.field, WIDE.field], key=KEY), ["one dim"]),
+    "Mixture: two dims": (
+        of(fields.Mixture, [FIELD, fields.MLP(3, (4,), key=KEY)], key=KEY),
+        ["one dim"],
+    ),
     "Mixture: classes": (of(fields.Mixture, [fields.MLP], key=KEY), ["field", "instance"]),
-    "Guided: NaN": (of(fields.Guided, GIVEN.field, np.nan), ["scale", "finite"]),
+    "Guided: NaN": (of(fields.Guided, GIVEN.bijection.field, np.nan), ["scale", "finite"]),
     "Guided: no context": (
-        of(jcnf.log_prob, CNF(fields.Guided(FLOW.field, 2.0), FLOW.base), X),
+        of(jcnf.log_prob, CNF(fields.Guided(FIELD, 2.0), FLOW.base), X),
         ["guided", "context"],
     ),
     "taylor: order 0": (of(regularizers.taylor, 0), ["order", "0"]),
@@ -482,7 +504,7 @@ TRAINING = {
     "flow_matching: a seed": (of(objectives.flow_matching, FLOW, X, 0), ["key", "jax.random.key"]),
     "flow_matching: a flow without field": (
         of(objectives.flow_matching, NICE(2, (4,), key=KEY), X, KEY),
-        ["CNF", "NICE"],
+        ["flow matching", "ODE", "AdditiveCouplings"],
     ),
     "flow_matching: a path's name": (
         of(objectives.flow_matching, FLOW, X, KEY, path="linear"),

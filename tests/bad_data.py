@@ -74,7 +74,7 @@ MEASURES = {
         ["numbers"],
     ),
     "evaluate.log_prob: a field": (
-        of(evaluate.log_prob, FLOW.field, X),
+        of(evaluate.log_prob, FLOW.bijection, X),
         ["flow", "CNF(field, base)"],
     ),
     "evaluate.transform: NaN": (
@@ -238,7 +238,10 @@ MEASURES = {
         ["draws noise"],
     ),
     "FlowDistribution: no context": (of(distrax_form.FlowDistribution, GIVEN), ["context"]),
-    "FlowDistribution: a field": (of(distrax_form.FlowDistribution, FLOW.field), ["flow", "CNF"]),
+    "FlowDistribution: a field": (
+        of(distrax_form.FlowDistribution, FLOW.bijection),
+        ["flow", "CNF"],
+    ),
     "FlowDistribution: a solve's name": (
         of(distrax_form.FlowDistribution, FLOW, solve="dopri5"),
         ["solve"],

@@ -17,7 +17,7 @@ from scipy import linalg
 from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve, transform
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import FieldEvaluation, FixedNoise
-from jcnf.fields import ACTIVATIONS, Potential
+from jcnf.fields import ACTIVATIONS, Field, Potential
 from jcnf.objectives import likelihood
 from jcnf.regularizers import (
     REGULARIZERS,
@@ -49,7 +49,7 @@ class Swing(Linear):
         return jnp.cos(t) * (self.matrix @ x)
 
 
-class Radial(eqx.Module):
+class Radial(Field):
     """v = -grad Phi = -x / (c - t), Phi = |x|^2 / (2 (c - t)), whose paths are straight lines."""
 
     c: float = eqx.field(static=True, default=2.0)
@@ -272,7 +272,7 @@ def test_shared_products_cost_no_evaluation_more(divergence):
         solve = Solve(solver="euler", step=0.5)
         run = partial(transform, solve=solve, divergence=divergence, regularizers=regularizers)
         jax.eval_shape(lambda x, key: run(flow, x, key=key), Z, jr.key(0))
-        return flow.field.tally.count
+        return flow.bijection.field.tally.count
 
     assert traced() == traced(kinetic, jacobian, lambda2) > 0
     assert traced() < traced(jacobian_exact)

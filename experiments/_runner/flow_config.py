@@ -13,7 +13,7 @@ from experiments._runner.config import MAX_WIDTH, LoopSettings
 from experiments._runner.fields import FIELDS
 from experiments._runner.likelihood_config import LikelihoodSettings, named
 from experiments._runner.stages import Stage
-from jcnf import CNF, distributions, fields, objectives
+from jcnf import CNF, Flow, distributions, fields, objectives
 from jcnf._checks import InputError
 from jcnf.objectives import couplings, paths, times
 
@@ -121,7 +121,7 @@ class FlowSettings(LikelihoodSettings):
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> CNF:
+    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
         make = named("field", self.field, FIELDS)
         field = make(self, dim, context_dim, jr.fold_in(jr.key(self.seed), 0))
         base = self.make_base(dim)
@@ -137,7 +137,7 @@ class FlowSettings(LikelihoodSettings):
     def make_objectives(self) -> dict[str, Callable]:
         """Return the objectives that `--objective` can name."""
         likelihood, matching = self.make_likelihood(), self.make_matching()
-        weights = {likelihood: 1.0, matching: self.matching_weight}
+        weights = {likelihood: 1.0, objectives.without_solve(matching): self.matching_weight}
         return {
             "flow_matching": matching,
             "likelihood": likelihood,

@@ -10,7 +10,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf import CNF, Solve, training
+from jcnf import Flow, Solve, training
 
 WARM_UP_STEPS = 5  # not timed
 MAX_STUCK_STEPS = 50  # steps in a row without an update, after which a stage rolls back or ends
@@ -68,14 +68,14 @@ def compiled(
 class Trained(NamedTuple):
     """A trained flow and the cost of training it."""
 
-    flow: CNF  # with the averaged parameters
+    flow: Flow  # with the averaged parameters
     steps: int
     seconds: float  # without compilation
     skipped: int  # updates that were not applied
 
 
 def train_stages(
-    flow: CNF,
+    flow: Flow,
     stages: Sequence[Stage],
     draw_of: DrawOf,
     data: Any = None,
@@ -102,7 +102,7 @@ def train_stages(
     return Trained(flow, int(state.step), seconds, int(state.skipped))
 
 
-def step_seconds(flow: CNF, stage: Stage, draw_of: DrawOf, steps: int) -> float:
+def step_seconds(flow: Flow, stage: Stage, draw_of: DrawOf, steps: int) -> float:
     """Return the mean seconds of one of the first steps, without compilation and warm-up."""
     state = training.init(flow, stage.optimizer)
     program, none = compiled(flow, stage, draw_of, state, None)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.config import SolveSettings
-from jcnf import CNF, evaluate
+from jcnf import Flow, evaluate
 from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, write_rows
 from jcnf.inference import impute
@@ -61,7 +61,7 @@ class Columns(NamedTuple):
 
 
 def score_rows(
-    settings: SolveSettings, flow: CNF, columns: Columns, rows: np.ndarray, out: Path
+    settings: SolveSettings, flow: Flow, columns: Columns, rows: np.ndarray, out: Path
 ) -> None:
     """Write the log-density of each row, in nats and the units of the data, to log_prob.csv."""
     x, context = columns.split(columns.scale.standardize(rows))
@@ -78,7 +78,7 @@ def score_rows(
 
 def sample_rows(
     settings: SolveSettings,
-    flow: CNF,
+    flow: Flow,
     columns: Columns,
     key: Key[Array, ""],
     count: int,
@@ -102,7 +102,7 @@ def sample_rows(
 
 
 def impute_rows(
-    flow: CNF,
+    flow: Flow,
     scale: Standardizer,
     key: Key[Array, ""],
     rows: np.ndarray,

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 
 from jcnf import CNF
 from jcnf.distributions import StandardNormal
+from jcnf.fields import Field
 
 SMALL = ["--widths", "8", "--batch", "32", "--validate-every", "4", "--log-every", "2"]
 SMALL += ["--checkpoint-every", "4"]
@@ -634,7 +634,7 @@ def test_a_preset_names_known_settings_only():
             learning_rte = 0.1
 
 
-class Straight(eqx.Module):
+class Straight(Field):
     """v = (2, 0) from the potential 2 t - 2 x1: straight, at constant speed, satisfying HJB."""
 
     dim: int = 2
