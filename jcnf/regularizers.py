@@ -151,7 +151,8 @@ def named(name: str) -> Callable:
 def _shared(local):
     if local.frobenius is None:
         raise ValueError(
-            "this regularizer reuses the divergence's products, but a closed form computes none: "
-            "use divergence=jcnf.Exact(probes=1) or jcnf.Hutchinson(), or jacobian_exact instead"
+            "this regularizer reuses the divergence's products, but jcnf.Exact() has none: use "
+            "divergence=jcnf.Exact(probes=1), jcnf.ForwardMode() or jcnf.Hutchinson(), or "
+            "jacobian_exact instead"
         )
     return local.frobenius

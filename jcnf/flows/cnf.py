@@ -52,25 +52,25 @@ class ODE(Bijection):
         return integrate(Velocity(), x, self._args(context), self.t1, 0.0, solve)
 
     def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
-        problem = self._augmented(x, context, divergence, noise, regularizers, sign=1)
-        end, stats = integrate(*problem, 0.0, self.t1, solve)
+        rates, start = self._augmented(x, divergence, regularizers, sign=1)
+        args = *self._args(context), noise
+        end, stats = integrate(rates, start, args, 0.0, self.t1, solve)
         return Transformed(*end, stats)
 
     def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
-        problem = self._augmented(x, context, divergence, noise, regularizers, sign=-1)
-        end, stats = integrate(*problem, self.t1, 0.0, solve)
+        rates, start = self._augmented(x, divergence, regularizers, sign=-1)
+        args = *self._args(context), noise
+        end, stats = integrate(rates, start, args, self.t1, 0.0, solve)
         return Transformed(*end, stats)
 
     def _args(self, context):
         return self.field, context if self.field.context_dim else None
 
-    def _augmented(
-        self, x, context, divergence, noise, regularizers, sign
-    ) -> tuple["Rates", "State", tuple]:
-        """Return the right-hand side of the ODE, the state at its start, and its arguments."""
+    def _augmented(self, x, divergence, regularizers, sign):
+        """Return the right-hand side of the augmented ODE, and its state at the start."""
         zeros = jnp.zeros(len(x), x.dtype)
         start = State(x, zeros, {r.__name__: zeros for r in regularizers})
-        return Rates(divergence, regularizers, sign), start, (*self._args(context), noise)
+        return Rates(divergence, regularizers, sign), start
 
     def draw_noise(self, divergence, key, batch, dim, dtype):
         """Draw the divergence's noise, once for the whole solve."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from scipy import linalg, stats
 
 import jcnf
-from jcnf import Exact, Hutchinson, Solve, evaluate, objectives
+from jcnf import Exact, ForwardMode, Hutchinson, Solve, evaluate, objectives
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import FixedNoise
 from jcnf.fields import Cast, Conv, Field
@@ -80,7 +80,8 @@ def test_affine_parts_have_the_exact_gaussian():
 
 @pytest.mark.parametrize("direction", ["to_base", "to_data"])
 def test_logdets_penalties_and_statistics_add_up(direction):
-    settings = {"direction": direction, "solve": STEPS, "regularizers": (kinetic, jacobian_penalty)}
+    settings = {"solve": STEPS, "divergence": ForwardMode(), "direction": direction}
+    settings["regularizers"] = kinetic, jacobian_penalty
     flow = two_parts()
     whole = transform(flow, X, **settings)
     x, ends = X, []

@@ -235,7 +235,9 @@ def test_as_an_argument_it_is_traced_once():
         return dist.log_prob(x)
 
     for scale in (1.0, 2.0):
-        flow = eqx.tree_at(lambda f: f.propagator, closed_form(2), jnp.asarray(scale * PROPAGATOR))
+        flow = eqx.tree_at(
+            lambda f: f.bijection.propagator, closed_form(2), jnp.asarray(scale * PROPAGATOR)
+        )
         log_p = counted(FlowDistribution(flow, CONTEXT, solve=Solve(rtol=1e-3)), X)
         known = jax.jit(FlowDistribution(flow, CONTEXT).log_prob)(
             X
@@ -269,9 +271,9 @@ def test_gradients_in_events_and_parameters():
     # d/dP of -|P^-1 x|^2 / 2 - log|det P| is P^-T (z z' - I) with z = P^-1 x.
     z = events @ np.linalg.inv(PROPAGATOR).T
     expected = np.linalg.inv(PROPAGATOR).T @ (z.T @ z - 4 * np.eye(3))
-    np.testing.assert_allclose(gradient(closed_form()).propagator, expected, atol=1e-9)
+    np.testing.assert_allclose(gradient(closed_form()).bijection.propagator, expected, atol=1e-9)
     of_arguments = jax.grad(lambda dist: jnp.sum(log_prob(dist, X)), allow_int=True)(DIST)
-    np.testing.assert_allclose(of_arguments.flow.propagator, expected, atol=1e-9)
+    np.testing.assert_allclose(of_arguments.flow.bijection.propagator, expected, atol=1e-9)
 
 
 def test_gradients_go_through_a_solve():
@@ -281,7 +283,7 @@ def test_gradients_go_through_a_solve():
         flow, x = inputs
         return jnp.sum(FlowDistribution(flow, CONTEXT[0, 0]).log_prob(x))
 
-    x, where = X[0], lambda inputs: inputs[0].field.layers[0].bias
+    x, where = X[0], lambda inputs: inputs[0].bijection.field.layers[0].bias
     value, (of_flow, of_x) = loss((affine(), x))
     covariance = PROPAGATOR @ PROPAGATOR.T
     centered = np.asarray(x) - carried(np.zeros((1, 3)), context=CONTEXT[0, :1])
