@@ -55,13 +55,13 @@ class ODE(Bijection):
         rates, start = self._augmented(x, divergence, regularizers, sign=1)
         args = *self._args(context), noise
         end, stats = integrate(rates, start, args, 0.0, self.t1, solve)
-        return Transformed(*end, stats)
+        return Transformed(end.x, end.logdet, end.regularizers, stats)
 
     def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
         rates, start = self._augmented(x, divergence, regularizers, sign=-1)
         args = *self._args(context), noise
         end, stats = integrate(rates, start, args, self.t1, 0.0, solve)
-        return Transformed(*end, stats)
+        return Transformed(end.x, end.logdet, end.regularizers, stats)
 
     def _args(self, context):
         return self.field, context if self.field.context_dim else None

@@ -102,7 +102,9 @@ def test_the_truth_on_straight_lines_is_its_formula():
     t, x = 0.3, np.array([0.2, 0.7])
     variance = (1 - t) ** 2 + (t * SCALE) ** 2
     expected = MEAN + (t * SCALE**2 - (1 - t)) / variance * (x - t * MEAN)
-    np.testing.assert_allclose(truth().field(jnp.asarray(t), jnp.asarray(x)), expected, rtol=1e-13)
+    np.testing.assert_allclose(
+        truth().bijection.field(jnp.asarray(t), jnp.asarray(x)), expected, rtol=1e-13
+    )
 
 
 def away_from_the_end(key, num):
