@@ -279,9 +279,8 @@ def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> d
 
 def refined_by(model: VAE, refine: ODE) -> VAE:
     """Return `model` with its Gaussian posterior refined by an ODE."""
-    return eqx.tree_at(
-        lambda model: model.posterior.refine, model, refine, is_leaf=lambda leaf: leaf is None
-    )
+    posterior = Posterior(model.posterior.bijection.encoder, model.posterior.dim, refine)
+    return eqx.tree_at(lambda model: model.posterior, model, posterior)
 
 
 def mean_of(model: str, found: list[dict[str, Measured]], figure: Callable) -> float:

@@ -13,7 +13,7 @@ from jcnf.divergence import HutchPlusPlus as HutchPlusPlus
 from jcnf.divergence import XTrace as XTrace
 from jcnf.flows import CNF as CNF
 from jcnf.flows import NICE as NICE
-from jcnf.flows import BijectiveFlow as BijectiveFlow
+from jcnf.flows import Flow as Flow
 from jcnf.flows import augmented as augmented
 from jcnf.flows import log_prob as log_prob
 from jcnf.flows import sample as sample

@@ -88,14 +88,6 @@ def check_callable(hint: str, **given: Any) -> None:
             raise ValueError(f"{name} must be {hint}; got {_shown(value)}")
 
 
-def check_field(field: Any) -> None:
-    """Check for a velocity field, a callable with an integer `dim`."""
-    hint = "a callable field(t, x, context) of one sample, with an integer dim"
-    check_callable(hint, field=field)
-    if not _is_whole(getattr(field, "dim", None)):
-        raise ValueError(f"field must be {hint}; got {_shown(field)}")
-
-
 def check_finite(**given: Any) -> None:
     """Check for arrays without NaN or inf, and name the first bad rows. Skips None and tracers."""
     for name, values in given.items():

@@ -90,15 +90,10 @@ def hjb(field, t, x, context, local: FieldEvaluation) -> Rate:
     """Hamilton-Jacobi-Bellman residual |dPhi/dt - 1/2 |grad Phi|^2| of v = -grad Phi.
 
     From OT-Flow (Onken et al. 2021). Where it is zero, paths are straight and their speed is
-    constant. `field.gradient(t, x)` must return the gradient of Phi in (x, t), (dim + 1,).
+    constant. It takes the gradient of Phi from `field.gradient`.
 
-    **Raises:** `ValueError` for a field without `gradient`.
+    **Raises:** `ValueError` for a field without a known potential.
     """
-    if not hasattr(field, "gradient"):
-        raise ValueError(
-            "the hjb regularizer needs a field with a potential; "
-            f"got {type(field).__name__}: use jcnf.fields.Potential"
-        )
     gradient = field.gradient(t, x)
     return jnp.abs(gradient[-1] - jnp.sum(gradient[:-1] ** 2) / 2)
 
@@ -156,7 +151,8 @@ def named(name: str) -> Callable:
 def _shared(local):
     if local.frobenius is None:
         raise ValueError(
-            "this regularizer reuses the divergence's products, but a closed form computes none: "
-            "use divergence=jcnf.Exact(probes=1) or jcnf.Hutchinson(), or jacobian_exact instead"
+            "this regularizer reuses the divergence's products, but jcnf.Exact() has none: use "
+            "divergence=jcnf.Exact(probes=1), jcnf.ForwardMode() or jcnf.Hutchinson(), or "
+            "jacobian_exact instead"
         )
     return local.frobenius

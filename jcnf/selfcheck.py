@@ -23,6 +23,7 @@ from jcnf import evaluate, objectives
 from jcnf._checks import list_rows
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import ForwardMode
+from jcnf.fields import Field
 from jcnf.flows import CNF, log_prob, sample
 from jcnf.ode import Solve
 
@@ -31,7 +32,7 @@ ROWS = max(batch for batch, _ in BATCH_SHAPES)
 MATRIX = np.array([[0.7, -0.9], [0.0, -0.3]])  # upper triangular: its exponential is elementary
 
 
-class Linear(eqx.Module):
+class Linear(Field):
     """Field v = A x with div v = tr A, which carries the standard normal to N(0, e^A e^A')."""
 
     matrix: Float[Array, "dim dim"]
@@ -41,7 +42,7 @@ class Linear(eqx.Module):
         return self.matrix.astype(x.dtype) @ x
 
 
-class Normalizing(eqx.Module):
+class Normalizing(Field):
     """Field v = x / r with r = sqrt(1 + |x|^2), whose divergence is d / r - |x|^2 / r^3."""
 
     dim: int = eqx.field(static=True)

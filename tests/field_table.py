@@ -19,6 +19,7 @@ from jcnf.fields import (
     MLP,
     Cast,
     Conv,
+    Field,
     Guided,
     MinusIdentity,
     Mixture,
@@ -48,12 +49,11 @@ def mixture(*experts):
     return eqx.tree_at(lambda m: (m.fields, m.share_weight, m.share_bias), shell, (experts, w, b))
 
 
-class Normalizing(eqx.Module):
+class Normalizing(Field):
     """v = A x / sqrt(1 + |x|^2): the kind of field that jaxlib 0.10.2 gets wrong on CPU."""
 
     matrix: Float[Array, "dim dim"]
     dim: int = eqx.field(static=True, default=3)
-    context_dim: int = eqx.field(static=True, default=0)
 
     def __call__(self, t, x, context=None):
         return self.matrix @ x / jnp.sqrt(1 + jnp.sum(x**2))

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import linalg, stats
 
-from jcnf import CNF, BijectiveFlow, Solve
-from jcnf.distributions import BaseDistribution, StandardNormal
-from jcnf.fields import MLP
+from jcnf import CNF, Flow, Solve
+from jcnf.distributions import StandardNormal
+from jcnf.fields import MLP, Field
+from jcnf.flows import DistraxBijection
 
 TIGHT = Solve(rtol=1e-10, atol=1e-10)
 T = 0.8  # not 1, so that a forgotten end time shows
@@ -22,7 +23,7 @@ CONTEXT_MATRIX = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, -0.9]])
 SHIFT = np.array([0.3, -0.5, 1.0])
 
 
-class Linear(eqx.Module):
+class Linear(Field):
     """v = A x, so that x(t) = expm(A t) x(0) and div v = tr A, with no closed-form divergence."""
 
     matrix: Float[Array, "dim dim"]
@@ -32,7 +33,7 @@ class Linear(eqx.Module):
         return self.matrix @ x
 
 
-class NotANumber(eqx.Module):
+class NotANumber(Field):
     """v = x, but NaN once any component exceeds 1."""
 
     dim: int = eqx.field(static=True, default=2)
@@ -47,7 +48,7 @@ class Tally:
     count = 0
 
 
-class Traced(eqx.Module):
+class Traced(Field):
     """A field that counts how often it is traced."""
 
     field: MLP
@@ -62,12 +63,12 @@ class Traced(eqx.Module):
         return self.field(t, x, context)
 
 
-def linear() -> CNF:
+def linear() -> Flow:
     """Return the flow x(T) = expm(A T) z."""
     return CNF(Linear(jnp.asarray(MATRIX)), StandardNormal(3), t1=T)
 
 
-def affine() -> CNF:
+def affine() -> Flow:
     """Return the flow of v = A x + C c + b, an MLP with context but no hidden layers or time."""
     field = mlp(3, (), time="ignore", context_dim=2)
     weight = jnp.asarray(np.concatenate([MATRIX, CONTEXT_MATRIX], axis=1))
@@ -136,7 +137,7 @@ def compilations():
 OUTSIDE = ["blows up", "stiff", "NaN"]
 
 
-class Outside(eqx.Module):
+class Outside(Field):
     """A tame field inside a circle, which fails outside of it in the way that `kind` selects."""
 
     net: eqx.Module
@@ -159,12 +160,15 @@ def outside(kind):
 COVARIANCE = linalg.expm(T * MATRIX) @ linalg.expm(T * MATRIX).T
 
 
-class Affine(BijectiveFlow):
-    """The flow of N(0, COVARIANCE)."""
-
-    base: BaseDistribution = StandardNormal(3)
+class Affine(DistraxBijection):
+    """The bijection x = expm(A T) z."""
 
     def bijector(self):
         import distrax
 
         return distrax.UnconstrainedAffine(jnp.asarray(linalg.expm(T * MATRIX)), jnp.zeros(3))
+
+
+def exact() -> Flow:
+    """Return the flow of N(0, COVARIANCE)."""
+    return Flow(Affine(), StandardNormal(3))

@@ -98,7 +98,7 @@ def public():
         found[f"log_prob {n}"] = jcnf.log_prob(flow, x)
         found[f"sample {n}"] = jcnf.sample(flow, jr.key(3), n)
         found[f"both {n}"] = jcnf.sample_and_log_prob(flow, jr.key(3), n)[1]
-        found[f"transform {n}"] = jcnf.transform(flow, x).x
+        found[f"transform {n}"] = jcnf.transform(flow, x).value
         found[f"trajectory {n}"] = jcnf.trajectory(flow, x, jnp.linspace(0, 1, 3))
     distribution = FlowDistribution(flow)
     found["distrax"] = jax.jit(jax.vmap(distribution.log_prob))(rows(jr.key(2), 8)[:, None])
@@ -133,7 +133,7 @@ def failing():
         found[f"{kind} loss"], gradient = loss(flow)
         found[f"{kind} gradient"] = flat(gradient)
         result = jcnf.transform(flow, sharding.shard(x))
-        found |= {f"{kind} x": result.x, f"{kind} log-det": result.logdet}
+        found |= {f"{kind} x": result.value, f"{kind} log-det": result.logdet}
         found[f"{kind} failed"] = result.stats.failed.astype(float)
     return sharding.to_host(found)
 

@@ -17,7 +17,7 @@ import pytest
 
 from experiments._runner.config import Loop, Training
 from experiments._tasks.density2d import ToyFlow
-from jcnf import sharding
+from jcnf import Solve, sharding
 from jcnf._checks import InputError
 from jcnf.evaluate import chunks
 
@@ -217,7 +217,7 @@ def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
     """Rows solved together share their steps, so a row's result depends on its chunk."""
     shapes = []
 
-    def program(x):
+    def program(solve, x):
         shapes.append(x.shape)
         return x - x.max(), SimpleNamespace(nfe=1, failed=np.zeros(len(x), bool))
 
@@ -226,7 +226,7 @@ def test_a_chunk_is_of_the_same_rows_on_any_number_of_devices(monkeypatch):
         same = {"shard": lambda batch: batch, "to_host": lambda tree: tree}
         patched = SimpleNamespace(num_devices=lambda number=number: number, **same)
         monkeypatch.setattr(chunks, "sharding", patched)
-        found.append(chunks.in_chunks(program, (rows,), 37, 15))
+        found.append(chunks.solve_in_chunks(program, Solve(step=1.0), (rows,), 15))
     assert shapes == 3 * [(15,)] + 3 * [(16,)]
     for one, four in zip(*found, strict=True):
         np.testing.assert_array_equal(one, four)

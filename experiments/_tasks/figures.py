@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.run_dir import RunDir
-from jcnf import CNF, Solve, evaluate, plot
-from jcnf.flows import Flow
+from jcnf import Solve, evaluate, plot
+from jcnf.flows import ODE, Flow
 
 FRAMES = 41
 PARTICLES = 3000
@@ -41,10 +41,10 @@ def plane(
         true_log_density=true_log_density,
     )
     run_dir.save_figures(densities=figure)
-    if not isinstance(flow, CNF):
+    if not isinstance(flow.bijection, ODE):
         return
     z = flow.base.sample(key, particles)
-    times = jnp.linspace(0.0, flow.t1, frames)
+    times = jnp.linspace(0.0, flow.bijection.t1, frames)
     paths = evaluate.trajectory(flow, z, times, solve=solve, chunk=PARTICLES).x[..., :2]
     run_dir.save_figures(
         trajectories=plot.trajectories(paths, times, extent=grid.extent),

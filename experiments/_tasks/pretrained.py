@@ -6,13 +6,13 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from experiments._runner.stages import Stage, drawing, train_stages
-from jcnf import CNF, Solve, distributions, fields, objectives, training
+from jcnf import CNF, Flow, Solve, distributions, fields, objectives, training
 from jcnf.data.toys import toy
 
 
 def train_quickly(
-    flow: CNF, sample: Callable[[Key[Array, ""], int], Array], steps: int, seed: int = 0
-) -> CNF:
+    flow: Flow, sample: Callable[[Key[Array, ""], int], Array], steps: int, seed: int = 0
+) -> Flow:
     """Return `flow` after `steps` of likelihood on `sample(key, num)`, without averaging."""
     solve = Solve(rtol=1e-4, atol=1e-4)
     optimizer = training.make_optimizer(2e-3, max(steps, 1))
@@ -20,7 +20,7 @@ def train_quickly(
     return train_stages(flow, [stage], drawing(sample), seed=seed).flow
 
 
-def toy_flow(steps: int, seed: int = 0) -> CNF:
+def toy_flow(steps: int, seed: int = 0) -> Flow:
     """Return a 2-D flow with layers 64-64-64 (tanh) after `steps` steps on 8gaussians."""
     field = fields.MLP(2, (64, 64, 64), time="concat", key=jr.key(seed))
     flow = CNF(field, distributions.StandardNormal(2))

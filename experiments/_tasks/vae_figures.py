@@ -62,7 +62,7 @@ def draw_posteriors(
     """Draw p(z | x) of the "gaussian" model's decoder, and its "gaussian" and "refined" fits."""
     model = found["gaussian"].fitted.flow
     posteriors = [found[name].fitted.flow.posterior for name in ("gaussian", "refined")]
-    encoded = jax.vmap(model.posterior.encoder)(x)
+    encoded = jax.vmap(model.posterior.bijection.encoder)(x)
     views, panels = [], []
     for i, one in enumerate(x):
         center = np.asarray(encoded.loc[i])

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from experiments._tasks.pretrained import train_quickly
-from jcnf import CNF, Solve, distributions, fields
+from jcnf import CNF, Flow, Solve, distributions, fields
 from jcnf.data.toys import toy
 
 TOLERANCE = 1e-5
@@ -20,7 +20,7 @@ class Case:
     """A flow, its data distribution and its batch size."""
 
     title: str
-    flow: CNF
+    flow: Flow
     draw: Callable[[Key[Array, ""], int], Array]  # (key, n) -> (n, dim)
     batch: int
     head: int = 10_000  # number of points on which errors are measured

@@ -145,7 +145,7 @@ def _our_samples(case, solver, tolerance, *, again=False):
     if again:
         z = case.flow.base.sample(jr.key(7), CHUNK)
         solve = dataclasses.replace(
-            solve, step_plan=case.flow.transform(z, "to_data", None, solve)[1].step_plan
+            solve, step_plan=case.flow.bijection.forward(z, None, solve)[1].step_plan
         )
     return lambda z: evaluate.transform(case.flow, z, "to_data", solve=solve).x[-1]
 

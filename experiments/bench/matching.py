@@ -45,7 +45,7 @@ def against_torchcfm(case: Case, rounds: int, seconds: float) -> Results:
     """Time our step and torchcfm's, if its loss on given pairs and times equals ours."""
     x0, x1 = jr.normal(jr.key(6), (2, BATCH, case.flow.base.dim))
     t = jr.uniform(jr.key(7), (BATCH,))
-    v = jax.vmap(case.flow.field)(t, x0 + t[:, None] * (x1 - x0))
+    v = jax.vmap(case.flow.bijection.field)(t, x0 + t[:, None] * (x1 - x0))
     reference = float(jnp.mean((v - (x1 - x0)) ** 2))
     programs = {ours.NAME: _step(case)}
     for name, peer in peers.load("torchcfm").items():
@@ -82,7 +82,7 @@ def _passes(case):
     x, t = case.x, jr.uniform(jr.key(6), (BATCH,))
 
     def loss(params, x, t):
-        v = jax.vmap(training.with_params(case.flow, params).field)(t, x)
+        v = jax.vmap(training.with_params(case.flow, params).bijection.field)(t, x)
         return jnp.mean(jnp.sum((v - x) ** 2, axis=-1))
 
     @jax.jit

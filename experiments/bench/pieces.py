@@ -38,7 +38,7 @@ def run(case: Case, rounds: int, seconds: float) -> Results:
 def _objective(flow, x, key, *, solve: Any, pieces, given: Solve) -> Any:
     """Return the mean negative log-likelihood by one batched diffrax solve."""
     solver, planned, adjoint = pieces
-    t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.t1, 0.0))
+    t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.bijection.t1, 0.0))
     controller = diffrax.PIDController(rtol=given.rtol, atol=given.atol)
     if planned is not None:
         plan = solve.step_plan.astype(x.dtype) if planned else ode.unknown(x.dtype)
@@ -55,7 +55,7 @@ def _objective(flow, x, key, *, solve: Any, pieces, given: Solve) -> Any:
         t1,
         None,
         (x, jnp.zeros(len(x), x.dtype)),
-        flow.field,
+        flow.bijection.field,
         saveat=diffrax.SaveAt(t1=True, controller_state=True),
         stepsize_controller=controller,
         adjoint=adjoint,

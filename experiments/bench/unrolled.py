@@ -40,7 +40,7 @@ def objective(case: Case, *, again: bool = False) -> training.Objective:
 
     def likelihood(flow, x, key):
         def rate(t, y):
-            return jax.vmap(flow.field.velocity_and_divergence, (None, 0))(
+            return jax.vmap(flow.bijection.field.velocity_and_divergence, (None, 0))(
                 jnp.asarray(t, x.dtype), y[0]
             )
 
@@ -78,7 +78,7 @@ def accepted_times(case: Case) -> np.ndarray:
     shares = [0.0]
     while shares[-1] < 1:
         shares.append(float(next_point(step_plan, jnp.asarray(shares[-1]))))
-    return case.flow.t1 * (1 - np.array(shares))
+    return case.flow.bijection.t1 * (1 - np.array(shares))
 
 
 def _plus(y, weights, slopes):

@@ -7,6 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Key
 
+from jcnf.fields import Field
+
 
 class FieldEvaluation(eqx.Module):
     """A field's velocity and divergence at one sample, for the log-det and the regularizers.
@@ -28,17 +30,20 @@ class Divergence(eqx.Module):
     Grathwohl et al. 2019, section 3.1).
     """
 
-    def draw(self, key: Key[Array, ""] | None, batch: int, dim: int, dtype) -> Array | None:
+    def draw(self, key: Key[Array, ""] | None, batch: int, dim: int, dtype: Any) -> Array | None:
         """Return noise for a whole batch with leading axis `batch`, or None; consumes `key`."""
         return None
 
-    def of_part(self, number: int) -> "Divergence":
-        """Return the strategy for part `number` of a flow that has several parts."""
-        return self
-
     @abstractmethod
-    def __call__(self, field, t, x, context, noise) -> FieldEvaluation:
-        """Return the velocity and the divergence of one sample at `x` (dim,) and time `t`."""
+    def __call__(
+        self,
+        field: Field,
+        t: Float[Array, ""],
+        x: Float[Array, " dim"],
+        context: Float[Array, " context"] | None,
+        noise: Any,
+    ) -> FieldEvaluation:
+        """Return the velocity and the divergence of one sample; `noise` is its row of `draw`."""
 
 
 class FixedNoise(Divergence):
@@ -51,12 +56,9 @@ class FixedNoise(Divergence):
     strategy: Divergence
     noise: Any
 
-    def draw(self, key, batch, dim, dtype):
+    def draw(self, key, batch, dim, dtype) -> Any:
         """Return the stored noise in `dtype`; `key` is ignored."""
         return jax.tree.map(lambda noise: noise.astype(dtype), self.noise)
-
-    def of_part(self, number):
-        return FixedNoise(self.strategy, None if self.noise is None else self.noise[number])
 
     def __call__(self, field, t, x, context, noise):
         return self.strategy(field, t, x, context, noise)

@@ -1,11 +1,11 @@
-"""Exact divergences: the field's closed form, or forward mode."""
+"""Exact divergences: the field's own, in closed form if it has one, or forward mode."""
 
 import equinox as eqx
 
 from jcnf._checks import check_int
 from jcnf.divergence.base import Divergence, FieldEvaluation
 from jcnf.divergence.estimators import Hutchinson
-from jcnf.fields import base
+from jcnf.fields.base import CHUNK, trace_and_frobenius
 
 
 class ForwardMode(Divergence):
@@ -21,23 +21,23 @@ class ForwardMode(Divergence):
     **Raises:** `ValueError` if `chunk` is not a whole number, at least 1.
     """
 
-    chunk: int = eqx.field(static=True, default=base.CHUNK)
+    chunk: int = eqx.field(static=True, default=CHUNK)
 
     def __check_init__(self):
         check_int(chunk=self.chunk)
 
     def __call__(self, field, t, x, context, noise):
         """Return the velocity, and the exact trace and squared Frobenius norm."""
-        return FieldEvaluation(*base.trace_and_frobenius(field, t, x, context, self.chunk))
+        return FieldEvaluation(*trace_and_frobenius(field, t, x, context, chunk=self.chunk))
 
 
 class Exact(Divergence):
-    """The field's closed form if it has one, forward mode otherwise.
+    """The field's `velocity_and_divergence`: its closed form, or forward mode if it has none.
 
     **Arguments:**
 
-    - `probes`: number of Rademacher probes whose products are computed in addition to the closed
-      form, for the regularizers that need them (`jcnf.regularizers.jacobian`); 0 for none.
+    - `probes`: number of Rademacher probes whose products are computed in addition, for the
+      regularizers that need them (`jcnf.regularizers.jacobian`); 0 for none.
 
     **Raises:** `ValueError` if `probes` is not a whole number, at least 0.
     """
@@ -52,12 +52,9 @@ class Exact(Divergence):
         return Hutchinson(self.probes).draw(key, batch, dim, dtype) if self.probes else None
 
     def __call__(self, field, t, x, context, noise):
-        """Return the velocity, the divergence and, if products were computed, |dv/dx|_F^2."""
-        if not hasattr(field, "velocity_and_divergence"):
-            return ForwardMode()(field, t, x, context, None)
+        """Return the velocity, the divergence and, if there are probes, |dv/dx|_F^2."""
         v, divergence = field.velocity_and_divergence(t, x, context)
-        if noise is None:
+        if not self.probes:
             return FieldEvaluation(v, divergence)
-        return FieldEvaluation(
-            v, divergence, Hutchinson(self.probes)(field, t, x, context, noise).frobenius
-        )
+        probed = Hutchinson(self.probes)(field, t, x, context, noise)
+        return FieldEvaluation(v, divergence, probed.frobenius)

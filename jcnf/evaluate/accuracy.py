@@ -166,7 +166,7 @@ def accuracy_report(
             )
         keys = jax.random.split(key, draws)
     scored = [log_prob(flow, x, key=keys[0], divergence=divergence, enough=enough, **settings)]
-    noise = flow.draw_noise(divergence, keys[0], len(x), x.shape[1], x.dtype)
+    _, noise = flow.with_noise(divergence, keys[0], x)
     done = slice(0, len(scored[0].log_prob))
     x, context, noise = _rows((x, context, noise), done)
     settings["context"] = context

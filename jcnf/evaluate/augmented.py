@@ -1,5 +1,7 @@
 """Log-densities of an augmented flow's data, with its extra dimensions marginalized out."""
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -7,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int, check_key
-from jcnf.evaluate.chunks import solved_in_chunks
+from jcnf.evaluate.chunks import solve_in_chunks
 from jcnf.evaluate.log_prob import ACCURATE, LogProbs, full_precision
 from jcnf.flows import Flow
 from jcnf.flows.augmented import solve_bound
@@ -38,15 +40,11 @@ def marginal_log_prob(
     check_key(key)
     check_int(samples=samples)
     x = jnp.asarray(x)
-
-    def program(solve, x, keys):
-        return _score(flow, x, keys, samples, solve)
-
-    rows = x, jr.split(key, len(x))
-    return LogProbs(*solved_in_chunks(program, solve, rows, len(x), chunk))
+    program, rows = partial(_marginal, flow, samples), (x, jr.split(key, len(x)))
+    return LogProbs(*solve_in_chunks(program, solve, rows, chunk))
 
 
 @eqx.filter_jit
 @full_precision
-def _score(flow, x, keys, samples, solve):
+def _marginal(flow, samples, solve, x, keys):
     return solve_bound(flow, x, keys, samples=samples, solve=solve)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import jax
@@ -37,83 +36,57 @@ def reporting(report: Callable[[int, int], None]) -> Iterator[None]:
         _REPORT.reset(token)
 
 
-def solved_in_chunks(
+def solve_in_chunks(
     program: Callable,
     solve: Solve,
     rows: Any,
-    n: int,
     size: int | None = None,
     enough: Callable[[int], bool] = lambda done: False,
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Return `in_chunks` of `program(solve, *chunk)`, with one step plan for all chunks.
-
-    If there are many chunks, an extra solve of one chunk of rows, spread evenly over all of them,
-    makes the plan. The steps that a row takes therefore do not depend on the chunks before its own.
-    The NFE counts the steps that the chunks took, which are fewer with a step plan.
-    """
-    check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
-    size, dtype = _size(n, size), jnp.result_type(float)
-    if solve.step_plan is None and solve.heeds_step_plans:
-        # An empty step plan, so that the same compiled program serves with and without a plan.
-        solve = dataclasses.replace(solve, step_plan=unknown(dtype))
-        if n > (MIN_CHUNKS_FOR_STEP_PLAN - 1) * size:
-            some = _filled(evenly_spaced(n, size))
-            _, stats = _solve_chunk(partial(program, solve), rows, some)
-            solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
-    return in_chunks(partial(program, solve), rows, n, size, enough)
-
-
-def in_chunks(
-    program: Callable,
-    rows: Any,
-    n: int,
-    size: int | None = None,
-    enough: Callable[[int], bool] = lambda done: False,
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """Run `program(*chunk) -> (values, stats)` over `rows`, a pytree of arrays of `n` rows.
+    """Run `program(solve, *chunk) -> (values, stats)` over `rows`, a pytree of arrays of rows.
 
     By default a chunk has `CHUNK` rows. `enough(done)` is called after each chunk with the number
     of rows done; if it returns true, the remaining rows are left out.
 
+    If `solve` has no step plan and there are many chunks, an extra solve of one chunk of rows,
+    spread evenly over all of them, makes a plan for all chunks. The steps that a row takes
+    therefore do not depend on the chunks before its own. The NFE counts the steps that the chunks
+    took, which are fewer with a step plan.
+
     **Returns:** the values of the rows, NaN where the solve failed; the mean NFE over chunks; and
     which rows failed, (n,).
     """
-    size = _size(n, size)
-    values, nfes, flags = [], [], []
-    number, report = -(-n // size), _REPORT.get()
-    report(0, number)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        index = _filled(np.minimum(np.arange(start, start + size), stop - 1))
-        value, stats = _solve_chunk(program, rows, index)
-        values.append(value[: stop - start])
-        nfes.append(int(stats.nfe))
-        flags.append(stats.failed[: stop - start])
-        report(len(flags), number)
-        if enough(stop):
-            break
-    return np.concatenate(values), float(np.mean(nfes)), np.concatenate(flags)
-
-
-def _size(n, size):
-    """Return the number of rows in a chunk, `size` or the default, at most `n`."""
+    check_instance(Solve, "a jcnf.Solve(...)", solve=solve)
     size = CHUNK if size is None else size
     check_int(chunk=size)
-    return min(size, n)
-
-
-def _filled(index):
-    """Repeat the last index until the devices can share the rows evenly.
-
-    With the norm "worst" the repeated rows change nothing for the others.
-    """
-    return np.pad(index, (0, -len(index) % sharding.num_devices()), mode="edge")
-
-
-def _solve_chunk(program, rows, index):
-    """Return the values of the rows at `index`, NaN where they failed, and the solve's stats."""
-    chunk = jax.tree.map(lambda a: a[index], rows)
-    values, stats = sharding.to_host(program(*sharding.shard(chunk)))
-    values = np.array(values)
-    values[stats.failed] = np.nan
-    return values, stats
+    n, dtype = len(jax.tree.leaves(rows)[0]), jnp.result_type(float)
+    size = min(size, n)
+    # The last row fills the last chunk.
+    chunks = [np.arange(start, start + size).clip(max=n - 1) for start in range(0, n, size)]
+    number, report, planning = len(chunks), _REPORT.get(), False
+    if solve.step_plan is None and solve.heeds_step_plans:
+        # An empty step plan, so that the same compiled program serves with and without a plan.
+        solve = dataclasses.replace(solve, step_plan=unknown(dtype))
+        planning = number >= MIN_CHUNKS_FOR_STEP_PLAN
+    if planning:
+        chunks.insert(0, evenly_spaced(n, size))
+    results = []
+    report(0, number)
+    for index in chunks:
+        # Repeat the last row until the devices can share the rows evenly. With the norm "worst",
+        # repeated rows change nothing for the others.
+        index = np.pad(index, (0, -size % sharding.num_devices()), mode="edge")
+        chunk = sharding.shard(jax.tree.map(lambda a, index=index: a[index], rows))
+        values, stats = sharding.to_host(program(solve, *chunk))
+        if planning:
+            planning = False
+            solve = dataclasses.replace(solve, step_plan=jnp.asarray(stats.step_plan, dtype))
+            continue
+        values = np.array(values)
+        values[stats.failed] = np.nan
+        results.append((values[:size], stats.failed[:size], int(stats.nfe)))
+        report(len(results), number)
+        if enough(min(len(results) * size, n)):
+            break
+    values, failed, nfes = zip(*results, strict=True)
+    return np.concatenate(values)[:n], float(np.mean(nfes)), np.concatenate(failed)[:n]

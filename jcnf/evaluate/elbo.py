@@ -1,5 +1,6 @@
 """Bounds on the evidence log p(x) of a variational autoencoder."""
 
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_instance, check_int, check_key
-from jcnf.evaluate.chunks import solved_in_chunks
+from jcnf.evaluate.chunks import solve_in_chunks
 from jcnf.evaluate.log_prob import ACCURATE, full_precision
 from jcnf.flows.vae import VAE, weigh
 from jcnf.ode import Solve
@@ -74,19 +75,15 @@ def elbo(
         raise ValueError(f"expected x of shape (n, data), n at least 1; got {jnp.shape(x)}")
     check_finite(x=x)
     x = jnp.asarray(x)
-
-    def program(solve, x, keys):
-        return _weigh_all(model, x, keys, samples, solve)
-
-    rows = x, jr.split(key, len(x))
-    values, nfe, failed = solved_in_chunks(program, solve, rows, len(x), chunk)
+    program, rows = partial(_weigh_all, model, samples), (x, jr.split(key, len(x)))
+    values, nfe, failed = solve_in_chunks(program, solve, rows, chunk)
     log_likelihood, log_ratio, mean = np.split(values, [samples, 2 * samples], axis=1)
     return ELBOSamples(log_likelihood, log_ratio, mean, nfe, failed)
 
 
 @eqx.filter_jit
 @full_precision
-def _weigh_all(model, x, keys, samples, solve):
+def _weigh_all(model, samples, solve, x, keys):
     base = model.posterior.base
 
     def one(number):
@@ -94,7 +91,7 @@ def _weigh_all(model, x, keys, samples, solve):
             return base.sample(jr.fold_in(key, number), 1, x.dtype)[0]
 
         weighed = weigh(model, x, jax.vmap(draw)(keys), solve=solve)
-        return weighed._replace(carried=weighed.carried.x), weighed.carried.stats
+        return weighed._replace(carried=weighed.carried.value), weighed.carried.stats
 
     weighed, stats = jax.lax.map(one, jnp.arange(samples))
     values = [weighed.log_likelihood.T, weighed.log_ratio.T, jnp.mean(weighed.carried, axis=0)]

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
@@ -52,7 +53,7 @@ def audit_gradients(
     **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does.
     """
     check_data(flow, x, context, solve, divergence)
-    noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
+    _, noise = flow.with_noise(divergence, key, jnp.asarray(x))
     arguments = (flow, x, context, FixedNoise(divergence, noise), tuple(regularizers.items()))
     own, failed = _gradient(solve, *arguments)
     checkpointed = dataclasses.replace(solve, adjoint="checkpoint")

@@ -79,7 +79,7 @@ def grid(
     **Raises:** `ValueError` if `extent` is not finite, increasing and of the flow's dimension.
     """
     check_flow(flow)
-    check_extent(extent, flow.base.dim)
+    check_extent(extent, flow.dim)
     if solve.step_plan is None and solve.heeds_step_plans:
         # No step plan serves both the middle and the cells far from the data.
         solve = dataclasses.replace(solve, step_plan=unknown(jnp.result_type(float)))

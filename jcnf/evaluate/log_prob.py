@@ -3,18 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int
-from jcnf.divergence import Divergence, Exact, FixedNoise
-from jcnf.evaluate.chunks import in_chunks, solved_in_chunks
+from jcnf.divergence import Divergence, Exact
+from jcnf.evaluate.chunks import solve_in_chunks
 from jcnf.flows import (
-    CNF,
+    ODE,
     Direction,
     Flow,
     check_batch,
@@ -22,11 +24,11 @@ from jcnf.flows import (
     check_flow,
     check_strategy,
     check_times,
-    compiled,
+    solve_log_prob,
     solve_trajectory,
+    solve_transform,
 )
-from jcnf.flows import transform as transform_batch
-from jcnf.ode import Solve, with_array_tolerances
+from jcnf.ode import Solve, unknown, with_array_tolerances
 
 ACCURATE = Solve(rtol=1e-5, atol=1e-5, norm="worst")
 
@@ -81,14 +83,9 @@ def log_prob(
     check_data(flow, x, context, solve, divergence)
     x = jnp.asarray(x)
     solve = with_array_tolerances(solve, x.dtype)
-    noise = flow.draw_noise(divergence, key, len(x), x.shape[1], x.dtype)
-    strategy = divergence.strategy if isinstance(divergence, FixedNoise) else divergence
-
-    def program(solve, x, context, noise):
-        return _score(flow, x, context, solve, FixedNoise(strategy, noise))
-
-    rows = x, context, noise
-    return LogProbs(*solved_in_chunks(program, solve, rows, len(x), chunk, enough))
+    divergence, noise = flow.with_noise(divergence, key, x)
+    program = partial(_log_prob, flow, divergence)
+    return LogProbs(*solve_in_chunks(program, solve, (x, context, noise), chunk, enough))
 
 
 class Trajectories(NamedTuple):
@@ -105,7 +102,7 @@ class Trajectories(NamedTuple):
 
 
 def trajectory(
-    flow: CNF,
+    flow: Flow[ODE],
     x: Float[Array, "n dim"],
     times: Float[Array, " times"],
     *,
@@ -123,12 +120,10 @@ def trajectory(
     x = jnp.asarray(x)
     check_times(times, len(x), jnp.result_type(x))
     solve = with_array_tolerances(_without_gradient(solve), x.dtype)
-    times = jnp.asarray(times, jnp.result_type(x))
-
-    def program(x, context):
-        return _transport(flow, x, times, context, solve)
-
-    paths, nfe, failed = in_chunks(program, (x, context), len(x), chunk)
+    if solve.step_plan is None:  # each chunk finds its own steps
+        solve = dataclasses.replace(solve, step_plan=unknown(x.dtype))
+    program = partial(_trajectory, flow, jnp.asarray(times, x.dtype))
+    paths, nfe, failed = solve_in_chunks(program, solve, (x, context), chunk)
     return Trajectories(np.moveaxis(paths, 0, 1), nfe, failed)
 
 
@@ -149,11 +144,8 @@ def transform(
     check_direction(direction)
     x = jnp.asarray(x)
     solve = with_array_tolerances(_without_gradient(solve), x.dtype)
-
-    def program(solve, x, context):
-        return _carry(flow, x, direction, context, solve)
-
-    end, nfe, failed = solved_in_chunks(program, solve, (x, context), len(x), chunk)
+    program = partial(_transform, flow, direction)
+    end, nfe, failed = solve_in_chunks(program, solve, (x, context), chunk)
     return Trajectories(np.stack([np.asarray(x), end]), nfe, failed)
 
 
@@ -217,22 +209,13 @@ def _without_gradient(solve):
 full_precision = jax.default_matmul_precision("highest")
 
 
-@compiled
+_log_prob = eqx.filter_jit(full_precision(solve_log_prob))
+_transform = eqx.filter_jit(full_precision(solve_transform))
+
+
+@eqx.filter_jit
 @full_precision
-def _score(flow, x, context, solve, divergence):
-    result = transform_batch(flow, x, context=context, solve=solve, divergence=divergence)
-    return flow.base.log_prob(result.x) + result.logdet, result.stats
-
-
-@compiled
-@full_precision
-def _carry(flow, x, direction, context, solve):
-    return flow.transform(x, direction, context, solve)
-
-
-@compiled
-@full_precision
-def _transport(flow, x, times, context, solve):
+def _trajectory(flow, times, solve, x, context):
     paths, stats = solve_trajectory(flow, x, times, context=context, solve=solve)
     return jnp.moveaxis(paths, 1, 0), stats
 

@@ -94,7 +94,7 @@ def row_independence(
     check_int(batch=batch)
     period = min(len(x), COPIED_ROWS, max(batch // 2, 1))
     x = jnp.asarray(x)[:period]
-    noise = flow.draw_noise(divergence, key, period, x.shape[1], x.dtype)
+    divergence, noise = flow.with_noise(divergence, key, x)
     rows = x, None if context is None else context[:period], noise
     x, context, noise = jax.tree.map(lambda a: a[np.arange(batch) % period], rows)
     settings = {"solve": solve, "divergence": FixedNoise(divergence, noise), "chunk": batch}

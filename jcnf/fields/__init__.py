@@ -1,10 +1,7 @@
-"""Velocity fields: `field(t, x, context=None)` for one sample, as Equinox modules.
+"""Velocity fields: `field(t, x, context=None)` of one sample. Subclass `Field` to add one."""
 
-Any callable with that signature and an integer attribute `dim` is a field. If it also has a method
-`velocity_and_divergence(t, x, context=None)`, `jcnf.Exact` uses it as the closed form.
-"""
-
-from jcnf.fields.base import velocity_and_divergence as velocity_and_divergence
+from jcnf.fields.base import Field as Field
+from jcnf.fields.base import check_field as check_field
 from jcnf.fields.conv import Conv as Conv
 from jcnf.fields.layers import ACTIVATIONS as ACTIVATIONS
 from jcnf.fields.layers import LAYERS as LAYERS

@@ -1,67 +1,144 @@
-"""The Jacobian dv/dx of any field by forward mode: its products, trace and Frobenius norm."""
+"""The type of velocity fields, and their Jacobian dv/dx by forward mode."""
 
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jcnf._checks import check_instance, check_int
+
 CHUNK = 64
 
 
+class Field(eqx.Module):
+    """A velocity field v(t, x, c) of one sample. Subclass it to define one:
+
+        class Rotation(jcnf.fields.Field):
+            rate: Float[Array, ""]
+            dim: int = eqx.field(static=True, default=2)
+
+            def __call__(self, t, x, context=None):
+                return self.rate * jnp.stack([-x[1], x[0]])
+
+    Override `velocity_and_divergence` if the divergence has a closed form, and `gradient` if the
+    velocity is the gradient of a known potential. A field with a context sets `context_dim` to its
+    size.
+
+    **Raises:** `ValueError` unless `dim` is at least 1 and `context_dim` at least 0.
+    """
+
+    # Not annotated, so that subclasses may replace them by a dataclass field or by a property. To a
+    # type checker, an abstract variable would be the first argument of `__init__`.
+    if TYPE_CHECKING:
+        dim = 0
+    else:
+        dim: eqx.AbstractVar[int]
+    context_dim = 0
+
+    def __check_init__(self):
+        check_int(dim=self.dim)
+        check_int(0, context_dim=self.context_dim)
+
+    @abstractmethod
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        x: Float[Array, " dim"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " dim"]:
+        """Return the velocity dx/dt at time `t`, (dim,)."""
+
+    def velocity_and_divergence(
+        self,
+        t: Float[Array, ""],
+        x: Float[Array, " dim"],
+        context: Float[Array, " context"] | None = None,
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Return v (dim,) and tr(dv/dx), exactly; by forward mode unless overridden."""
+        v, divergence, _ = trace_and_frobenius(self, t, x, context)
+        return v, divergence
+
+    def gradient(self, t: Float[Array, ""], x: Float[Array, " dim"]) -> Float[Array, " dim+1"]:
+        """Return the gradient in (x, t) of the potential Phi, for a field v = -grad_x Phi.
+
+        **Raises:** `ValueError` for a field without a known potential.
+        """
+        raise ValueError(
+            f"field must have a potential, but {type(self).__name__} has none: use "
+            "jcnf.fields.Potential"
+        )
+
+
+def check_field(field: Any) -> None:
+    """Raise `ValueError` unless `field` is a `Field` that compiled programs can tell apart."""
+    hint = (
+        "a jcnf.fields.Field: subclass it, as in `class MyField(jcnf.fields.Field): dim: int = 2; "
+        "def __call__(self, t, x, context=None): ...`, and pass an instance"
+    )
+    check_instance(Field, hint, field=field)
+    try:
+        hash(jax.tree.structure(field))
+    except TypeError as error:
+        raise ValueError(
+            f"field must have hashable static attributes; got {type(field).__name__} with an "
+            f"{error}: use a tuple for a list, and no eqx.field(static=True) for arrays"
+        ) from None
+
+
+def pushforward(field: Field, t, x, context) -> Callable:
+    """Return the map from (e,) to v and (dv/dx) e, which is linear in e.
+
+    It raises `ValueError` if the velocity does not have the shape of `x`.
+    """
+
+    def velocity(x):
+        v = field(t, x, context)
+        if v.shape != x.shape:
+            raise ValueError(f"the field must give an array of shape {x.shape}; got {v.shape}")
+        return v
+
+    return partial(jax.jvp, velocity, (x,))
+
+
 def jvps(
-    field, t, x, context, tangents: Float[Array, "k dim"]
+    field: Field, t, x, context, tangents: Float[Array, "k dim"]
 ) -> tuple[Float[Array, " dim"], Float[Array, "k dim"]]:
     """Return v, and (dv/dx) e for each row e of `tangents`.
 
     This takes one jvp per row, and computes the velocity once.
-
-    **Raises:** `ValueError` if the velocity does not have the shape of `x`.
     """
-
-    def push(tangent):
-        return jax.jvp(lambda x: field(t, x, context), (x,), (tangent,))
-
-    v, images = jax.vmap(push, out_axes=(None, 0))(tangents)
-    if v.shape != x.shape:
-        raise ValueError(f"the field must give an array of shape {x.shape}; got {v.shape}")
-    return v, images
+    return jax.vmap(pushforward(field, t, x, context), out_axes=(None, 0))((tangents,))
 
 
 def trace_and_frobenius(
-    field, t, x, context, chunk: int = CHUNK
-) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
-    """Return v, tr(dv/dx) and |dv/dx|_F^2 of one sample, exactly, by `dim` products.
-
-    In more than `chunk` dimensions, the products are computed `chunk` at a time and recomputed in
-    reverse mode, so that memory does not grow with `dim`.
-    """
-    return summed_jvps(field, t, x, context, jnp.eye(x.shape[0], dtype=x.dtype), chunk)
-
-
-def summed_jvps(
-    field, t, x, context, directions: Float[Array, "k dim"], chunk: int = CHUNK
+    field: Field,
+    t,
+    x,
+    context,
+    directions: Float[Array, "k dim"] | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
     """Return v, and the sums over k of e_k' (dv/dx) e_k and |(dv/dx) e_k|^2.
 
-    With more than `chunk` directions e_k, the products are computed `chunk` at a time and
-    recomputed in reverse mode.
+    By default the e_k are the unit vectors, and the sums are tr(dv/dx) and |dv/dx|_F^2. With more
+    than `chunk` directions, the products are computed `chunk` at a time and recomputed in reverse
+    mode, so that memory does not grow with their number.
     """
+    push = pushforward(field, t, x, context)
+    directions = jnp.eye(len(x), dtype=x.dtype) if directions is None else directions
     if len(directions) <= chunk:
-        v, images = jvps(field, t, x, context, directions)
+        v, images = jax.vmap(push, out_axes=(None, 0))((directions,))
         return v, jnp.sum(directions * images), jnp.sum(images**2)
 
     @jax.checkpoint
     def one(direction):
-        _, (image,) = jvps(field, t, x, context, direction[None])
+        _, image = push((direction,))
         return direction @ image, image @ image
 
     diagonal, squares = jax.lax.map(one, directions, batch_size=chunk)
     return field(t, x, context), jnp.sum(diagonal), jnp.sum(squares)
-
-
-def velocity_and_divergence(
-    field, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-    """Return v (dim,) and tr(dv/dx) of one sample, by the closed form if any, or forward mode."""
-    if hasattr(field, "velocity_and_divergence"):
-        return field.velocity_and_divergence(t, x, context)
-    return trace_and_frobenius(field, t, x, context)[:2]

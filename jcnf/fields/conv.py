@@ -7,15 +7,15 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jcnf._checks import check_int, check_ints, check_key, check_shape
 from jcnf.fields._xla_cpu import KERNEL_SIZE, convolve
-from jcnf.fields.base import summed_jvps
+from jcnf.fields.base import Field, trace_and_frobenius
 from jcnf.fields.layers import LAYERS, Activation, Linear, TimeLinear, resolve
 
 
-class Conv(eqx.Module):
+class Conv(Field):
     """Convolutional field of images.
 
     v(t, x) = K_{L+1}(t) * s(... s(K_1(t) * x + b_1(t)) ...) + b_{L+1}(t).
@@ -82,10 +82,7 @@ class Conv(eqx.Module):
         """Dimension of x, height x width x channels."""
         return int(np.prod(self.shape))
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         h = x.reshape(self.shape)
         *hidden, last = self.layers
         for i, layer in enumerate(hidden):
@@ -95,13 +92,11 @@ class Conv(eqx.Module):
             h, _ = self.activation(a)
         return convolve(h, *last.affine(t)).reshape(x.shape)
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and tr(dv/dx), exactly, by at most (r + 1)^2 products per channel."""
         reach = len(self.layers) * (KERNEL_SIZE // 2)
         directions = jnp.asarray(_far_apart(self.shape, reach), x.dtype)
-        return summed_jvps(self, t, x, context, directions)[:2]
+        return trace_and_frobenius(self, t, x, context, directions)[:2]
 
 
 def _far_apart(shape, reach):

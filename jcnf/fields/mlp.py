@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jcnf._checks import check_int, check_ints, check_key
 from jcnf.fields._xla_cpu import push
+from jcnf.fields.base import Field
 from jcnf.fields.layers import LAYERS, Activation, Linear, TimeLinear, resolve
 
 
-class MLP(eqx.Module):
+class MLP(Field):
     """Multilayer perceptron in x with time-dependent layers.
 
     v(t, x) = W_{L+1}(t) s(... s(W_1(t) [x, c] + b_1(t)) ...) + b_{L+1}(t).
@@ -107,15 +108,10 @@ class MLP(eqx.Module):
         h, slope = self.activation((1 + gain) * a + shift)
         return h, (1 + gain) * slope
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self._forward(t, x, context)[0]
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and tr(dv/dx), exactly.
 
         Here d_l = s'(a_l), o is the elementwise product, and W_1 has only its columns for x. With

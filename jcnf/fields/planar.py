@@ -1,7 +1,6 @@
 """The planar continuous flow, whose units come from a gated hypernetwork of time."""
 
 import itertools
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -11,9 +10,10 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_instance, check_int, check_key
 from jcnf.fields._xla_cpu import turned
+from jcnf.fields.base import Field
 
 
-class Planar(eqx.Module):
+class Planar(Field):
     """Planar field v(t, x) = mean_m u_m tanh(w_m . x + b_m) (Chen et al. 2018, section 4).
 
     A hypernetwork of t, 1 -> H -> H -> 3 M dim + M with tanh hidden layers, returns w, u, the gates
@@ -33,7 +33,6 @@ class Planar(eqx.Module):
     hypernet: tuple[eqx.nn.Linear, ...]
     dim: int = eqx.field(static=True)
     average: bool = eqx.field(static=True)
-    context_dim: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -69,15 +68,10 @@ class Planar(eqx.Module):
         w, u, gate = h[:-width].reshape(3, width, self.dim)
         return w, u * jax.nn.sigmoid(gate), h[-width:]
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self.velocity_and_divergence(t, x)[0]
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v = mean_m (u_m . w_m) (1 - tanh(w_m . x + b_m)^2)."""
         w, u, b = self.units(t)
         if self.average:

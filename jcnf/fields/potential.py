@@ -1,17 +1,16 @@
 """OT-Flow's gradient field of a potential, with its exact Laplacian."""
 
-from typing import ClassVar
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_key
+from jcnf.fields.base import Field
 from jcnf.fields.layers import Linear, logcosh, uniform
 
 
-class Potential(eqx.Module):
+class Potential(Field):
     """Gradient field v(t, x) = -grad_x Phi(t, x) of a potential (OT-Flow, Onken et al. 2021).
 
     With s = (x, t) and r(a) = |a| + log(1 + e^{-2|a|}) elementwise, whose derivative is tanh,
@@ -39,7 +38,6 @@ class Potential(eqx.Module):
     slope: Float[Array, " inputs"]
     constant: Float[Array, ""]
     dim: int = eqx.field(static=True)
-    context_dim: ClassVar[int] = 0
 
     def __init__(self, dim: int, width: int = 32, rank: int = 10, *, key: Key[Array, ""]):
         check_int(dim=dim, width=width, rank=rank)
@@ -75,15 +73,11 @@ class Potential(eqx.Module):
         gradient = (d0 * z) @ self.opening.weight + (self.factor @ s) @ self.factor + self.slope
         return gradient, d0, d1, z
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
+    def __call__(self, t, x, context=None):
         """Return the velocity dx/dt = -grad_x Phi at time `t`, (dim,)."""
         return -self.gradient(t, x)[: self.dim]
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v = -lap Phi.
 
         With K and A the columns of K0 and A that multiply x, and sums over rows i,

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_key
+from jcnf.fields.base import Field
 from jcnf.fields.layers import Activation, Linear, resolve
 
 FOURIER_FREQUENCY_STD = 2.0
@@ -28,7 +29,7 @@ class Block(eqx.Module):
         self.outer = Linear(width, width, key=outer_key)
 
 
-class ResNet(eqx.Module):
+class ResNet(Field):
     """Residual network of B blocks.
 
     v(t, x) = R s(h_B), h_{b+1} = h_b + V_b s(W_b s(h_b) + U_b e(t, c)), h_0 = W (x, w(x)).
@@ -122,15 +123,10 @@ class ResNet(eqx.Module):
             jnp.concatenate([columns, c[None] * turned, -s[None] * turned], axis=1),
         )
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self._push(t, x, context, jnp.zeros((0, self.dim), x.dtype))[0]
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and tr(dv/dx), exactly, by `dim` products with each layer.
 
         This is faster than forward mode, because the slopes are computed with the activations, and

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_ints, check_key, check_shape
 from jcnf.fields._xla_cpu import KERNEL_SIZE, convolve
+from jcnf.fields.base import Field
 from jcnf.fields.layers import Activation, Linear, resolve
 
 NORM_GROUPS = 8
@@ -43,7 +44,7 @@ class ConvBlock(eqx.Module):
         return h @ self.skip.weight.T + self.skip.bias[None, None] + a
 
 
-class UNet(eqx.Module):
+class UNet(Field):
     """U-Net of residual blocks (Ronneberger et al. 2015; Ho et al. 2020, without attention).
 
     The resolution is halved after each level but the last, and doubled again on the way back, where
@@ -129,10 +130,7 @@ class UNet(eqx.Module):
         """Dimension of x, height x width x channels."""
         return int(np.prod(self.shape))
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         angles = jnp.asarray(np.pi * np.arange(1, self.time_frequencies + 1), t.dtype) * t
         condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
         if context is not None:

@@ -1,6 +1,6 @@
 """Fields made of other fields. The divergence has a closed form if every field inside has one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf._checks import check_field, check_key, check_number
-from jcnf.fields.base import velocity_and_divergence
+from jcnf._checks import check_key, check_number
+from jcnf.fields.base import Field, check_field
 from jcnf.fields.layers import uniform
 
 
-class Wrapper(eqx.Module):
+class Wrapper(Field):
     """A field around another one, with the same `dim` and `context_dim`."""
 
-    field: eqx.AbstractVar[Any]
+    field: eqx.AbstractVar[Field]
 
     def __check_init__(self):
         check_field(self.field)
@@ -28,9 +28,9 @@ class Wrapper(eqx.Module):
         return self.field.dim
 
     @property
-    def context_dim(self) -> int | None:
-        """Size of the conditioning vector; None if the field inside does not declare it."""
-        return getattr(self.field, "context_dim", None)
+    def context_dim(self) -> int:
+        """Size of the conditioning vector, 0 for none."""
+        return self.field.context_dim
 
 
 class Cast(Wrapper):
@@ -48,7 +48,7 @@ class Cast(Wrapper):
     **Raises:** `ValueError` for a dtype that is not floating.
     """
 
-    field: Any
+    field: Field
     dtype: Any = eqx.field(static=True)
 
     def __check_init__(self):
@@ -67,19 +67,14 @@ class Cast(Wrapper):
 
         return jax.tree.map(cast, (self.field, *values))
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         field, *arguments = self._down(t, x, context)
         return field(*arguments).astype(x.dtype)
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v, both computed in `dtype`."""
         field, *arguments = self._down(t, x, context)
-        v, divergence = velocity_and_divergence(field, *arguments)
+        v, divergence = field.velocity_and_divergence(*arguments)
         return v.astype(x.dtype), divergence.astype(x.dtype)
 
 
@@ -91,19 +86,14 @@ class MinusIdentity(Wrapper):
     - `field`: f, any field.
     """
 
-    field: Any
+    field: Field
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self.field(t, x, context) - x
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v = div f - dim."""
-        v, divergence = velocity_and_divergence(self.field, t, x, context)
+        v, divergence = self.field.velocity_and_divergence(t, x, context)
         return v - x, divergence - self.dim
 
 
@@ -124,12 +114,12 @@ class TimeRescaling(Wrapper):
     start that is not finite.
     """
 
-    field: Any
+    field: Field
     sqrt_rate: Float[Array, ""]
     start: float | Float[Array, ""]
 
     def __init__(
-        self, field: Any, rate: float | Float[Array, ""], start: float | Float[Array, ""] = 0.0
+        self, field: Field, rate: float | Float[Array, ""], start: float | Float[Array, ""] = 0.0
     ):
         check_number("(0, inf)", rate=rate)
         check_number("(-inf, inf)", start=start)
@@ -145,32 +135,21 @@ class TimeRescaling(Wrapper):
     def _time(self, t):
         return jax.lax.stop_gradient(self.start) + self.rate * t
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self.rate * self.field(self._time(t), x, context)
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v = r div f."""
-        v, divergence = velocity_and_divergence(self.field, self._time(t), x, context)
+        v, divergence = self.field.velocity_and_divergence(self._time(t), x, context)
         return self.rate * v, self.rate * divergence
 
-    @property
-    def gradient(self) -> Callable:
-        """The gradient of the potential r Phi(x, start + r t) in (x, t), if f has a potential."""
-        gradient = self.field.gradient  # AttributeError if f has none, so that hasattr is False
-
-        def of(t, x):
-            *_, dt = scaled = self.rate * gradient(self._time(t), x)
-            return scaled.at[-1].set(self.rate * dt)
-
-        return of
+    def gradient(self, t, x):
+        """Return the gradient of the potential r Phi(x, start + r t) in (x, t)."""
+        *by_x, by_t = self.rate * self.field.gradient(self._time(t), x)
+        return jnp.stack([*by_x, self.rate * by_t])
 
 
-class Mixture(eqx.Module):
+class Mixture(Field):
     """Mixture of experts v(t, x) = sum_i p_i(t) f_i(t, x), with shares p = softmax(w t + b).
 
     This is FFJORD's mixture layer (Grathwohl et al. 2019), applied to whole fields. The shares
@@ -178,52 +157,44 @@ class Mixture(eqx.Module):
 
     **Arguments:**
 
-    - `fields`: the experts f_i, with the same `dim` and, if they declare it, the same
-      `context_dim`.
+    - `fields`: the experts f_i, with the same `dim` and the same `context_dim`.
     - `key`: consumed once, for w and b: uniform in (-1, 1).
 
     **Raises:** `ValueError` for no fields, and for fields that differ in `dim` or `context_dim`.
     """
 
-    fields: tuple[Any, ...]
+    fields: tuple[Field, ...]
     share_weight: Float[Array, " fields"]
     share_bias: Float[Array, " fields"]
     dim: int = eqx.field(static=True)
-    context_dim: int | None = eqx.field(static=True)
+    context_dim: int = eqx.field(static=True)
 
-    def __init__(self, fields: Sequence[Any], *, key: Key[Array, ""]):
+    def __init__(self, fields: Sequence[Field], *, key: Key[Array, ""]):
         for one in fields:
             check_field(one)
         check_key(key)
-        dims = {field.dim for field in fields}
-        context_dims = {getattr(field, "context_dim", None) for field in fields} - {None}
-        if len(dims) != 1 or len(context_dims) > 1:
+        sizes = {(field.dim, field.context_dim) for field in fields}
+        if len(sizes) != 1:
             raise ValueError(
                 "fields must be at least one field, all of one dim and one context_dim; got "
-                f"{len(fields)} of dim {dims or None} and context_dim {context_dims or None}"
+                f"{len(fields)} fields of (dim, context_dim) {sorted(sizes)}"
             )
         weight_key, bias_key = jr.split(key)
         self.fields = tuple(fields)
         self.share_weight = uniform(weight_key, (len(self.fields),), 1)
         self.share_bias = uniform(bias_key, (len(self.fields),), 1)
-        (self.dim,) = dims
-        self.context_dim = next(iter(context_dims), None)
+        ((self.dim, self.context_dim),) = sizes
 
     def shares(self, t: Float[Array, ""]) -> Float[Array, " fields"]:
         """Return p(t), the experts' shares of the velocity: positive, with sum 1."""
         return jax.nn.softmax(self.share_weight * t + self.share_bias)
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         return self.shares(t) @ jnp.stack([field(t, x, context) for field in self.fields])
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v = sum_i p_i div f_i."""
-        pairs = [velocity_and_divergence(field, t, x, context) for field in self.fields]
+        pairs = [field.velocity_and_divergence(t, x, context) for field in self.fields]
         v, divergence = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
         return self.shares(t) @ v, self.shares(t) @ divergence
 
@@ -248,25 +219,20 @@ class Guided(Wrapper):
     **Raises:** `ValueError` for a scale that is not finite, and for a call without a context.
     """
 
-    field: Any
+    field: Field
     scale: float | Float[Array, ""]
 
     def __check_init__(self):
         check_number("(-inf, inf)", scale=self.scale)
 
-    def __call__(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> Float[Array, " dim"]:
-        """Return the velocity dx/dt at time `t`, (dim,)."""
+    def __call__(self, t, x, context=None):
         without = self.field(t, x, _null(context))
         return without + self.scale * (self.field(t, x, context) - without)
 
-    def velocity_and_divergence(
-        self, t: Float[Array, ""], x: Float[Array, " dim"], context=None
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v, the same combination of the divergences of f."""
-        v, div = velocity_and_divergence(self.field, t, x, context)
-        v0, div0 = velocity_and_divergence(self.field, t, x, _null(context))
+        v, div = self.field.velocity_and_divergence(t, x, context)
+        v0, div0 = self.field.velocity_and_divergence(t, x, _null(context))
         return v0 + self.scale * (v - v0), div0 + self.scale * (div - div0)
 
 

@@ -8,6 +8,7 @@ bound on log p(x) minus the entropy of e, which is constant. Draw samples with
 `jcnf.sample(...)[:, :dim]`.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,8 +16,8 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_key
 from jcnf.divergence import Divergence, Exact
-from jcnf.flows.base import Flow, check_flow, check_strategy, error_if_failed
-from jcnf.flows.functional import compiled, transform
+from jcnf.flows.base import Flow, check_batch, check_flow, check_strategy, error_if_failed
+from jcnf.flows.functional import solve_log_prob
 from jcnf.ode import Solve, Stats, with_array_tolerances
 
 
@@ -89,25 +90,21 @@ def solve_bound(
     """
     check_flow(flow)
     check_int(samples=samples)
-    extra = flow.base.dim - x.shape[1]
+    extra = flow.dim - x.shape[1]
     if extra < 0:
         raise ValueError(
-            f"expected x of at most {flow.base.dim} dimensions, as many as the flow has; "
+            f"expected x of at most {flow.dim} dimensions, as many as the flow has; "
             f"got {x.shape[1]}"
         )
 
     def log_weight(number):
         e = jax.vmap(lambda key: jr.normal(jr.fold_in(key, number), (extra,), x.dtype))(keys)
-        result = transform(
-            flow,
-            jnp.concatenate([x, e], axis=1),
-            key=None if noise_key is None else jr.fold_in(noise_key, number),
-            context=context,
-            solve=solve,
-            divergence=divergence,
-        )
-        joint = flow.base.log_prob(result.x) + result.logdet
-        return joint - jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=1), result.stats
+        joint = jnp.concatenate([x, e], axis=1)
+        check_batch(flow, joint, context)
+        noise_of = None if noise_key is None else jr.fold_in(noise_key, number)
+        strategy, noise = flow.with_noise(divergence, noise_of, joint)
+        log_prob, stats = solve_log_prob(flow, strategy, solve, joint, context, noise)
+        return log_prob - jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=1), stats
 
     weights, each = jax.lax.map(log_weight, jnp.arange(samples))
     stats = Stats(
@@ -120,7 +117,7 @@ def solve_bound(
     return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
 
 
-_compiled_bound = compiled(solve_bound)
+_compiled_bound = eqx.filter_jit(solve_bound)
 
 
 def _check_rank(x):

@@ -1,13 +1,13 @@
-"""The interface of flows, and the checks that their public functions share.
+"""The interface of bijections and flows, and the checks that their public functions share.
 
-Time t=0 is the base and t=T the data (T = `flow.t1` of a continuous flow). `logdet` is
-log|det d end / d start| along the direction taken. Hence `log_prob(x) = base.log_prob(z) + logdet`
-from data to base, and `log_prob(x) = base.log_prob(z) - logdet` from base to data.
+Time t=0 is the base and t=t1 the data. `logdet` is log|det d end / d start| along the direction
+taken. Hence `log_prob(x) = base.log_prob(z) + logdet` from data to base, and
+`log_prob(x) = base.log_prob(z) - logdet` from base to data.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,74 +18,135 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jcnf._checks import check_instance, list_rows
 from jcnf.distributions import BaseDistribution
-from jcnf.divergence import Divergence, Exact
+from jcnf.divergence import Divergence, Exact, FixedNoise
 from jcnf.ode import Solve, Stats
 
 Direction = Literal["to_base", "to_data"]
+Rows = Float[Array, "batch dim"]
+Contexts = Float[Array, "batch context"] | None
+Regularizers = tuple[Callable, ...]
 
 
 class Transformed(NamedTuple):
     """The result of `transform`."""
 
-    x: Float[Array, "batch dim"]  # at the end of the direction solved
+    value: Float[Array, "batch dim"]  # at the end of the direction solved
     logdet: Float[Array, " batch"]  # log|det d end / d start|, nats
     regularizers: dict[str, Float[Array, " batch"]]  # integrals over |dt|, positive
     stats: Stats
 
+    @classmethod
+    def unsolved(cls, value: Rows, logdet: Array, regularizers: Regularizers) -> "Transformed":
+        """Return the result of a map without a solve, which has no path to penalize."""
+        costs = {r.__name__: jnp.zeros_like(logdet) for r in regularizers}
+        return cls(value, logdet, costs, Stats.unsolved(value))
+
+    def then(self, end: "Transformed") -> "Transformed":
+        """Return the result of two maps, of which `end` is that of the second."""
+        costs = jax.tree.map(jnp.add, self.regularizers, end.regularizers)
+        return Transformed(end.value, self.logdet + end.logdet, costs, self.stats + end.stats)
+
 
 class Bijection(eqx.Module):
-    """A bijection of vectors between the base side and the data side: a flow, or a part of one.
+    """A bijection of vectors, forward from the base side to the data side.
 
-    A subclass defines how a batch is carried, with and without its log-det. Both methods receive
-    batches that have been checked. Neither raises if a solve fails; they set `stats.failed`.
+    A subclass defines both directions with their log-dets, for batches that have been checked, and
+    `forward` and `inverse` too if these are cheaper alone. No method raises if a solve fails: they
+    set `stats.failed`. A bijection whose `context_dim` is 0 ignores any context that it is given.
     """
 
     @property
     @abstractmethod
     def context_dim(self) -> int | None:
-        """Size of the context: 0 if the bijection takes none, None if the size is unknown."""
+        """Size of the context: 0 if the bijection takes none, None if any size will do."""
 
     @abstractmethod
-    def transform(
+    def forward_and_log_det(
         self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-    ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """Return the batch at the other end and the solver statistics."""
-
-    @abstractmethod
-    def transform_and_log_det(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        key: Key[Array, ""] | None,
-        context: Float[Array, "batch context"] | None,
+        x: Rows,
+        context: Contexts,
         solve: Solve,
         divergence: Divergence,
-        regularizers: tuple[Callable, ...],
+        noise: Any,
+        regularizers: Regularizers,
     ) -> Transformed:
-        """Return the batch at the other end, its log-det, regularizers and solver statistics."""
+        """Carry base samples to data; `noise` is what `draw_noise` returned."""
+
+    @abstractmethod
+    def inverse_and_log_det(
+        self,
+        x: Rows,
+        context: Contexts,
+        solve: Solve,
+        divergence: Divergence,
+        noise: Any,
+        regularizers: Regularizers,
+    ) -> Transformed:
+        """Carry data to base samples; `noise` is what `draw_noise` returned."""
+
+    def forward(self, x: Rows, context: Contexts, solve: Solve) -> tuple[Rows, Stats]:
+        """Carry base samples to data, without the log-det."""
+        end = self.forward_and_log_det(x, context, solve, Exact(), None, ())
+        return end.value, end.stats
+
+    def inverse(self, x: Rows, context: Contexts, solve: Solve) -> tuple[Rows, Stats]:
+        """Carry data to base samples, without the log-det."""
+        end = self.inverse_and_log_det(x, context, solve, Exact(), None, ())
+        return end.value, end.stats
 
     def draw_noise(
-        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
+        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype: Any
     ) -> Any:
-        """Return the noise that `transform_and_log_det` would draw from `key`, None if none.
+        """Return the noise of the solves inside, arrays with leading axis `batch`; None if none.
 
-        It consists of arrays with leading axis `batch`. `jcnf.divergence.FixedNoise` takes it in
-        place of a key.
+        It consumes `key`. `jcnf.divergence.FixedNoise` takes the result in place of a key.
         """
         return None
 
 
-class Flow(Bijection):
-    """A bijection between base samples and data. It is a plain pytree.
+B_co = TypeVar("B_co", bound=Bijection, covariant=True)
 
-    The public functions, and everything built on them, accept any subclass, just like `jcnf.CNF`.
+
+class Flow(eqx.Module, Generic[B_co]):
+    """A bijection between samples of a base distribution and data. It is a plain pytree.
+
+    This class is final: to add a kind of flow, subclass `Bijection`. `jcnf.CNF`, `jcnf.NICE` and
+    `jcnf.flows.Chain` build flows.
+
+    **Raises:** `ValueError` unless the arguments are a bijection and a base distribution.
     """
 
-    base: eqx.AbstractVar[BaseDistribution]
+    bijection: B_co
+    base: BaseDistribution
+
+    def __check_init__(self):
+        check_instance(
+            Bijection, "a bijection, such as jcnf.flows.ODE(field)", bijection=self.bijection
+        )
+        check_instance(
+            BaseDistribution,
+            "one of jcnf.distributions, such as StandardNormal(dim)",
+            base=self.base,
+        )
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the data."""
+        return self.base.dim
+
+    @property
+    def context_dim(self) -> int | None:
+        """Size of the context: 0 if the flow takes none, None if any size will do."""
+        return self.bijection.context_dim
+
+    def with_noise(
+        self, divergence: Divergence, key: Key[Array, ""] | None, x: Rows
+    ) -> tuple[Divergence, Any]:
+        """Return `divergence` and its noise for `x`: the fixed noise, or new noise from `key`."""
+        batch, dim = x.shape
+        if isinstance(divergence, FixedNoise):
+            return divergence.strategy, divergence.draw(key, batch, dim, x.dtype)
+        return divergence, self.bijection.draw_noise(divergence, key, batch, dim, x.dtype)
 
 
 def check_direction(direction: str) -> None:
@@ -108,7 +169,7 @@ def check_strategy(solve: Any, divergence: Any = Exact()) -> None:  # noqa: B008
 def check_batch(flow: Flow, x, context) -> None:
     """Raise `ValueError` unless `x` is a valid batch for `flow` and `context` fits it."""
     check_flow(flow)
-    dim = flow.base.dim
+    dim = flow.dim
     try:
         array = x if hasattr(x, "dtype") else np.asarray(x)
         shape, dtype = array.shape, jnp.result_type(array)

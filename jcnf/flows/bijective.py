@@ -1,27 +1,24 @@
-"""Flows made of distrax bijectors: exact maps behind the same functions as a CNF.
+"""Bijections made of distrax bijectors: exact maps behind the same functions as an ODE.
 
-The bijector is built from the flow's arrays at each use and never stored, because a distrax object
-inside an Equinox module would break `eqx.filter`. Only subclasses import distrax, inside their
-functions.
+The bijector is built from the bijection's arrays at each use and never stored, because a distrax
+object inside an Equinox module would break `eqx.filter`. Only subclasses import distrax, inside
+their functions.
 """
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
 
-from jcnf.divergence import Divergence
-from jcnf.flows.base import Direction, Flow, Transformed
-from jcnf.ode import Solve, Stats
+from jcnf.flows.base import Bijection, Transformed
+from jcnf.ode import Stats
 
 
-class BijectiveFlow(Flow):
-    """A base distribution carried to data by a distrax bijector. Subclasses define `bijector`.
+class DistraxBijection(Bijection):
+    """A distrax bijector as a bijection of flows. Subclasses define `bijector`.
 
     Both directions and their log-dets are the bijector's own, up to rounding; `solve` and
     `divergence` are ignored. A pass counts as one evaluation (`nfe` 1, no steps). Samples whose
@@ -35,7 +32,7 @@ class BijectiveFlow(Flow):
     def bijector(self) -> Any:
         """Return the distrax bijector, forward from base samples to data, on events (dim,).
 
-        It is called on a copy of the flow whose arrays have the dtype of the input.
+        It is called on a copy of the module whose arrays have the dtype of the input.
         """
 
     @property
@@ -43,40 +40,18 @@ class BijectiveFlow(Flow):
         """Always 0: a bijector takes no context."""
         return 0
 
-    def transform(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-    ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """Apply the bijector's forward or inverse, without its log-det."""
-        end = self._run(_METHODS[direction], x)
-        end = _checked("samples", end, x.shape, x.dtype)
-        return end, _stats(end)
+    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        return self._apply("forward_and_log_det", x, regularizers)
 
-    def transform_and_log_det(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        key: Key[Array, ""] | None,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-        divergence: Divergence,
-        regularizers: tuple[Callable, ...],
-    ) -> Transformed:
-        """Apply the bijector's forward or inverse, with its log-det. No key is consumed."""
+    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        return self._apply("inverse_and_log_det", x, regularizers)
+
+    def _apply(self, method, x, regularizers):
         if regularizers:
             names = ", ".join(r.__name__ for r in regularizers)
             raise ValueError(
                 f"a bijector has no path to penalize: remove {names} from regularizers"
             )
-        end, logdet = self._run(_METHODS[direction] + "_and_log_det", x)
-        end = _checked("samples", end, x.shape, x.dtype)
-        logdet = _checked("log-dets", logdet, x.shape[:1], x.dtype)
-        return Transformed(end, logdet, {}, _stats(end, logdet[:, None]))
-
-    def _run(self, method, x):
         cast = jax.tree.map(lambda a: a.astype(x.dtype) if eqx.is_inexact_array(a) else a, self)
         # distrax adds arrays of different ranks, and floats to integers. Allow both even if the
         # caller has made them errors.
@@ -88,15 +63,11 @@ class BijectiveFlow(Flow):
                     f"expected a bijector on events of 1 dimension, in and out; got {ndims}: "
                     "wrap an elementwise bijector in distrax.Block(bijector, 1)"
                 )
-            return getattr(bijector, method)(x)
-
-
-_METHODS = {"to_data": "forward", "to_base": "inverse"}
-
-
-def _stats(*values):
-    stats = Stats.unsolved(jnp.concatenate(values, axis=1))
-    return dataclasses.replace(stats, nfe=jnp.int32(1))
+            end, logdet = getattr(bijector, method)(x)
+        end = _checked("samples", end, x.shape, x.dtype)
+        logdet = _checked("log-dets", logdet, x.shape[:1], x.dtype)
+        stats = Stats.unsolved(jnp.concatenate([end, logdet[:, None]], axis=1))
+        return Transformed(end, logdet, {}, dataclasses.replace(stats, nfe=jnp.int32(1)))
 
 
 def _checked(what, value, shape, dtype):

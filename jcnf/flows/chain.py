@@ -1,17 +1,14 @@
 """Compositions of bijections, and flows made of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
 
-from jcnf._checks import check_instance
 from jcnf.distributions import BaseDistribution
-from jcnf.divergence import Divergence
-from jcnf.flows.base import Bijection, Direction, Flow, Transformed
-from jcnf.ode import Solve, Stats
+from jcnf.flows.base import Bijection, Flow, Transformed
+from jcnf.ode import Stats
 
 
 class Composition(Bijection):
@@ -22,8 +19,7 @@ class Composition(Bijection):
 
     **Arguments:**
 
-    - `parts`: `jcnf.flows.Bijection`s of one dimension, starting at the base side. If a part is a
-      flow, its base is ignored.
+    - `parts`: `jcnf.flows.Bijection`s of one dimension, starting at the base side.
 
     **Raises:** `ValueError` if there are no parts, if a part is not a bijection, or if parts take
     contexts of different sizes.
@@ -38,9 +34,10 @@ class Composition(Bijection):
             )
         for part in parts:
             if not isinstance(part, Bijection):
+                advice = "flow.bijection" if isinstance(part, Flow) else "jcnf.flows.ODE(field)"
                 raise ValueError(
                     f"each part must be a jcnf.flows.Bijection; got a {type(part).__name__}: "
-                    "wrap a field in jcnf.flows.ODE(field)"
+                    f"use {advice}"
                 )
         sizes = {size for part in parts if (size := part.context_dim)}
         if not parts or len(sizes) > 1:
@@ -52,83 +49,60 @@ class Composition(Bijection):
 
     @property
     def context_dim(self) -> int | None:
-        """Size of the context that the parts share, 0 for none; None if a part's is unknown."""
+        """Size of the context that the parts share, 0 for none; None if any size will do."""
         sizes = [part.context_dim for part in self.parts]
         known = [size for size in sizes if size is not None]
         return max(known) if len(known) == len(sizes) else None
 
-    def _in_order(self, direction):
-        order = list(enumerate(self.parts))
-        return order if direction == "to_data" else order[::-1]
-
-    def transform(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-    ) -> tuple[Float[Array, "batch dim"], Stats]:
+    def forward(self, x, context, solve):
         total = Stats.unsolved(x)
-        for _, part in self._in_order(direction):
-            x, stats = part.transform(x, direction, _given(part, context), solve)
+        for part in self.parts:
+            x, stats = part.forward(x, context, solve)
             total += stats
         return x, total
 
-    def transform_and_log_det(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        key: Key[Array, ""] | None,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-        divergence: Divergence,
-        regularizers: tuple[Callable, ...],
-    ) -> Transformed:
-        """Carry the batch through each part in turn; each gets its own share of `key`."""
-        keys = self._keys(key)
-        logdet = jnp.zeros(len(x), x.dtype)
-        costs = {r.__name__: logdet for r in regularizers}
+    def inverse(self, x, context, solve):
         total = Stats.unsolved(x)
-        for i, part in self._in_order(direction):
-            own, given = divergence.of_part(i), _given(part, context)
-            end = part.transform_and_log_det(x, direction, keys[i], given, solve, own, regularizers)
-            x, logdet, total = end.x, logdet + end.logdet, total + end.stats
-            costs = {n: value + end.regularizers.get(n, 0) for n, value in costs.items()}
-        return Transformed(x, logdet, costs, total)
+        for part in reversed(self.parts):
+            x, stats = part.inverse(x, context, solve)
+            total += stats
+        return x, total
 
-    def draw_noise(
-        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
-    ) -> tuple:
-        """Return the noise of each part, as a tuple."""
-        parts = enumerate(zip(self.parts, self._keys(key), strict=True))
+    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        done = Transformed.unsolved(x, jnp.zeros(len(x), x.dtype), regularizers)
+        for part, own in self._with(noise):
+            done = done.then(
+                part.forward_and_log_det(done.value, context, solve, divergence, own, regularizers)
+            )
+        return done
+
+    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        done = Transformed.unsolved(x, jnp.zeros(len(x), x.dtype), regularizers)
+        for part, own in reversed(self._with(noise)):
+            done = done.then(
+                part.inverse_and_log_det(done.value, context, solve, divergence, own, regularizers)
+            )
+        return done
+
+    def _with(self, noise):
+        """Return pairs of each part and its noise."""
+        noises = [None] * len(self.parts) if noise is None else noise
+        return list(zip(self.parts, noises, strict=True))
+
+    def draw_noise(self, divergence, key, batch, dim, dtype):
+        """Return the noise of each part, as a tuple; each gets its own share of `key`."""
+        keys: Any = [None] * len(self.parts)
+        if key is not None:
+            keys = jax.random.split(key, len(self.parts))
         return tuple(
-            part.draw_noise(divergence.of_part(i), k, batch, dim, dtype) for i, (part, k) in parts
+            part.draw_noise(divergence, k, batch, dim, dtype)
+            for part, k in zip(self.parts, keys, strict=True)
         )
 
-    def _keys(self, key) -> Any:
-        return [None] * len(self.parts) if key is None else jax.random.split(key, len(self.parts))
 
+def Chain(parts: Sequence[Bijection], base: BaseDistribution) -> Flow[Composition]:
+    """Return the flow of a base distribution that `Composition(parts)` carries to data.
 
-class Chain(Composition, Flow):
-    """A base distribution carried to data by bijections applied one after another.
-
-    **Arguments:**
-
-    - `parts`: the parts of a `Composition`, starting at the base side.
-    - `base`: a `jcnf.distributions.BaseDistribution` of the same dimension.
-
-    **Raises:** the errors of `Composition`, and `ValueError` for another kind of `base`.
+    **Raises:** the errors of `Composition` and of `jcnf.flows.Flow`.
     """
-
-    base: BaseDistribution
-
-    def __init__(self, parts: Sequence[Bijection], base: BaseDistribution):
-        super().__init__(parts)
-        check_instance(
-            BaseDistribution, "one of jcnf.distributions, such as StandardNormal(dim)", base=base
-        )
-        self.base = base
-
-
-def _given(part, context):
-    return None if part.context_dim == 0 else context
+    return Flow(Composition(parts), base)

@@ -44,7 +44,7 @@ class FlowBijector(distrax.Bijector):
 
     **Arguments:**
 
-    - `flow`: a `jcnf.CNF` or another `jcnf.flows.Flow`.
+    - `flow`: a `jcnf.Flow`, such as `jcnf.CNF(field, base)`.
     - `context`: (*batch, context) for a conditional flow. Each context gives one map, and the batch
       shape of the events broadcasts with that of the contexts.
     - `solve`: solver and accuracy.
@@ -111,7 +111,7 @@ class FlowBijector(distrax.Bijector):
                 solve=self.solve,
                 divergence=self.divergence,
             )
-            return error_if_failed((result.x, result.logdet), result.stats.failed)
+            return error_if_failed((result.value, result.logdet), result.stats.failed)
 
         return _in_one_batch(run, self.flow, x, self.context)
 
@@ -139,7 +139,7 @@ class FlowDistribution(distrax.Distribution):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one event, (dim,)."""
-        return (self.flow.base.dim,)
+        return (self.flow.dim,)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ class FlowDistribution(distrax.Distribution):
 
 def _in_one_batch(run, flow, x, context):
     """Call `run(x, context)` on rows, made from events and a context of any batch shape."""
-    x, dim = jnp.asarray(x), flow.base.dim
+    x, dim = jnp.asarray(x), flow.dim
     if x.shape[-1:] != (dim,):
         hint = ": add the event's axis with x[..., None]" if dim == 1 else ""
         raise ValueError(f"expected events of shape (..., {dim}); got {x.shape}{hint}")
@@ -217,7 +217,7 @@ def _check(flow, context, solve, divergence):
             f"the flow takes a context of size {size}; got {got}: "
             "give context of shape (*batch, context)"
         )
-    if jax.eval_shape(lambda: divergence.draw(jr.key(0), 1, flow.base.dim, float)) is not None:
+    if jax.eval_shape(lambda: divergence.draw(jr.key(0), 1, flow.dim, float)) is not None:
         raise ValueError(
             f"divergence must be deterministic, but {divergence} draws noise: use Exact(), or "
             "jcnf.log_prob with a key"

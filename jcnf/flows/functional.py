@@ -3,9 +3,8 @@
 Each is compiled once per structure, shape and setting of its arguments.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,45 +24,7 @@ from jcnf.flows.base import (
     check_strategy,
     error_if_failed,
 )
-from jcnf.ode import Solve, with_array_tolerances
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile `function(flow, ...)` once per structure, shape and setting of its arguments.
-
-    A flow with parts that JAX cannot see into (plain functions, objects, mutable static attributes)
-    is not compiled, at the price of compiling its loops at every call. A compiled program would
-    keep the values it read from them when it was traced, even after they have changed.
-    """
-    jitted = eqx.filter_jit(function)
-
-    @functools.wraps(function)
-    def call(flow, *arguments, **settings):
-        return (function if _is_opaque(flow) else jitted)(flow, *arguments, **settings)
-
-    return call
-
-
-def _is_opaque(tree):
-    """Return True if `tree` has a field that is not a pytree, or a mutable static attribute."""
-    if isinstance(tree, eqx.Module):
-        for field in dataclasses.fields(tree):
-            value = getattr(tree, field.name, None)
-            if _is_mutable(value) if field.metadata.get("static") else _is_opaque(value):
-                return True
-        return False
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, eqx.Module))
-    if len(leaves) == 1 and leaves[0] is tree:
-        return callable(tree) and hasattr(tree, "dim")  # a field; activations have no dim
-    return any(map(_is_opaque, leaves))
-
-
-def _is_mutable(value):
-    try:
-        hash(value)
-    except TypeError:
-        return True
-    return False
+from jcnf.ode import Solve, Stats, with_array_tolerances
 
 
 def transform(
@@ -90,7 +51,7 @@ def transform(
     - `regularizers`: pure functions, such as those in `jcnf.regularizers`. Anything they read
       besides their arguments is read once, when the program is compiled.
 
-    **Returns:** `Transformed(x, logdet, regularizers, stats)`, the regularizers by function name.
+    **Returns:** `Transformed(value, logdet, regularizers, stats)`, the regularizers by name.
 
     **Raises:** `ValueError` for a wrong shape or dtype, an unknown direction or a missing key.
     """
@@ -112,16 +73,20 @@ def transform(
     return _transform(flow, x, direction, key, context, solve, divergence, tuple(regularizers))
 
 
-@compiled
+@eqx.filter_jit
 def _transform(flow, x, direction, key, context, solve, divergence, regularizers):
-    result = flow.transform_and_log_det(x, direction, key, context, solve, divergence, regularizers)
-    failed = result.stats.failed
+    divergence, noise = flow.with_noise(divergence, key, x)
+    settings = context, solve, divergence, noise, regularizers
+    if direction == "to_base":
+        end = flow.bijection.inverse_and_log_det(x, *settings)
+    else:
+        end = flow.bijection.forward_and_log_det(x, *settings)
 
     def known(value):
-        return jnp.where(failed.reshape(-1, *[1] * (value.ndim - 1)), jnp.nan, value)
+        return jnp.where(end.stats.failed.reshape(-1, *[1] * (value.ndim - 1)), jnp.nan, value)
 
-    x, logdet, regularizers = jax.tree.map(known, (result.x, result.logdet, result.regularizers))
-    return Transformed(x, logdet, regularizers, result.stats)
+    value, logdet, costs = jax.tree.map(known, (end.value, end.logdet, end.regularizers))
+    return Transformed(value, logdet, costs, end.stats)
 
 
 def log_prob(
@@ -147,10 +112,27 @@ def log_prob(
     return error_if_failed(*_log_prob(flow, x, key, context, solve, divergence))
 
 
-@compiled
+@eqx.filter_jit
 def _log_prob(flow, x, key, context, solve, divergence):
-    result = flow.transform_and_log_det(x, "to_base", key, context, solve, divergence, ())
-    return flow.base.log_prob(result.x) + result.logdet, result.stats.failed
+    divergence, noise = flow.with_noise(divergence, key, x)
+    value, stats = solve_log_prob(flow, divergence, solve, x, context, noise)
+    return value, stats.failed
+
+
+def solve_log_prob(
+    flow: Flow,
+    divergence: Divergence,
+    solve: Solve,
+    x: Float[Array, "batch dim"],
+    context: Float[Array, "batch context"] | None,
+    noise: Any,
+) -> tuple[Float[Array, " batch"], Stats]:
+    """Compute `log_prob` with noise that has been drawn, and the statistics of its solve.
+
+    It does not check its arguments or raise if a solve fails, and it is not compiled.
+    """
+    end = flow.bijection.inverse_and_log_det(x, context, solve, divergence, noise, ())
+    return flow.base.log_prob(end.value) + end.logdet, end.stats
 
 
 def sample(
@@ -174,7 +156,7 @@ def sample(
     return transform_without_logdet(flow, z, "to_data", context, solve)
 
 
-@compiled
+@eqx.filter_jit
 def _sample_base(base, key, num_samples):
     return base.sample(key, num_samples)
 
@@ -195,10 +177,26 @@ def transform_without_logdet(
     return error_if_failed(*_transform_without_logdet(flow, x, direction, context, solve))
 
 
-@compiled
+@eqx.filter_jit
 def _transform_without_logdet(flow, x, direction, context, solve):
-    end, stats = flow.transform(x, direction, context, solve)
+    end, stats = solve_transform(flow, direction, solve, x, context)
     return end, stats.failed
+
+
+def solve_transform(
+    flow: Flow,
+    direction: Direction,
+    solve: Solve,
+    x: Float[Array, "batch dim"],
+    context: Float[Array, "batch context"] | None,
+) -> tuple[Float[Array, "batch dim"], Stats]:
+    """Carry a batch through the flow without its log-det, with the statistics of its solve.
+
+    Like `solve_log_prob`, it does not check, raise or compile.
+    """
+    if direction == "to_base":
+        return flow.bijection.inverse(x, context, solve)
+    return flow.bijection.forward(x, context, solve)
 
 
 def sample_and_log_prob(
@@ -228,7 +226,8 @@ def sample_and_log_prob(
     return error_if_failed(*_sample_and_log_prob(flow, z, noise_key, context, solve, divergence))
 
 
-@compiled
+@eqx.filter_jit
 def _sample_and_log_prob(flow, z, key, context, solve, divergence):
-    result = flow.transform_and_log_det(z, "to_data", key, context, solve, divergence, ())
-    return (result.x, flow.base.log_prob(z) - result.logdet), result.stats.failed
+    divergence, noise = flow.with_noise(divergence, key, z)
+    end = flow.bijection.forward_and_log_det(z, context, solve, divergence, noise, ())
+    return (end.value, flow.base.log_prob(z) - end.logdet), end.stats.failed

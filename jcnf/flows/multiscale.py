@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jcnf._checks import check_int, check_number, check_shape
-from jcnf.divergence import Divergence
 from jcnf.flows.base import Bijection, Direction, Transformed
 from jcnf.flows.chain import Composition
-from jcnf.ode import Stats
 
 Shape = tuple[int, int, int]  # height, width, channels
 
@@ -35,14 +33,19 @@ class AnalyticBijection(Bijection):
     ) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
         """Return the batch at the other end and its log-det."""
 
-    def transform(self, x, direction, context, solve):
-        end, _ = self.both(x, direction)
-        return end, Stats.unsolved(end)
+    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        return Transformed.unsolved(*self.both(x, "to_data"), regularizers)
 
-    def transform_and_log_det(self, x, direction, key, context, solve, divergence, regularizers):
-        """Return the batch at the other end and its log-det; without a path, no regularizers."""
-        end, logdet = self.both(x, direction)
-        return Transformed(end, logdet, {}, Stats.unsolved(end))
+    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        return Transformed.unsolved(*self.both(x, "to_base"), regularizers)
+
+
+class Identity(AnalyticBijection):
+    """The map that changes nothing."""
+
+    def both(self, x, direction):
+        """Return `x`, with log-det 0."""
+        return x, jnp.zeros(len(x), x.dtype)
 
 
 class Logit(AnalyticBijection):
@@ -140,21 +143,27 @@ class ChannelSplit(Bijection):
         pixels = first.reshape(*rest.shape[:2], -1)
         return jnp.concatenate([pixels, rest], axis=2).reshape(len(first), -1)
 
-    def transform(self, x, direction, context, solve):
-        """Carry the first channels to the other end, and join the rest to them."""
+    def forward(self, x, context, solve):
         first, rest = self._split(x)
-        end, stats = self.inner.transform(first, direction, context, solve)
+        end, stats = self.inner.forward(first, context, solve)
         return self._join(end, rest), stats
 
-    def transform_and_log_det(self, x, direction, key, context, solve, divergence, regularizers):
-        """Do the same as `transform`, with the log-det and regularizers of the inner bijection."""
+    def inverse(self, x, context, solve):
         first, rest = self._split(x)
-        end = self.inner.transform_and_log_det(
-            first, direction, key, context, solve, divergence, regularizers
-        )
-        return end._replace(x=self._join(end.x, rest))
+        end, stats = self.inner.inverse(first, context, solve)
+        return self._join(end, rest), stats
 
-    def draw_noise(self, divergence: Divergence, key, batch, dim, dtype):
+    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        first, rest = self._split(x)
+        end = self.inner.forward_and_log_det(first, context, solve, divergence, noise, regularizers)
+        return end._replace(value=self._join(end.value, rest))
+
+    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        first, rest = self._split(x)
+        end = self.inner.inverse_and_log_det(first, context, solve, divergence, noise, regularizers)
+        return end._replace(value=self._join(end.value, rest))
+
+    def draw_noise(self, divergence, key, batch, dim, dtype):
         """Return the noise of the inner bijection."""
         dim = dim // self.shape[2] * self.channels
         return self.inner.draw_noise(divergence, key, batch, dim, dtype)

@@ -13,16 +13,26 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int, check_ints, check_key
 from jcnf.distributions import BaseDistribution, Logistic
-from jcnf.flows.base import check_batch
-from jcnf.flows.bijective import BijectiveFlow
+from jcnf.flows.base import Flow, check_batch
+from jcnf.flows.bijective import DistraxBijection
 from jcnf.ode import Solve
 
 SPLITS = ("halves", "odd_even")
 LAST_LAYER_SCALE = 0.01  # of initial weights, relative to those of hidden layers
 
 
-class NICE(BijectiveFlow):
-    """Non-linear independent components estimation: log p(x) = sum_i [log p_H(h_i) + s_i].
+def NICE(
+    dim: int,
+    widths: Sequence[int] = (64, 64),
+    couplings: int = 4,
+    *,
+    split: str = "halves",
+    base: BaseDistribution | None = None,
+    key: Key[Array, ""],
+) -> Flow["AdditiveCouplings"]:
+    """Return a flow by non-linear independent components estimation (NICE).
+
+    Its density is log p(x) = sum_i [log p_H(h_i) + s_i].
 
     The paper's forward direction goes from data x to latents h. Each coupling shifts one part of
     the components by a function of the other part, y1 = x1, y2 = x2 + m(x1) (section 3.2). The
@@ -50,76 +60,68 @@ class NICE(BijectiveFlow):
 
     **Raises:** `ValueError` for smaller sizes, an unknown split or a base of another dimension.
     """
+    check_int(2, dim=dim)
+    check_int(couplings=couplings)
+    check_ints(widths=widths)
+    check_key(key)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    base = Logistic(dim) if base is None else base
+    sizes = [len(part) for part in _parts(dim, split)]
+    networks = tuple(
+        ReLUNetwork(sizes[i % 2], sizes[(i + 1) % 2], widths, key=k)
+        for i, k in enumerate(jr.split(key, couplings))
+    )
+    flow = Flow(AdditiveCouplings(networks, jnp.zeros(dim), split), base)
+    if base.dim != dim:
+        raise ValueError(f"base must have the dim of the flow; got {base.dim} and {dim}")
+    return flow
+
+
+def calibrated(
+    flow: Flow["AdditiveCouplings"], x: Float[Array, "batch dim"]
+) -> Flow["AdditiveCouplings"]:
+    """Return a NICE flow with s, and the shifts of the last two couplings, set from data `x`.
+
+    The latents of `x` then have mean 0 (with a single coupling, only those that it shifts) and the
+    spread of the prior (data-dependent initialization, Salimans & Kingma 2016). Without it,
+    training needs thousands of steps to get there if components differ in scale, as pixels do. A
+    component that never varies keeps its scale.
+
+    **Raises:** `ValueError` if `x` is not a batch for this flow, or not finite.
+    """
+    check_batch(flow, x, None)
+    check_finite(x=x)
+    old = flow.bijection
+    new: Any = eqx.tree_at(lambda new: new.log_scale, old, jnp.zeros_like(old.log_scale))
+    parts, count = _parts(flow.dim, old.split), len(old.networks)
+    # The last two couplings shift one part each, and no later shift undoes the centering.
+    for i in range(max(0, count - 2), count):
+        latents, _ = new.inverse(x, None, Solve())
+        mean = jnp.mean(latents, axis=0)[parts[(i + 1) % 2]]
+        new = eqx.tree_at(
+            lambda new, i=i: new.networks[i].biases[-1], new, replace_fn=lambda b, m=mean: b - m
+        )
+    h, _ = new.inverse(x, None, Solve())
+    log_scale = jnp.log(flow.base.distribution(x.dtype).stddev() / jnp.std(h, axis=0))
+    # The standard deviation of equal numbers may be a rounding error instead of 0.
+    log_scale = jnp.where(jnp.ptp(h, axis=0) > 0, log_scale, old.log_scale)
+    return Flow(eqx.tree_at(lambda new: new.log_scale, new, log_scale), flow.base)
+
+
+class AdditiveCouplings(DistraxBijection):
+    """The bijection of `NICE`, forward from latents to data."""
 
     networks: tuple["ReLUNetwork", ...]  # m of each coupling, the data's side first
     log_scale: Float[Array, " dim"]  # s
-    base: BaseDistribution
     split: str = eqx.field(static=True)
-
-    def __init__(
-        self,
-        dim: int,
-        widths: Sequence[int] = (64, 64),
-        couplings: int = 4,
-        *,
-        split: str = "halves",
-        base: BaseDistribution | None = None,
-        key: Key[Array, ""],
-    ):
-        check_int(2, dim=dim)
-        check_int(couplings=couplings)
-        check_ints(widths=widths)
-        check_key(key)
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-        self.base = Logistic(dim) if base is None else base
-        if self.base.dim != dim:
-            raise ValueError(f"base must have the dim of the flow; got {self.base.dim} and {dim}")
-        self.split = split
-        self.log_scale = jnp.zeros(dim)
-        sizes = [len(part) for part in _parts(dim, split)]
-        self.networks = tuple(
-            ReLUNetwork(sizes[i % 2], sizes[(i + 1) % 2], widths, key=k)
-            for i, k in enumerate(jr.split(key, couplings))
-        )
-
-    def calibrated(self, x: Float[Array, "batch dim"]) -> "NICE":
-        """Return this flow with s, and the shifts of the last two couplings, set from data `x`.
-
-        The latents of `x` then have mean 0 (with a single coupling, only those that it shifts) and
-        the spread of the prior (data-dependent initialization, Salimans & Kingma 2016). Without it,
-        training needs thousands of steps to get there if components differ in scale, as pixels do.
-        A component that never varies keeps its scale.
-
-        **Raises:** `ValueError` if `x` is not a batch for this flow, or not finite.
-        """
-
-        check_batch(self, x, None)
-        check_finite(x=x)
-
-        def latents(flow):
-            return flow.transform(x, "to_base", None, Solve())[0]
-
-        flow: Any = eqx.tree_at(lambda flow: flow.log_scale, self, jnp.zeros_like(self.log_scale))
-        parts, count = _parts(self.base.dim, self.split), len(self.networks)
-        # The last two couplings shift one part each, and no later shift undoes the centering.
-        for i in range(max(0, count - 2), count):
-            mean = jnp.mean(latents(flow), axis=0)[parts[(i + 1) % 2]]
-            flow = eqx.tree_at(
-                lambda f, i=i: f.networks[i].biases[-1], flow, replace_fn=lambda b, m=mean: b - m
-            )
-        h = latents(flow)
-        log_scale = jnp.log(self.base.distribution(x.dtype).stddev() / jnp.std(h, axis=0))
-        # The standard deviation of equal numbers may be a rounding error instead of 0.
-        log_scale = jnp.where(jnp.ptp(h, axis=0) > 0, log_scale, self.log_scale)
-        return eqx.tree_at(lambda flow: flow.log_scale, flow, log_scale)
 
     def bijector(self) -> Any:
         """Return the inverse of the paper's forward direction: from latents to data."""
         import distrax
 
         networks: Any = self.networks
-        parts = _parts(self.base.dim, self.split)
+        parts = _parts(len(self.log_scale), self.split)
         # distrax couples the components before an index with those after it, so sort them by part,
         # couple, and put them back.
         order = np.concatenate(parts)

@@ -1,6 +1,5 @@
 """Trajectories: a batch at many times, for flows and for neural ODEs, which need no base."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,14 +11,14 @@ from jaxtyping import Array, Float
 
 from jcnf._checks import check_finite
 from jcnf.distributions import StandardNormal
-from jcnf.flows.base import check_batch, check_strategy, error_if_failed
-from jcnf.flows.cnf import CNF, Velocity
-from jcnf.flows.functional import compiled
+from jcnf.fields import Field, check_field
+from jcnf.flows.base import Flow, check_batch, check_strategy, error_if_failed
+from jcnf.flows.cnf import CNF, ODE, Velocity, ode_of
 from jcnf.ode import Solve, Stats, integrate, with_array_tolerances
 
 
 def trajectory(
-    flow: CNF | Callable,
+    flow: Flow[ODE] | Field,
     x: Float[Array, "batch dim"],
     times: Float[Array, " times"] | Float[Array, "times batch"],
     *,
@@ -28,15 +27,14 @@ def trajectory(
 ) -> Float[Array, "times batch dim"]:
     """Return the batch at each of `times`, (times, batch, dim), from its state `x` at the first.
 
-    `linspace(0, flow.t1, n)` carries base samples to data. The states have gradients in `x`, in
-    the parameters and in all of `times`, under every adjoint. With `x` unchanged, a start t_0 that
-    is later by dt_0 acts like the start x - v(t_0, x) dt_0, and a t_i that is later by dt_i adds
-    v(t_i, x_i) dt_i (Chen et al. 2018, appendix B.2: dL/dt_i = a . v, dL/dt_0 = -a . v).
+    `linspace(0, flow.bijection.t1, n)` carries base samples to data. The states have gradients in
+    `x`, in the parameters and in all of `times`, under every adjoint. With `x` unchanged, a start
+    t_0 that is later by dt_0 acts like the start x - v(t_0, x) dt_0, and a t_i that is later by
+    dt_i adds v(t_i, x_i) dt_i (Chen et al. 2018, appendix B.2: dL/dt_i = a . v, dL/dt_0 = -a . v).
 
     **Arguments:**
 
-    - `flow`: a `jcnf.CNF`, or a field alone: any module `field(t, x, context)` with an integer
-      `dim`.
+    - `flow`: a `jcnf.CNF(field, base)`, or a field alone.
     - `x`: (batch, dim), the state at `times[0]`.
     - `times`: increasing or decreasing, of one of two shapes.
         - (times,), shared by the batch: one solve, with the solver's interpolant between its steps.
@@ -59,7 +57,7 @@ def trajectory(
 
 
 def solve_trajectory(
-    flow: CNF | Callable,
+    flow: Flow[ODE] | Field,
     x: Float[Array, "batch dim"],
     times: Float[Array, " times"] | Float[Array, "times batch"],
     *,
@@ -72,24 +70,23 @@ def solve_trajectory(
     that they did not reach.
     """
     check_strategy(solve)
-    if not isinstance(flow, CNF):
-        dim = getattr(flow, "dim", None)
-        if not isinstance(dim, int):
-            raise ValueError(f"expected a CNF or a field with an integer dim; got {type(flow)}")
-        flow = CNF(flow, StandardNormal(dim))  # the base is not used
+    if not isinstance(flow, Flow):
+        check_field(flow)
+        flow = CNF(flow, StandardNormal(flow.dim))  # the base is not used
+    field = ode_of(flow, "a trajectory").field
     check_batch(flow, x, context)
     x = jnp.asarray(x)
     check_times(times, len(x), x.dtype)
     times, solve = jnp.asarray(times, x.dtype), with_array_tolerances(solve, x.dtype)
-    return _solve_trajectory(flow, x, times, context, solve)
+    return _solve_trajectory(field, x, times, context, solve)
 
 
-@compiled
-def _solve_trajectory(flow, x, times, context, solve):
+@eqx.filter_jit
+def _solve_trajectory(field, x, times, context, solve):
     if times.ndim == 1 and solve.adjoint != "reversible":
-        return _in_one_solve(flow.field, x, times, context, solve)
+        return _in_one_solve(field, x, times, context, solve)
     own = jnp.broadcast_to(times.reshape(len(times), -1), (len(times), len(x)))
-    return _by_intervals(flow.field, x, own, context, solve)
+    return _by_intervals(field, x, own, context, solve)
 
 
 def check_times(times: Any, batch: int, dtype: Any) -> None:

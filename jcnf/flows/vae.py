@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_callable, check_instance, check_int, check_key
-from jcnf.distributions import BaseDistribution, StandardNormal
+from jcnf.distributions import StandardNormal
 from jcnf.divergence import Divergence, Exact
-from jcnf.flows.base import Bijection, Direction, Flow, Transformed
+from jcnf.flows.base import Bijection, Flow, Transformed
 from jcnf.flows.functional import transform
-from jcnf.ode import Solve, Stats
+from jcnf.flows.multiscale import Identity
+from jcnf.ode import Solve
 
 
 class Encoded(NamedTuple):
@@ -58,101 +59,83 @@ class Encoder(eqx.Module):
         return Encoded(loc, log_scale, features)
 
 
-class Posterior(Flow):
-    """q(z | x): z = loc(x) + scale(x) * e, where `refine` carries eps ~ N(0, I) to e.
+def Posterior(
+    encoder: Callable, dim: int, refine: Bijection | None = None
+) -> Flow["Reparameterized"]:
+    """Return q(z | x): z = loc(x) + scale(x) * e, where `refine` carries eps ~ N(0, I) to e.
 
     The context of this flow is x, and the context of `refine` is the encoder's features of x.
     `refine` works in the units of the Gaussian, so
     log q(z | x) = log N(eps; 0, I) - logdet_refine - sum log scale(x), and q is that Gaussian as
-    long as `refine` is the identity. Without `refine`, e is eps.
+    long as `refine` is the identity.
 
     **Arguments:**
 
     - `encoder`: a function x -> `Encoded` of one sample.
     - `dim`: dimension of z.
     - `refine`: a conditional `jcnf.flows.Bijection` of the same dimension, such as
-      `jcnf.flows.ODE(field)`; None for N(loc, diag scale^2), whose regularizers are 0.
+      `jcnf.flows.ODE(field)`; None for the identity, whose regularizers are 0.
 
     **Raises:** `ValueError`, when used, without a context, for an encoder of another `dim`, or if
     the number of features is not what `refine` takes.
     """
+    return Flow(
+        Reparameterized(encoder, Identity() if refine is None else refine), StandardNormal(dim)
+    )
+
+
+class Reparameterized(Bijection):
+    """The bijection of `Posterior`, forward from eps to z."""
 
     encoder: Callable
-    refine: Bijection | None
-    base: BaseDistribution
+    refine: Bijection
 
-    def __init__(self, encoder: Callable, dim: int, refine: Bijection | None = None):
-        check_callable("a function x -> Encoded of one sample", encoder=encoder)
-        if refine is not None:
-            check_instance(Bijection, "a bijection, such as jcnf.flows.ODE(field)", refine=refine)
-        self.encoder, self.refine, self.base = encoder, refine, StandardNormal(dim)
+    def __check_init__(self):
+        check_callable("a function x -> Encoded of one sample", encoder=self.encoder)
+        hint = "a bijection, such as jcnf.flows.ODE(field)"
+        check_instance(Bijection, hint, refine=self.refine)
 
     @property
     def context_dim(self) -> None:
         """Always None: only the encoder knows the size of x."""
         return None
 
-    def transform(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-    ) -> tuple[Float[Array, "batch dim"], Stats]:
-        """Carry eps to z ("to_data") or back, without the log-det."""
-        loc, log_scale, features = self._encode(context)
-        scale = jnp.exp(log_scale)
-        end = (x - loc) / scale if direction == "to_base" else x
-        stats = Stats.unsolved(end)
-        if self.refine is not None:
-            end, stats = self.refine.transform(end, direction, features, solve)
-        return (end if direction == "to_base" else loc + scale * end), stats
+    def forward(self, x, context, solve):
+        loc, log_scale, features = self._encode(context, x)
+        e, stats = self.refine.forward(x, features, solve)
+        return loc + jnp.exp(log_scale) * e, stats
 
-    def transform_and_log_det(
-        self,
-        x: Float[Array, "batch dim"],
-        direction: Direction,
-        key: Key[Array, ""] | None,
-        context: Float[Array, "batch context"] | None,
-        solve: Solve,
-        divergence: Divergence,
-        regularizers: tuple[Callable, ...],
-    ) -> Transformed:
-        """Carry eps to z ("to_data") or back, with the log-det and `refine`'s regularizers."""
-        loc, log_scale, features = self._encode(context)
-        scale, logdet = jnp.exp(log_scale), jnp.sum(log_scale, axis=1)
-        e = (x - loc) / scale if direction == "to_base" else x
-        zeros = jnp.zeros_like(logdet)
-        none = {r.__name__: zeros for r in regularizers}
-        end = Transformed(e, zeros, none, Stats.unsolved(e))
-        if self.refine is not None:
-            end = self.refine.transform_and_log_det(
-                e, direction, key, features, solve, divergence, regularizers
-            )
-        if direction == "to_base":
-            return end._replace(logdet=end.logdet - logdet)
-        return end._replace(x=loc + scale * end.x, logdet=end.logdet + logdet)
+    def inverse(self, x, context, solve):
+        loc, log_scale, features = self._encode(context, x)
+        return self.refine.inverse((x - loc) / jnp.exp(log_scale), features, solve)
 
-    def draw_noise(
-        self, divergence: Divergence, key: Key[Array, ""] | None, batch: int, dim: int, dtype
-    ) -> Any:
-        """Return the noise of `refine`; None without it."""
-        if self.refine is None:
-            return None
+    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        loc, log_scale, features = self._encode(context, x)
+        end = self.refine.forward_and_log_det(x, features, solve, divergence, noise, regularizers)
+        z, logdet = loc + jnp.exp(log_scale) * end.value, jnp.sum(log_scale, axis=1)
+        return end._replace(value=z, logdet=end.logdet + logdet)
+
+    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
+        loc, log_scale, features = self._encode(context, x)
+        e = (x - loc) / jnp.exp(log_scale)
+        end = self.refine.inverse_and_log_det(e, features, solve, divergence, noise, regularizers)
+        return end._replace(logdet=end.logdet - jnp.sum(log_scale, axis=1))
+
+    def draw_noise(self, divergence, key, batch, dim, dtype):
+        """Return the noise of `refine`."""
         return self.refine.draw_noise(divergence, key, batch, dim, dtype)
 
-    def _encode(self, x) -> Encoded:
+    def _encode(self, x, z) -> Encoded:
         if x is None:
             raise ValueError("the posterior q(z | x) needs x: pass context=x, (batch, context)")
-        encoded = jax.vmap(self.encoder)(x)
-        shape = (x.shape[0], self.base.dim)
+        encoded, shape = jax.vmap(self.encoder)(x), z.shape
         if encoded.loc.shape != shape or encoded.log_scale.shape != shape:
             raise ValueError(
                 f"the encoder must give a mean and a log-scale of shape {shape[1:]}; got "
                 f"{encoded.loc.shape[1:]} and {encoded.log_scale.shape[1:]}"
             )
-        size = None if self.refine is None else self.refine.context_dim
-        if size is not None and encoded.features.shape != (x.shape[0], size):
+        size = self.refine.context_dim
+        if size and encoded.features.shape != (x.shape[0], size):
             raise ValueError(
                 f"the encoder must give {size} features, the context of refine; got "
                 f"{encoded.features.shape[1:]}"
@@ -178,7 +161,7 @@ class VAE(eqx.Module):
     @property
     def prior(self) -> StandardNormal:
         """The prior p(z) = N(0, I)."""
-        return StandardNormal(self.posterior.base.dim)
+        return StandardNormal(self.posterior.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +194,7 @@ class Weighed(NamedTuple):
 
     log_likelihood: Float[Array, " batch"]  # log p(x | z)
     log_ratio: Float[Array, " batch"]  # log q(z | x) - log p(z), whose mean is their KL
-    carried: Transformed  # from eps to z; z is carried.x
+    carried: Transformed  # from eps to z; z is carried.value
 
     @property
     def log_weight(self) -> Float[Array, " batch"]:
@@ -257,7 +240,7 @@ def weigh(
     )
     log_q = posterior.base.log_prob(eps) - carried.logdet
     # NaN in the decoder's input would be NaN in the gradient of its parameters.
-    z = jnp.where(carried.stats.failed[:, None], 0, carried.x)
+    z = jnp.where(carried.stats.failed[:, None], 0, carried.value)
     log_likelihood = jax.vmap(lambda x, z: model.likelihood(x, model.decoder(z)))(x, z)
     if log_likelihood.shape != log_q.shape:
         # One value per component might broadcast, and the result would pass for a bound.
@@ -265,4 +248,4 @@ def weigh(
             f"the likelihood must give a scalar for each sample; got {log_likelihood.shape[1:]}"
         )
     log_likelihood = jnp.where(carried.stats.failed, jnp.nan, log_likelihood)
-    return Weighed(log_likelihood, log_q - model.prior.log_prob(carried.x), carried)
+    return Weighed(log_likelihood, log_q - model.prior.log_prob(carried.value), carried)

@@ -58,7 +58,7 @@ class Density(eqx.Module):
         result = transform(
             self.flow, x, context=self.context, solve=self.solve, divergence=self.divergence
         )
-        return self.flow.base.log_prob(result.x) + result.logdet
+        return self.flow.base.log_prob(result.value) + result.logdet
 
 
 class Ascent(NamedTuple):

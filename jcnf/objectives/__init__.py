@@ -1,14 +1,15 @@
 """Training objectives: `objective(flow, x, key, *, context=None, ...) -> (loss, metrics)`.
 
-The loss, a scalar, is minimized; the metrics are a dict of scalars. They may include "failed", true
-if too many solves failed for the loss to be trained on. A new objective is one function of this
-form; bind its settings with `functools.partial`.
+A new objective is one function of this form; see `Objective`.
 """
 
+from jcnf.objectives.base import Loss as Loss
+from jcnf.objectives.base import Objective as Objective
 from jcnf.objectives.combine import cast_fields as cast_fields
 from jcnf.objectives.combine import for_first_ode as for_first_ode
 from jcnf.objectives.combine import weighted_sum as weighted_sum
 from jcnf.objectives.combine import with_context as with_context
+from jcnf.objectives.combine import without_solve as without_solve
 from jcnf.objectives.elbo import elbo as elbo
 from jcnf.objectives.likelihood import RESERVED as RESERVED
 from jcnf.objectives.likelihood import likelihood as likelihood

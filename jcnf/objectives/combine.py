@@ -1,7 +1,6 @@
 """Objectives built from others: with a context, for a chain, in another precision, summed."""
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jcnf._checks import check_callable, check_key, check_number
 from jcnf.fields import Cast
-from jcnf.flows import CNF, ODE, Chain, Composition, Flow, with_fields
+from jcnf.flows import ODE, Composition, Flow, with_fields
+from jcnf.objectives.base import Loss
 from jcnf.ode import Solve
 
 
-def with_context(objective: Callable) -> Callable:
+def with_context(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     """Return `objective` in the form `objective(flow, batch, key)`, with any context in the batch.
 
     `batch` is x or a pair (x, context). `jcnf.training.make_train_loop` takes this form.
@@ -31,37 +31,43 @@ def with_context(objective: Callable) -> Callable:
     return of_batch
 
 
-def for_first_ode(objective: Callable) -> Callable:
+def without_solve(objective: Callable[..., Loss]) -> Callable[..., Loss]:
+    """Return an objective that takes no solve, such as flow matching, as one that ignores it."""
+
+    def of_solve(flow, x, key, *, solve=None, **settings):
+        return objective(flow, x, key, **settings)
+
+    return of_solve
+
+
+def for_first_ode(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     """Return an objective of a chain whose first part is an ODE, from one of a `jcnf.CNF`.
 
-    `objective`, such as flow matching, is given the chain's first part, a `jcnf.flows.ODE`, with
-    the chain's base. The other parts, such as preprocessing, carry the data to it and receive no
-    gradient, so they must be fixed. The arguments are those of `objective`.
+    `objective`, such as flow matching, is given the flow of the chain's first part, a
+    `jcnf.flows.ODE`, with the chain's base. The other parts, such as preprocessing, carry the data
+    to it and receive no gradient, so they must be fixed. The arguments are those of `objective`.
 
     **Raises:** `ValueError` if the flow is not such a chain.
     """
 
     @functools.wraps(objective)  # keeps the signature, which make_train_loop inspects
     def of_chain(flow, x, key, *, context=None, **settings):
-        if not isinstance(flow, Chain) or not isinstance(flow.parts[0], ODE):
-            of_type = type(flow.parts[0] if isinstance(flow, Chain) else flow).__name__
-            start = "one that starts with " if isinstance(flow, Chain) else ""
+        chain = flow.bijection
+        first, *outer = chain.parts if isinstance(chain, Composition) else [chain]
+        if first is chain or not isinstance(first, ODE):
+            start = "" if first is chain else "one that starts with "
             raise ValueError(
-                "expected flow to be a jcnf.Chain whose first part is a jcnf.flows.ODE; got "
-                f"{start}{of_type}"
+                "expected flow to be a jcnf.flows.Chain whose first part is a jcnf.flows.ODE; got "
+                f"{start}{type(first).__name__}"
             )
-        ode: Any = flow.parts[0]
-        outer = flow.parts[1:]
         if outer:
-            x = jax.lax.stop_gradient(
-                Composition(outer).transform(x, "to_base", context, Solve())[0]
-            )
-        return objective(CNF(ode.field, flow.base, ode.t1), x, key, context=context, **settings)
+            x = jax.lax.stop_gradient(Composition(outer).inverse(x, context, Solve())[0])
+        return objective(Flow(first, flow.base), x, key, context=context, **settings)
 
     return of_chain
 
 
-def cast_fields(objective: Callable, dtype: Any) -> Callable:
+def cast_fields(objective: Callable[..., Loss], dtype: Any) -> Callable[..., Loss]:
     """Return `objective` with the fields of all ODEs computed in `dtype`, such as `jnp.bfloat16`.
 
     Parameters, gradients, states and losses keep their precision (`jcnf.fields.Cast`).
@@ -83,16 +89,16 @@ def weighted_sum(
     x: Any,
     key: Key[Array, ""],
     *,
-    weights: Mapping[Callable, float],
-    solve: Solve | None = None,
+    weights: Mapping[Callable[..., Loss], float],
     **settings: Any,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Weighted sum of objectives on one batch, such as flow matching plus likelihood.
 
     `weights` maps objectives, with their settings bound, to their weights. `settings`, such as a
-    context, are passed to all of them, and `solve` to those that take one, where it replaces a
-    bound one. `key` is split among the objectives. The metrics are those of all objectives:
-    "failed" is true if any failed, "failed_rows" is their sum, "step_plan" is the finest.
+    context, are passed to all of them, and replace bound ones; if a `solve` is among them, wrap
+    objectives that take none in `without_solve`. `key` is split among the objectives. The metrics
+    are those of all objectives: "failed" is true if any failed, "failed_rows" is their sum,
+    "step_plan" is the finest.
 
     **Raises:** `ValueError` if there are no objectives, if a weight is negative or not finite, or
     if two objectives report another metric of the same name.
@@ -110,9 +116,7 @@ def weighted_sum(
     for key_of, (objective, weight) in zip(
         jr.split(key, len(weights)), weights.items(), strict=True
     ):
-        solves = solve is not None and "solve" in inspect.signature(objective).parameters
-        own = {"solve": solve} if solves else {}
-        value, more = objective(flow, x, key_of, **settings, **own)
+        value, more = objective(flow, x, key_of, **settings)
         twice = (metrics.keys() & more.keys()) - _MERGED.keys()
         if twice:
             raise ValueError(

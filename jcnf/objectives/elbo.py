@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_key
 from jcnf.divergence import Divergence, Exact
 from jcnf.flows.vae import VAE, weigh
+from jcnf.objectives.base import Loss
 from jcnf.objectives.likelihood import check_regularizers, mean_of_solved, regularized
 from jcnf.ode import Solve
 
@@ -21,7 +22,7 @@ def elbo(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     regularizers: Mapping[Callable, float] = MappingProxyType({}),
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Mean of log q(z | x) - log p(z) - log p(x | z) in nats, with one z ~ q(z | x) for each x.
 
     Without regularizers this is an unbiased estimate of the negative ELBO (Kingma & Welling 2014,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
@@ -11,7 +10,8 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_key, check_number
 from jcnf.divergence import Divergence, Exact
 from jcnf.fields import TimeRescaling
-from jcnf.flows import CNF, Flow, Transformed, transform
+from jcnf.flows import ODE, Flow, Transformed, ode_of, transform
+from jcnf.objectives.base import Loss
 from jcnf.ode import Solve, Stats
 
 # Metric names of the objectives and of `jcnf.training.loop`: no regularizer may have one of them.
@@ -32,7 +32,7 @@ def likelihood(
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     regularizers: Mapping[Callable, float] = MappingProxyType({}),
     steer: float = 0.0,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Mean negative log-likelihood in nats, plus weighted regularizers (FFJORD; RNODE).
 
     `regularizers` maps functions such as those in `jcnf.regularizers` to their weights. With
@@ -46,18 +46,15 @@ def likelihood(
     """
     check_regularizers(regularizers)
     if steer:
-        if not isinstance(flow, CNF):
-            raise ValueError(
-                f"steer moves the end time of a CNF; got {type(flow).__name__}: set steer=0"
-            )
-        check_number(f"[0, {flow.t1})", steer=steer)
+        ode = ode_of(flow, "steer")
+        check_number(f"[0, {ode.t1})", steer=steer)
         if key is None:
             raise ValueError("steer draws a random time: pass key=jax.random.key(seed)")
         check_key(key)
         key, steer_key = jr.split(key)
         start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
-        steered = TimeRescaling(flow.field, rate=1 - start / flow.t1, start=start)
-        flow = eqx.tree_at(lambda flow: flow.field, flow, steered)
+        steered = TimeRescaling(ode.field, rate=1 - start / ode.t1, start=start)
+        flow = Flow(ODE(steered, ode.t1), flow.base)
     result = transform(
         flow,
         x,
@@ -67,7 +64,7 @@ def likelihood(
         divergence=divergence,
         regularizers=tuple(regularizers),
     )
-    nll = -(flow.base.log_prob(result.x) + result.logdet)
+    nll = -(flow.base.log_prob(result.value) + result.logdet)
     return regularized("nll", nll, regularizers, result)
 
 
@@ -92,7 +89,7 @@ def regularized(
     values: Float[Array, " batch"],
     regularizers: Mapping[Callable, float],
     result: Transformed,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Return the mean of `values` plus weighted regularizers, and the metrics.
 
     Means are over the rows whose solve did not fail.

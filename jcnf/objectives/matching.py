@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf._checks import check_callable, check_instance, check_key, check_number
-from jcnf.flows import CNF, check_batch
+from jcnf._checks import check_callable, check_key, check_number
+from jcnf.flows import ODE, Flow, check_batch, ode_of
 from jcnf.objectives import couplings, paths, times
+from jcnf.objectives.base import Loss
 
 
 def flow_matching(
-    flow: CNF,
+    flow: Flow[ODE],
     x: Float[Array, "batch dim"],
     key: Key[Array, ""],
     *,
@@ -20,7 +21,7 @@ def flow_matching(
     coupling: couplings.Coupling = couplings.independent,
     time: times.Times = times.data_biased,
     drop_context: float = 0.0,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Mean of |v(t, x_t, c) - dx_t/dt|^2, with x_t on a path from a base sample to the data x.
 
     Its minimizer carries the base to the data, as that of the likelihood does (Lipman et al. 2023,
@@ -59,13 +60,13 @@ def flow_matching(
 
 
 def rectified(
-    flow: CNF,
+    flow: Flow[ODE],
     pairs: tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]],
     key: Key[Array, ""],
     *,
     context: Float[Array, "batch context"] | None = None,
     time: times.Times = times.data_biased,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Flow matching along straight lines between given `pairs` (x0, x1): reflow (Liu et al. 2023).
 
     If a trained flow maps each x0 to its x1 (`jcnf.evaluate.sample` returns such pairs), the new
@@ -89,7 +90,7 @@ def rectified(
 
 
 def _check(flow, x, context, key):
-    check_instance(CNF, "a jcnf.CNF, whose field flow matching trains", flow=flow)
+    ode_of(flow, "flow matching")
     check_batch(flow, x, context)
     check_key(key)
 
@@ -103,6 +104,7 @@ def _match(flow, x0, x1, key, context, path, time):
     if x.shape != x1.shape:
         raise ValueError(f"path must return points of shape {x1.shape}; got {x.shape}")
     # The field's time runs to t1: dx/dt = dx/ds / t1.
-    v = jax.vmap(flow.field)(flow.t1 * s, x, context)
-    loss = jnp.mean(jnp.sum((v - u / flow.t1) ** 2, axis=-1))
+    field, t1 = flow.bijection.field, flow.bijection.t1
+    v = jax.vmap(field)(t1 * s, x, context)
+    loss = jnp.mean(jnp.sum((v - u / t1) ** 2, axis=-1))
     return loss, {"matching": loss}

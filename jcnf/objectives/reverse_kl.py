@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_callable
 from jcnf.divergence import Divergence, Exact
 from jcnf.flows import Flow, check_batch, transform
+from jcnf.objectives.base import Loss
 from jcnf.objectives.likelihood import check_regularizers, regularized
 from jcnf.ode import Solve
 
@@ -24,7 +25,7 @@ def reverse_kl(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     regularizers: Mapping[Callable, float] = MappingProxyType({}),
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Mean of log q(x) + U(x) in nats, with x the image of base samples `z`, plus regularizers.
 
     Without regularizers this is an unbiased estimate of KL(q || p) - log Z, where p = exp(-U) / Z
@@ -60,6 +61,6 @@ def reverse_kl(
         divergence=divergence,
         regularizers=tuple(regularizers),
     )
-    u = energy(result.x) if context is None else energy(result.x, context)
+    u = energy(result.value) if context is None else energy(result.value, context)
     kl = flow.base.log_prob(z) - result.logdet + u
     return regularized("reverse_kl", kl, regularizers, result)

@@ -9,7 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Key
 
 from jcnf._checks import check_instance, check_int, check_number
-from jcnf.flows import CNF, solve_trajectory
+from jcnf.fields import Field
+from jcnf.flows import ODE, Flow, solve_trajectory
+from jcnf.objectives.base import Loss
 from jcnf.objectives.likelihood import costs
 from jcnf.ode import Solve
 
@@ -24,13 +26,13 @@ class Windows(NamedTuple):
 
 
 def trajectory_fit(
-    field: CNF | Callable,
+    field: Flow[ODE] | Field,
     windows: Windows,
     key: Key[Array, ""] | None = None,
     *,
     context: Float[Array, "batch context"] | None = None,
     solve: Solve = Solve(),  # noqa: B008 (frozen)
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Loss:
     """Mean squared error of trajectories from each window's first row (Chen et al. 2018).
 
     The mean is over the `observed` rows and their components, in squared units of the values; a

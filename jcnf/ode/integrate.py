@@ -24,8 +24,8 @@ def integrate(
     vector_field: Callable[..., Any],
     y0: Any,
     args: Any,
-    t0: Float[Array | np.ndarray, ""],
-    t1: Float[Array | np.ndarray, ""],
+    t0: float | Float[Array | np.ndarray, ""],
+    t1: float | Float[Array | np.ndarray, ""],
     solve: Solve,
     times: Float[Array, " times"] | None = None,
 ) -> tuple[Any, Stats]:
@@ -108,11 +108,6 @@ class _OfLeaves(eqx.Module):
 
     vector_field: Callable[..., Any]
     structure: Any = eqx.field(static=True)
-    # diffrax compiles its solve and caches the program by the static parts of its arguments. A
-    # field may be a plain function or object that has changed since an earlier call, and would then
-    # get the old program. A new object in each call prevents that; inside a compiled function the
-    # solve is still traced only once.
-    call: object = eqx.field(static=True, default_factory=object)
 
     def __call__(self, t, y, leaves):
         return self.vector_field(t, y, jax.tree.unflatten(self.structure, leaves))

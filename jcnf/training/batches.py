@@ -112,7 +112,7 @@ def _nll(flow, rows):
         part = slice(start, start + VALIDATION_CHUNK_ROWS)
         here = None if context is None else context[part]
         carried = transform(flow, x[part], context=here, solve=VALIDATION_SOLVE)
-        found.append(sharding.to_host(flow.base.log_prob(carried.x) + carried.logdet))
+        found.append(sharding.to_host(flow.base.log_prob(carried.value) + carried.logdet))
     log_prob = np.concatenate(found)
     solved = np.isfinite(log_prob)
     failed_share = np.mean(~solved)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from jcnf import CNF, Solve, evaluate
 from jcnf.distributions import Logistic, StandardNormal
+from jcnf.fields import Field
 from jcnf.ode import NUM_BINS
 
 pytestmark = pytest.mark.optimized
@@ -57,7 +58,7 @@ def test_grid_rows_are_y_and_columns_x():
 
 def test_scores_are_log_densities_in_chunks_of_one_program():
     tally = Tally()
-    flow = CNF(Traced(affine().field, tally), StandardNormal(3), t1=T)
+    flow = CNF(Traced(affine().bijection.field, tally), StandardNormal(3), t1=T)
     scores = evaluate.log_prob(flow, X, context=CONTEXT, chunk=5)  # the last one is smaller
     traced = tally.count
     expected = log_density(X, CONTEXT)
@@ -74,7 +75,7 @@ def test_scores_are_log_densities_in_chunks_of_one_program():
     assert tally.count == traced > 0
 
 
-class Burst(eqx.Module):
+class Burst(Field):
     """v = -g(t) x, where g integrates to 1.2 over the unit interval, nearly all near t = 0.4."""
 
     dim: int = 2

@@ -31,6 +31,7 @@ from jcnf import (
 )
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import FixedNoise
+from jcnf.flows import ODE, Flow
 
 pytestmark = pytest.mark.optimized
 
@@ -82,8 +83,8 @@ def everything(flow, x, context, divergence, weights, direction):
         found = transform(
             flow, x, direction=direction, context=context, solve=STEPS, divergence=divergence
         )
-        value = jnp.sum(weights * jnp.concatenate([found.x, found.logdet[:, None]], axis=1))
-        return value, (found.x, found.logdet)
+        value = jnp.sum(weights * jnp.concatenate([found.value, found.logdet[:, None]], axis=1))
+        return value, (found.value, found.logdet)
 
     params, static = eqx.partition(flow, eqx.is_inexact_array)
     gradient = jax.grad(
@@ -149,17 +150,17 @@ def distances(tree, expected):
     return np.array([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs])
 
 
-class WrongLate(CNF):
-    """A flow whose log-dets are wrong from row 60 of a batch on."""
+class WrongLate(ODE):
+    """A bijection whose log-dets are wrong from row 60 of a batch on."""
 
-    def transform_and_log_det(self, x, *args):
-        found = super().transform_and_log_det(x, *args)
+    def inverse_and_log_det(self, x, *args):
+        found = super().inverse_and_log_det(x, *args)
         wrong = jnp.where(jnp.arange(len(x)) < 60, 0.0, 0.3)
         return found._replace(logdet=found.logdet + wrong.astype(x.dtype))
 
 
 def test_certificate_names_rows_that_depend_on_their_place():
-    flow = WrongLate(FIELDS["normalizing"](), StandardNormal(3))
+    flow = Flow(WrongLate(FIELDS["normalizing"]()), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(100, 3)))
     found = evaluate.accuracy_report(flow, x, reference_points=0)
     expected = "40 of 100 rows (first: 60, 61, 62, ...) differ from their first copy, by up to 0.3 "

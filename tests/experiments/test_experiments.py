@@ -12,7 +12,6 @@ import time
 import types
 from pathlib import Path
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from experiments._runner import cli
 from experiments._runner.config import Run
 from jcnf import CNF
 from jcnf.distributions import StandardNormal
+from jcnf.fields import Field
 
 LOOP = ["--batch", "32", "--validate-every", "4", "--log-every", "2", "--checkpoint-every", "4"]
 SMALL = ["--width", "8", *LOOP]  # of a resnet
@@ -520,7 +520,7 @@ def test_settings_of_an_experiment_are_the_defaults_of_its_flags():
     assert changed.flow.t1 == SETTINGS.flow.t1
 
 
-class Straight(eqx.Module):
+class Straight(Field):
     """v = (2, 0) from the potential 2 t - 2 x1: straight, at constant speed, satisfying HJB."""
 
     dim: int = 2

@@ -5,7 +5,7 @@ import json
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import COVARIANCE, Affine
+from helpers import COVARIANCE, exact
 from scipy import linalg
 from test_experiments import SMALL, run
 
@@ -23,7 +23,7 @@ def test_rows_are_filled_in_in_their_own_units(tmp_path):
     rows[:2] = truth[:2]
     write_rows(tmp_path / "table.csv", rows, scale.columns)
     again = read_rows(tmp_path / "table.csv", scale.columns, missing=True)
-    impute_rows(Affine(), scale, jr.key(0), again, tmp_path)
+    impute_rows(exact(), scale, jr.key(0), again, tmp_path)
     filled = read_rows(tmp_path / "imputed.csv", scale.columns)
     std = read_rows(tmp_path / "imputed_std.csv", scale.columns)
     np.testing.assert_array_equal(filled[:, :2], truth[:, :2])

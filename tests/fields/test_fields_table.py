@@ -1,7 +1,5 @@
 """Tests of every field: shapes, dtypes, and a divergence that equals the trace, with gradients."""
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ from field_table import FIELDS
 from helpers import Linear, astype
 from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
-
-from jcnf.fields import velocity_and_divergence
 
 pytestmark = pytest.mark.optimized
 
@@ -29,7 +25,7 @@ def test_divergence_and_its_gradient_equal_the_trace(name):
     params, static = eqx.partition(field, eqx.is_inexact_array)
 
     def closed_form(params, t):
-        v, divergence = velocity_and_divergence(eqx.combine(params, static), t, X, context)
+        v, divergence = eqx.combine(params, static).velocity_and_divergence(t, X, context)
         return divergence, v
 
     def trace(params, t):
@@ -58,7 +54,7 @@ def test_divergence_and_its_gradient_equal_the_trace(name):
 def test_fields_float32_input_gives_float32(name):
     field, x, t, context = astype((FIELDS[name](), X, TIME, CONTEXT), jnp.float32)
     arguments = (t, x, context if field.context_dim else None)
-    out = jax.eval_shape(partial(velocity_and_divergence, field), *arguments)
+    out = jax.eval_shape(field.velocity_and_divergence, *arguments)
     leaves = [jax.eval_shape(field, *arguments), *jax.tree.leaves(out)]
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [
         ((3,), jnp.float32),
@@ -87,7 +83,7 @@ def test_fields_batch_at_one_time_computes_time_work_once(name):
 
 def test_exact_without_closed_form_falls_back_on_forward_mode():
     matrix = jnp.array([[1.0, 2.0], [3.0, 5.0]])
-    v, divergence = velocity_and_divergence(Linear(matrix, 2), TIME, jnp.array([1.0, -1.0]))
+    v, divergence = Linear(matrix, 2).velocity_and_divergence(TIME, jnp.array([1.0, -1.0]))
     np.testing.assert_allclose(v, [-1, -2], rtol=1e-14)
     np.testing.assert_allclose(divergence, 6, rtol=1e-14)
 

@@ -28,6 +28,7 @@ from scipy import linalg
 import jcnf
 from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve
 from jcnf.distributions import ScaledNormal, StandardNormal
+from jcnf.fields import Field
 from jcnf.regularizers import kinetic
 
 pytestmark = pytest.mark.optimized
@@ -100,7 +101,7 @@ def test_penalty_and_logdet_in_both_directions(direction):
     np.testing.assert_allclose(result.regularizers["kinetic"], weights @ rates * T / 2, rtol=1e-8)
     sign = 1 if direction == "to_data" else -1
     np.testing.assert_allclose(result.logdet, sign * T * np.trace(MATRIX), atol=1e-9)
-    np.testing.assert_allclose(result.x, carried(X, sign * T), atol=1e-9)
+    np.testing.assert_allclose(result.value, carried(X, sign * T), atol=1e-9)
     assert not jnp.any(result.stats.failed)
 
 
@@ -128,7 +129,7 @@ def jacobian(flow, x, direction):
 
     def run(x):
         result = jcnf.transform(flow, x, direction=direction, solve=solve)
-        return result.x, (result.x, result.logdet)
+        return result.value, (result.value, result.logdet)
 
     derivative, (x, logdet) = jax.jacfwd(run, has_aux=True)(x)
     return x, logdet, derivative
@@ -158,9 +159,9 @@ def test_round_trip_in_float32():
     flow = astype(CNF(mlp(3, (8, 8)), StandardNormal(3), t1=T), jnp.float32)
     x, solve = X.astype(jnp.float32), Solve(rtol=1e-6, atol=1e-6)
     there = transform(flow, x, solve=solve, regularizers=(kinetic,))
-    back = transform(flow, there.x, direction="to_data", solve=solve, regularizers=(kinetic,))
+    back = transform(flow, there.value, direction="to_data", solve=solve, regularizers=(kinetic,))
     assert not jnp.any(there.stats.failed)
-    assert np.max(np.abs(back.x - x)) < 1e-5
+    assert np.max(np.abs(back.value - x)) < 1e-5
     assert np.max(np.abs(back.logdet + there.logdet)) < 1e-5
     floats = [leaf for leaf in jax.tree.leaves((there, back)) if eqx.is_inexact_array(leaf)]
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
@@ -248,7 +249,7 @@ def test_a_failed_solve_is_a_value_of_transform():
     result = transform(linear(), X, solve=solve)
     assert jnp.all(result.stats.failed)
     assert int(result.stats.steps) == 2
-    assert np.all(np.isnan(result.x))
+    assert np.all(np.isnan(result.value))
     assert np.all(np.isnan(result.logdet))
 
 
@@ -319,7 +320,7 @@ def test_other_errors_say_what_to_do():
             CNF(mlp(2, ()), StandardNormal(2), t1=t1)
 
 
-class Narrow(eqx.Module):
+class Narrow(Field):
     """A field that returns one component instead of two."""
 
     dim: int = eqx.field(static=True, default=2)
@@ -349,7 +350,7 @@ def test_what_has_a_wrong_shape_is_refused_and_not_broadcast(unchecked):
     ["backsolve", *(pytest.param(a, marks=pytest.mark.slow) for a in ("checkpoint", "reversible"))],
 )
 def test_fields_may_have_empty_parts(adjoint):
-    class Empty(eqx.Module):
+    class Empty(Field):
         matrix: jax.Array
         nothing: tuple = ()
         none: None = None
@@ -373,7 +374,7 @@ def test_a_field_too_stiff_for_its_solver_ends_soon():
     fixed = Solve("euler", step=T / 64)
     for solve, direction in ((adaptive, "to_base"), (adaptive, "to_data"), (fixed, "to_data")):
         result = transform(flow, X, direction=direction, solve=solve)
-        np.testing.assert_array_equal(np.isnan(result.x).any(axis=1), result.stats.failed)
+        np.testing.assert_array_equal(np.isnan(result.value).any(axis=1), result.stats.failed)
         assert int(result.stats.steps) <= 64
         assert np.all(result.stats.failed) or solve is fixed
     with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed for 5 of 5 rows"):

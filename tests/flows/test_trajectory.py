@@ -224,7 +224,11 @@ def test_float32_in_float32_out():
 @pytest.mark.parametrize(
     ("field", "times", "message"),
     [
-        (lambda t, x, context: x, SHARED, "expected a CNF or a field with an integer dim; got"),
+        (
+            lambda t, x, context: x,
+            SHARED,
+            "field must be a jcnf.fields.Field: subclass it",
+        ),
         (FIELD, OWN[:, :1], "a column for each of the 2 samples; got shape (4, 1)"),
         (FIELD, OWN[:1], "vector of at least 2, or of shape (times, batch)"),
         (FIELD, OWN[..., None], "got shape (4, 2, 1)"),

@@ -101,7 +101,7 @@ def test_a_flow_makes_the_gaussian_the_exact_posterior():
     @jax.jit
     def both(x, eps):
         weighed = weigh(model, x, eps, solve=TIGHT)
-        z = weighed.carried.x
+        z = weighed.carried.value
         log_q = jcnf.log_prob(model.posterior, z, context=x, solve=TIGHT)
         back = jcnf.transform(model.posterior, z, context=x, solve=TIGHT)
         return weighed, log_q, back
@@ -110,10 +110,10 @@ def test_a_flow_makes_the_gaussian_the_exact_posterior():
     np.testing.assert_allclose(weighed.log_weight, LOG_P, rtol=0, atol=1e-8)
     expected = [
         stats.multivariate_normal(TO_MEAN @ x, COVARIANCE).logpdf(z)
-        for x, z in zip(X, weighed.carried.x, strict=True)
+        for x, z in zip(X, weighed.carried.value, strict=True)
     ]
     np.testing.assert_allclose(log_q, expected, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(back.x, eps, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(back.value, eps, rtol=0, atol=1e-8)
     np.testing.assert_allclose(back.logdet, -weighed.carried.logdet, rtol=0, atol=1e-8)
     assert weighed.carried.stats.nfe > 0
 
@@ -172,7 +172,7 @@ def test_without_a_flow_the_kl_is_that_of_gaussians():
     model, x = trained(), jnp.repeat(X, 4000, axis=0)
     eps = jr.normal(KEY, (len(x), 2))
     ratio = np.asarray(jax.jit(lambda: weigh(model, x, eps).log_ratio)()).reshape(5, 4000)
-    loc, log_scale, _ = jax.vmap(model.posterior.encoder)(X)
+    loc, log_scale, _ = jax.vmap(model.posterior.bijection.encoder)(X)
     kl = 0.5 * np.sum(np.asarray(loc**2 + jnp.exp(2 * log_scale) - 1 - 2 * log_scale), axis=1)
     error = 4 * ratio.std(axis=1) / np.sqrt(4000)
     assert np.all(np.abs(ratio.mean(axis=1) - kl) < error)
@@ -237,7 +237,7 @@ def test_a_solve_that_fails_is_no_number():
 
 
 def with_encoder(encoder):
-    return eqx.tree_at(lambda m: m.posterior.encoder, linear(), encoder)
+    return eqx.tree_at(lambda m: m.posterior.bijection.encoder, linear(), encoder)
 
 
 def wide(x):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import COVARIANCE, Affine
+from helpers import COVARIANCE, exact
 from scipy import stats
 
 from jcnf import CNF, fields
@@ -31,12 +31,12 @@ def table():
 @pytest.fixture(scope="module")
 def imputed(table):
     settings = {"draws": 30, "steps": 240, "burn_in": 40, "chunk": 100}
-    return impute(Affine(), table[1], ROUGH, jr.key(0), **settings)
+    return impute(exact(), table[1], ROUGH, jr.key(0), **settings)
 
 
 @pytest.fixture(scope="module")
 def found(table, imputed):
-    return predictive(Affine(), *table, imputed.draws, ROUGH, jr.key(1), samples=200)
+    return predictive(exact(), *table, imputed.draws, ROUGH, jr.key(1), samples=200)
 
 
 def test_gaussian_conditionals_equal_scipy(table):
@@ -100,14 +100,14 @@ def test_impute_predictive_densities_equal_the_gaussian_within_errors(table, fou
 
 def test_impute_with_nothing_or_everything_missing():
     x = np.random.default_rng(0).normal(size=(4, 3))
-    whole = impute(Affine(), x, ROUGH, jr.key(0), draws=2, steps=2)
+    whole = impute(exact(), x, ROUGH, jr.key(0), draws=2, steps=2)
     np.testing.assert_array_equal(whole.draws, [x, x])
-    nothing = predictive(Affine(), x, x, whole.draws, ROUGH, jr.key(1))
+    nothing = predictive(exact(), x, x, whole.draws, ROUGH, jr.key(1))
     np.testing.assert_array_equal(nothing.log_prob, 0)
     everything = np.full_like(x, np.nan)
-    filled = impute(Affine(), everything, ROUGH, jr.key(0), draws=2, steps=2, burn_in=2)
+    filled = impute(exact(), everything, ROUGH, jr.key(0), draws=2, steps=2, burn_in=2)
     assert np.all(np.isfinite(filled.draws))
-    alone = predictive(Affine(), x, everything, filled.draws, ROUGH, jr.key(1))
+    alone = predictive(exact(), x, everything, filled.draws, ROUGH, jr.key(1))
     np.testing.assert_allclose(alone.log_prob, GAUSSIAN.given(everything).log_prob(x), atol=1e-10)
 
 
@@ -115,7 +115,7 @@ def test_impute_same_key_gives_same_samples_in_the_dtype_given(table):
     x = table[1][:10].astype(np.float32)
     settings = {"draws": 2, "steps": 2, "burn_in": 1, "candidates": 2}
     first, again, other = (
-        impute(Affine(), x, ROUGH, jr.key(seed), **settings).draws for seed in (0, 0, 1)
+        impute(exact(), x, ROUGH, jr.key(seed), **settings).draws for seed in (0, 0, 1)
     )
     assert first.dtype == np.float32
     np.testing.assert_array_equal(first, again)

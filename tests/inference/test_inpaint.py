@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import COVARIANCE, Affine, NotANumber
+from helpers import COVARIANCE, NotANumber, exact
 from scipy import linalg
 
 from jcnf import CNF, Solve
@@ -45,7 +45,7 @@ def cliff(x):
 def test_langevin_of_gaussian_samples_the_conditional(langevin):
     rows = 4000
     x = jnp.zeros((rows, 3)).at[:, 1].set(jnp.linspace(-2, 2, rows))
-    density = inpaint.Density(Affine())
+    density = inpaint.Density(exact())
     scale = np.sqrt(np.diag(COVARIANCE))
     chains = langevin(density, x, KNOWN, jr.key(0), steps=20, burn_in=40, scale=scale)
     # Rows are independent, so take one state of each, relative to its own conditional mean.
@@ -82,7 +82,7 @@ def test_langevin_without_rejections_is_biased():
 
 def test_ascend_of_gaussian_converges_to_the_conditional_mode(ascend):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
-    density = inpaint.Density(Affine())
+    density = inpaint.Density(exact())
     found = ascend(density, x, KNOWN, jr.key(0), steps=200, keep=4, rate=faster, noise=0.0)
     mode = np.asarray(x[:, 1:2]) * GAIN
     np.testing.assert_allclose(found.x[-1][:, MISSING], mode, atol=1e-3)

@@ -18,6 +18,7 @@ from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve
 from jcnf.distributions import StandardNormal
 from jcnf.divergence import DIVERGENCES, Divergence, FieldEvaluation, HutchPlusPlus, XTrace
 from jcnf.divergence.estimators import NOISES
+from jcnf.fields import Field
 from jcnf.objectives import likelihood
 from jcnf.regularizers import kinetic
 from jcnf.training import differentiator, partition
@@ -110,7 +111,7 @@ class Problem:
         # The U-Net normalizes by the spread of only three numbers, so its loss is more curved.
         self.step = 3e-5 if name == "unet" else 1e-3
         params, static = partition(flow)
-        context = CONTEXT if flow.field.context_dim else None
+        context = CONTEXT if flow.bijection.field.context_dim else None
         self.at, self.unravel = ravel_pytree((params, X, context))
 
         def value_and_grad(at, divergence):
@@ -164,7 +165,7 @@ def test_gradient_is_the_finite_difference(name, adjoint, divergence):
 def test_the_gradient_in_a_learnable_rate_is_the_finite_difference():
     here = problem("time change", QUICK["time change"])
     still = here.unravel(jnp.zeros_like(here.at))
-    rate = eqx.tree_at(lambda at: at[0].field.sqrt_rate, still, jnp.ones(()))
+    rate = eqx.tree_at(lambda at: at[0].bijection.field.sqrt_rate, still, jnp.ones(()))
     *_, gradient = here.value_and_grad(here.at, chosen("exact"))
     here.assert_slope(chosen("exact"), gradient, ravel_pytree(rate)[0])
 
@@ -194,7 +195,7 @@ def test_backsolve_keeps_its_tolerance_at_any_batch_size():
     assert error[1] < 2 * error[0]
 
 
-class Ramp(eqx.Module):
+class Ramp(Field):
     """v = (a x_0, b t x_1) with rates a and b."""
 
     rates: Float[Array, "2"]

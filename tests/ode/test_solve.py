@@ -297,7 +297,7 @@ def test_an_implicit_solver_carries_to_where_an_explicit_one_does():
         jcnf.transform(flow, x, solve=Solve(solver, rtol=1e-6, atol=1e-6))
         for solver in ("dopri5", diffrax.Kvaerno3())
     )
-    np.testing.assert_allclose(implicit.x, explicit.x, atol=1e-5)
+    np.testing.assert_allclose(implicit.value, explicit.value, atol=1e-5)
     np.testing.assert_allclose(implicit.logdet, explicit.logdet, atol=1e-5)
 
 

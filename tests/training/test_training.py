@@ -319,7 +319,7 @@ def test_a_finite_loss_of_a_failed_solve_is_not_trained_upon(reason, counted):
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
     def objective(flow, x, key):
-        weight = flow.field.layers[0].time_weight
+        weight = flow.bijection.field.layers[0].time_weight
         loss = jnp.sum(weight)
         if reason == "loss":
             loss = loss / 0
@@ -351,7 +351,7 @@ def test_metrics_are_means_over_the_updates_applied():
     flow, optimizer = CNF(mlp(2, ()), ScaledNormal(2)), optax.sgd(0.1)
 
     def objective(flow, x, key):
-        zero = 0 * jnp.sum(flow.field.layers[0].time_weight)
+        zero = 0 * jnp.sum(flow.bijection.field.layers[0].time_weight)
         return x + zero, {"twice": 2 * x, "failed": jnp.asarray(False)}
 
     def draw_batch(key, data):

@@ -47,7 +47,7 @@ def log_probs(case: Case, solver: str, tolerance: float):
 
 def samples(case: Case, solver: str, tolerance: float):
     """Return a function from z (n, dim) to samples (n, dim), by one solve of x alone."""
-    solve, field = Solve(solver=solver, rtol=tolerance, atol=tolerance), case.flow.field
+    solve, field = Solve(solver=solver, rtol=tolerance, atol=tolerance), case.flow.bijection.field
 
     @jax.jit
     def run(z):
@@ -55,14 +55,14 @@ def samples(case: Case, solver: str, tolerance: float):
             return jax.vmap(field, in_axes=(None, 0))(t, x)
 
         settings = {"dt0": -_first_step(case), "throw": False}
-        xs: Any = _solve(rates, 0.0, case.flow.t1, z, field, solve, **settings).ys
+        xs: Any = _solve(rates, 0.0, case.flow.bijection.t1, z, field, solve, **settings).ys
         return xs[-1]
 
     return run
 
 
 def _first_step(case):
-    return -case.solve.first_step * case.flow.t1
+    return -case.solve.first_step * case.flow.bijection.t1
 
 
 def _solve(rates, t0, t1, y0, args, solve, **options):
@@ -83,7 +83,7 @@ def _log_prob(flow, x, solve, **options):
         return jax.vmap(field.velocity_and_divergence, in_axes=(None, 0))(t, state[0])
 
     start = x, jnp.zeros(len(x), x.dtype)
-    solution = _solve(rates, flow.t1, 0.0, start, flow.field, solve, **options)
+    solution = _solve(rates, flow.bijection.t1, 0.0, start, flow.bijection.field, solve, **options)
     z, logdet = jax.tree.map(lambda y: y[-1], solution.ys)
     return flow.base.log_prob(z) + logdet, solution.stats["num_steps"]
 
@@ -103,7 +103,9 @@ def _per_sample_objective(case, **options):
     def objective(flow, x, key):
         def log_prob(x):
             start = x, jnp.zeros((), x.dtype)
-            solution = _solve(rates, flow.t1, 0.0, start, flow.field, case.solve, **options)
+            solution = _solve(
+                rates, flow.bijection.t1, 0.0, start, flow.bijection.field, case.solve, **options
+            )
             z, logdet = jax.tree.map(lambda y: y[-1], solution.ys)
             return flow.base.log_prob(z[None])[0] + logdet, solution.stats["num_steps"]
 

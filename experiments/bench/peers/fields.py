@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.bench.timing import Program
-from jcnf import CNF, distributions, fields
+from jcnf import Flow, distributions, fields
 from jcnf.fields import layers
 
 ACTIVATIONS = {
@@ -107,7 +107,7 @@ class Counted(nn.Module):
         return self.field(t, x)
 
 
-def base_log_prob(flow: CNF, z: torch.Tensor) -> torch.Tensor:
+def base_log_prob(flow: Flow, z: torch.Tensor) -> torch.Tensor:
     """Return the log-densities (batch,) under a normal base with mean zero."""
     scale = z.new_ones(z.shape[1])
     if isinstance(flow.base, distributions.ScaledNormal):

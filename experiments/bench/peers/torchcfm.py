@@ -15,7 +15,7 @@ def matching_steps(case: Case, table, number: int, pairs) -> Program:
     The loss among its figures is computed on the given `pairs`: noise x0, data x1 and times.
     """
     data = fields.tensor(table)
-    field = fields.Counted(case.flow.field)
+    field = fields.Counted(case.flow.bijection.field)
     matcher = ConditionalFlowMatcher(sigma=0.0)
     optimizer = torch.optim.AdamW(field.parameters(), lr=1e-3, weight_decay=0.0)
 

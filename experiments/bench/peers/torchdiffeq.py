@@ -56,7 +56,7 @@ def log_prob(case: Case, rates: Augmented, x: torch.Tensor, solve, tolerance, so
     z, logdet = solve(
         rates,
         (x, x.new_zeros(len(x))),
-        x.new_tensor([case.flow.t1, 0.0]),
+        x.new_tensor([case.flow.bijection.t1, 0.0]),
         rtol=tolerance,
         atol=tolerance,
         method=solver,
@@ -73,7 +73,7 @@ def training_steps(
     """
     x, programs = fields.tensor(case.x), {}
     for way in ways:
-        field = fields.Counted(case.flow.field)
+        field = fields.Counted(case.flow.bijection.field)
         rates = Augmented(field, None if noise is None else fields.tensor(noise))
 
         def nll(rates=rates, way=way):
@@ -86,7 +86,7 @@ def training_steps(
 
 def log_probs(case: Case, solver: str, tolerance: float):
     """Return a function from x (n, dim) to log-densities (n,), by one solve of all rows."""
-    rates = Augmented(fields.Counted(case.flow.field))
+    rates = Augmented(fields.Counted(case.flow.bijection.field))
     return lambda x: fields.without_graph(
         lambda x: log_prob(case, rates, x, odeint, tolerance, solver), x
     )
@@ -94,18 +94,18 @@ def log_probs(case: Case, solver: str, tolerance: float):
 
 def samples(case: Case, solver: str, tolerance: float):
     """Return a function from z (n, dim) to samples (n, dim), by one solve of x alone."""
-    field = fields.Counted(case.flow.field)
+    field = fields.Counted(case.flow.bijection.field)
     settings = {"rtol": tolerance, "atol": tolerance, "method": solver}
 
     def carry(rows):
-        return odeint(field, rows, rows.new_tensor([0.0, case.flow.t1]), **settings)[-1]
+        return odeint(field, rows, rows.new_tensor([0.0, case.flow.bijection.t1]), **settings)[-1]
 
     return lambda z: fields.without_graph(carry, z)
 
 
 def learner(case: Case, weight_decay: float, seed: int) -> Learner:
     """Return FFJORD's training by the adjoint: a fresh batch each step, Adam at 1e-3."""
-    field = fields.Counted(case.flow.field)
+    field = fields.Counted(case.flow.bijection.field)
     rates, steps = Augmented(field), 0
     draw = jax.jit(lambda step: case.draw(jr.fold_in(jr.key(seed), step), case.batch))
     draw(0)  # compiles before the clock starts

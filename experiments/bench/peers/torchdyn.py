@@ -28,13 +28,13 @@ class FromData(nn.Module):
 def training_steps(case: Case) -> dict[str, Program]:
     """Return steps by the adjoint and by backpropagation."""
     x, programs = fields.tensor(case.x), {}
-    span = x.new_tensor([0.0, case.flow.t1])
+    span = x.new_tensor([0.0, case.flow.bijection.t1])
     tolerances = dict.fromkeys(["atol", "rtol", "atol_adjoint", "rtol_adjoint"], case.solve.rtol)
     for sensitivity in ("adjoint", "autograd"):
-        field = fields.Counted(case.flow.field)
+        field = fields.Counted(case.flow.bijection.field)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that it wraps the field
             model = NeuralODE(
-                CNF(FromData(field, case.flow.t1)),
+                CNF(FromData(field, case.flow.bijection.t1)),
                 solver="dopri5",
                 sensitivity=sensitivity,
                 return_t_eval=False,
