@@ -58,6 +58,10 @@ class Traced(Field):
     def dim(self):
         return self.field.dim
 
+    @property
+    def context_dim(self):
+        return self.field.context_dim
+
     def __call__(self, t, x, context=None):
         self.tally.count += 1
         return self.field(t, x, context)

@@ -1,5 +1,6 @@
 """The type of velocity fields, and their Jacobian dv/dx by forward mode."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -75,19 +76,36 @@ class Field(eqx.Module):
 
 
 def check_field(field: Any) -> None:
-    """Raise `ValueError` unless `field` is a `Field` that compiled programs can tell apart."""
+    """Raise `ValueError` unless `field` is a `Field` whose static attributes cannot change.
+
+    A compiled program would keep the values that it read from them when it was traced.
+    """
     hint = (
         "a jcnf.fields.Field: subclass it, as in `class MyField(jcnf.fields.Field): dim: int = 2; "
         "def __call__(self, t, x, context=None): ...`, and pass an instance"
     )
     check_instance(Field, hint, field=field)
-    try:
-        hash(jax.tree.structure(field))
-    except TypeError as error:
-        raise ValueError(
-            f"field must have hashable static attributes; got {type(field).__name__} with an "
-            f"{error}: use a tuple for a list, and no eqx.field(static=True) for arrays"
-        ) from None
+    for name, value in _static_attributes(field):
+        try:
+            hash(value)
+        except TypeError as error:
+            raise ValueError(
+                f"field must have hashable static attributes; got {name}, an {error}: use a tuple "
+                "for a list, and an attribute that is not static for an array"
+            ) from None
+
+
+def _static_attributes(tree):
+    """Yield the name and value of each static attribute of the modules in a pytree."""
+    for module in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, eqx.Module)):
+        if not isinstance(module, eqx.Module):
+            continue
+        for field in dataclasses.fields(module):
+            value = getattr(module, field.name, None)
+            if field.metadata.get("static"):
+                yield f"{type(module).__name__}.{field.name}", value
+            else:
+                yield from _static_attributes(value)
 
 
 def pushforward(field: Field, t, x, context) -> Callable:

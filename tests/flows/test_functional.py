@@ -221,9 +221,9 @@ def test_numpy_of_float64_is_taken_in_silence_without_x64():
 
 def test_vmap_over_flows_keys_and_single_samples():
     matrices = jnp.asarray(np.stack([MATRIX, MATRIX.T - 0.1]))
-    flows = jax.vmap(lambda matrix: eqx.tree_at(lambda f: f.field.matrix, linear(), matrix))(
-        matrices
-    )
+    flows = jax.vmap(
+        lambda matrix: eqx.tree_at(lambda f: f.bijection.field.matrix, linear(), matrix)
+    )(matrices)
     solve, keys = Solve(solver="euler", step=T / 2), jr.split(jr.key(0))
 
     @eqx.filter_jit
