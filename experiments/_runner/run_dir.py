@@ -143,7 +143,8 @@ class RunDir:
 
         **Raises:** `InputError` that names what differs.
         """
-        if not all(isinstance(notes.get(n), dict) for n in ("versions", "config", "place")):
+        parts = ("versions", "config", "place", "snapshot")
+        if not all(isinstance(notes.get(part), dict) for part in parts):
             raise InputError(
                 f"a file in {self.checkpoints} is not a checkpoint of a training: "
                 "choose another --out"

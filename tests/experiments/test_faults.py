@@ -88,8 +88,8 @@ def test_newest_checkpoint(unfinished, whole, harm):
     path.write_bytes({"truncated": content[:middle], "emptied": b""}.get(harm, flipped))
     done = run(unfinished, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"warning: {path} is damaged, kept as" in done.stdout
-    assert f"going on from step {STEPS - 200}" in done.stdout
+    assert f"warning: {path} is damaged, kept as" in done.stderr
+    assert f"going on from step {STEPS - 200}" in done.stderr
     assert flow_of(unfinished) == flow_of(whole)
 
 
