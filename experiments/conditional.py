@@ -15,14 +15,14 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
 from experiments._runner.fields import Flow
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed, choice
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._runner.settings import Points, Range
+from experiments._runner.settings import Range
 from experiments._runner.stages import drawing
 from experiments._tasks.density2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, plot
@@ -48,14 +48,6 @@ class Guidance(GuidedFlowMatching):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassMeasure(Measure):
-    """Measuring."""
-
-    # number of fresh points in each class for the held-out NLL
-    test_points: Points = 10_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditional(FlowExperiment, LoopExperiment):
     """Two moons by class, and the conditional flow that learns them."""
 
@@ -66,7 +58,7 @@ class Conditional(FlowExperiment, LoopExperiment):
     ) = Guidance()
     flow: Flow = Flow()
     training: Training = Training()
-    measure: ClassMeasure = ClassMeasure()
+    measure: PointMeasure = PointMeasure()
     loop: Loop = Loop()
     run: Run = Run()
 

@@ -9,7 +9,7 @@ finished run; its flags are listed by `use --help`.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -19,8 +19,9 @@ from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run, check_reachable
-from experiments._runner.settings import Count, Positive, Whole
+from experiments._runner.settings import Count, Positive, Settings, Whole
 from experiments._tasks.tables import (
+    NUM_SAMPLES,
     SAMPLES,
     Columns,
     TableFlow,
@@ -41,6 +42,67 @@ GAUSSIAN_FIT_SAMPLES = 5000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs(Settings):
+    """What to write beside the run: log-densities, samples and filled-in cells."""
+
+    # table to score: its rows' log-densities, nats in the units of the data, go to log_prob.csv
+    score: Path | None = None
+    # number of samples to write to samples.csv (after training, by default 10000)
+    samples: Count | None = None
+    # table whose rows are the contexts of the samples, in turn, for a density learned with
+    # --context (after training, by default the test rows)
+    context_table: Path | None = None
+    # table whose empty or NaN cells are filled in by means of draws given the rest of the row, in
+    # imputed.csv; the standard deviations of the draws go to imputed_std.csv
+    impute: Path | None = None
+
+    def read(self, columns: Columns) -> "Inputs":
+        """Read the tables, so that a bad one is found before anything long begins.
+
+        **Raises:** `InputError` for a bad table, and for outputs that a density with or without a
+        context does not have.
+        """
+        scale = columns.scale.take(columns.given)
+        if self.context_table is not None and not columns.given:
+            raise InputError("--context-table needs a density learned with --context")
+        if self.impute is not None and columns.given:
+            raise InputError(
+                "--impute needs the density of all columns, and this one is given "
+                f"{', '.join(scale.columns)}: train without --context"
+            )
+        names = columns.scale.columns
+        return Inputs(
+            None if self.score is None else read_rows(self.score, names),
+            None
+            if self.context_table is None
+            else scale.standardize(read_rows(self.context_table, scale.columns)),
+            None if self.impute is None else read_rows(self.impute, names, missing=True),
+        )
+
+
+class Inputs(NamedTuple):
+    """The tables that the outputs are made from."""
+
+    to_score: np.ndarray | None
+    contexts: np.ndarray | None  # standardized
+    to_fill: np.ndarray | None
+
+    def write(self, flow: CNF, columns: Columns, solve: Solve, seed: int, out: Path) -> None:
+        """Write the log-densities and the filled-in rows."""
+        if self.to_score is not None:
+            score_rows(flow, columns, solve, self.to_score, out)
+        if self.to_fill is not None:
+            impute_rows(flow, columns.scale, jr.fold_in(jr.key(seed), 7), self.to_fill, out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Density(TableFlow):
+    """A table in a file, the flow that learns its density, and the outputs to write."""
+
+    outputs: Outputs = Outputs()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UseRun(Run):
     """The output directory, seed and precision."""
 
@@ -56,81 +118,64 @@ class UseDensity(Experiment):
 
     # finished run of density or tabular
     from_run: Annotated[Path, tyro.conf.arg(name="from")]
-    # table to score: its rows' log-densities, nats in the units of the data, go to log_prob.csv
-    score: Path | None = None
-    # number of samples to write to samples.csv
-    samples: Count | None = None
-    # table whose rows are the contexts of the samples, in turn, if the run had a --context
-    context_table: Path | None = None
-    # table whose empty or NaN cells are filled in by means of draws given the rest of the row, in
-    # imputed.csv; the standard deviations of the draws go to imputed_std.csv
-    impute: Path | None = None
     # relative and absolute tolerance for log-densities and samples (by default that of the run)
     test_tolerance: Positive | None = None
 
+    outputs: Outputs
     run: UseRun = UseRun()
 
     def check(self) -> None:
-        if self.score is self.samples is self.impute is None:
+        outputs = self.outputs
+        if outputs.score is outputs.samples is outputs.impute is None:
             raise ValueError("give an output to write: --score PATH, --samples N or --impute PATH")
-        if self.context_table is not None and self.samples is None:
+        if outputs.context_table is not None and outputs.samples is None:
             raise ValueError("--context-table serves sampling only: add --samples N")
         if self.test_tolerance is not None:
             check_reachable("test_tolerance", self.test_tolerance)
 
 
-def run(settings: TableFlow | UseDensity) -> None:
-    """Train and measure a flow, or use that of a finished run."""
-    if isinstance(settings, TableFlow):
-        learn_table("density", settings, settings.table.load(settings.run.seed))
-    else:
+def run(settings: Density | UseDensity) -> None:
+    """Train and measure a flow, or use that of a finished run; write the outputs."""
+    if isinstance(settings, UseDensity):
         use(settings)
+        return
+    table, outputs = settings.table.load(settings.run.seed), settings.outputs
+    columns = Columns.of(table.scale, settings.table.context)
+    inputs = outputs.read(columns)
+    sampling = {"num_samples": outputs.samples or NUM_SAMPLES, "contexts": inputs.contexts}
+    flow, out = learn_table("density", settings, table, **sampling)
+    inputs.write(flow, columns, settings.measure.make_solve(), settings.run.seed, out)
 
 
 def use(settings: UseDensity) -> None:
     """Score rows, draw samples and fill in rows by the flow of a finished run."""
-    trained = TableRun.load(settings.from_run)
+    trained, outputs = TableRun.load(settings.from_run), settings.outputs
     flow, columns, measure = trained.flow, trained.columns, trained.settings.measure
     if settings.test_tolerance is not None:
         measure = dataclasses.replace(measure, test_tolerance=settings.test_tolerance)
     out, solve = settings.run.out or settings.from_run, measure.make_solve()
-    wanted_of = {SCORES: settings.score, SAMPLES: settings.samples, IMPUTED: settings.impute}
+    wanted_of = {SCORES: outputs.score, SAMPLES: outputs.samples, IMPUTED: outputs.impute}
     for name, wanted in wanted_of.items():
         if wanted and (out / name).exists():
             raise InputError(f"{out / name} exists: give another directory with --out")
-    if settings.impute is not None:
-        trained.require_all_columns("--impute")
-    context = read_contexts(settings, columns) if settings.samples is not None else None
+    inputs = outputs.read(columns)
+    if outputs.samples is not None and columns.given and inputs.contexts is None:
+        raise InputError(
+            f"{settings.from_run} learned a density given "
+            f"{', '.join(columns.scale.take(columns.given).columns)}: name a table of these "
+            "columns with --context-table PATH"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"cannot write to {out} ({error.strerror}): choose another --out"
         ) from None
-    seed = jr.key(settings.run.seed)
-    if settings.score is not None:
-        score_rows(flow, columns, solve, read_rows(settings.score, columns.scale.columns), out)
-    if settings.samples is not None:
+    if outputs.samples is not None:
         # A different key from that of the samples drawn after training, so that these differ.
-        sample_rows(flow, columns, solve, jr.fold_in(seed, 5), settings.samples, context, out)
-    if settings.impute is not None:
-        rows = read_rows(settings.impute, columns.scale.columns, missing=True)
-        impute_rows(flow, columns.scale, jr.fold_in(seed, 7), rows, out)
-
-
-def read_contexts(settings: UseDensity, columns: Columns) -> np.ndarray | None:
-    """Return the rows of --context-table, standardized (rows, context); None without a context."""
-    path, scale = settings.context_table, columns.scale.take(columns.given)
-    if columns.given and path is not None:
-        return scale.standardize(read_rows(path, scale.columns))
-    if columns.given:
-        raise InputError(
-            f"{settings.from_run} learned a density given {', '.join(scale.columns)}: name a table "
-            "of these columns with --context-table PATH"
-        )
-    if path is not None:
-        raise InputError(f"{settings.from_run} had no --context: leave out --context-table")
-    return None
+        key = jr.fold_in(jr.key(settings.run.seed), 5)
+        sample_rows(flow, columns, solve, key, outputs.samples, inputs.contexts, out)
+    inputs.write(flow, columns, solve, settings.run.seed, out)
 
 
 def score_rows(flow: CNF, columns: Columns, solve: Solve, rows: np.ndarray, out: Path) -> None:
@@ -176,4 +221,4 @@ def impute_rows(
 
 
 if __name__ == "__main__":
-    main(run, {"train": TableFlow, "use": UseDensity})
+    main(run, {"train": Density, "use": UseDensity})

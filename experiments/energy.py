@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments._runner.cli import main
-from experiments._runner.config import Loop, LoopExperiment, Run, Training
+from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
 from experiments._runner.fields import Flow, Planar
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
@@ -28,7 +28,6 @@ from experiments._tasks import figures
 from experiments._tasks.energies import (
     CELLS,
     ReverseKL,
-    SampleMeasure,
     base_samples,
     integrated,
     measure,
@@ -55,6 +54,11 @@ class TargetKL(ReverseKL):
     # its mass
     extent: energies.Extent | None = None
 
+    def check(self) -> None:
+        super().check()
+        if ":" not in self.target:  # your own is imported later, once JAX may compute
+            energies.energy(self.target, self.extent)
+
     @functools.cached_property
     def energy(self) -> Energy:
         with jax.ensure_compile_time_eval():  # an energy of yours is tried, even within a jit
@@ -68,7 +72,7 @@ class MatchEnergy(FlowExperiment, LoopExperiment):
     objective: TargetKL = TargetKL()
     flow: Flow = Flow(field=Planar(units=32, hyper_width=32), t1=10.0)
     training: Training = Training(steps=3000, batch=512, learning_rate=3e-3)
-    measure: SampleMeasure = SampleMeasure()
+    measure: PointMeasure = PointMeasure(test_points=20_000)
     loop: Loop = Loop(validate_every=500)
     run: Run = Run()
 

@@ -14,7 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
-from experiments._runner.config import Run, Training
+from experiments._runner.config import PointMeasure, Run, Training
 from experiments._runner.fields import Flow
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.metrics_log import MetricsLog
@@ -24,7 +24,6 @@ from experiments._runner.stages import train_stages
 from experiments._tasks.energies import (
     EnergyName,
     ReverseKL,
-    SampleMeasure,
     base_samples,
     integrated,
     measure,
@@ -78,7 +77,7 @@ class EnergySweep(FlowExperiment):
     objective: TargetKLs = TargetKLs()
     flow: PlanarFlows = PlanarFlows(t1=10.0)
     training: Training = Training(steps=3000, batch=512, learning_rate=3e-3)
-    measure: SampleMeasure = SampleMeasure()
+    measure: PointMeasure = PointMeasure(test_points=20_000)
     run: Run = Run()
 
     def check(self) -> None:

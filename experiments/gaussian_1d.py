@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
-from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
+from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
 from experiments._runner.fields import MLP, Flow
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
@@ -31,14 +31,6 @@ from jcnf.distributions import ScaledNormal
 
 MEAN, STD = 6.0, 0.7
 EXTENT = (0.0, 12.0)  # more than 8 standard deviations to each side
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PointMeasure(Measure):
-    """Measuring."""
-
-    # number of fresh points for the held-out NLL, and number of samples of the trained flow
-    test_points: Points = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

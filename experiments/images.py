@@ -13,7 +13,8 @@ divergence is exact, or estimated by probes and reported with the estimator's st
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -60,14 +61,8 @@ class Conv(Settings):
 
     def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> fields.Conv:
         """Return the untrained field of images of this shape."""
-        return fields.Conv(
-            shape,
-            self.channels,
-            time=self.time,
-            activation=self.activation,
-            context_dim=context_dim,
-            key=key,
-        )
+        shared: Any = {"activation": self.activation, "context_dim": context_dim, "key": key}
+        return fields.Conv(shape, self.channels, time=self.time, **shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +78,8 @@ class UNet(Settings):
 
     def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> fields.UNet:
         """Return the untrained field of images of this shape."""
-        return fields.UNet(
-            shape,
-            self.channels,
-            time_frequencies=self.time_frequencies,
-            activation=self.activation,
-            context_dim=context_dim,
-            key=key,
-        )
+        shared: Any = {"activation": self.activation, "context_dim": context_dim, "key": key}
+        return fields.UNet(shape, self.channels, time_frequencies=self.time_frequencies, **shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +92,7 @@ class MultiscaleFlow(Settings):
     # ODEs in a row at each place within a scale
     blocks: Places = 1
     # alpha of the logit of pixels, logit(alpha + (1 - 2 alpha) x)
-    alpha: float = 0.05
+    alpha: Annotated[float, Range(1e-7, math.nextafter(0.5, 0))] = 0.05
     t1: ClassVar[float] = 1.0  # of each ODE
 
     def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> flows.Chain:
@@ -115,7 +104,7 @@ class MultiscaleFlow(Settings):
             return [flows.ODE(field) for field in made]
 
         inner = flows.multiscale(shape, self.scales, odes)
-        base = distributions.StandardNormal(shape[0] * shape[1] * shape[2])
+        base = distributions.StandardNormal(math.prod(shape))
         return flows.Chain((*inner.parts, flows.Logit(self.alpha)), base)
 
 
@@ -262,9 +251,7 @@ FFJORD_MNIST = ImageFlow(
 )
 RNODE_MNIST = dataclasses.replace(FFJORD_MNIST, objective=DIGITS.objective)
 FFJORD_CIFAR10 = dataclasses.replace(
-    FFJORD_MNIST,
-    images=ImageData(data="cifar10"),
-    flow=MultiscaleFlow(scales=4, blocks=2),
+    FFJORD_MNIST, images=ImageData(data="cifar10"), flow=MultiscaleFlow(scales=4, blocks=2)
 )
 FLOW_MNIST = ImageFlow(
     conditional=True,

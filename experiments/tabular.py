@@ -98,7 +98,7 @@ def run(settings: Tabular) -> None:
     """Train and measure the flow, then the spline flow if asked for."""
     table = settings.table.load(settings.run.seed)
     peers = functools.partial(peer, settings, table) if settings.peer_seconds else dict
-    learn_table("tabular", settings, table, peers)
+    learn_table("tabular", settings, table, peers=peers)
 
 
 def peer(settings: Tabular, table: Table) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from experiments._runner.settings import (
     Count,
     NonNegative,
+    Points,
     Positive,
     Range,
     Settings,
@@ -161,6 +162,14 @@ class Measure(Settings):
         """Return the solve used in validations, accurate enough to choose parameters."""
         tolerance = max(VALIDATION_TOLERANCE, self.test_tolerance)
         return dataclasses.replace(self.make_solve(), rtol=tolerance, atol=tolerance)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointMeasure(Measure):
+    """Measuring: the solves for held-out numbers and samples, and the number of points."""
+
+    # number of fresh points to measure (in each class, if there are classes)
+    test_points: Points = 10_000
 
 
 class Experiment(Settings):

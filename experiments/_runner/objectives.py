@@ -221,7 +221,7 @@ class Mixed(Likelihood):
 
     def make(self) -> Callable:
         matching = flow_matching(self.matching, self.coupling)
-        weights = {super().make(): 1.0, matching: self.matching_weight}
+        weights = {super().make(): 1.0, objectives.without_solve(matching): self.matching_weight}
         return functools.partial(objectives.weighted_sum, weights=weights)
 
     @property

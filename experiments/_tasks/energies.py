@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.config import Measure, Training
+from experiments._runner.config import Training
 from experiments._runner.objectives import BySolves
-from experiments._runner.settings import Points, Positive, Whole
+from experiments._runner.settings import Positive, Whole
 from experiments._runner.stages import DrawOf, Stage, drawing
 from jcnf import CNF, Solve, evaluate, objectives
 from jcnf._checks import InputError
@@ -40,7 +40,7 @@ class ReverseKL(BySolves):
 
     @functools.cached_property
     def energy(self) -> Energy:
-        """The energy."""
+        """The energy U."""
         raise NotImplementedError
 
     def make(self, temperature: float = 1.0) -> Callable:
@@ -59,14 +59,6 @@ class ReverseKL(BySolves):
             hot = objectives.with_context(self.make(self.temperature))
             stages.insert(0, training.make_stage(hot, self.solve.make(), steps=self.hot_steps))
         return stages
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleMeasure(Measure):
-    """Measuring."""
-
-    # number of fresh samples of the flow to measure
-    test_points: Points = 20_000
 
 
 class Matched(NamedTuple):

@@ -220,11 +220,17 @@ def learn_table(
     name: str,
     settings: TableExperiment,
     table: Table,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    contexts: np.ndarray | None = None,
     peers: Callable[[], dict[str, float]] = dict,
-) -> None:
+) -> tuple[CNF, Path]:
     """Train on the training part, keep the parameters best on validation, measure on the test part.
 
-    `peers()` returns further metrics, of other models, for the summary.
+    The `contexts` (rows, context) of the samples are standardized; by default they are those of the
+    test part. `peers()` returns further metrics, of other models, for the summary.
+
+    **Returns:** the flow, and the run directory.
     """
     columns = Columns.of(table.scale, settings.table.context)
     dim, context_dim = len(columns.places), len(columns.given)
@@ -257,10 +263,11 @@ def learn_table(
     run_dir.save_flow(flow, {"table": table.scale.to_json(), "warnings": table.warnings})
 
     test, context = columns.split(table.test)
-    contexts = None if context is None else np.asarray(context)
+    if context is not None and contexts is None:
+        contexts = np.asarray(context)
     key = jr.fold_in(jr.key(settings.run.seed), 3)
-    with progress(f"drawing {NUM_SAMPLES} samples"):
-        samples = sample_rows(flow, columns, solve, key, NUM_SAMPLES, contexts, run_dir.path)
+    with progress(f"drawing {num_samples} samples"):
+        samples = sample_rows(flow, columns, solve, key, num_samples, contexts, run_dir.path)
     with progress(f"measuring on {len(test)} test rows"):
         report = evaluate.accuracy_report(flow, test, context=context, solve=solve)
     scores = report.scores
@@ -278,6 +285,7 @@ def learn_table(
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units)
     )
     run_dir.finish(metrics, numerics, fitted.timing, [*table.warnings, *report.warnings()])
+    return flow, run_dir.path
 
 
 def draw_figures(

@@ -9,7 +9,7 @@ from helpers import COVARIANCE, exact
 from scipy import linalg
 from test_experiments import SMALL, run
 
-from experiments._tasks.tables import impute_rows
+from experiments.density import impute_rows
 from experiments.imputation import measure
 from jcnf.data.tables import Standardizer, read_rows, write_rows
 
@@ -75,8 +75,8 @@ def test_a_whole_run(tmp_path):
     words = ["--data", tmp_path / "table.csv", "--out", trained, "--steps", 10]
     done = run("density", *words, *SMALL)
     assert done.returncode == 0, done.stderr
-    words = ["--from", trained, "--rows", 40, "--draws", 2, "--chain-steps", 4, "--burn-in", 2]
-    done = run("imputation", *words, "--importance", 8, "--out", tmp_path / "run")
+    words = ["--rows", 40, "--draws", 2, "--chain-steps", 4, "--burn-in", 2, "--importance", 8]
+    done = run("imputation", "use", "--from", trained, *words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["rmse_gaussian"] < summary["metrics"]["rmse_mean"]
@@ -84,6 +84,7 @@ def test_a_whole_run(tmp_path):
     assert (tmp_path / "run" / "figures" / "imputed.png").exists()
     x[0, 0] = np.nan
     write_rows(tmp_path / "holes.csv", x, ["a", "b"])
-    done = run("density", "--from", trained, "--impute", tmp_path / "holes.csv", "--out", tmp_path)
+    words = ["use", "--from", trained, "--impute", tmp_path / "holes.csv", "--out", tmp_path]
+    done = run("density", *words)
     assert done.returncode == 0, done.stderr
     assert np.isfinite(read_rows(tmp_path / "imputed.csv", ["a", "b"])).all()

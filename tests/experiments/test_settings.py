@@ -23,6 +23,7 @@ from experiments._tasks.series import SpiralName
 from jcnf._checks import InputError
 from jcnf.data.energies import ENERGIES
 from jcnf.data.series import TARGETS
+from jcnf.data.tables import MAF_SUITE
 from jcnf.data.toys import TOYS
 from jcnf.fields.layers import ACTIVATIONS, LAYERS
 from jcnf.objectives.couplings import COUPLINGS
@@ -162,6 +163,10 @@ BAD = {
     "spiral --shortest 3 --longest 2": "shortest.*longest",
     "spiral --shortest 0.01 --longest 0.01": "--fixed-step.*0.01",
     "spiral data:table": "--path",
+    "imputation --data t --tolerance 1e-9": "--tolerance.*JAX_ENABLE_X64",
+    "imputation --data t --draws 200": "--draws.*--chain-steps",
+    "tabular table:file --data t --context a --peer-seconds 1": "--peer-seconds.*--context",
+    "density use --from t --samples 1 --test-tolerance 1e-9": "--test-tolerance.*JAX_ENABLE_X64",
     "reflow --euler-steps 2 2": "--euler-steps",
     "benchmark --suites step step": "--suites",
     "images --random-end-time 0.1": "--random-end-time",
@@ -233,3 +238,9 @@ def test_json_of_other_settings_is_refused():
 )
 def test_the_choices_are_those_of_the_library(hint, known):
     assert set(typing.get_args(hint)) == set(known)
+
+
+def test_the_tables_of_the_suite_are_those_of_the_library():
+    from experiments.tabular import MAFSuite
+
+    assert set(typing.get_args(typing.get_type_hints(MAFSuite)["suite"])) == set(MAF_SUITE)
