@@ -27,7 +27,7 @@ from experiments._runner.config import Experiment, Run
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Count, Positive, Range, Whole
 from experiments._tasks.pretrained import toy_flow
-from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, plot, training
+from jcnf import CNF, Flow, Solve, distributions, evaluate, fields, objectives, plot, training
 from jcnf.data.toys import toy
 from jcnf.ode import check_tolerance
 
@@ -65,7 +65,7 @@ class Adjoints(Experiment):
             )
 
 
-def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float]]:
+def errors(flow: Flow, x: Array, tolerances: list[float]) -> dict[str, list[float]]:
     """Relative gradient errors of each adjoint, one per tolerance; NaN where a solve failed."""
     reference, _ = evaluate.in_float64(evaluate.loss_gradient, flow, x)
     found: dict[str, list[float]] = {}
@@ -80,7 +80,7 @@ def errors(flow: CNF, x: Array, tolerances: list[float]) -> dict[str, list[float
     return found
 
 
-def seconds(flow: CNF, x: Array, solves: dict[str, Solve], rounds: int) -> dict[str, float]:
+def seconds(flow: Flow, x: Array, solves: dict[str, Solve], rounds: int) -> dict[str, float]:
     """Median seconds of the compiled gradient under each solve; the solves take turns."""
     for solve in solves.values():
         evaluate.loss_gradient(flow, x, solve=solve)
@@ -98,7 +98,7 @@ def memory(adjoint: str, steps: int) -> int:
     flow = CNF(fields.MLP(256, (16,), key=jr.key(0)), distributions.StandardNormal(256))
     params, static = training.partition(flow)
     x = jnp.zeros((64, 256))
-    solve = Solve(step=flow.t1 / steps, adjoint=adjoint, max_steps=steps)
+    solve = Solve(step=flow.bijection.t1 / steps, adjoint=adjoint, max_steps=steps)
 
     def loss(params, x):
         return objectives.likelihood(eqx.combine(params, static), x, None, solve=solve)[0]

@@ -7,16 +7,16 @@ Guidance needs flow matching, which drops some classes so that the flow learns p
 """
 
 import dataclasses
+import functools
 from typing import Annotated
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed, choice
@@ -25,7 +25,7 @@ from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Range
 from experiments._runner.stages import drawing
 from experiments._tasks.density2d import VALIDATION_POINTS
-from jcnf import evaluate, fields, plot
+from jcnf import evaluate, fields, flows, plot
 from jcnf.data import classes
 
 SAMPLES_SHOWN = 2000  # in each class
@@ -56,7 +56,7 @@ class Conditional(FlowExperiment, LoopExperiment):
         | Annotated[Likelihood, choice("objective:likelihood")]
         | Annotated[Mixed, choice("objective:mixed")]
     ) = Guidance()
-    flow: Flow = Flow()
+    flow: FlowSettings = FlowSettings()
     training: Training = Training()
     measure: PointMeasure = PointMeasure()
     loop: Loop = Loop()
@@ -119,10 +119,9 @@ def run(settings: Conditional) -> None:
     objective = settings.objective
     for scale in objective.guidance if isinstance(objective, Guidance) else (1.0,):
         # The scale is an array, so that all scales share one compiled program.
-        guided = eqx.tree_at(
-            lambda flow: flow.field, flow, fields.Guided(flow.field, jnp.asarray(scale, float))
-        )
-        times = jnp.array([0.0, flow.t1])
+        guide = functools.partial(fields.Guided, scale=jnp.asarray(scale, float))
+        guided = flows.with_fields(flow, guide)
+        times = jnp.array([0.0, flow.bijection.t1])
         paths = evaluate.trajectory(
             guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
         )

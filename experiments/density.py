@@ -29,7 +29,7 @@ from experiments._tasks.tables import (
     learn_table,
     sample_rows,
 )
-from jcnf import CNF, Solve, evaluate
+from jcnf import Flow, Solve, evaluate
 from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, read_rows, write_rows
 from jcnf.inference import impute
@@ -87,7 +87,7 @@ class Inputs(NamedTuple):
     contexts: np.ndarray | None  # standardized
     to_fill: np.ndarray | None
 
-    def write(self, flow: CNF, columns: Columns, solve: Solve, seed: int, out: Path) -> None:
+    def write(self, flow: Flow, columns: Columns, solve: Solve, seed: int, out: Path) -> None:
         """Write the log-densities and the filled-in rows."""
         if self.to_score is not None:
             score_rows(flow, columns, solve, self.to_score, out)
@@ -178,7 +178,7 @@ def use(settings: UseDensity) -> None:
     inputs.write(flow, columns, solve, settings.run.seed, out)
 
 
-def score_rows(flow: CNF, columns: Columns, solve: Solve, rows: np.ndarray, out: Path) -> None:
+def score_rows(flow: Flow, columns: Columns, solve: Solve, rows: np.ndarray, out: Path) -> None:
     """Write the log-density of each row, in nats and the units of the data, to log_prob.csv."""
     x, context = columns.split(columns.scale.standardize(rows))
     scores = evaluate.log_prob(flow, x, context=context, solve=solve)
@@ -193,7 +193,7 @@ def score_rows(flow: CNF, columns: Columns, solve: Solve, rows: np.ndarray, out:
 
 
 def impute_rows(
-    flow: CNF, scale: Standardizer, key: Key[Array, ""], rows: np.ndarray, out: Path
+    flow: Flow, scale: Standardizer, key: Key[Array, ""], rows: np.ndarray, out: Path
 ) -> None:
     """Write `rows`, in the units of the data, to imputed.csv with missing (NaN) entries filled in.
 

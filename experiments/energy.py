@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
-from experiments._runner.fields import Flow, Planar
+from experiments._runner.fields import FlowSettings, Planar
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.progress import progress
@@ -33,7 +33,7 @@ from experiments._tasks.energies import (
     measure,
     possible,
 )
-from jcnf import CNF, Solve, evaluate, objectives, plot
+from jcnf import Flow, Solve, evaluate, objectives, plot
 from jcnf.data import energies
 from jcnf.data.energies import Energy
 
@@ -70,7 +70,7 @@ class MatchEnergy(FlowExperiment, LoopExperiment):
     """An energy and the flow that learns its density."""
 
     objective: TargetKL = TargetKL()
-    flow: Flow = Flow(field=Planar(units=32, hyper_width=32), t1=10.0)
+    flow: FlowSettings = FlowSettings(field=Planar(units=32, hyper_width=32), t1=10.0)
     training: Training = Training(steps=3000, batch=512, learning_rate=3e-3)
     measure: PointMeasure = PointMeasure(test_points=20_000)
     loop: Loop = Loop(validate_every=500)
@@ -139,7 +139,7 @@ def run(settings: MatchEnergy) -> None:
 
 
 @eqx.filter_jit
-def free_energy(flow: CNF, z: Array, energy: Energy, solve: Solve) -> Array:
+def free_energy(flow: Flow, z: Array, energy: Energy, solve: Solve) -> Array:
     """Estimate E_q[log q + U], nats, from base samples `z`; NaN if the solve of any failed."""
     value, metrics = objectives.reverse_kl(flow, z, energy=energy.function, solve=solve)
     return jnp.where(metrics["failed_rows"] > 0, jnp.nan, value)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 
 from experiments._runner.cli import main
 from experiments._runner.config import PointMeasure, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.metrics_log import MetricsLog
 from experiments._runner.run_dir import RunDir
@@ -64,7 +64,7 @@ class PlanarSizes(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanarFlows(Flow):
+class PlanarFlows(FlowSettings):
     """The flows: their fields, base distribution and end time."""
 
     field: PlanarSizes = PlanarSizes()  # pyright: ignore[reportIncompatibleVariableOverride]

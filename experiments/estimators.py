@@ -33,6 +33,7 @@ from experiments._tasks.tables import TableRun
 from jcnf import (
     CNF,
     Exact,
+    Flow,
     Solve,
     distributions,
     evaluate,
@@ -80,7 +81,7 @@ class Estimators(Experiment):
     budget: Budget = Budget()
     run: Run = Run()
 
-    def subject(self, key: Key[Array, ""]) -> tuple[CNF, Array]:
+    def subject(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
         """Return the flow to measure and points (n, dim) at its data end."""
         draw, seed = mixture(self.dim), self.run.seed
         field = fields.MLP(self.dim, (128, 128), time="concat", key=jr.key(seed))
@@ -101,7 +102,7 @@ class UseEstimators(Experiment):
     def trace(self) -> None:
         TableRun.load(self.from_run).require_all_columns("this measurement")
 
-    def subject(self, key: Key[Array, ""]) -> tuple[CNF, Array]:
+    def subject(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
         """Return the run's flow and samples (n, dim) of it."""
         flow = TableRun.load(self.from_run).flow
         return flow, jnp.asarray(evaluate.sample(flow, key, self.budget.points).x[-1])
@@ -129,24 +130,24 @@ def budgets(dim: int) -> list[int]:
 
 
 @eqx.filter_jit
-def trace_variance(flow: CNF, times: Array, x: Array, strategy: Estimator, keys: Array) -> Array:
+def trace_variance(flow: Flow, times: Array, x: Array, strategy: Estimator, keys: Array) -> Array:
     """Variance of the estimated trace over keys; mean over points `x` (n, dim) at `times` (n,)."""
 
     def at(key):
         noise = strategy.draw(key, len(x), x.shape[1], x.dtype)
-        one = functools.partial(strategy, flow.field)
+        one = functools.partial(strategy, flow.bijection.field)
         return jax.vmap(lambda t, x, noise: one(t, x, None, noise).divergence)(times, x, noise)
 
     return jnp.mean(jnp.var(jax.lax.map(at, keys), axis=0, ddof=1))
 
 
 @eqx.filter_jit
-def log_prob_variance(flow: CNF, x: Array, strategy: Estimator, keys: Array) -> Array:
+def log_prob_variance(flow: Flow, x: Array, strategy: Estimator, keys: Array) -> Array:
     """Variance of the log-density over keys, nats^2; mean over points `x` (n, dim)."""
 
     def at(key):
         result = transform(flow, x, key=key, solve=SOLVE, divergence=strategy)
-        return flow.base.log_prob(result.x) + result.logdet
+        return flow.base.log_prob(result.value) + result.logdet
 
     return jnp.mean(jnp.var(jax.lax.map(at, keys), axis=0, ddof=1))
 
@@ -155,7 +156,7 @@ def variances(settings: Estimators | UseEstimators) -> dict[str, Any]:
     """Measure both variances for each strategy and number of products."""
     seed = jr.key(settings.run.seed)
     flow, x = settings.subject(jr.fold_in(seed, 2))
-    times = jnp.linspace(0.0, flow.t1, len(x))
+    times = jnp.linspace(0.0, flow.bijection.t1, len(x))
     paths = evaluate.trajectory(flow, x, times[::-1]).x[::-1]
     along = jnp.asarray(paths[np.arange(len(x)), np.arange(len(x))])
     keys = jr.split(jr.fold_in(seed, 3), settings.budget.draws)

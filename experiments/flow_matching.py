@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.metrics_log import MetricsLog
 from experiments._runner.objectives import Finetuning, Likelihood, Matching, NoFinetuning
 from experiments._runner.objectives import FlowMatching as FlowMatchingObjective
@@ -59,7 +59,7 @@ class FlowMatching(Experiment):
 
     matching: Matching = Matching()
     likelihood: Likelihood = Likelihood()
-    flow: Flow = Flow()
+    flow: FlowSettings = FlowSettings()
     training: Training = Training()
     measure: PlaneMeasure = PlaneMeasure()
     run: Run = Run()

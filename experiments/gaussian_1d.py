@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, Training
-from experiments._runner.fields import MLP, Flow
+from experiments._runner.fields import MLP, FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.objectives import Likelihood, Objective
@@ -48,7 +48,7 @@ class Gaussian1D(FlowExperiment, LoopExperiment):
         # The line search of L-BFGS compares losses that hardly differ, so they must be accurate.
         solve=TrainingSolve(solver="tsit5", rtol=1e-5, atol=1e-5)
     )
-    flow: Flow = Flow(
+    flow: FlowSettings = FlowSettings(
         field=MLP(widths=(3,), time="ignore", activation="tanh", bounded=True), t1=10.0
     )
     training: Training = Training(

@@ -23,7 +23,7 @@ from experiments._runner.config import Experiment, Run, check_reachable
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Points, Positive, Range, Settings, Steps, Whole
 from experiments._tasks.tables import TRAINING, TableFile, TableFlow, TableRun, learn_table
-from jcnf import CNF, Solve, plot
+from jcnf import Flow, Solve, plot
 from jcnf._checks import InputError
 from jcnf.data.tables import Table
 from jcnf.inference import impute
@@ -74,7 +74,7 @@ class Imputation(Experiment):
     sampling: Sampling = Sampling()
     run: Run = Run()
 
-    def start(self) -> tuple[RunDir, CNF, Table]:
+    def start(self) -> tuple[RunDir, Flow, Table]:
         """Open the run directory, and return it with a trained flow and its table."""
         source, seed = TableFile(data=self.data), self.run.seed
         table = source.load(seed)
@@ -96,7 +96,7 @@ class UseImputation(Experiment):
     sampling: Sampling = Sampling()
     run: Run = Run()
 
-    def start(self) -> tuple[RunDir, CNF, Table]:
+    def start(self) -> tuple[RunDir, Flow, Table]:
         """Open the run directory, and return it with the run's flow and table."""
         trained = TableRun.load(self.from_run)
         trained.require_all_columns("imputation")

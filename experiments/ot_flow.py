@@ -17,13 +17,13 @@ import jax.random as jr
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
-from experiments._runner.fields import Flow, Potential
+from experiments._runner.fields import FlowSettings, Potential
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
 from experiments._tasks import figures
 from experiments._tasks.density2d import PlaneExperiment, PlaneMeasure, ToyName, learn
-from jcnf import CNF, Exact, evaluate, regularizers, transform
+from jcnf import Exact, Flow, evaluate, regularizers, transform
 from jcnf.data.toys import Toy, toy
 
 MMD_POINTS = 5000
@@ -31,7 +31,7 @@ REGULARIZERS = (regularizers.kinetic, regularizers.hjb)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PotentialFlow(Flow):
+class PotentialFlow(FlowSettings):
     """The flow: its potential, its base distribution and its end time."""
 
     field: Potential = Potential()
@@ -67,7 +67,7 @@ def run(settings: OTFlow) -> None:
     learn("ot_flow", settings, settings.make_flow(2), also=also)
 
 
-def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
+def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:
     """Return the transport cost, straightness and sample quality of a flow, on fresh points.
 
     - "transport_cost": mean of 1/2 integral |v|^2 dt
@@ -92,7 +92,7 @@ def transport_figures(settings: OTFlow, flow: CNF) -> dict[str, float]:
     return {
         "transport_cost": float(cost),
         "hjb_residual": float(known * jnp.mean(ended.regularizers["hjb"])),
-        "straightness": float(distance / (2 * cost * flow.t1)),
+        "straightness": float(distance / (2 * cost * flow.bijection.t1)),
         "mmd": figures.mmd_of(samples, fresh),
         "mmd_floor": evaluate.mmd(x, fresh),
     }

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
-from experiments._runner.fields import Flow, ResNet
+from experiments._runner.fields import FlowSettings, ResNet
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.settings import MAX_WIDTH, Range
 from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, learn_flow
@@ -36,7 +36,7 @@ class Picture(PlaneFlow):
     augment: Annotated[int, Range(0, MAX_WIDTH)] = 0
 
     objective: Objective = FlowMatching()
-    flow: Flow = Flow(field=ResNet(fourier_features=64))
+    flow: FlowSettings = FlowSettings(field=ResNet(fourier_features=64))
     training: Training = Training()
     # Mass is sought only within the image: none lies beyond, and there the Fourier features are
     # untrained, so that a solve takes 1000 evaluations.

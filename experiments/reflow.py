@@ -19,7 +19,7 @@ import tyro
 
 from experiments._runner.cli import main
 from experiments._runner.config import Measure, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.run_dir import RunDir, load_flow
@@ -27,7 +27,7 @@ from experiments._runner.settings import Points, Range, Steps
 from experiments._runner.stages import drawing, train_stages
 from experiments._tasks.density2d import ToyFlow, ToyName
 from experiments._tasks.figures import mmd_of
-from jcnf import CNF, Solve, evaluate, objectives, plot, training
+from jcnf import Flow, Solve, evaluate, objectives, plot, training
 from jcnf._checks import InputError
 from jcnf.data.toys import toy
 from jcnf.objectives.times import data_biased
@@ -70,7 +70,7 @@ class Reflow(FlowExperiment):
     test_points: Points = 20_000
 
     objective: Objective = FlowMatching()
-    flow: Flow = Flow()
+    flow: FlowSettings = FlowSettings()
     training: Training = Training()
     measure: Measure = Measure()
     run: Run = Run()
@@ -114,7 +114,7 @@ def run(settings: Reflow) -> None:
     for name, flow in flows.items():
         z = flow.base.sample(keys[3], settings.mmd_points)
         found = [_euler_mmd(flow, z, n, fresh) for n in settings.euler_steps]
-        accurate = evaluate.trajectory(flow, z, jnp.array([0.0, flow.t1]), solve=solve)
+        accurate = evaluate.trajectory(flow, z, jnp.array([0.0, flow.bijection.t1]), solve=solve)
         metrics[f"mmd_{name}_exact"] = mmd_of(accurate, fresh)
         failures += accurate.failures
         metrics[f"euler_steps_{name}"] = next(
@@ -137,9 +137,11 @@ def run(settings: Reflow) -> None:
         series[f"{name} reflow"] = (settings.euler_steps, found)
         extent = (-density.extent, density.extent) * 2
         paths = evaluate.trajectory(
-            flow, z[:PARTICLES], jnp.linspace(0.0, flow.t1, FRAMES), solve=solve
+            flow, z[:PARTICLES], jnp.linspace(0.0, flow.bijection.t1, FRAMES), solve=solve
         )
-        figure = plot.trajectories(paths.x, np.linspace(0, flow.t1, FRAMES), extent=extent)
+        figure = plot.trajectories(
+            paths.x, np.linspace(0, flow.bijection.t1, FRAMES), extent=extent
+        )
         run_dir.save_figures(**{f"paths_{name}": figure})
     panel = CurvePanel(settings.data, "Euler steps", "MMD", series)
     run_dir.save_figures(mmd=scaling([panel]))
@@ -147,7 +149,7 @@ def run(settings: Reflow) -> None:
     run_dir.finish(metrics, {"solver_failures": failures}, timing)
 
 
-def read_flow(settings: Reflow) -> CNF:
+def read_flow(settings: Reflow) -> Flow:
     """Load the flow of --from; raise `InputError` if it does not fit the settings."""
     assert settings.from_run is not None
     flow, trained, _ = load_flow(settings.from_run, ToyFlow)
@@ -162,7 +164,7 @@ def read_flow(settings: Reflow) -> CNF:
     return flow
 
 
-def trained_flow(settings: Reflow) -> CNF:
+def trained_flow(settings: Reflow) -> Flow:
     """Train a flow by the settings, without checkpoints."""
     density = toy(settings.data)
     trained = train_stages(
@@ -175,10 +177,12 @@ def trained_flow(settings: Reflow) -> CNF:
     return trained.flow
 
 
-def _euler_mmd(flow: CNF, z, steps: int, fresh) -> float:
+def _euler_mmd(flow: Flow, z, steps: int, fresh) -> float:
     """MMD to `fresh` data of samples from `z` by `steps` Euler steps."""
-    solve = Solve(solver="euler", step=flow.t1 / steps, max_steps=steps + 1)
-    carried = evaluate.trajectory(flow, z, jnp.array([0.0, flow.t1]), solve=solve, chunk=len(z))
+    solve = Solve(solver="euler", step=flow.bijection.t1 / steps, max_steps=steps + 1)
+    carried = evaluate.trajectory(
+        flow, z, jnp.array([0.0, flow.bijection.t1]), solve=solve, chunk=len(z)
+    )
     return mmd_of(carried, fresh)
 
 

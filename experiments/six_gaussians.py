@@ -14,7 +14,7 @@ too (Huang et al. 2020), where the source appends zeros.
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Training
-from experiments._runner.fields import MLP, Flow
+from experiments._runner.fields import MLP, FlowSettings
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
 from experiments._tasks.density2d import PlaneMeasure, ToyFlow, learn_flow
@@ -22,7 +22,7 @@ from experiments._tasks.density2d import PlaneMeasure, ToyFlow, learn_flow
 SETTINGS = ToyFlow(
     data="6gaussians",
     objective=Likelihood(solve=TrainingSolve(rtol=1e-4, atol=1e-4)),
-    flow=Flow(field=MLP(widths=(64, 64, 64), time="ignore", activation="softplus")),
+    flow=FlowSettings(field=MLP(widths=(64, 64, 64), time="ignore", activation="softplus")),
     training=Training(steps=1000, batch=1024, learning_rate=1e-2, weight_decay=1e-5),
     measure=PlaneMeasure(particles=2**14, frames=100),
     loop=Loop(log_every=50, validate_every=250),

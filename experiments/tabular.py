@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.objectives import FlowMatching, Objective, choice
 from experiments._runner.settings import Range
 from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
@@ -75,7 +75,7 @@ class Tabular(TableExperiment):
         | Annotated[TableFile, choice("table:file")]
     ) = Digits()
     objective: Objective = FlowMatching()
-    flow: Flow = FLOW
+    flow: FlowSettings = FLOW
     training: Training = TRAINING
     measure: TableMeasure = TableMeasure()
     loop: Loop = LOOP

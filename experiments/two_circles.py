@@ -9,7 +9,7 @@ which the flow becomes stiff. The source's own settings: --learning-rate 1e-3 --
 
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Training
-from experiments._runner.fields import Flow, Normal, Planar
+from experiments._runner.fields import FlowSettings, Normal, Planar
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
 from experiments._tasks.density2d import ToyFlow, learn_flow
@@ -19,7 +19,7 @@ SETTINGS = ToyFlow(
     objective=Likelihood(
         solve=TrainingSolve(rtol=1e-4, atol=1e-4), regularizers=(("kinetic", 0.01),)
     ),
-    flow=Flow(
+    flow=FlowSettings(
         field=Planar(units=64, hyper_width=32),
         base=Normal(base_scale=0.1**0.5),  # a variance of 0.1
         t1=10.0,

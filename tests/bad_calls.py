@@ -184,7 +184,15 @@ refuses(fields.MLP, mlp | {"context_dim": 1}, conditioning=["film"])
 refuses(fields.MLP, mlp | {"widths": ()}, says={"conditioning": "modulat|context|hidden"},
         conditioning=["modulate"])  # fmt: skip
 plain = {"dim": 2, "key": KEY}
-refuses(fields.ResNet, plain, key=KEYS, width=[0], blocks=[0, 1.5], time_frequencies=[-1], fourier_features=[0.5])
+refuses(
+    fields.ResNet,
+    plain,
+    key=KEYS,
+    width=[0],
+    blocks=[0, 1.5],
+    time_frequencies=[-1],
+    fourier_features=[0.5],
+)
 refuses(fields.Planar, plain, key=KEYS, width=[0], average=["sum"])
 refuses(fields.Potential, plain, key=KEYS, width=["8"], rank=[0])
 image = {"shape": (8, 8, 1), "channels": (8,), "key": KEY}

@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from experiments._runner.objectives import choice
 from experiments._runner.settings import Positive, Range, Settings, Width, Widths
-from jcnf import CNF, distributions, fields
+from jcnf import CNF, Flow, distributions, fields
 
 Activation = Literal["tanh", "softplus", "silu", "elu", "sine", "identity", "logcosh"]
 TimeLayer = Literal["ignore", "concat", "squash", "concatsquash", "hyper", "blend"]
@@ -153,7 +153,7 @@ Base = Annotated[Normal, choice("base:normal")] | Annotated[Logistic, choice("ba
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flow(Settings):
+class FlowSettings(Settings):
     """The flow: its field, its base distribution and its end time."""
 
     field: Field = ResNet()
@@ -163,7 +163,7 @@ class Flow(Settings):
     # train the end time too, starting from --t1 (--weight-decay pulls it toward 0)
     trainable_end_time: bool = False
 
-    def make(self, dim: int, context_dim: int, key: Key[Array, ""]) -> CNF:
+    def make(self, dim: int, context_dim: int, key: Key[Array, ""]) -> Flow:
         """Return the untrained flow.
 
         **Raises:** `ValueError` if the field takes no context and gets one.

@@ -5,17 +5,17 @@ import jax
 import jax.random as jr
 
 from experiments._runner.config import Experiment, Measure, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.objectives import BySolves, FlowMatching
 from experiments._runner.stages import Stage
-from jcnf import CNF
+from jcnf import Flow
 
 
 class FlowExperiment(Experiment):
     """The settings of an experiment that trains a flow by an objective."""
 
     objective: BySolves | FlowMatching
-    flow: Flow
+    flow: FlowSettings
     training: Training
     measure: Measure
 
@@ -25,7 +25,7 @@ class FlowExperiment(Experiment):
             solve.check_interval(self.flow.t1)
         self.make_stages()
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> CNF:
+    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
         """Return the untrained flow."""
         return self.flow.make(dim, context_dim, jr.fold_in(jr.key(self.run.seed), 0))
 

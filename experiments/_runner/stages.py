@@ -7,7 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf import CNF, Solve, training
+from jcnf import Flow, Solve, training
 
 # Makes a function that draws batches of a given size (None for all rows of a table):
 # `jcnf.training.draw_rows`, or `drawing(sample)` for fresh samples.
@@ -54,14 +54,14 @@ def stage_key(seed: int, number: int) -> Key[Array, ""]:
 class Trained(NamedTuple):
     """A trained flow and the cost of training it."""
 
-    flow: CNF  # with the averaged parameters
+    flow: Flow  # with the averaged parameters
     steps: int
     seconds: float  # without compilation
     skipped: int  # updates that were not applied
 
 
 def train_stages(
-    flow: CNF, stages: Sequence[Stage], draw_of: DrawOf, data: Any = None, seed: int = 0
+    flow: Flow, stages: Sequence[Stage], draw_of: DrawOf, data: Any = None, seed: int = 0
 ) -> Trained:
     """Train through `stages` without a run directory or validation."""
     ends = []

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
-from experiments._runner.fields import Flow
+from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
+from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.settings import MAX_WIDTH, Count, Points, Range
 from experiments._runner.stages import drawing
 from experiments._tasks import figures
@@ -92,7 +92,7 @@ class ToyFlow(PlaneFlow):
     augment: Annotated[int, Range(0, MAX_WIDTH)] = 0
 
     objective: Objective = FlowMatching()
-    flow: Flow = Flow()
+    flow: FlowSettings = FlowSettings()
     training: Training = Training()
     measure: PlaneMeasure = PlaneMeasure()
     loop: Loop = Loop()

@@ -14,7 +14,7 @@ from experiments._runner.config import Training
 from experiments._runner.objectives import BySolves
 from experiments._runner.settings import Positive, Whole
 from experiments._runner.stages import DrawOf, Stage, drawing
-from jcnf import CNF, Solve, evaluate, objectives
+from jcnf import Flow, Solve, evaluate, objectives
 from jcnf._checks import InputError
 from jcnf.data import energies
 from jcnf.data.energies import Energy, Integral
@@ -82,13 +82,13 @@ def integrated(energy: Energy) -> Integral:
     return integral
 
 
-def base_samples(flow: CNF) -> DrawOf:
+def base_samples(flow: Flow) -> DrawOf:
     """Return a function that draws batches of fresh base samples."""
     return drawing(lambda key, num: flow.base.sample(key, num))
 
 
 def measure(
-    flow: CNF,
+    flow: Flow,
     energy: Energy,
     integral: Integral,
     key: Key[Array, ""],

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
-from experiments._runner.fields import Flow, ResNet
+from experiments._runner.fields import FlowSettings, ResNet
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
 from experiments._runner.objectives import FlowMatching, Objective
@@ -19,7 +19,7 @@ from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments._runner.settings import Count, Settings
 from experiments._tasks.figures import plane
-from jcnf import CNF, Solve, evaluate, plot, training
+from jcnf import Flow, Solve, evaluate, plot, training
 from jcnf._checks import InputError
 from jcnf._rows import evenly_spaced
 from jcnf.data.tables import Standardizer, Table, load_table, write_rows
@@ -81,7 +81,7 @@ class TableExperiment(FlowExperiment, LoopExperiment):
     has_table = True
 
 
-FLOW = Flow(field=ResNet(width=128, time_frequencies=8))
+FLOW = FlowSettings(field=ResNet(width=128, time_frequencies=8))
 TRAINING = Training(steps=20_000, lbfgs_batch=0)
 LOOP = Loop(validate_every=1000, patience=8)
 
@@ -92,7 +92,7 @@ class TableFlow(TableExperiment):
 
     table: TableFile
     objective: Objective = FlowMatching()
-    flow: Flow = FLOW
+    flow: FlowSettings = FLOW
     training: Training = TRAINING
     measure: TableMeasure = TableMeasure()
     loop: Loop = LOOP
@@ -141,7 +141,7 @@ class TableRun(NamedTuple):
     """A finished run on a table."""
 
     path: Path
-    flow: CNF
+    flow: Flow
     settings: TableExperiment
     columns: Columns
 
@@ -192,7 +192,7 @@ def require_data(run: Path, data: Path | None) -> None:
 
 
 def sample_rows(
-    flow: CNF,
+    flow: Flow,
     columns: Columns,
     solve: Solve,
     key: Key[Array, ""],
@@ -224,7 +224,7 @@ def learn_table(
     num_samples: int = NUM_SAMPLES,
     contexts: np.ndarray | None = None,
     peers: Callable[[], dict[str, float]] = dict,
-) -> tuple[CNF, Path]:
+) -> tuple[Flow, Path]:
     """Train on the training part, keep the parameters best on validation, measure on the test part.
 
     The `contexts` (rows, context) of the samples are standardized; by default they are those of the
@@ -291,7 +291,7 @@ def learn_table(
 def draw_figures(
     run_dir: RunDir,
     settings: TableExperiment,
-    flow: CNF,
+    flow: Flow,
     table: Table,
     drawn: np.ndarray,
     test_nll: float,

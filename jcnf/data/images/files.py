@@ -102,7 +102,9 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-def _checked(where: Path | str, images: np.ndarray, labels: np.ndarray | None = None) -> LabeledImages:
+def _checked(
+    where: Path | str, images: np.ndarray, labels: np.ndarray | None = None
+) -> LabeledImages:
     """Check gray values and labels, and put channels last."""
     if images.dtype.kind not in "ui" or images.min(initial=0) < 0 or images.max(initial=0) > 255:
         raise InputError(
