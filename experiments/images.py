@@ -38,7 +38,7 @@ from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
 from experiments._tasks.image_data import ImageData
 from experiments._tasks.images import ImageExperiment, ImageMeasure, learn_images
-from jcnf import Exact, Hutchinson, distributions, fields, flows, objectives
+from jcnf import Exact, Flow, Hutchinson, distributions, fields, flows, objectives
 from jcnf.divergence import Divergence
 
 CLASSES = 10
@@ -95,7 +95,7 @@ class MultiscaleFlow(Settings):
     alpha: Annotated[float, Range(1e-7, math.nextafter(0.5, 0))] = 0.05
     t1: ClassVar[float] = 1.0  # of each ODE
 
-    def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> flows.Chain:
+    def make(self, shape: Shape, context_dim: int, key: Key[Array, ""]) -> Flow:
         """Return the untrained flow of images of this shape."""
         keys = iter(jr.split(key, 2 * self.scales * self.blocks))
 

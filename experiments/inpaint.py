@@ -28,11 +28,11 @@ from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments._runner.settings import Count, NonNegative, Positive, Settings
 from experiments._tasks.image_data import held_out, some
 from experiments._tasks.images import ImageExperiment, one_hot
-from jcnf import Solve, evaluate, plot
+from jcnf import evaluate, plot
 from jcnf._checks import InputError
 from jcnf.divergence import FixedNoise
 from jcnf.evaluate.log_prob import full_precision
-from jcnf.flows import Chain, Logit
+from jcnf.flows import Chain, Composition, Logit
 from jcnf.inference import inpaint
 
 
@@ -115,7 +115,7 @@ def run(settings: Inpaint) -> None:
     # Start covered halves from samples of the flow, where its density is neither 0 nor flat.
     sampled = evaluate.sample(flow, start_key, len(truth), context=context, solve=solve)
     start = jnp.where(known[None], truth, jnp.clip(np.nan_to_num(sampled.x[-1]), 1e-3, 1 - 1e-3))
-    noise = flow.draw_noise(divergence, noise_key, *truth.shape, truth.dtype)
+    noise = flow.bijection.draw_noise(divergence, noise_key, *truth.shape, truth.dtype)
     tolerance = settings.tolerance
     # Most pixels are black or white, where steps would stop at a bound. Logits have no bounds.
     inner, there, back = _unbounded(flow)
@@ -169,12 +169,13 @@ def run(settings: Inpaint) -> None:
 
 def _unbounded(flow):
     """Split off the logit that a flow ends with: the rest, and the maps to and from logits."""
-    if not (isinstance(flow, Chain) and isinstance(flow.parts[-1], Logit)):
+    chain = flow.bijection
+    *parts, logit = chain.parts if isinstance(chain, Composition) else [chain]
+    if not isinstance(logit, Logit):
         return flow, jnp.asarray, jnp.asarray
-    *parts, logit = flow.parts
 
     def along(direction):
-        return lambda x: logit.transform(jnp.asarray(x), direction, None, Solve())[0]
+        return lambda x: logit.both(jnp.asarray(x), direction)[0]
 
     return Chain(parts, flow.base), along("to_base"), along("to_data")
 

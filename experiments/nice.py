@@ -28,7 +28,7 @@ from experiments._runner.stages import Stage
 from experiments._tasks.density2d import PlaneExperiment, PlaneMeasure, ToyName, learn
 from experiments._tasks.image_data import ImageData, held_out
 from experiments._tasks.images import ImageExperiment, ImageMeasure, learn_images
-from jcnf import NICE, evaluate, objectives
+from jcnf import NICE, Flow, evaluate, flows, objectives
 from jcnf.data.images import Images
 from jcnf.data.toys import Toy, toy
 
@@ -70,7 +70,7 @@ class NICEExperiment(LoopExperiment):
 
     flow: Couplings
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> NICE:
+    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
         """Return the untrained flow; raise `ValueError` for a context, which it cannot take."""
         if context_dim:
             raise ValueError(f"NICE takes no context; got one of size {context_dim}")
@@ -117,10 +117,10 @@ class ImageNICE(NICEExperiment, ImageExperiment):
     loop: Loop = Loop(validate_every=250)
     run: Run = Run()
 
-    def make_start(self, images: Images) -> NICE:
+    def make_start(self, images: Images) -> Flow:
         key = jr.fold_in(jr.key(self.run.seed), 4)
         x = held_out(images.train, images.levels, CALIBRATION_IMAGES, key)
-        return self.make_flow(self.images.dim).calibrated(x)
+        return flows.calibrated(self.make_flow(self.images.dim), x)
 
 
 MNIST = ImageNICE(

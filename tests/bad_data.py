@@ -196,7 +196,7 @@ refuses(
     y=[[0.0, 1.0], [1.0]],
 )
 refuses(plot.scaling_exponent, {"y": [2.0]}, says={"x": "points"}, x=[[1.0]])
-panel = {"pictures": X, "shape": (2, 1, 1), "log_densities": np.zeros((3, 1, 2, 2))}
+panel = {"images": X, "shape": (2, 1, 1), "log_densities": np.zeros((3, 1, 2, 2))}
 refuses(plot.posteriors, panel | {"views": [2.0] * 3}, names=[["a", "b"]])
 film = {"curves": np.zeros((4, 5, 2)), "titles": ["a"] * 4, "scene": plot.Scene(ROWS)}
 refuses(plot.learning, film, titles=[["a"]])

@@ -254,11 +254,11 @@ def test_signals_end_what_has_joined(tmp_path):
     command = (
         "import os, signal\n"
         "from experiments._runner.cli import main\n"
-        "from experiments._runner.config import RunSettings\n"
+        "from experiments._tasks.density2d import ToyFlow\n"
         "def run(settings):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    raise AssertionError('it goes on')\n"
-        "main(run, RunSettings)\n"
+        "main(run, ToyFlow)\n"
     )
     env = environment(2, 1, tmp_path)[0] | {"JAX_NUM_PROCESSES": "1"}
     done = subprocess.run(

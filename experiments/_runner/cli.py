@@ -54,7 +54,7 @@ def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] 
     143.
     """
     module: Any = sys.modules["__main__"]
-    program = f"python -m {module.__spec__.name}"
+    program = f"python -m {module.__spec__.name}" if module.__spec__ else None
     config = parse(settings, sys.argv[1:], module.__doc__, program)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

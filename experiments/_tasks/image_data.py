@@ -13,8 +13,8 @@ from jaxtyping import Array, Key
 
 from experiments._runner.settings import Settings
 from jcnf import training
-from jcnf._rows import evenly_spaced
 from jcnf.data.images import Images, dequantize, load_images, shape_of
+from jcnf.evaluate.chunks import evenly_spaced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from experiments._runner.settings import Count, Settings
 from experiments._tasks.figures import plane
 from jcnf import Flow, Solve, evaluate, plot, training
 from jcnf._checks import InputError
-from jcnf._rows import evenly_spaced
 from jcnf.data.tables import Standardizer, Table, load_table, write_rows
+from jcnf.evaluate.chunks import evenly_spaced
 
 SAMPLES = "samples.csv"
 NUM_SAMPLES = 10_000

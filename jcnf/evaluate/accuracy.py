@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_number
-from jcnf._rows import evenly_spaced
 from jcnf.divergence import Divergence, Estimator, Exact, FixedNoise
-from jcnf.evaluate.chunks import CHUNK
+from jcnf.evaluate.chunks import CHUNK, evenly_spaced
 from jcnf.evaluate.grid import Grid, check_extent, grid
 from jcnf.evaluate.log_prob import (
     ACCURATE,

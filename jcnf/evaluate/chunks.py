@@ -12,7 +12,6 @@ import numpy as np
 
 from jcnf import sharding
 from jcnf._checks import check_instance, check_int
-from jcnf._rows import evenly_spaced
 from jcnf.ode import Solve, unknown
 
 CHUNK = 10_000  # rows, enough to keep every core busy
@@ -21,6 +20,11 @@ MIN_CHUNKS_FOR_STEP_PLAN = 4  # fewer do not repay the extra solve that makes th
 _REPORT: ContextVar[Callable[[int, int], None]] = ContextVar(
     "report", default=lambda done, number: None
 )
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """Return the indices of `count` evenly spaced rows out of `total`, or of all if fewer."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 from jax.typing import ArrayLike
 
-from jcnf._rows import evenly_spaced
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
@@ -93,7 +91,7 @@ def check_paths(paths: ArrayLike, times: ArrayLike) -> tuple[np.ndarray, np.ndar
 
 def thin(x: np.ndarray, most: int) -> np.ndarray:
     """Return at most `most` rows of x, evenly spaced."""
-    return x[evenly_spaced(len(x), most)]
+    return x[np.linspace(0, len(x) - 1, min(most, len(x))).astype(int)]
 
 
 def notes(noun: str, total: int, rows: np.ndarray, low: Any, high: Any) -> list[str]:

@@ -142,7 +142,7 @@ def test_reverse_kl_of_a_gaussian_and_its_gradient():
         direction = np.zeros((3, 3))
         direction[i, j] = 1
         expected = slope(lambda h, d=direction: kl_up_to_log_z(MATRIX + h * d))
-        assert gradient.field.matrix[i, j] == pytest.approx(expected, abs=1e-6)
+        assert gradient.bijection.field.matrix[i, j] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

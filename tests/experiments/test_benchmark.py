@@ -208,29 +208,10 @@ def test_startup_times_processes_of_their_own(monkeypatch):
     assert results["import json"]["ratio"] == 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"suites": ("speed",)}, ["speed", "--suites", "startup"]),
-        ({"suites": ()}, ["--suites"]),
-        ({"cases": ("toy", "toy")}, ["--cases", "once"]),
-        ({"rounds": 0}, ["--rounds"]),
-        ({"points": 2**31 - 1}, ["--points"]),
-        ({"suites": ("sample",), "cases": ("toy",)}, ["--suites sample", "toy_trained, table"]),
-        ({"seconds": 0.0}, ["--seconds"]),
-        ({"limit": float("nan")}, ["--limit"]),
-    ],
-)
-def test_bad_settings_say_what_to_do(settings, words):
-    with pytest.raises(InputError) as error:
-        Benchmark(**settings).check()
-    assert all(word in str(error.value) for word in words)
-
-
 def test_peers_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(peers, "PACKAGES", ("no_such_peer",))
     with pytest.raises(InputError, match=r"no_such_peer: pip install .* '\.\[peers\]'"):
-        Benchmark(peers=True).check()
+        Benchmark(peers=True).trace()
 
 
 def test_a_peer_that_cannot_be_imported_is_named_and_left_out(monkeypatch, capsys):

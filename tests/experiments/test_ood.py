@@ -26,6 +26,7 @@ from jcnf.data.images import load_digits_parts
 from jcnf.data.tables import load_table
 from jcnf.distributions import StandardNormal
 from jcnf.evaluate import Auroc
+from jcnf.flows import calibrated
 
 SOLVE = Solve(rtol=1e-6, atol=1e-6)
 
@@ -47,7 +48,7 @@ def digits_run(folder):
     flow = dataclasses.replace(ImageNICE().flow, widths=(4,))
     settings = ImageNICE(flow=flow, run=Run(out=folder))
     x = held_out(load_digits_parts()["train"].pixels, 17, 0, jr.key(0))
-    RunDir("nice", settings).save_flow(settings.make_flow(64).calibrated(x), {"classes": 0})
+    RunDir("nice", settings).save_flow(calibrated(settings.make_flow(64), x), {"classes": 0})
     return folder
 
 

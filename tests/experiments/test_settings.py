@@ -82,7 +82,7 @@ def instances(experiment):
 
 
 # Settings of which one must be given, whichever it is.
-CHOSEN = {"UseDensity": {"samples": 3}}
+CHOSEN = {"Outputs": {"samples": 3}}
 
 
 def needed_by(kind):
@@ -151,7 +151,7 @@ BAD = {
     "toy2d --x64 --test-tolerance 1e-17": "--test-tolerance.*float64",
     "toy2d objective:likelihood --random-end-time 2": r"\[0, 1.0\)",
     "toy2d objective:likelihood --regularizers kinetic 1 kinetic 2": "twice.*kinetic",
-    "toy2d objective:likelihood --regularizers hjb 1": "hjb.*potential",
+    "toy2d objective:likelihood --regularizers hjb 1": "potential",
     "toy2d objective:likelihood divergence:hutchinson --noise orthogonal --probes 3": "at most 2",
     "adjoints --x64 --float32-at 1e-9": "--float32-at.*float32",
     "adjoints --loosest 9 --tightest 3": "--tightest",
@@ -169,6 +169,8 @@ BAD = {
     "density use --from t --samples 1 --test-tolerance 1e-9": "--test-tolerance.*JAX_ENABLE_X64",
     "reflow --euler-steps 2 2": "--euler-steps",
     "benchmark --suites step step": "--suites",
+    "benchmark --suites": "--suites",
+    "benchmark --suites sample --cases toy": "--suites sample.*toy_trained, table",
     "images --random-end-time 0.1": "--random-end-time",
     "images --time-frequencies 2": "--time-frequencies",
     "images --test-draws 8": "--test-draws",

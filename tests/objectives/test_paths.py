@@ -149,8 +149,8 @@ def test_errors_say_what_is_wrong(make, message):
 KEYS, NUM = jr.split(jr.key(0), 4000), 7
 CDF = {
     "uniform": lambda s: s,
-    "lattice": lambda s: s,
-    "late": lambda s: 1 - (1 - s) ** (2 / 3),
+    "stratified": lambda s: s,
+    "data_biased": lambda s: 1 - (1 - s) ** (2 / 3),
     "logit_normal": lambda s: stats.norm.cdf(np.log(s / (1 - s))),
 }
 
@@ -172,11 +172,11 @@ def test_each_time_follows_its_distribution(name):
 
 
 @pytest.mark.parametrize("num", [1, 7, 256])
-def test_the_lattice_is_evenly_spread(num):
-    cells = np.floor(many("lattice", KEYS[:100], num) * num)
+def test_stratified_times_are_evenly_spread(num):
+    cells = np.floor(many("stratified", KEYS[:100], num) * num)
     np.testing.assert_array_equal(np.sort(cells), np.tile(np.arange(num), (100, 1)))
     # The offset that moves all times of a batch is uniform.
-    first = np.sort(many("lattice", KEYS[:100], num))[:, 0]
+    first = np.sort(many("stratified", KEYS[:100], num))[:, 0]
     assert stats.kstest(first * num, "uniform").pvalue > 1e-3
 
 
@@ -190,7 +190,7 @@ def test_in_float32_no_time_is_one(name):
     assert np.min(drawn) >= 0
 
 
-def test_a_lattice_has_less_variance_than_independent_times():
+def test_stratified_times_have_less_variance_than_independent_ones():
     means = {name: np.var(np.mean(np.sin(3 * many(name)), axis=1)) for name in TIMES}
-    assert means["lattice"] < means["uniform"] / 5
+    assert means["stratified"] < means["uniform"] / 5
     assert times.TIMES.keys() == CDF.keys()
