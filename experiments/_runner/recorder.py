@@ -208,7 +208,7 @@ class Recorder:
         self.snapshot = back = back._replace(
             state=eqx.tree_at(lambda state: state.rate, back.state, new)
         )
-        self.manager.forget(after=found.step)
+        self.manager.delete_after(found.step)
         self.save(back)
         warnings.warn(
             f"no update could be applied in {now.state.stuck} steps: back from step {step} to step "

@@ -29,8 +29,8 @@ class CheckpointManager:
 
     `save` copies the arrays and returns. A thread writes them, then removes the checkpoints that
     are neither among the last `keep` nor asked for. Only one write runs at a time: `save`, `steps`,
-    `restore` and `forget` first wait for it. Leaving the manager as a context waits for the last
-    write too.
+    `restore` and `delete_after` first wait for it. Leaving the manager as a context waits for the
+    last write too.
 
     **Raises:** `ValueError` if `keep` is below 1. Each method raises `OSError` if the disk is full
     or cannot be written; an error of a background write is raised at the next call that waits for
@@ -125,10 +125,10 @@ class CheckpointManager:
             )
         return None
 
-    def forget(self, after: int) -> None:
-        """Remove the checkpoints of steps later than `after`."""
+    def delete_after(self, last: int) -> None:
+        """Remove the checkpoints of steps later than `last`."""
         for step in self.steps():
-            if step > after:
+            if step > last:
                 self.path(step).unlink()
 
     def _on_disk(self):

@@ -115,7 +115,7 @@ def test_another_model_is_no_reason_to_fall_back(keeper):
 
 def test_later_ones_are_forgotten(keeper):
     saved(keeper, 5, 10)
-    keeper.forget(after=5)
+    keeper.delete_after(5)
     assert keeper.steps() == [5]
 
 
