@@ -206,7 +206,7 @@ def test_steps_on_bad_data_are_skipped_and_counted(setup, ten, bad):
     assert int(state.skipped) == 3
     assert metrics["skipped"] == 0
     assert not np.array_equal(
-        state.params.field.layers[0].linear.bias,
+        state.params.bijection.field.layers[0].linear.bias,
         ten[0].params.bijection.field.layers[0].linear.bias,
     )
 
