@@ -45,7 +45,7 @@ CLASSES = 10
 
 Shape = tuple[int, int, int]
 Channels = Annotated[tuple[int, ...], Range(1, MAX_WIDTH, 1, MAX_LAYERS)]
-Places = Annotated[int, Range(1, 100)]
+SmallCount = Annotated[int, Range(1, 100)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,9 @@ class MultiscaleFlow(Settings):
 
     field: Annotated[Conv, choice("field:conv")] | Annotated[UNet, choice("field:unet")] = Conv()
     # scales; after each but the last the image is squeezed and half of the channels leave the flow
-    scales: Places = 1
+    scales: SmallCount = 1
     # ODEs in a row at each place within a scale
-    blocks: Places = 1
+    blocks: SmallCount = 1
     # alpha of the logit of pixels, logit(alpha + (1 - 2 alpha) x)
     alpha: Annotated[float, Range(1e-7, math.nextafter(0.5, 0))] = 0.05
     t1: ClassVar[float] = 1.0  # of each ODE

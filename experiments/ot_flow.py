@@ -86,7 +86,7 @@ def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:
     )(x)
     known = jnp.where(jnp.any(ended.stats.failed), jnp.nan, 1.0)
     cost = known * jnp.mean(ended.regularizers["kinetic"])
-    distance = jnp.mean(jnp.sum((ended.x - x) ** 2, axis=1))
+    distance = jnp.mean(jnp.sum((ended.value - x) ** 2, axis=1))
     samples = evaluate.sample(flow, keys[1], MMD_POINTS, solve=solve)
     fresh = density.sample(keys[2], MMD_POINTS)
     return {

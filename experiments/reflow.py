@@ -38,7 +38,6 @@ PARTICLES = 300
 # Samples count as good as data up to this multiple of the MMD of two samples of the data.
 GOOD_MMD_RATIO = 1.5
 
-
 EulerSteps = Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)]
 
 
@@ -55,15 +54,7 @@ class Reflow(FlowExperiment):
     # training steps on these pairs
     reflow_steps: Steps = 4000
     # numbers of Euler steps to sample with
-    euler_steps: Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)] = (
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-        64,
-    )
+    euler_steps: EulerSteps = (1, 2, 4, 8, 16, 32, 64)
     # samples for the maximum mean discrepancy (MMD)
     mmd_points: Points = 10_000
     # fresh points for the held-out gaps
