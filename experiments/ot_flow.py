@@ -63,8 +63,8 @@ class OTFlow(FlowExperiment, PlaneExperiment):
 
 def run(settings: OTFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    also = functools.partial(transport_figures, settings)
-    learn("ot_flow", settings, settings.make_flow(2), also=also)
+    more_metrics = functools.partial(transport_figures, settings)
+    learn("ot_flow", settings, settings.make_flow(2), more_metrics=more_metrics)
 
 
 def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:

@@ -24,7 +24,7 @@ from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.run_dir import RunDir, load_flow
 from experiments._runner.settings import Points, Range, Steps
-from experiments._runner.stages import drawing, train_stages
+from experiments._runner.stages import fresh_batches, train_stages
 from experiments._tasks.density2d import ToyFlow, ToyName
 from experiments._tasks.figures import mmd_of
 from jcnf import Flow, Solve, evaluate, objectives, plot, training
@@ -86,13 +86,13 @@ def run(settings: Reflow) -> None:
     original = original or trained_flow(settings)
     print(f"joining {settings.pairs} pairs")
     joined = evaluate.sample(original, keys[0], settings.pairs, solve=solve)
-    arrived = ~joined.failed
-    if arrived.sum() < 2:
+    solved = ~joined.failed
+    if solved.sum() < 2:
         raise InputError(
             f"the solve failed for {joined.failures} of {settings.pairs} pairs: give a smaller "
             "--learning-rate or --clip, or a looser --test-tolerance"
         )
-    pairs = (jnp.asarray(joined.x[0][arrived]), jnp.asarray(joined.x[-1][arrived]))
+    pairs = (jnp.asarray(joined.x[0][solved]), jnp.asarray(joined.x[-1][solved]))
     objective = functools.partial(objectives.rectified, time=data_biased)
     stage = settings.training.make_stage(objective, None, steps=settings.reflow_steps)
     rectified = train_stages(original, [stage], training.draw_rows, pairs, settings.run.seed)
@@ -161,7 +161,7 @@ def trained_flow(settings: Reflow) -> Flow:
     trained = train_stages(
         settings.make_flow(2),
         settings.make_stages(),
-        drawing(density.sample),
+        fresh_batches(density.sample),
         seed=settings.run.seed,
     )
     print(f"trained in {trained.seconds:.1f} s")

@@ -80,14 +80,14 @@ def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] 
             raise
         sys.exit(_fail("error: out of memory: lower --batch, --widths or the number of rows", 2))
     except OSError as error:
-        place = error.filename or config.run.out or "a file"
-        message = f"error: {place}: {error.strerror or error}"
-        sys.exit(_fail(f"{message}: free some space or use another path; {_going_on(config)}", 2))
+        path = error.filename or config.run.out or "a file"
+        hint = f"free some space or use another path; {_resume_hint(config)}"
+        sys.exit(_fail(f"error: {path}: {error.strerror or error}: {hint}", 2))
     except Stopped as stop:
-        sys.exit(_fail(str(stop) or f"stopped: {_going_on(config)}", 128 + stop.number))
+        sys.exit(_fail(str(stop) or f"stopped: {_resume_hint(config)}", 128 + stop.number))
 
 
-def _going_on(config):
+def _resume_hint(config):
     """Return a hint on how to resume a run that was cut short."""
     if isinstance(config, LoopExperiment):
         return "resume from the last checkpoint with --resume --out RUN_DIRECTORY"

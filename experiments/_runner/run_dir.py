@@ -143,7 +143,7 @@ class RunDir:
 
         **Raises:** `InputError` that names what differs.
         """
-        parts = ("versions", "config", "place", "snapshot")
+        parts = ("versions", "config", "run_state", "snapshot")
         if not all(isinstance(notes.get(part), dict) for part in parts):
             raise InputError(
                 f"a file in {self.checkpoints} is not a checkpoint of a training: "

@@ -14,7 +14,7 @@ FRAMES = 41
 PARTICLES = 3000
 
 
-def plane(
+def save_density_figures(
     run_dir: RunDir,
     flow: Flow,
     data: np.ndarray,
