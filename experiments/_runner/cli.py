@@ -27,7 +27,8 @@ def parse(
     `settings` is a class of settings, an instance that gives the defaults, or a mapping from names
     to either. If the first word is one of these names it chooses; otherwise the first name does.
 
-    Flags need no prefix and may stand in any order, before and after choices such as `field:mlp`.
+    Flags need no prefix and may stand in any order, those of a choice such as `field:mlp` anywhere
+    after it.
     """
     if isinstance(settings, Mapping):
         names = ", ".join(settings)

@@ -23,7 +23,8 @@ def commands_on(page):
         text = ast.get_docstring(ast.parse(text)) or ""
     lines = re.findall(rf"^ +\S*python -m experiments\.({NAME}\b.*)$", text, flags=re.MULTILINE)
     quoted = re.findall(rf"`(?:python -m experiments\.)?({NAME}\s[^`]*)`", text)
-    return [" ".join(found.replace("...", "").split()) for found in lines + quoted]
+    found = [" ".join(each.replace("...", "").split()) for each in lines + quoted]
+    return [each for each in found if "--help" not in each]
 
 
 COMMANDS = {page: commands_on(page) for page in LEAST}
