@@ -19,10 +19,10 @@ from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, 
 from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
-from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed, choice
+from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._runner.settings import Range
+from experiments._runner.settings import Range, choice
 from experiments._runner.stages import fresh_batches
 from experiments._tasks.density2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, flows, plot

@@ -3,11 +3,11 @@
     python -m experiments.estimators --dim 24
     python -m experiments.estimators use --from RUN_DIR
 
-The first trains a field on a mixture of Gaussians before; the second measures the field of a
-finished run of density or tabular. The variances are of the trace at points along trajectories, and
-of the log-density that a solve computes from it (with noise fixed within a solve). The times are of
-a loss and its gradient through one evaluation of a field with two layers of width 256 at batch 512,
-as ratios to the time with one Hutchinson probe.
+The first command trains a field on a mixture of Gaussians and measures it; the second measures the
+field of a finished run of density or tabular. The variances are of the trace at points along
+trajectories, and of the log-density that a solve computes from it (with noise fixed within a
+solve). The times are of a loss and its gradient through one evaluation of a field with two layers
+of width 256 at batch 512, as ratios to the time with one Hutchinson probe.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
 from experiments._runner.fields import Activation, TimeLayer
 from experiments._runner.flow_config import FlowExperiment
-from experiments._runner.objectives import ChainLikelihood, GuidedFlowMatching, choice
+from experiments._runner.objectives import ChainLikelihood, GuidedFlowMatching
 from experiments._runner.settings import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -33,6 +33,7 @@ from experiments._runner.settings import (
     Range,
     Settings,
     Width,
+    choice,
 )
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage

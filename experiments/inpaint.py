@@ -23,9 +23,8 @@ from tyro.conf import arg
 
 from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run, check_reachable
-from experiments._runner.objectives import choice
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
-from experiments._runner.settings import Count, NonNegative, Positive, Settings
+from experiments._runner.settings import Count, NonNegative, Positive, Settings, choice
 from experiments._tasks.image_data import held_out, pick_rows
 from experiments._tasks.images import ImageExperiment, one_hot
 from jcnf import evaluate, plot
@@ -132,7 +131,8 @@ def run(settings: Inpaint) -> None:
     filled: Any = fill(log_prob, there(start), known, key, keep=settings.stages, scale=scale)
     ends = [jnp.where(known[None], truth, back(x)) for x in filled.x]
 
-    def mean_log_prob(x):  # of pixels, with fresh noise
+    def mean_log_prob(x):
+        """Return the mean log-density of pixels, with fresh noise of the divergence."""
         scored = evaluate.log_prob(
             flow,
             x,

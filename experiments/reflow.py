@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import Measure, Run, Training
+from experiments._runner.config import PointMeasure, Run, Training
 from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import FlowMatching, Objective
@@ -57,13 +57,11 @@ class Reflow(FlowExperiment):
     euler_steps: EulerSteps = (1, 2, 4, 8, 16, 32, 64)
     # samples for the maximum mean discrepancy (MMD)
     mmd_points: Points = 10_000
-    # fresh points for the held-out gaps
-    test_points: Points = 20_000
 
     objective: Objective = FlowMatching()
     flow: FlowSettings = FlowSettings()
     training: Training = Training()
-    measure: Measure = Measure()
+    measure: PointMeasure = PointMeasure(test_points=20_000)
     run: Run = Run()
 
     def check(self) -> None:
@@ -120,7 +118,7 @@ def run(settings: Reflow) -> None:
             f"mmd_{name}_{n}": value for n, value in zip(settings.euler_steps, found, strict=True)
         }
         metrics[f"nfe_{name}"] = accurate.nfe
-        test = density.sample(keys[4], settings.test_points)
+        test = density.sample(keys[4], settings.measure.test_points)
         gaps = (
             np.asarray(density.log_prob(test)) - evaluate.log_prob(flow, test, solve=solve).log_prob
         )

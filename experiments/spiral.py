@@ -21,7 +21,6 @@ from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
 from experiments._runner.fields import MLP
 from experiments._runner.loop import fit
-from experiments._runner.objectives import choice
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import (
     MAX_COUNT,
@@ -31,6 +30,7 @@ from experiments._runner.settings import (
     Range,
     Settings,
     Whole,
+    choice,
 )
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage

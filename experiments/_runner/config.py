@@ -214,7 +214,7 @@ class LoopExperiment(Experiment):
         if self.loop.resume and self.run.out is None:
             raise ValueError("--resume needs --out: give the run directory to resume")
         if not (self.training.lbfgs_batch or self.has_table):
-            raise ValueError("--lbfgs-batch must be at least 1, because the data are no table")
+            raise ValueError("--lbfgs-batch must be at least 1, because the data are not a table")
 
     def make_mesh(self) -> Mesh | None:
         mesh = self.loop.make_mesh()

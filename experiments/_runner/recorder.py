@@ -34,7 +34,7 @@ RATE_FACTOR, MAX_ROLLBACKS = 0.25, 4
 
 @dataclasses.dataclass
 class RunState:
-    """What a checkpoint says beside the snapshot of its stage; JSON-able."""
+    """Where a run stands, beside the snapshot of its stage; a checkpoint has it in its notes."""
 
     stage: int = 0  # index of the current stage
     first_step: int = 0  # steps taken before this stage

@@ -54,6 +54,6 @@ def save_density_figures(
 
 
 def mmd_of(samples: evaluate.Trajectories, fresh: Array) -> float:
-    """MMD of the samples that did not fail to `fresh` data; NaN if fewer than two are left."""
+    """Return the MMD between samples, without failed ones, and `fresh` data; NaN for too few."""
     reached = samples.x[-1][~samples.failed]
     return evaluate.mmd(jnp.asarray(reached), fresh) if len(reached) > 1 else math.nan
