@@ -142,7 +142,7 @@ def run(settings: PlaneNICE | ImageNICE) -> None:
     def more_metrics(flow):
         return {"inverse_error": evaluate.roundtrip_error(flow, points)}
 
-    learn("nice", settings, settings.make_flow(2), more_metrics=more_metrics)
+    learn("nice", settings, more_metrics)
 
 
 if __name__ == "__main__":

@@ -66,9 +66,14 @@ class PlaneExperiment(LoopExperiment):
     """The settings of an experiment that learns a density in the plane by the loop."""
 
     measure: PlaneMeasure
+    augment: int = 0  # number of extra dimensions
 
     def make_density(self) -> Toy:
         """Return the density to learn."""
+        raise NotImplementedError
+
+    def make_flow(self, dim: int, context_dim: int = 0) -> flows.Flow:
+        """Return the untrained flow."""
         raise NotImplementedError
 
 
@@ -76,7 +81,6 @@ class PlaneFlow(FlowExperiment, PlaneExperiment):
     """The settings of an experiment that learns a density in the plane by a CNF."""
 
     measure: PlaneMeasure
-    augment: int
 
     def trace(self) -> None:
         self.trace_objectives(2 + self.augment)
@@ -102,28 +106,16 @@ class ToyFlow(PlaneFlow):
         return toy(self.data)
 
 
-def learn_flow(
-    name: str,
-    settings: PlaneFlow,
-    more_metrics: Callable[[Any], dict[str, float]] = lambda flow: {},
-) -> None:
-    """Train the flow of the settings on their density, measure it and draw it."""
-    learn(name, settings, settings.make_flow(2 + settings.augment), more_metrics=more_metrics)
-
-
 def learn(
     name: str,
     settings: PlaneExperiment,
-    flow: flows.Flow,
-    *,
     more_metrics: Callable[[Any], dict[str, float]] = lambda flow: {},
 ) -> None:
-    """Train `flow`, measure it on fresh points and draw it.
+    """Train the flow of the settings on their density, measure it on fresh points and draw it.
 
-    `more_metrics(flow)` returns further figures for the summary. Dimensions of the flow beyond two
-    are extra ones.
+    `more_metrics(flow)` returns further figures for the summary.
     """
-    density, measure, extra = settings.make_density(), settings.measure, flow.base.dim - 2
+    density, measure, extra = settings.make_density(), settings.measure, settings.augment
     solve, val_solve = measure.make_solve(), measure.make_validation_solve()
     run_dir = RunDir(name, settings)
     seed = jr.key(settings.run.seed)
@@ -146,7 +138,7 @@ def learn(
     fitted = fit(
         run_dir,
         settings,
-        flow,
+        settings.make_flow(2 + extra),
         make_draw=fresh_batches(draw),
         data=None,
         validate=lambda flow: score(flow, validation, val_solve, VALIDATION_SAMPLES).nll,
