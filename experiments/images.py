@@ -156,7 +156,7 @@ class EstimatedDivergence(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMeasure(ImageMeasure):
-    """Measuring."""
+    """Held-out numbers."""
 
     test_divergence: (
         Annotated[ExactDivergence, choice("test-divergence:exact")]

@@ -82,7 +82,7 @@ class PosteriorField(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ELBOMeasure(Measure):
-    """Measuring."""
+    """Held-out numbers."""
 
     # number of samples of z for each test image
     samples: Steps = 128

@@ -57,12 +57,12 @@ class NoSolves(Measure):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NICEPlaneMeasure(NoSolves, PlaneMeasure):
-    """Measuring and drawing."""
+    """Held-out numbers and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NICEImageMeasure(NoSolves, ImageMeasure):
-    """Measuring."""
+    """Held-out numbers."""
 
 
 class NICEExperiment(LoopExperiment):

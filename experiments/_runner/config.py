@@ -145,7 +145,7 @@ class Loop(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measure(Settings):
-    """Measuring: the solves for held-out numbers and samples."""
+    """Held-out numbers and samples: their solves."""
 
     # relative and absolute tolerance for held-out numbers and samples
     test_tolerance: Positive = 1e-5
@@ -166,7 +166,7 @@ class Measure(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PointMeasure(Measure):
-    """Measuring: the solves for held-out numbers and samples, and the number of points."""
+    """Held-out numbers and samples: their solves, and the number of points."""
 
     # number of fresh points to measure (in each class, if there are classes)
     test_points: Points = 10_000

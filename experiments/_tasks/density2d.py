@@ -48,7 +48,7 @@ ToyName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneMeasure(Measure):
-    """Measuring and drawing."""
+    """Held-out numbers and figures."""
 
     # number of fresh points for the held-out NLL
     test_points: Points = 20_000

@@ -27,7 +27,7 @@ MAX_IMAGE_ROWS = 10  # of ten images each
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageMeasure(Measure):
-    """Measuring."""
+    """Held-out numbers."""
 
     # number of test images to measure on (0 for all)
     test_images: Whole = 0

@@ -68,7 +68,7 @@ class TableFile(TableSource):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableMeasure(Measure):
-    """Measuring and validation."""
+    """Held-out numbers and validation."""
 
     # number of validation rows, which decide which parameters are kept
     validation_rows: Count = 2000
