@@ -82,10 +82,7 @@ def run(settings: Conditional) -> None:
 
     validation, val_labels = labeled(val_key, VALIDATION_POINTS)
     val_context = classes.one_hot(val_labels)
-    solve, val_solve = (
-        settings.measure.make_solve(),
-        settings.measure.make_validation_solve(),
-    )
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,

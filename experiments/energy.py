@@ -89,10 +89,7 @@ def run(settings: MatchEnergy) -> None:
     keys = jr.split(jr.fold_in(jr.key(settings.run.seed), 2), 4)
     validation = flow.base.sample(keys[0], VALIDATION_POINTS)
     test_points = settings.measure.test_points
-    solve, val_solve = (
-        settings.measure.make_solve(),
-        settings.measure.make_validation_solve(),
-    )
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,

@@ -82,10 +82,7 @@ def run(settings: Gaussian1D) -> None:
     truth = ScaledNormal(1, STD, MEAN)
     points = truth.sample(jr.fold_in(jr.key(settings.data_seed), 3), settings.points)
     test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.run.seed), 2))
-    solve, val_solve = (
-        settings.measure.make_solve(),
-        settings.measure.make_validation_solve(),
-    )
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,

@@ -26,12 +26,7 @@ class Stage(NamedTuple):
     fixed: bool = False  # whether all steps use one batch and one noise draw, as L-BFGS needs
 
     def fit(
-        self,
-        model: Any,
-        make_draw: MakeDraw,
-        data: Any,
-        key: Key[Array, ""],
-        **settings: Any,
+        self, model: Any, make_draw: MakeDraw, data: Any, key: Key[Array, ""], **settings: Any
     ) -> training.FitResult:
         """Train through this stage by `jcnf.fit`, which takes the `settings`."""
         settings |= {"key": key, "objective": self.objective, "batch": make_draw(self.batch)}
@@ -66,11 +61,7 @@ class Trained(NamedTuple):
 
 
 def train_stages(
-    flow: Flow,
-    stages: Sequence[Stage],
-    make_draw: MakeDraw,
-    data: Any = None,
-    seed: int = 0,
+    flow: Flow, stages: Sequence[Stage], make_draw: MakeDraw, data: Any = None, seed: int = 0
 ) -> Trained:
     """Train through `stages` without a run directory or validation."""
     ends = []

@@ -48,12 +48,7 @@ class LearnedSeries:
         solve: Solve,
         val_solve: Solve,
     ):
-        self.run_dir, self.series, self.solve, self.val_solve = (
-            run_dir,
-            series,
-            solve,
-            val_solve,
-        )
+        self.run_dir, self.series, self.solve, self.val_solve = run_dir, series, solve, val_solve
         self.known = len(series.times) - held_out
         self.data = tuple(
             jnp.asarray(a[: self.known], float) for a in (series.times, series.values)

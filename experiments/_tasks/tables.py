@@ -258,10 +258,7 @@ def learn_table(
 
     rows = evenly_spaced(len(table.val), settings.measure.validation_rows)
     validation, val_context = columns.split(table.val[rows])
-    solve, val_solve = (
-        settings.measure.make_solve(),
-        settings.measure.make_validation_solve(),
-    )
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
