@@ -19,11 +19,11 @@ from experiments._runner.config import Loop, LoopExperiment, PointMeasure, Run, 
 from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.loop import fit
-from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed, choice
+from experiments._runner.objectives import GuidedFlowMatching, Likelihood, Mixed
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
-from experiments._runner.settings import Range
-from experiments._runner.stages import drawing
+from experiments._runner.settings import Range, choice
+from experiments._runner.stages import fresh_batches
 from experiments._tasks.density2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, flows, plot
 from jcnf.data import classes
@@ -82,15 +82,15 @@ def run(settings: Conditional) -> None:
 
     validation, val_labels = labeled(val_key, VALIDATION_POINTS)
     val_context = classes.one_hot(val_labels)
-    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
         settings.make_flow(2, classes.CLASSES),
-        draw_of=drawing(with_classes),
+        make_draw=fresh_batches(with_classes),
         data=None,
         validate=lambda flow: (
-            evaluate.log_prob(flow, validation, context=val_context, solve=quick).nll
+            evaluate.log_prob(flow, validation, context=val_context, solve=val_solve).nll
         ),
     )
     flow = fitted.flow

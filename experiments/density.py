@@ -8,6 +8,7 @@ finished run; its flags are listed by `use --help`.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -62,20 +63,21 @@ class Outputs(Settings):
         **Raises:** `InputError` for a bad table, and for outputs that a density with or without a
         context does not have.
         """
-        scale = columns.scale.take(columns.given)
-        if self.context_table is not None and not columns.given:
+        if self.context_table is not None and not columns.context_indices:
             raise InputError("--context-table needs a density learned with --context")
-        if self.impute is not None and columns.given:
+        if self.impute is not None and columns.context_indices:
             raise InputError(
                 "--impute needs the density of all columns, and this one is given "
-                f"{', '.join(scale.columns)}: train without --context"
+                f"{', '.join(columns.context.columns)}: train without --context"
             )
         names = columns.scale.columns
         return Inputs(
             None if self.score is None else read_rows(self.score, names),
             None
             if self.context_table is None
-            else scale.standardize(read_rows(self.context_table, scale.columns)),
+            else columns.context.standardize(
+                read_rows(self.context_table, columns.context.columns)
+            ),
             None if self.impute is None else read_rows(self.impute, names, missing=True),
         )
 
@@ -159,11 +161,10 @@ def use(settings: UseDensity) -> None:
         if wanted and (out / name).exists():
             raise InputError(f"{out / name} exists: give another directory with --out")
     inputs = outputs.read(columns)
-    if outputs.samples is not None and columns.given and inputs.contexts is None:
+    if outputs.samples is not None and columns.context_indices and inputs.contexts is None:
         raise InputError(
-            f"{settings.from_run} learned a density given "
-            f"{', '.join(columns.scale.take(columns.given).columns)}: name a table of these "
-            "columns with --context-table PATH"
+            f"{settings.from_run} learned a density given {', '.join(columns.context.columns)}: "
+            "name a table of these columns with --context-table PATH"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -186,9 +187,10 @@ def score_rows(flow: Flow, columns: Columns, solve: Solve, rows: np.ndarray, out
     write_rows(out / SCORES, log_prob[:, None], ["log_prob"])
     print(f"{out / SCORES}: {len(rows)} log-densities, mean {np.mean(log_prob):.4f} nats")
     if scores.failures:
-        print(
-            f"warning: the solve failed for {scores.failures} rows, which are nan in {SCORES}: "
-            "remove rows far outside the training data"
+        warnings.warn(
+            f"the solve failed for {scores.failures} rows, which are nan in {SCORES}: remove rows "
+            "far outside the training data",
+            stacklevel=2,
         )
 
 
@@ -217,7 +219,9 @@ def impute_rows(
     print(f"{out / IMPUTED}: {missing.sum()} entries of {some.sum()} rows filled in")
     stuck = int(np.sum(filled.acceptance[some] == 0))
     if stuck:
-        print(f"warning: the chains of {stuck} rows did not move: their entries are unreliable")
+        warnings.warn(
+            f"the chains of {stuck} rows did not move: their entries are unreliable", stacklevel=2
+        )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from experiments._tasks import figures
 from experiments._tasks.energies import (
     CELLS,
     ReverseKL,
-    base_samples,
+    base_batches,
     integrated,
     measure,
-    possible,
+    nan_if_negative,
 )
 from jcnf import Flow, Solve, evaluate, objectives, plot
 from jcnf.data import energies
@@ -89,15 +89,16 @@ def run(settings: MatchEnergy) -> None:
     keys = jr.split(jr.fold_in(jr.key(settings.run.seed), 2), 4)
     validation = flow.base.sample(keys[0], VALIDATION_POINTS)
     test_points = settings.measure.test_points
-    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
         flow,
-        draw_of=base_samples(flow),
+        make_draw=base_batches(flow),
         data=None,
-        validate=lambda flow: possible(
-            float(free_energy(flow, validation, energy, quick)) + integral.log, VALIDATION_KL_NOISE
+        validate=lambda flow: nan_if_negative(
+            float(free_energy(flow, validation, energy, val_solve)) + integral.log,
+            VALIDATION_KL_NOISE,
         ),
         score="val_kl",
     )
@@ -109,7 +110,7 @@ def run(settings: MatchEnergy) -> None:
         view = evaluate.grid(flow, energy.extent, solve=solve)
     metrics = matched.metrics
     with progress("drawing figures"):
-        figures.plane(
+        figures.save_density_figures(
             run_dir,
             flow,
             target_samples(energy, len(matched.samples), settings.run.seed),

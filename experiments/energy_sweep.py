@@ -24,7 +24,7 @@ from experiments._runner.stages import train_stages
 from experiments._tasks.energies import (
     EnergyName,
     ReverseKL,
-    base_samples,
+    base_batches,
     integrated,
     measure,
 )
@@ -92,7 +92,7 @@ class EnergySweep(FlowExperiment):
     def trace(self) -> None:
         self.trace_objectives(2)
 
-    def of(self, target: EnergyName, units: int) -> "EnergySweep":
+    def for_flow(self, target: EnergyName, units: int) -> "EnergySweep":
         """Return the settings for this target and number of units alone."""
         objective = dataclasses.replace(self.objective, targets=(target,))
         field = dataclasses.replace(self.flow.field, units=(units,))
@@ -112,9 +112,9 @@ def run(settings: EnergySweep) -> None:
     for target in targets:
         integral = integrated(ENERGIES[target])
         for count in units:
-            one = settings.of(target, count)
+            one = settings.for_flow(target, count)
             flow = one.make_flow(2)
-            trained = train_stages(flow, one.make_stages(), base_samples(flow), seed=one.run.seed)
+            trained = train_stages(flow, one.make_stages(), base_batches(flow), seed=one.run.seed)
             num = one.measure.test_points
             found = measure(trained.flow, ENERGIES[target], integral, key, num, solve)
             figures = found.metrics | {

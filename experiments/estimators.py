@@ -3,11 +3,11 @@
     python -m experiments.estimators --dim 24
     python -m experiments.estimators use --from RUN_DIR
 
-The first trains a field on a mixture of Gaussians before; the second measures the field of a
-finished run of density or tabular. The variances are of the trace at points along trajectories, and
-of the log-density that a solve computes from it (with noise fixed within a solve). The times are of
-a loss and its gradient through one evaluation of a field with two layers of width 256 at batch 512,
-as ratios to the time with one Hutchinson probe.
+The first command trains a field on a mixture of Gaussians and measures it; the second measures the
+field of a finished run of density or tabular. The variances are of the trace at points along
+trajectories, and of the log-density that a solve computes from it (with noise fixed within a
+solve). The times are of a loss and its gradient through one evaluation of a field with two layers
+of width 256 at batch 512, as ratios to the time with one Hutchinson probe.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import MAX_WIDTH, Points, Range, Settings, Steps, Whole, Widths
-from experiments._tasks.pretrained import train_quickly
+from experiments._tasks.pretrained import train_by_likelihood
 from experiments._tasks.tables import TableRun
 from jcnf import (
     CNF,
@@ -81,12 +81,12 @@ class Estimators(Experiment):
     budget: Budget = Budget()
     run: Run = Run()
 
-    def subject(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
+    def flow_and_points(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
         """Return the flow to measure and points (n, dim) at its data end."""
         draw, seed = mixture(self.dim), self.run.seed
         field = fields.MLP(self.dim, (128, 128), time="concat", key=jr.key(seed))
         flow = CNF(field, distributions.StandardNormal(self.dim))
-        return train_quickly(flow, draw, self.steps, seed), draw(key, self.budget.points)
+        return train_by_likelihood(flow, draw, self.steps, seed), draw(key, self.budget.points)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class UseEstimators(Experiment):
     def trace(self) -> None:
         TableRun.load(self.from_run).require_all_columns("this measurement")
 
-    def subject(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
+    def flow_and_points(self, key: Key[Array, ""]) -> tuple[Flow, Array]:
         """Return the run's flow and samples (n, dim) of it."""
         flow = TableRun.load(self.from_run).flow
         return flow, jnp.asarray(evaluate.sample(flow, key, self.budget.points).x[-1])
@@ -155,7 +155,7 @@ def log_prob_variance(flow: Flow, x: Array, strategy: Estimator, keys: Array) ->
 def variances(settings: Estimators | UseEstimators) -> dict[str, Any]:
     """Measure both variances for each strategy and number of products."""
     seed = jr.key(settings.run.seed)
-    flow, x = settings.subject(jr.fold_in(seed, 2))
+    flow, x = settings.flow_and_points(jr.fold_in(seed, 2))
     times = jnp.linspace(0.0, flow.bijection.t1, len(x))
     paths = evaluate.trajectory(flow, x, times[::-1]).x[::-1]
     along = jnp.asarray(paths[np.arange(len(x)), np.arange(len(x))])

@@ -18,11 +18,16 @@ from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run, Training
 from experiments._runner.fields import FlowSettings
 from experiments._runner.metrics_log import MetricsLog
-from experiments._runner.objectives import Finetuning, Likelihood, Matching, NoFinetuning
-from experiments._runner.objectives import FlowMatching as FlowMatchingObjective
+from experiments._runner.objectives import (
+    Finetuning,
+    FlowMatching,
+    Likelihood,
+    Matching,
+    NoFinetuning,
+)
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Positive, Range
-from experiments._runner.stages import drawing, step_seconds, train_stages
+from experiments._runner.stages import fresh_batches, step_seconds, train_stages
 from experiments._tasks.density2d import PlaneMeasure, ToyFlow, ToyName
 from experiments._tasks.figures import mmd_of
 from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
@@ -43,7 +48,7 @@ Method = Literal["likelihood", "flow_matching", "transport", "finetuned", "splin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatching(Experiment):
+class MethodComparison(Experiment):
     """A toy density, a flow, the methods that train it, and their budgets of time."""
 
     # toy density
@@ -74,9 +79,9 @@ class FlowMatching(Experiment):
         if PEER in self.methods:
             require_flowjax()
         for method in {*METHODS} & {*self.methods}:
-            self.of(method, 1, 1).trace_objectives(2)
+            self.for_method(method, 1, 1).trace_objectives(2)
 
-    def of(self, method: str, steps: int, finetune_steps: int = 0) -> ToyFlow:
+    def for_method(self, method: str, steps: int, finetune_steps: int = 0) -> ToyFlow:
         """Return the settings of one training."""
         training = dataclasses.replace(self.training, steps=steps)
         objective = self.likelihood
@@ -92,14 +97,12 @@ class FlowMatching(Experiment):
                     finetune_steps=finetune_steps,
                     finetune_learning_rate=self.finetune_learning_rate,
                 )
-            objective = FlowMatchingObjective(
-                matching=self.matching, coupling=coupling, finetune=finetuning
-            )
+            objective = FlowMatching(matching=self.matching, coupling=coupling, finetune=finetuning)
         parts = {"flow": self.flow, "measure": self.measure, "run": self.run}
         return ToyFlow(objective=objective, training=training, **parts)
 
 
-def run(settings: FlowMatching) -> None:
+def run(settings: MethodComparison) -> None:
     """Train by each method for each budget, measure the flows, and draw gap against seconds."""
     density = toy(settings.data)
     run_dir = RunDir("flow_matching", settings)
@@ -143,17 +146,19 @@ def run(settings: FlowMatching) -> None:
 Measure = Callable[[float, Any], tuple[np.ndarray, dict[str, float]]]
 
 
-def ours(settings: FlowMatching, density: Toy, method: str) -> Measure:
+def ours(settings: MethodComparison, density: Toy, method: str) -> Measure:
     """Return `measure(budget, test) -> (log-densities, figures)` for our flow, by `method`."""
-    flow = settings.of(method, 1).make_flow(2)
+    flow = settings.for_method(method, 1).make_flow(2)
     test_solve = settings.measure.make_solve()
-    quick = dataclasses.replace(test_solve, rtol=SAMPLING_TOLERANCE, atol=SAMPLING_TOLERANCE)
-    draw_of = drawing(density.sample)
+    sampling_solve = dataclasses.replace(
+        test_solve, rtol=SAMPLING_TOLERANCE, atol=SAMPLING_TOLERANCE
+    )
+    make_draw = fresh_batches(density.sample)
 
     def seconds_of(method):
         steps = 20 if method == "likelihood" else 200
-        first, *_ = settings.of(method, 2 * steps).make_stages()
-        seconds = step_seconds(flow, first, draw_of, steps)
+        first, *_ = settings.for_method(method, 2 * steps).make_stages()
+        seconds = step_seconds(flow, first, make_draw, steps)
         return seconds * (LIKELIHOOD_STEP_GROWTH if method == "likelihood" else 1)
 
     first_seconds = seconds_of(method)
@@ -163,11 +168,11 @@ def ours(settings: FlowMatching, density: Toy, method: str) -> Measure:
     def measure(budget, test):
         steps = max(1, round((1 - share) * budget / first_seconds))
         finetune_steps = round(share * budget / finetune_seconds)
-        stages = settings.of(method, steps, finetune_steps).make_stages()
-        trained = train_stages(flow, stages, draw_of, seed=settings.run.seed)
+        stages = settings.for_method(method, steps, finetune_steps).make_stages()
+        trained = train_stages(flow, stages, make_draw, seed=settings.run.seed)
         scores = evaluate.log_prob(trained.flow, test, solve=test_solve)
         key, noise_key = jr.split(jr.fold_in(jr.key(settings.run.seed), 3))
-        samples = evaluate.sample(trained.flow, key, MMD_POINTS, solve=quick)
+        samples = evaluate.sample(trained.flow, key, MMD_POINTS, solve=sampling_solve)
         fresh = density.sample(noise_key, MMD_POINTS)
         return scores.log_prob, {
             "seconds": trained.seconds,
@@ -182,7 +187,7 @@ def ours(settings: FlowMatching, density: Toy, method: str) -> Measure:
     return measure
 
 
-def peer(settings: FlowMatching, density: Toy) -> Measure:
+def peer(settings: MethodComparison, density: Toy) -> Measure:
     """Return `measure(budget, test) -> (log-densities, figures)` for a neural spline flow."""
 
     def measure(budget, test):
@@ -199,4 +204,4 @@ def peer(settings: FlowMatching, density: Toy) -> Measure:
 
 
 if __name__ == "__main__":
-    main(run, FlowMatching)
+    main(run, MethodComparison)

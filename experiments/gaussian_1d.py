@@ -82,15 +82,15 @@ def run(settings: Gaussian1D) -> None:
     truth = ScaledNormal(1, STD, MEAN)
     points = truth.sample(jr.fold_in(jr.key(settings.data_seed), 3), settings.points)
     test_key, sample_key = jr.split(jr.fold_in(jr.key(settings.run.seed), 2))
-    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
         settings.make_flow(1),
-        draw_of=training.draw_rows,
+        make_draw=training.draw_rows,
         data=points,
         # Validation is on the training points: there are no others.
-        validate=lambda flow: evaluate.log_prob(flow, points, solve=quick).nll,
+        validate=lambda flow: evaluate.log_prob(flow, points, solve=val_solve).nll,
         score="train_nll",
     )
     flow = fitted.flow

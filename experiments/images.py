@@ -24,7 +24,7 @@ from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
 from experiments._runner.fields import Activation, TimeLayer
 from experiments._runner.flow_config import FlowExperiment
-from experiments._runner.objectives import ChainLikelihood, GuidedFlowMatching, choice
+from experiments._runner.objectives import ChainLikelihood, GuidedFlowMatching
 from experiments._runner.settings import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -33,6 +33,7 @@ from experiments._runner.settings import (
     Range,
     Settings,
     Width,
+    choice,
 )
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
@@ -45,7 +46,7 @@ CLASSES = 10
 
 Shape = tuple[int, int, int]
 Channels = Annotated[tuple[int, ...], Range(1, MAX_WIDTH, 1, MAX_LAYERS)]
-Places = Annotated[int, Range(1, 100)]
+SmallCount = Annotated[int, Range(1, 100)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +89,9 @@ class MultiscaleFlow(Settings):
 
     field: Annotated[Conv, choice("field:conv")] | Annotated[UNet, choice("field:unet")] = Conv()
     # scales; after each but the last the image is squeezed and half of the channels leave the flow
-    scales: Places = 1
+    scales: SmallCount = 1
     # ODEs in a row at each place within a scale
-    blocks: Places = 1
+    blocks: SmallCount = 1
     # alpha of the logit of pixels, logit(alpha + (1 - 2 alpha) x)
     alpha: Annotated[float, Range(1e-7, math.nextafter(0.5, 0))] = 0.05
     t1: ClassVar[float] = 1.0  # of each ODE
@@ -155,7 +156,7 @@ class EstimatedDivergence(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMeasure(ImageMeasure):
-    """Measuring."""
+    """Held-out numbers."""
 
     test_divergence: (
         Annotated[ExactDivergence, choice("test-divergence:exact")]

@@ -3,7 +3,7 @@
     python -m experiments.imputation --data table.csv --missing-rate 0.2
     python -m experiments.imputation use --from RUN_DIR
 
-The first trains a density of the table before, in the folder density of its run directory; the
+The first command trains a density of the table, in the folder density of its run directory; the
 second uses a finished run of density or tabular. To fill in entries that are really missing, use
 `experiments.density use --impute`.
 """

@@ -23,10 +23,9 @@ from tyro.conf import arg
 
 from experiments._runner.cli import main
 from experiments._runner.config import Experiment, Run, check_reachable
-from experiments._runner.objectives import choice
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
-from experiments._runner.settings import Count, NonNegative, Positive, Settings
-from experiments._tasks.image_data import held_out, some
+from experiments._runner.settings import Count, NonNegative, Positive, Settings, choice
+from experiments._tasks.image_data import held_out, pick_rows
 from experiments._tasks.images import ImageExperiment, one_hot
 from jcnf import evaluate, plot
 from jcnf._checks import InputError
@@ -109,7 +108,7 @@ def run(settings: Inpaint) -> None:
     root = jr.fold_in(jr.key(settings.run.seed), 6)
     truth_key, start_key, noise_key, spread_key, score_key, key = jr.split(root, 6)
     truth = held_out(images.test, images.levels, settings.count, truth_key)
-    rows = some(len(images.test), settings.count)
+    rows = pick_rows(len(images.test), settings.count)
     known = jnp.asarray(inpaint.half(images.shape, settings.known))
     context = one_hot(images, "test", trained.classes, rows)
     # Start covered halves from samples of the flow, where its density is neither 0 nor flat.
@@ -132,7 +131,8 @@ def run(settings: Inpaint) -> None:
     filled: Any = fill(log_prob, there(start), known, key, keep=settings.stages, scale=scale)
     ends = [jnp.where(known[None], truth, back(x)) for x in filled.x]
 
-    def mean_log_prob(x):  # of pixels, with fresh noise
+    def mean_log_prob(x):
+        """Return the mean log-density of pixels, with fresh noise of the divergence."""
         scored = evaluate.log_prob(
             flow,
             x,

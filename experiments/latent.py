@@ -32,12 +32,12 @@ from jaxtyping import Array, Float, Key
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
 from experiments._runner.fields import TimeLayer
-from experiments._runner.loop import FitResult, fit
+from experiments._runner.loop import RunResult, fit
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import MAX_LAYERS, MAX_WIDTH, Range, Settings, Steps, Width
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
-from experiments._tasks.vae_figures import Measured, draw
+from experiments._tasks.vae_figures import MeasuredVAE, draw
 from jcnf import evaluate, fields, objectives, training
 from jcnf.data.images import load_images
 from jcnf.evaluate import standard_error
@@ -82,7 +82,7 @@ class PosteriorField(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ELBOMeasure(Measure):
-    """Measuring."""
+    """Held-out numbers."""
 
     # number of samples of z for each test image
     samples: Steps = 128
@@ -121,7 +121,7 @@ class Latent(LoopExperiment):
         self.solve.check_interval(1.0)
         self.make_stages()
 
-    def of_seed(self, seed: int, folder: Path) -> "Latent":
+    def for_seed(self, seed: int, folder: Path) -> "Latent":
         """Return the settings of one seed, whose run directory is a subfolder."""
         out = folder / f"seed{seed}"
         return dataclasses.replace(self, run=dataclasses.replace(self.run, seed=seed, out=out))
@@ -154,7 +154,7 @@ class Latent(LoopExperiment):
         last = jax.tree.map(jnp.zeros_like, field.layers[-1])
         return ODE(eqx.tree_at(lambda field: field.layers[-1], field, last))
 
-    def draw_of(self, num: int | None) -> DrawBatch:
+    def make_draw(self, num: int | None) -> DrawBatch:
         """Return a function that draws batches of `num` images; None for all."""
         rows = training.draw_rows(num)
 
@@ -185,9 +185,9 @@ def run(settings: Latent) -> None:
     run_dir = RunDir("latent", settings)
     solve = settings.measure.make_solve()
     seeds = range(settings.run.seed, settings.run.seed + settings.seeds)
-    found: list[dict[str, Measured]] = []
+    found: list[dict[str, MeasuredVAE]] = []
     for seed in seeds:
-        one = settings.of_seed(seed, run_dir.path)
+        one = settings.for_seed(seed, run_dir.path)
         fits = train_models(one, images, run_dir)
         key = jr.fold_in(jr.key(seed), 2)
         print(f"seed {seed}: bounds by {settings.measure.samples} samples of z per image")
@@ -196,7 +196,7 @@ def run(settings: Latent) -> None:
             samples = evaluate.elbo(
                 fitted.flow, images["test"], key, samples=settings.measure.samples, solve=solve
             )
-            found[-1][name] = Measured(fitted, samples)
+            found[-1][name] = MeasuredVAE(fitted, samples)
             print(f"{name}: ELBO {np.mean(samples.elbo):.3f}")
     metrics = {name: value for model in MODELS for name, value in figures_of(model, found)}
     for pair in PAIRS:
@@ -223,12 +223,12 @@ def binarized(key: Key[Array, ""], images: Float[Array, "n dim"]) -> Float[Array
     return jr.bernoulli(key, images).astype(images.dtype)
 
 
-def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> dict[str, FitResult]:
+def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> dict[str, RunResult]:
     """Train the four models of one seed, each in its own run directory."""
     dim = images["train"].shape[1]
     key = jr.fold_in(jr.key(settings.run.seed), 3)
-    folder, quick = settings.run.out, settings.measure.make_validation_solve()
-    assert folder is not None  # set by `of_seed`
+    folder, val_solve = settings.run.out, settings.measure.make_validation_solve()
+    assert folder is not None  # set by `for_seed`
 
     def trained(name, model, make_vae=lambda model: model):
         """Train `model`, from which `make_vae` makes the VAE that the result holds."""
@@ -238,7 +238,11 @@ def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> d
 
         def validate(model):
             found = evaluate.elbo(
-                make_vae(model), images["val"], key, samples=VALIDATION_SAMPLES, solve=quick
+                make_vae(model),
+                images["val"],
+                key,
+                samples=VALIDATION_SAMPLES,
+                solve=val_solve,
             )
             return -float(np.mean(found.elbo))
 
@@ -254,7 +258,7 @@ def train_models(settings: Latent, images: dict[str, Array], whole: RunDir) -> d
             run_dir,
             own,
             model,
-            own.draw_of,
+            own.make_draw,
             images["train"],
             validate,
             score=SCORE,
@@ -283,12 +287,12 @@ def refined_by(model: VAE, refine: ODE) -> VAE:
     return eqx.tree_at(lambda model: model.posterior, model, posterior)
 
 
-def mean_of(model: str, found: list[dict[str, Measured]], figure: Callable) -> float:
+def mean_of(model: str, found: list[dict[str, MeasuredVAE]], figure: Callable) -> float:
     """Mean over seeds of a figure of one model."""
     return float(np.mean([figure(each[model]) for each in found]))
 
 
-def figures_of(model: str, found: list[dict[str, Measured]]) -> Iterator[tuple[str, float]]:
+def figures_of(model: str, found: list[dict[str, MeasuredVAE]]) -> Iterator[tuple[str, float]]:
     """Yield names and means over seeds of a model's figures; bounds are in nats per image."""
     figures = {
         "elbo": lambda m: np.mean(m.samples.elbo),
@@ -310,7 +314,7 @@ def iwae(samples: evaluate.ELBOSamples) -> np.ndarray:
 
 
 def gains(
-    model: str, other: str, found: list[dict[str, Measured]], seeds: Iterable[int]
+    model: str, other: str, found: list[dict[str, MeasuredVAE]], seeds: Iterable[int]
 ) -> dict[str, float]:
     """Mean differences of two models' bounds, paired by image, nats, with standard errors."""
     result = {}

@@ -57,12 +57,12 @@ class NoSolves(Measure):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NICEPlaneMeasure(NoSolves, PlaneMeasure):
-    """Measuring and drawing."""
+    """Held-out numbers and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NICEImageMeasure(NoSolves, ImageMeasure):
-    """Measuring."""
+    """Held-out numbers."""
 
 
 class NICEExperiment(LoopExperiment):
@@ -139,10 +139,10 @@ def run(settings: PlaneNICE | ImageNICE) -> None:
     key = jr.fold_in(jr.key(settings.run.seed), 3)
     points = settings.make_density().sample(key, settings.measure.test_points)
 
-    def also(flow):
+    def more_metrics(flow):
         return {"inverse_error": evaluate.roundtrip_error(flow, points)}
 
-    learn("nice", settings, settings.make_flow(2), also=also)
+    learn("nice", settings, more_metrics)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ import jax.random as jr
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
 from experiments._runner.fields import FlowSettings, Potential
-from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
 from experiments._tasks import figures
-from experiments._tasks.density2d import PlaneExperiment, PlaneMeasure, ToyName, learn
+from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, ToyName, learn
 from jcnf import Exact, Flow, evaluate, regularizers, transform
 from jcnf.data.toys import Toy, toy
 
@@ -38,7 +37,7 @@ class PotentialFlow(FlowSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OTFlow(FlowExperiment, PlaneExperiment):
+class OTFlow(PlaneFlow):
     """A toy density, and a potential whose gradient carries the base to it."""
 
     # toy density
@@ -54,17 +53,13 @@ class OTFlow(FlowExperiment, PlaneExperiment):
     loop: Loop = Loop(log_every=50, validate_every=250)
     run: Run = Run()
 
-    def trace(self) -> None:
-        self.trace_objectives(2)
-
     def make_density(self) -> Toy:
         return toy(self.data)
 
 
 def run(settings: OTFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    also = functools.partial(transport_figures, settings)
-    learn("ot_flow", settings, settings.make_flow(2), also=also)
+    learn("ot_flow", settings, functools.partial(transport_figures, settings))
 
 
 def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:
@@ -86,7 +81,7 @@ def transport_figures(settings: OTFlow, flow: Flow) -> dict[str, float]:
     )(x)
     known = jnp.where(jnp.any(ended.stats.failed), jnp.nan, 1.0)
     cost = known * jnp.mean(ended.regularizers["kinetic"])
-    distance = jnp.mean(jnp.sum((ended.x - x) ** 2, axis=1))
+    distance = jnp.mean(jnp.sum((ended.value - x) ** 2, axis=1))
     samples = evaluate.sample(flow, keys[1], MMD_POINTS, solve=solve)
     fresh = density.sample(keys[2], MMD_POINTS)
     return {

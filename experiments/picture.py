@@ -15,7 +15,7 @@ from experiments._runner.config import Loop, Run, Training
 from experiments._runner.fields import FlowSettings, ResNet
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.settings import MAX_WIDTH, Range
-from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, learn_flow
+from experiments._tasks.density2d import PlaneFlow, PlaneMeasure, learn
 from jcnf.data.images import MAX_SIDE, image_density, read_image_file, render_text
 from jcnf.data.toys import Toy
 
@@ -54,7 +54,7 @@ class Picture(PlaneFlow):
 
 def run(settings: Picture) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    learn_flow("picture", settings)
+    learn("picture", settings)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 
 from experiments._runner.cli import main
-from experiments._runner.config import Measure, Run, Training
+from experiments._runner.config import PointMeasure, Run, Training
 from experiments._runner.fields import FlowSettings
 from experiments._runner.flow_config import FlowExperiment
 from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.run_dir import RunDir, load_flow
 from experiments._runner.settings import Points, Range, Steps
-from experiments._runner.stages import drawing, train_stages
+from experiments._runner.stages import fresh_batches, train_stages
 from experiments._tasks.density2d import ToyFlow, ToyName
 from experiments._tasks.figures import mmd_of
 from jcnf import Flow, Solve, evaluate, objectives, plot, training
@@ -37,7 +37,6 @@ FRAMES = 21
 PARTICLES = 300
 # Samples count as good as data up to this multiple of the MMD of two samples of the data.
 GOOD_MMD_RATIO = 1.5
-
 
 EulerSteps = Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)]
 
@@ -55,24 +54,14 @@ class Reflow(FlowExperiment):
     # training steps on these pairs
     reflow_steps: Steps = 4000
     # numbers of Euler steps to sample with
-    euler_steps: Annotated[tuple[int, ...], Range(1, 100_000, min_length=1)] = (
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-        64,
-    )
+    euler_steps: EulerSteps = (1, 2, 4, 8, 16, 32, 64)
     # samples for the maximum mean discrepancy (MMD)
     mmd_points: Points = 10_000
-    # fresh points for the held-out gaps
-    test_points: Points = 20_000
 
     objective: Objective = FlowMatching()
     flow: FlowSettings = FlowSettings()
     training: Training = Training()
-    measure: Measure = Measure()
+    measure: PointMeasure = PointMeasure(test_points=20_000)
     run: Run = Run()
 
     def check(self) -> None:
@@ -95,13 +84,13 @@ def run(settings: Reflow) -> None:
     original = original or trained_flow(settings)
     print(f"joining {settings.pairs} pairs")
     joined = evaluate.sample(original, keys[0], settings.pairs, solve=solve)
-    arrived = ~joined.failed
-    if arrived.sum() < 2:
+    solved = ~joined.failed
+    if solved.sum() < 2:
         raise InputError(
             f"the solve failed for {joined.failures} of {settings.pairs} pairs: give a smaller "
             "--learning-rate or --clip, or a looser --test-tolerance"
         )
-    pairs = (jnp.asarray(joined.x[0][arrived]), jnp.asarray(joined.x[-1][arrived]))
+    pairs = (jnp.asarray(joined.x[0][solved]), jnp.asarray(joined.x[-1][solved]))
     objective = functools.partial(objectives.rectified, time=data_biased)
     stage = settings.training.make_stage(objective, None, steps=settings.reflow_steps)
     rectified = train_stages(original, [stage], training.draw_rows, pairs, settings.run.seed)
@@ -129,7 +118,7 @@ def run(settings: Reflow) -> None:
             f"mmd_{name}_{n}": value for n, value in zip(settings.euler_steps, found, strict=True)
         }
         metrics[f"nfe_{name}"] = accurate.nfe
-        test = density.sample(keys[4], settings.test_points)
+        test = density.sample(keys[4], settings.measure.test_points)
         gaps = (
             np.asarray(density.log_prob(test)) - evaluate.log_prob(flow, test, solve=solve).log_prob
         )
@@ -170,7 +159,7 @@ def trained_flow(settings: Reflow) -> Flow:
     trained = train_stages(
         settings.make_flow(2),
         settings.make_stages(),
-        drawing(density.sample),
+        fresh_batches(density.sample),
         seed=settings.run.seed,
     )
     print(f"trained in {trained.seconds:.1f} s")

@@ -17,7 +17,7 @@ from experiments._runner.config import Loop, Training
 from experiments._runner.fields import MLP, FlowSettings
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
-from experiments._tasks.density2d import PlaneMeasure, ToyFlow, learn_flow
+from experiments._tasks.density2d import PlaneMeasure, ToyFlow, learn
 
 SETTINGS = ToyFlow(
     data="6gaussians",
@@ -31,7 +31,7 @@ SETTINGS = ToyFlow(
 
 def run(settings: ToyFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    learn_flow("six_gaussians", settings)
+    learn("six_gaussians", settings)
 
 
 if __name__ == "__main__":

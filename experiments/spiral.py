@@ -21,7 +21,6 @@ from experiments._runner.cli import main
 from experiments._runner.config import Loop, LoopExperiment, Measure, Run, Training
 from experiments._runner.fields import MLP
 from experiments._runner.loop import fit
-from experiments._runner.objectives import choice
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import (
     MAX_COUNT,
@@ -31,10 +30,11 @@ from experiments._runner.settings import (
     Range,
     Settings,
     Whole,
+    choice,
 )
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
-from experiments._tasks.series import SCORE, Learner, SpiralName, root_mean_square
+from experiments._tasks.series import SCORE, LearnedSeries, SpiralName, root_mean_square
 from jcnf import objectives, plot, training
 from jcnf._checks import InputError
 from jcnf.data.series import Series, load_series, spiral
@@ -98,9 +98,9 @@ class Windows(Settings):
     rows: Points = 32
 
     def check(self) -> None:
-        self.draw_of(1)
+        self.make_draw(1)
 
-    def draw_of(self, num: int | None) -> training.DrawBatch:
+    def make_draw(self, num: int | None) -> training.DrawBatch:
         """Return a function that draws `num` windows, or with None the longest from each row."""
         return objectives.sample_windows(
             num, shortest=self.shortest, longest=self.longest, rows=self.rows
@@ -152,20 +152,20 @@ def run(settings: Spiral) -> None:
         )
     settings.solve.check_interval(max(settings.windows.longest, gap))
     run_dir = RunDir("spiral", settings)
-    learner = Learner(
+    learner = LearnedSeries(
         run_dir,
         series,
         held_out=settings.data.held_out,
-        draw_all=settings.windows.draw_of(None),
+        draw_all=settings.windows.make_draw(None),
         solve=settings.measure.make_solve(),
-        quick=settings.measure.make_validation_solve(),
+        val_solve=settings.measure.make_validation_solve(),
     )
     key = jr.fold_in(jr.key(settings.run.seed), 0)
     fitted = fit(
         run_dir,
         settings,
         settings.field.make(series.values.shape[1], 0, key),
-        draw_of=settings.windows.draw_of,
+        make_draw=settings.windows.make_draw,
         data=learner.data,
         validate=learner.validate,
         score=SCORE,

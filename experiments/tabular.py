@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from experiments._runner.cli import main
 from experiments._runner.config import Loop, Run, Training
 from experiments._runner.fields import FlowSettings
-from experiments._runner.objectives import FlowMatching, Objective, choice
-from experiments._runner.settings import Range
+from experiments._runner.objectives import FlowMatching, Objective
+from experiments._runner.settings import Range, choice
 from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
 from experiments._tasks.tables import (
     FLOW,

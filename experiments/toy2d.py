@@ -7,12 +7,12 @@ The gap is the held-out NLL minus that of the true density, which is known.
 """
 
 from experiments._runner.cli import main
-from experiments._tasks.density2d import ToyFlow, learn_flow
+from experiments._tasks.density2d import ToyFlow, learn
 
 
 def run(settings: ToyFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    learn_flow("toy2d", settings)
+    learn("toy2d", settings)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from experiments._runner.config import Loop, Training
 from experiments._runner.fields import FlowSettings, Normal, Planar
 from experiments._runner.objectives import Likelihood
 from experiments._runner.solves import TrainingSolve
-from experiments._tasks.density2d import ToyFlow, learn_flow
+from experiments._tasks.density2d import ToyFlow, learn
 
 SETTINGS = ToyFlow(
     data="2circles",
@@ -31,7 +31,7 @@ SETTINGS = ToyFlow(
 
 def run(settings: ToyFlow) -> None:
     """Train the flow, measure it on fresh points, and draw the figures."""
-    learn_flow("two_circles", settings)
+    learn("two_circles", settings)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ ORDER = [
 # These import no other parts than `_checks`.
 ALONE = ("data", "plot")
 FILES = sorted((ROOT / "jcnf").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 HEAVY = ["matplotlib", "PIL", "sklearn", "pandas", "tyro", "tqdm", "ott"]
 HEAVY += ["distrax", "tensorflow_probability", "experiments"]
 
@@ -56,6 +57,17 @@ def test_imports_go_downwards(path):
     used = {name.split(".")[1] for name in names if name.startswith("jcnf.")}
     assert used <= allowed, f"{path} imports {used - allowed}"
     assert not [name for name in names if name.split(".")[0] in ("experiments", "tests")]
+
+
+@pytest.mark.parametrize(
+    "path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "experiments"))
+)
+def test_no_experiment_imports_another(path):
+    names = [name.split(".") for name in imported(path)]
+    used = {name[1] for name in names if name[0] == "experiments" and len(name) > 1}
+    here = path.relative_to(ROOT / "experiments").parts[0]
+    shared = {"_runner": {"_runner"}, "_tasks": {"_runner", "_tasks"}}
+    assert used <= shared.get(here, {"_runner", "_tasks", "bench"})
 
 
 def test_diffrax_and_distrax_have_their_place():

@@ -27,7 +27,8 @@ def parse(
     `settings` is a class of settings, an instance that gives the defaults, or a mapping from names
     to either. If the first word is one of these names it chooses; otherwise the first name does.
 
-    Flags need no prefix and may stand in any order, before and after choices such as `field:mlp`.
+    Flags need no prefix and may stand in any order, those of a choice such as `field:mlp` anywhere
+    after it.
     """
     if isinstance(settings, Mapping):
         names = ", ".join(settings)
@@ -80,14 +81,14 @@ def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] 
             raise
         sys.exit(_fail("error: out of memory: lower --batch, --widths or the number of rows", 2))
     except OSError as error:
-        place = error.filename or config.run.out or "a file"
-        message = f"error: {place}: {error.strerror or error}"
-        sys.exit(_fail(f"{message}: free some space or use another path; {_going_on(config)}", 2))
+        path = error.filename or config.run.out or "a file"
+        hint = f"free some space or use another path; {_resume_hint(config)}"
+        sys.exit(_fail(f"error: {path}: {error.strerror or error}: {hint}", 2))
     except Stopped as stop:
-        sys.exit(_fail(str(stop) or f"stopped: {_going_on(config)}", 128 + stop.number))
+        sys.exit(_fail(str(stop) or f"stopped: {_resume_hint(config)}", 128 + stop.number))
 
 
-def _going_on(config):
+def _resume_hint(config):
     """Return a hint on how to resume a run that was cut short."""
     if isinstance(config, LoopExperiment):
         return "resume from the last checkpoint with --resume --out RUN_DIRECTORY"

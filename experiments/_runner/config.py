@@ -145,7 +145,7 @@ class Loop(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measure(Settings):
-    """Measuring: the solves for held-out numbers and samples."""
+    """Held-out numbers and samples: their solves."""
 
     # relative and absolute tolerance for held-out numbers and samples
     test_tolerance: Positive = 1e-5
@@ -166,7 +166,7 @@ class Measure(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PointMeasure(Measure):
-    """Measuring: the solves for held-out numbers and samples, and the number of points."""
+    """Held-out numbers and samples: their solves, and the number of points."""
 
     # number of fresh points to measure (in each class, if there are classes)
     test_points: Points = 10_000
@@ -214,7 +214,7 @@ class LoopExperiment(Experiment):
         if self.loop.resume and self.run.out is None:
             raise ValueError("--resume needs --out: give the run directory to resume")
         if not (self.training.lbfgs_batch or self.has_table):
-            raise ValueError("--lbfgs-batch must be at least 1, because the data are no table")
+            raise ValueError("--lbfgs-batch must be at least 1, because the data are not a table")
 
     def make_mesh(self) -> Mesh | None:
         mesh = self.loop.make_mesh()

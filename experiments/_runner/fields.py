@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from experiments._runner.objectives import choice
-from experiments._runner.settings import Positive, Range, Settings, Width, Widths
+from experiments._runner.settings import Positive, Range, Settings, Width, Widths, choice
 from jcnf import CNF, Flow, distributions, fields
 
 Activation = Literal["tanh", "softplus", "silu", "elu", "sine", "identity", "logcosh"]

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from experiments._runner.config import LoopExperiment
 from experiments._runner.recorder import Recorder, digest_of
 from experiments._runner.run_dir import RunDir
-from experiments._runner.signals import Waiting
-from experiments._runner.stages import DrawOf, Stage, stage_key
+from experiments._runner.signals import DelayedSignals
+from experiments._runner.stages import MakeDraw, Stage, stage_key
 from jcnf import sharding
 from jcnf._checks import InputError
 from jcnf.training.checkpoint_manager import CheckpointManager
 
 
-class FitResult(NamedTuple):
+class RunResult(NamedTuple):
     """The result of a training."""
 
     flow: Any  # the model with the averaged parameters of the best validation
@@ -35,12 +35,12 @@ def fit(
     run: RunDir,
     settings: LoopExperiment,
     model: Any,
-    draw_of: DrawOf,
+    make_draw: MakeDraw,
     data: Any,
     validate: Callable[[Any], float],
     score: str = "val_nll",
     stages: list[Stage] | None = None,
-) -> FitResult:
+) -> RunResult:
     """Train through `stages` (by default those of the settings), or resume the run's checkpoint.
 
     `validate(model)` returns a held-out figure, lower when better, that the log calls `score`: an
@@ -56,12 +56,15 @@ def fit(
     every = loop.checkpoint_every
     if sharding.any_process(digest != sharding.on_process_zero(lambda: digest)):
         raise InputError("the processes have read different data: give each of them the same files")
-    with Waiting() as signals, CheckpointManager(run.checkpoints, loop.keep_checkpoints) as manager:
+    with (
+        DelayedSignals() as signals,
+        CheckpointManager(run.checkpoints, loop.keep_checkpoints) as manager,
+    ):
         recorder = Recorder(run, model, stages, digest, score, every, manager, signals)
-        for number in range(recorder.place.stage, len(stages)):
+        for number in range(recorder.run_state.stage, len(stages)):
             result = stages[number].fit(
                 model,
-                draw_of,
+                make_draw,
                 data,
                 stage_key(settings.run.seed, number),
                 start=recorder.snapshot,
@@ -83,5 +86,5 @@ def fit(
         "checkpoint_stall_s": manager.stalled,
     }
     best = end.lowest if math.isfinite(end.lowest) else math.nan
-    rollbacks = len(recorder.place.rollbacks)
-    return FitResult(results[-1].flow, best, records, recorder.skipped, rollbacks, timing)
+    rollbacks = len(recorder.run_state.rollbacks)
+    return RunResult(results[-1].flow, best, records, recorder.skipped, rollbacks, timing)

@@ -5,10 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from tyro.conf import subcommand
-
 from experiments._runner.config import Training
-from experiments._runner.settings import NonNegative, Positive, Range, Settings, Steps
+from experiments._runner.settings import NonNegative, Positive, Range, Settings, Steps, choice
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
 from jcnf import Exact, ForwardMode, Hutchinson, objectives, regularizers
@@ -17,11 +15,6 @@ from jcnf.objectives import couplings, paths, times
 
 # Regularizers that need Jacobian-vector products with probes.
 NEED_PROBES = {"jacobian", "lambda2"}
-
-
-def choice(name: str) -> Any:
-    """Return the tyro configuration of a member of a union, chosen by the word `name`."""
-    return subcommand(name, prefix_name=False)
 
 
 Divergence = (

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from experiments._runner.metrics_log import MetricsLog, read_records
 from experiments._runner.run_dir import RunDir, versions
-from experiments._runner.signals import Stopped, Waiting
+from experiments._runner.signals import DelayedSignals, Stopped
 from experiments._runner.stages import Stage
 from jcnf import sharding
 from jcnf._checks import InputError
@@ -33,8 +33,8 @@ RATE_FACTOR, MAX_ROLLBACKS = 0.25, 4
 
 
 @dataclasses.dataclass
-class Place:
-    """What a checkpoint says beside the snapshot of its stage; JSON-able."""
+class RunState:
+    """Where a run stands, beside the snapshot of its stage; a checkpoint has it in its notes."""
 
     stage: int = 0  # index of the current stage
     first_step: int = 0  # steps taken before this stage
@@ -53,7 +53,7 @@ def digest_of(data: PyTree) -> str:
 class Recorder:
     """The callback of each stage: it logs records, saves checkpoints, and rolls back.
 
-    Training starts from `snapshot` in stage `place.stage`: those of the run's newest intact
+    Training starts from `snapshot` in stage `run_state.stage`: those of the run's newest intact
     checkpoint, or the beginning. `log` has the records so far.
 
     **Raises:** `InputError` if the checkpoints are gone, all damaged, or of another training.
@@ -68,12 +68,12 @@ class Recorder:
         score: str,
         checkpoint_every: int,
         manager: CheckpointManager,
-        signals: Waiting,
+        signals: DelayedSignals,
     ):
         self.run, self.model, self.stages, self.digest = run, model, stages, digest
         self.score, self.checkpoint_every = score, checkpoint_every
         self.manager, self.signals = manager, signals
-        self.place, self.snapshot = Place(), Snapshot.first(model, stages[0].optimizer)
+        self.run_state, self.snapshot = RunState(), Snapshot.first(model, stages[0].optimizer)
         records = read_records(run.log)
         found = manager.restore(self._like)
         if found is None:
@@ -87,7 +87,7 @@ class Recorder:
             manager.wait()
             return
         self._take(found, records)
-        if self.place.first_step + self.snapshot.recorded > 0 and not records:
+        if self.run_state.first_step + self.snapshot.recorded > 0 and not records:
             raise InputError(
                 f"{run.log} has no record, though the newest checkpoint is from step {found.step}: "
                 "restore it, or start a new run with another --out"
@@ -99,10 +99,10 @@ class Recorder:
 
     def __call__(self, progress: Progress) -> Snapshot | None:
         """Log a record, and save a checkpoint if one is due; roll back if training is stuck."""
-        place, snapshot = self.place, progress.snapshot
-        if progress.stuck and not self.stages[place.stage].fixed:
+        run_state, snapshot = self.run_state, progress.snapshot
+        if progress.stuck and not self.stages[run_state.stage].fixed:
             return self._roll_back(progress)
-        step = place.first_step + progress.step
+        step = run_state.first_step + progress.step
         metrics = {self.score if n == "score" else n: x for n, x in progress.metrics.items()}
         before = self.log.records[-1] if self.log.records else {"step": 0, "train_s": 0.0}
         taken, seconds = step - before["step"], snapshot.seconds - before["train_s"]
@@ -111,7 +111,7 @@ class Recorder:
         best = "score" in progress.metrics and snapshot.worse == 0
         due = step // self.checkpoint_every > before["step"] // self.checkpoint_every
         if best:
-            place.best_step = step
+            run_state.best_step = step
         # `end_stage` saves the last one.
         if (best or due) and snapshot.state.stuck == 0 and progress.step < progress.steps:
             self.save(snapshot)
@@ -124,44 +124,44 @@ class Recorder:
         self.save(snapshot)
         self.manager.wait()
         number = self.signals.number or signal.SIGTERM  # if another process got the signal
-        at = f"stopped at step {self.place.first_step + snapshot.step}, which is saved"
+        at = f"stopped at step {self.run_state.first_step + snapshot.step}, which is saved"
         raise Stopped(number, f"{at}: resume with {self.run.command_to_resume()}")
 
     def end_stage(self, result: FitResult) -> None:
         """Save the end of the training, or the start of its next stage from the best parameters."""
         self.snapshot = end = result.snapshot
-        if self.place.stage + 1 < len(self.stages):
-            self.place.stage += 1
-            self.place.first_step += end.step
-            start = Snapshot.first(result.flow, self.stages[self.place.stage].optimizer)
+        if self.run_state.stage + 1 < len(self.stages):
+            self.run_state.stage += 1
+            self.run_state.first_step += end.step
+            start = Snapshot.first(result.flow, self.stages[self.run_state.stage].optimizer)
             self.snapshot = start._replace(lowest=end.lowest, seconds=end.seconds)
         self.save(self.snapshot)
         self.interrupt(self.snapshot)
 
     def save(self, snapshot: Snapshot) -> None:
         """Save everything in the background; while stuck, keep the target of a rollback too."""
-        place, step = self.place, self.place.first_step + snapshot.step
-        also = set() if place.best_step is None else {place.best_step}
+        run_state, step = self.run_state, self.run_state.first_step + snapshot.step
+        also = set() if run_state.best_step is None else {run_state.best_step}
         if snapshot.state.stuck:
             sound = step - int(snapshot.state.stuck)
             also |= {*[saved for saved in self.manager.steps() if saved <= sound][-1:]}
         notes = {"versions": versions(), "config": self.run.config, "data": self.digest}
-        notes |= {"place": dataclasses.asdict(place), "snapshot": snapshot.numbers}
+        notes |= {"run_state": dataclasses.asdict(run_state), "snapshot": snapshot.numbers}
         self.manager.save(step, snapshot.arrays, notes, also=also)
 
     @property
     def skipped(self) -> int:
         """The number of updates not applied, including those before a rollback."""
-        return sum(int(each["skipped"]) for each in (*self.log.records, *self.place.rollbacks))
+        return sum(int(each["skipped"]) for each in (*self.log.records, *self.run_state.rollbacks))
 
     def _like(self, notes):
         """Return arrays with the structure of those of the checkpoint noted."""
-        place = self.run.check_notes(notes)["place"]
-        return Snapshot.first(self.model, self.stages[place["stage"]].optimizer).arrays
+        run_state = self.run.check_notes(notes)["run_state"]
+        return Snapshot.first(self.model, self.stages[run_state["stage"]].optimizer).arrays
 
     def _take(self, found: Restored, records: list[dict]) -> None:
         """Go to a restored checkpoint."""
-        self.place = Place(**found.notes["place"])
+        self.run_state = RunState(**found.notes["run_state"])
         self.snapshot = Snapshot.restored(found.tree, found.notes["snapshot"])
         self.log = MetricsLog(self.run.log, records, found.step)
         for path in found.damaged:
@@ -178,8 +178,8 @@ class Recorder:
 
         **Raises:** `InputError` if no rollback is left, with a report saved.
         """
-        stage, before, now = self.place.stage, self.place.rollbacks, progress.snapshot
-        step = self.place.first_step + progress.step
+        stage, before, now = self.run_state.stage, self.run_state.rollbacks, progress.snapshot
+        step = self.run_state.first_step + progress.step
         if len(before) == MAX_ROLLBACKS:
             self._give_up(progress)
         upto = sound = step - int(now.state.stuck)  # the last step that was not skipped
@@ -188,9 +188,9 @@ class Recorder:
         if before and not any(before[-1]["to"] < s <= sound for s in self.manager.steps()):
             upto = before[-1]["to"] - 1
         found = self.manager.restore(self._like, upto=upto)
-        if found is None or found.notes["place"]["stage"] != stage:
+        if found is None or found.notes["run_state"]["stage"] != stage:
             found = self.manager.restore(self._like, upto=sound)
-        if found is None or found.notes["place"]["stage"] != stage:
+        if found is None or found.notes["run_state"]["stage"] != stage:
             raise InputError(
                 f"no checkpoint of this stage of the training is left in {self.run.checkpoints}: "
                 f"restore one, or train the stage again with {self.run.command_to_resume()}"
@@ -199,11 +199,11 @@ class Recorder:
         back = self.snapshot
         if now.lowest < back.lowest:
             back = back._replace(best=now.best, lowest=now.lowest)
-            self.place.best_step = found.step
+            self.run_state.best_step = found.step
         rate = RATE_FACTOR ** (len(before) + 1)
         lost = int(now.state.skipped) - int(back.state.skipped)
         this = {"from": step, "to": found.step, "rate": rate, "skipped": lost}
-        self.place.rollbacks = [*before, this | {"last": progress.metrics}]
+        self.run_state.rollbacks = [*before, this | {"last": progress.metrics}]
         new = jnp.full_like(back.state.rate, rate)
         self.snapshot = back = back._replace(
             state=eqx.tree_at(lambda state: state.rate, back.state, new)
@@ -222,13 +222,13 @@ class Recorder:
         largest = max(float(jnp.max(jnp.abs(p))) for p in jax.tree.leaves(state.params))
         counts = {n: int(x) for n, x in metrics.items() if n.startswith("skipped")}
         report = {
-            "step": self.place.first_step + progress.step,
+            "step": self.run_state.first_step + progress.step,
             "steps_without_update": int(state.stuck),
             "skipped_since_record": counts,
             "last_records": self.log.records[-5:],
             "largest_parameter": largest,
             "learning_rate_factor": float(state.rate),
-            "rollbacks": self.place.rollbacks,
+            "rollbacks": self.run_state.rollbacks,
             "checkpoints": [self.manager.path(step).name for step in self.manager.steps()],
         }
         self.run.write_json(name, report)

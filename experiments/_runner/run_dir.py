@@ -40,7 +40,7 @@ S = TypeVar("S", bound=Experiment)
 
 
 class RunDir:
-    """The directory of a new run or, with `resume`, of an unfinished one.
+    """The directory of a new run or, with --resume, of an unfinished one.
 
     A run may be `part_of` another one, whose command line then resumes both.
 
@@ -48,7 +48,7 @@ class RunDir:
     temporary copy that is deleted at the end, so that they need no shared file system.
 
     **Raises:** `InputError` if the directory holds a finished run, an unfinished one without
-    `resume`, or one with other settings; if it is in use; or if it cannot be written.
+    --resume, or one with other settings; if it is in use; or if it cannot be written.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class RunDir:
 
         **Raises:** `InputError` that names what differs.
         """
-        parts = ("versions", "config", "place", "snapshot")
+        parts = ("versions", "config", "run_state", "snapshot")
         if not all(isinstance(notes.get(part), dict) for part in parts):
             raise InputError(
                 f"a file in {self.checkpoints} is not a checkpoint of a training: "

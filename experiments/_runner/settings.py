@@ -1,4 +1,4 @@
-"""What all settings share: limits of single values, and their form in JSON.
+"""What all settings share: limits of single values, choices of parts, and their form in JSON.
 
 Settings are nested frozen dataclasses. Through tyro each field is a command-line flag, and the
 comment above it is its help text; where parts can be exchanged, a union of classes becomes a choice
@@ -12,6 +12,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tyro.conf import subcommand
+
 from jcnf._checks import InputError
 
 MAX_INT = 2**31 - 1
@@ -21,6 +23,11 @@ MIN_FLOAT = 1e-37  # smaller numbers underflow in float32
 def flag(name: str) -> str:
     """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def choice(name: str) -> Any:
+    """Return the tyro configuration of a member of a union, chosen by the word `name`."""
+    return subcommand(name, prefix_name=False)
 
 
 @dataclasses.dataclass(frozen=True)

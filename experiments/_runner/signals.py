@@ -21,14 +21,14 @@ def stop_at_once() -> None:
     _handle_by(_stop)
 
 
-class Waiting:
+class DelayedSignals:
     """A context in which the first signal only sets `number`; a second one raises `Stopped`."""
 
     def __init__(self):
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Waiting":
+    def __enter__(self) -> "DelayedSignals":
         self._before = _handle_by(self._note)
         return self
 

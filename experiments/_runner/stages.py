@@ -10,8 +10,8 @@ from jaxtyping import Array, Key
 from jcnf import Flow, Solve, training
 
 # Makes a function that draws batches of a given size (None for all rows of a table):
-# `jcnf.training.draw_rows`, or `drawing(sample)` for fresh samples.
-DrawOf = Callable[[int | None], training.DrawBatch]
+# `jcnf.training.draw_rows`, or `fresh_batches(sample)` for fresh samples.
+MakeDraw = Callable[[int | None], training.DrawBatch]
 
 
 class Stage(NamedTuple):
@@ -26,18 +26,18 @@ class Stage(NamedTuple):
     fixed: bool = False  # whether all steps use one batch and one noise draw, as L-BFGS needs
 
     def fit(
-        self, model: Any, draw_of: DrawOf, data: Any, key: Key[Array, ""], **settings: Any
+        self, model: Any, make_draw: MakeDraw, data: Any, key: Key[Array, ""], **settings: Any
     ) -> training.FitResult:
         """Train through this stage by `jcnf.fit`, which takes the `settings`."""
-        settings |= {"key": key, "objective": self.objective, "batch": draw_of(self.batch)}
+        settings |= {"key": key, "objective": self.objective, "batch": make_draw(self.batch)}
         settings |= {"steps": self.steps, "optimizer": self.optimizer, "solve": self.solve}
         if self.fixed:
             return training.fit_lbfgs(model, data, **settings)
         return training.fit(model, data, average=self.average, **settings)
 
 
-def drawing(sample: Callable[[Key[Array, ""], int], Any]) -> DrawOf:
-    """Return a `DrawOf` for batches of fresh samples `sample(key, num)`."""
+def fresh_batches(sample: Callable[[Key[Array, ""], int], Any]) -> MakeDraw:
+    """Return a `MakeDraw` for batches of fresh samples `sample(key, num)`."""
 
     def of(num):
         assert num is not None, "fresh samples need a batch size; got None"
@@ -61,13 +61,13 @@ class Trained(NamedTuple):
 
 
 def train_stages(
-    flow: Flow, stages: Sequence[Stage], draw_of: DrawOf, data: Any = None, seed: int = 0
+    flow: Flow, stages: Sequence[Stage], make_draw: MakeDraw, data: Any = None, seed: int = 0
 ) -> Trained:
     """Train through `stages` without a run directory or validation."""
     ends = []
     for number, stage in enumerate(stages):
         key = stage_key(seed, number)
-        result = stage.fit(flow, draw_of, data, key, validation=None, progress=False)
+        result = stage.fit(flow, make_draw, data, key, validation=None, progress=False)
         flow = result.flow
         ends.append(result.snapshot)
     return Trained(
@@ -78,9 +78,11 @@ def train_stages(
     )
 
 
-def step_seconds(flow: Any, stage: Stage, draw_of: DrawOf, steps: int, data: Any = None) -> float:
+def step_seconds(
+    flow: Any, stage: Stage, make_draw: MakeDraw, steps: int, data: Any = None
+) -> float:
     """Return the mean seconds of a step, after as many steps that are not timed."""
     settings: dict[str, Any] = {"every": steps, "validation": None, "progress": False}
     stage = stage._replace(steps=2 * steps)
-    warm, end = stage.fit(flow, draw_of, data, jr.key(0), **settings).history
+    warm, end = stage.fit(flow, make_draw, data, jr.key(0), **settings).history
     return (end["seconds"] - warm["seconds"]) / steps

@@ -17,7 +17,7 @@ from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import MAX_WIDTH, Count, Points, Range
-from experiments._runner.stages import drawing
+from experiments._runner.stages import fresh_batches
 from experiments._tasks import figures
 from jcnf import evaluate, flows, plot
 from jcnf.data.toys import Toy, toy
@@ -48,7 +48,7 @@ ToyName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneMeasure(Measure):
-    """Measuring and drawing."""
+    """Held-out numbers and figures."""
 
     # number of fresh points for the held-out NLL
     test_points: Points = 20_000
@@ -66,9 +66,14 @@ class PlaneExperiment(LoopExperiment):
     """The settings of an experiment that learns a density in the plane by the loop."""
 
     measure: PlaneMeasure
+    augment: int = 0  # number of extra dimensions
 
     def make_density(self) -> Toy:
         """Return the density to learn."""
+        raise NotImplementedError
+
+    def make_flow(self, dim: int, context_dim: int = 0) -> flows.Flow:
+        """Return the untrained flow."""
         raise NotImplementedError
 
 
@@ -76,7 +81,6 @@ class PlaneFlow(FlowExperiment, PlaneExperiment):
     """The settings of an experiment that learns a density in the plane by a CNF."""
 
     measure: PlaneMeasure
-    augment: int
 
     def trace(self) -> None:
         self.trace_objectives(2 + self.augment)
@@ -102,29 +106,17 @@ class ToyFlow(PlaneFlow):
         return toy(self.data)
 
 
-def learn_flow(
-    name: str,
-    settings: PlaneFlow,
-    also: Callable[[Any], dict[str, float]] = lambda flow: {},
-) -> None:
-    """Train the flow of the settings on their density, measure it and draw it."""
-    learn(name, settings, settings.make_flow(2 + settings.augment), also=also)
-
-
 def learn(
     name: str,
     settings: PlaneExperiment,
-    flow: flows.Flow,
-    *,
-    also: Callable[[Any], dict[str, float]] = lambda flow: {},
+    more_metrics: Callable[[Any], dict[str, float]] = lambda flow: {},
 ) -> None:
-    """Train `flow`, measure it on fresh points and draw it.
+    """Train the flow of the settings on their density, measure it on fresh points and draw it.
 
-    `also(flow)` returns further figures for the summary. Dimensions of the flow beyond two are
-    extra ones.
+    `more_metrics(flow)` returns further figures for the summary.
     """
-    density, measure, extra = settings.make_density(), settings.measure, flow.base.dim - 2
-    solve, quick = measure.make_solve(), measure.make_validation_solve()
+    density, measure, extra = settings.make_density(), settings.measure, settings.augment
+    solve, val_solve = measure.make_solve(), measure.make_validation_solve()
     run_dir = RunDir(name, settings)
     seed = jr.key(settings.run.seed)
     val_key, test_key, sample_key, plot_key = jr.split(jr.fold_in(seed, 2), 4)
@@ -146,10 +138,10 @@ def learn(
     fitted = fit(
         run_dir,
         settings,
-        flow,
-        draw_of=drawing(draw),
+        settings.make_flow(2 + extra),
+        make_draw=fresh_batches(draw),
         data=None,
-        validate=lambda flow: score(flow, validation, quick, VALIDATION_SAMPLES).nll,
+        validate=lambda flow: score(flow, validation, val_solve, VALIDATION_SAMPLES).nll,
     )
     flow = fitted.flow
     run_dir.save_flow(flow, {})
@@ -190,12 +182,12 @@ def learn(
         "nll_gap": float(np.mean(gaps)),
         "nll_gap_stderr": evaluate.standard_error(gaps),
         "entropy": density.entropy,
-        **also(flow),
+        **more_metrics(flow),
     }
     title = f"{density.name}: held-out NLL {scores.nll:.3f} nats, gap {metrics['nll_gap']:.3f}"
     true = np.asarray(density.log_prob(view.points)).reshape(view.log_prob.shape)
     with progress("drawing figures"):
-        figures.plane(
+        figures.save_density_figures(
             run_dir,
             flow,
             np.asarray(test),

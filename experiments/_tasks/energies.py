@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from experiments._runner.config import Training
 from experiments._runner.objectives import BySolves
 from experiments._runner.settings import Positive, Whole
-from experiments._runner.stages import DrawOf, Stage, drawing
+from experiments._runner.stages import MakeDraw, Stage, fresh_batches
 from jcnf import Flow, Solve, evaluate, objectives
 from jcnf._checks import InputError
 from jcnf.data import energies
@@ -61,7 +61,7 @@ class ReverseKL(BySolves):
         return stages
 
 
-class Matched(NamedTuple):
+class MatchReport(NamedTuple):
     """Measurements of how near a flow is to its target density."""
 
     metrics: dict[str, float]
@@ -82,9 +82,9 @@ def integrated(energy: Energy) -> Integral:
     return integral
 
 
-def base_samples(flow: Flow) -> DrawOf:
+def base_batches(flow: Flow) -> MakeDraw:
     """Return a function that draws batches of fresh base samples."""
-    return drawing(lambda key, num: flow.base.sample(key, num))
+    return fresh_batches(lambda key, num: flow.base.sample(key, num))
 
 
 def measure(
@@ -94,7 +94,7 @@ def measure(
     key: Key[Array, ""],
     num: int,
     solve: Solve,
-) -> Matched:
+) -> MatchReport:
     """Measure KL in both directions, effective sample size and log Z with `num` fresh samples.
 
     Mass that the flow misses is in none of its samples. So `forward_kl`, the mean under the target
@@ -113,7 +113,7 @@ def measure(
     w = np.exp(log_w - top)
     stderr = evaluate.standard_error(log_w)
     metrics = {
-        "reverse_kl": possible(float(-np.mean(log_w)), KL_STDERRS * stderr + KL_ROUNDING),
+        "reverse_kl": nan_if_negative(float(-np.mean(log_w)), KL_STDERRS * stderr + KL_ROUNDING),
         "reverse_kl_stderr": stderr,
         "forward_kl": forward_kl(report.grid, energy, integral),
         "ess": float(np.sum(w) ** 2 / (len(w) * np.sum(w**2))),
@@ -129,10 +129,10 @@ def measure(
             "flow is too stiff for its solve; train with a smaller --clip, or smaller --rtol and "
             "--atol"
         )
-    return Matched(metrics, x, report, drawn.failures, warnings)
+    return MatchReport(metrics, x, report, drawn.failures, warnings)
 
 
-def possible(kl: float, noise: float) -> float:
+def nan_if_negative(kl: float, noise: float) -> float:
     """Return an estimated KL, nats, or NaN if it is more negative than noise explains."""
     return kl if kl >= -noise else math.nan
 

@@ -14,7 +14,7 @@ FRAMES = 41
 PARTICLES = 3000
 
 
-def plane(
+def save_density_figures(
     run_dir: RunDir,
     flow: Flow,
     data: np.ndarray,
@@ -54,6 +54,6 @@ def plane(
 
 
 def mmd_of(samples: evaluate.Trajectories, fresh: Array) -> float:
-    """MMD of the samples that did not fail to `fresh` data; NaN if fewer than two are left."""
+    """Return the MMD between samples, without failed ones, and `fresh` data; NaN for too few."""
     reached = samples.x[-1][~samples.failed]
     return evaluate.mmd(jnp.asarray(reached), fresh) if len(reached) > 1 else math.nan

@@ -65,10 +65,10 @@ def dequantized_batches(levels: int, batch: int | None) -> training.DrawBatch:
 def held_out(pixels: np.ndarray, levels: int, count: int, key: Key[Array, ""]) -> Array:
     """Return `count` evenly spaced images (0 for all) as x (n, dim), with one draw of the noise."""
     return jax.jit(dequantize, static_argnums=2)(
-        key, jnp.asarray(pixels[some(len(pixels), count)]), levels
+        key, jnp.asarray(pixels[pick_rows(len(pixels), count)]), levels
     )
 
 
-def some(total: int, count: int) -> np.ndarray:
+def pick_rows(total: int, count: int) -> np.ndarray:
     """Return the indices of `count` evenly spaced rows out of `total`; 0 for all of them."""
     return evenly_spaced(total, count or total)

@@ -14,7 +14,7 @@ from experiments._runner.loop import fit
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Count, Whole
-from experiments._tasks.image_data import ImageData, dequantized_batches, held_out, some
+from experiments._tasks.image_data import ImageData, dequantized_batches, held_out, pick_rows
 from jcnf import Exact, evaluate, plot
 from jcnf._checks import InputError
 from jcnf.data.images import Images
@@ -27,7 +27,7 @@ MAX_IMAGE_ROWS = 10  # of ten images each
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageMeasure(Measure):
-    """Measuring."""
+    """Held-out numbers."""
 
     # number of test images to measure on (0 for all)
     test_images: Whole = 0
@@ -93,7 +93,7 @@ def learn_images(name: str, settings: ImageExperiment) -> None:
     def part(which, count, key):
         pixels = getattr(images, which)
         x = held_out(pixels, images.levels, count, key)
-        return x, one_hot(images, which, classes, some(len(pixels), count))
+        return x, one_hot(images, which, classes, pick_rows(len(pixels), count))
 
     dim, levels = settings.images.dim, images.levels
     x_val, c_val = part("val", measure.validation_images, val_key)
@@ -116,7 +116,7 @@ def learn_images(name: str, settings: ImageExperiment) -> None:
         run_dir,
         settings,
         settings.make_start(images),
-        draw_of=lambda batch: dequantized_batches(levels, batch),
+        make_draw=lambda batch: dequantized_batches(levels, batch),
         data=pixels if context is None else (pixels, context),
         validate=validate,
         score="val_bits",
@@ -194,8 +194,8 @@ def plot_images(
         return jnp.asarray(((1 - share) * first + share * last).reshape(rows * 10, -1), ends.dtype)
 
     given = None if given is None else between(np.asarray(given))
-    ways = evaluate.transform(
+    interpolated = evaluate.transform(
         flow, between(np.nan_to_num(z)), "to_data", context=given, solve=solve
     )
-    figure = plot.image_grid([("between two test images", ways.x[-1])], shape)
+    figure = plot.image_grid([("between two test images", interpolated.x[-1])], shape)
     run_dir.save_figures(interpolation=figure)

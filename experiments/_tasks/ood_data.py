@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from experiments._runner.run_dir import kind_of, load_flow
-from experiments._tasks.image_data import ImageData, held_out, some
+from experiments._tasks.image_data import ImageData, held_out, pick_rows
 from experiments._tasks.images import ImageExperiment
 from experiments._tasks.tables import Columns, TableExperiment, TableFile, TableRun, require_data
 from jcnf import Solve, evaluate
@@ -95,7 +95,8 @@ def load_model(run: Path) -> tuple[ImageModel | TableModel, ImageExperiment | Ta
     if issubclass(kind, TableExperiment):
         trained = TableRun.load(run)
         columns = trained.columns
-        return TableModel(trained.flow, (columns.scale.columns, columns.places), columns), trained
+        form = columns.scale.columns, columns.modeled_indices
+        return TableModel(trained.flow, form, columns), trained
     if not issubclass(kind, ImageExperiment):
         raise InputError(
             f"{run} was not trained on images or a table ({kind.__name__}), so it has no test "
@@ -132,21 +133,21 @@ def _images(data: ImageData, outside: Sequence[Path], count: int, seed: int) -> 
         if outer.shape != images.shape:
             sizes = ["x".join(map(str, shape)) for shape in (outer.shape, images.shape)]
             raise InputError(f"{path}: expected images of {sizes[1]}; got {sizes[0]}")
-        pixels = outer.pixels[some(len(outer.pixels), count)]
+        pixels = outer.pixels[pick_rows(len(outer.pixels), count)]
         if pixels.max() < levels < 256:
             warnings.append(
                 f"{path}: no gray value is above {levels - 1}, but 255 is read as white"
             )
         return (pixels.astype(int) * levels // 256).astype(np.uint8)
 
-    test = images.test[some(len(images.test), count)]
+    test = images.test[pick_rows(len(images.test), count)]
     pixels = {
         INSIDE: test,
         "uniform_noise": uniform_noise(rng, count, data.dim, levels),
         "shuffled": shuffled(rng, test),
     }
     pixels |= _outside(outside, pixels, read)
-    train = images.train[some(len(images.train), count)]
+    train = images.train[pick_rows(len(images.train), count)]
     key = jr.fold_in(jr.key(seed), 1)
     reference, *x = (
         np.asarray(held_out(each, levels, 0, jr.fold_in(key, i)))
@@ -161,7 +162,7 @@ def _tables(trained: TableRun, outside: Sequence[Path], count: int, seed: int) -
     table, scale = trained.load_table(), trained.columns.scale
     rng = np.random.default_rng([seed, 0])
     test, train = (
-        scale.unstandardize(part[some(len(part), count)]) for part in (table.test, table.train)
+        scale.unstandardize(part[pick_rows(len(part), count)]) for part in (table.test, table.train)
     )
     box = scale.unstandardize(np.stack([table.train.min(axis=0), table.train.max(axis=0)]))
     x = {INSIDE: test, "uniform_noise": rng.uniform(*box, size=(count, len(scale.columns)))}
@@ -170,7 +171,7 @@ def _tables(trained: TableRun, outside: Sequence[Path], count: int, seed: int) -
 
     def read(path):
         rows = read_rows(path, scale.columns)
-        return rows[some(len(rows), count)]
+        return rows[pick_rows(len(rows), count)]
 
     x |= _outside(outside, x, read)
     source = trained.settings.table

@@ -27,7 +27,7 @@ DRAWING_SECONDS = 3.0  # minimum time between two drawings in training
 SCORE = "train_rmse"
 
 
-class Learner:
+class LearnedSeries:
     """A series, and the trajectories learned from it so far, which are saved on disk.
 
     **Arguments:**
@@ -35,7 +35,7 @@ class Learner:
     - `held_out`: number of observations at the end that are not trained on.
     - `draw_all`: draws the windows of the other observations that validations use.
     - `solve`: the ODE solve of trajectories.
-    - `quick`: the ODE solve of these windows.
+    - `val_solve`: the ODE solve of these windows.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Learner:
         held_out: int,
         draw_all: training.DrawBatch,
         solve: Solve,
-        quick: Solve,
+        val_solve: Solve,
     ):
-        self.run_dir, self.series, self.solve, self.quick = run_dir, series, solve, quick
+        self.run_dir, self.series, self.solve, self.val_solve = run_dir, series, solve, val_solve
         self.known = len(series.times) - held_out
         self.data = tuple(
             jnp.asarray(a[: self.known], float) for a in (series.times, series.values)
         )
         self.windows = draw_all(jr.key(0), self.data)
-        # The times of a drawn trajectory; those of the observations have the indices `places`.
+        # The times of a drawn trajectory; those of the observations have the indices `observed`.
         self.times = np.union1d(np.linspace(0, series.times[-1], CURVE_POINTS), series.times)
-        self.places = np.searchsorted(self.times, series.times)
+        self.observed = np.searchsorted(self.times, series.times)
         self.file = run_dir.path / "trajectories.npy"  # (validations, times, dim)
         self.drawn = -math.inf  # time of the last drawing
 
@@ -91,7 +91,7 @@ class Learner:
             title = f"learned so far, from the first observation: {self.caption(curve)}"
             self.run_dir.save_figures(fit=self.against_time(curve, title))
             self.drawn = time.monotonic()
-        _, metrics = _fit(field, self.windows, self.quick)
+        _, metrics = _fit(field, self.windows, self.val_solve)
         return math.nan if metrics["failed_rows"] else float(metrics["rmse"])
 
     def curves(self) -> np.ndarray:
@@ -105,7 +105,7 @@ class Learner:
 
     def errors(self, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return a trajectory minus the observations: those trained on, and those held out."""
-        known, held_out = np.split(curve[self.places] - self.series.values, [self.known])
+        known, held_out = np.split(curve[self.observed] - self.series.values, [self.known])
         return known, held_out
 
     def caption(self, curve: np.ndarray) -> str:

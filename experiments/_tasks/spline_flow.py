@@ -90,14 +90,14 @@ def train_spline_flow(
             batch=None,
         )
 
-    def draw_of(_):
+    def make_draw(_):
         return draw_batch
 
-    step = step_seconds(flow, stage(TIMED_STEPS), draw_of, TIMED_STEPS, data)
+    step = step_seconds(flow, stage(TIMED_STEPS), make_draw, TIMED_STEPS, data)
     steps = max(1, round(seconds / step))
     result = stage(steps).fit(
         flow,
-        draw_of,
+        make_draw,
         data,
         fit_key,
         every=max(1, steps // VALIDATIONS),

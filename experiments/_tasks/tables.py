@@ -1,6 +1,7 @@
 """Learning the density of a table of numbers, as several experiments do."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.progress import progress
 from experiments._runner.run_dir import RunDir, kind_of, load_flow
 from experiments._runner.settings import Count, Settings
-from experiments._tasks.figures import plane
+from experiments._tasks.figures import save_density_figures
 from jcnf import Flow, Solve, evaluate, plot, training
 from jcnf._checks import InputError
 from jcnf.data.tables import Standardizer, Table, load_table, write_rows
@@ -67,7 +68,7 @@ class TableFile(TableSource):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableMeasure(Measure):
-    """Measuring and validation."""
+    """Held-out numbers and validation."""
 
     # number of validation rows, which decide which parameters are kept
     validation_rows: Count = 2000
@@ -103,8 +104,8 @@ class Columns(NamedTuple):
     """The columns of a table that are modeled, and those that are given as context."""
 
     scale: Standardizer  # of all columns
-    places: list[int]  # indices of the modeled columns
-    given: list[int]  # indices of the context columns
+    modeled_indices: list[int]
+    context_indices: list[int]
 
     @classmethod
     def of(cls, scale: Standardizer, context: tuple[str, ...]) -> "Columns":
@@ -113,27 +114,33 @@ class Columns(NamedTuple):
         **Raises:** `InputError` if no column is left to model.
         """
         given = scale.positions(context)
-        places = [i for i in range(len(scale.columns)) if i not in given]
-        if not places:
+        modeled = [i for i in range(len(scale.columns)) if i not in given]
+        if not modeled:
             raise InputError("--context leaves no column to model: name fewer")
-        return cls(scale, places, given)
+        return cls(scale, modeled, given)
 
     @property
     def modeled(self) -> Standardizer:
         """The scale of the modeled columns."""
-        return self.scale.take(self.places)
+        return self.scale.take(self.modeled_indices)
+
+    @property
+    def context(self) -> Standardizer:
+        """The scale of the context columns."""
+        return self.scale.take(self.context_indices)
 
     def split(self, rows: np.ndarray) -> tuple[Array, Array | None]:
         """Split standardized whole rows into (x, context) on the device; context may be None."""
-        x = jnp.asarray(rows[:, self.places], float)
-        return x, jnp.asarray(rows[:, self.given], float) if self.given else None
+        x = jnp.asarray(rows[:, self.modeled_indices], float)
+        context = jnp.asarray(rows[:, self.context_indices], float)
+        return x, context if self.context_indices else None
 
     def join(self, x: np.ndarray, context: Array | None) -> np.ndarray:
         """Join x and context to whole rows; the inverse of `split`."""
         rows = np.zeros((len(x), len(self.scale.columns)))
-        rows[:, self.places] = x
+        rows[:, self.modeled_indices] = x
         if context is not None:
-            rows[:, self.given] = context
+            rows[:, self.context_indices] = context
         return rows
 
 
@@ -160,7 +167,7 @@ class TableRun(NamedTuple):
 
     def require_all_columns(self, flag: str) -> None:
         """Raise `InputError` that names a flag if the density is of some columns given others."""
-        if self.columns.given:
+        if self.columns.context_indices:
             raise InputError(
                 f"{flag} needs the density of all columns, and {self.path} learned one given "
                 f"{', '.join(self.settings.table.context)}: give a run trained without --context"
@@ -212,7 +219,10 @@ def sample_rows(
     write_rows(out / SAMPLES, rows, columns.scale.columns)
     print(f"{out / SAMPLES}: {count} samples")
     if drawn.failures:
-        print(f"warning: the solve failed for {drawn.failures} samples, nan in {SAMPLES}")
+        warnings.warn(
+            f"the solve failed for {drawn.failures} samples, which are nan in {SAMPLES}",
+            stacklevel=2,
+        )
     return rows
 
 
@@ -233,30 +243,30 @@ def learn_table(
     **Returns:** the flow, and the run directory.
     """
     columns = Columns.of(table.scale, settings.table.context)
-    dim, context_dim = len(columns.places), len(columns.given)
+    dim, context_dim = len(columns.modeled_indices), len(columns.context_indices)
     try:
         settings.trace_objectives(dim, context_dim)
     except ValueError as error:
         raise InputError(str(error)) from None
     gaussian_nll = evaluate.gaussian_nll(table.train, table.test)
     if context_dim:  # p(x | c) = p(x, c) / p(c)
-        given = table.take(columns.given)
+        given = table.take(columns.context_indices)
         gaussian_nll -= evaluate.gaussian_nll(given.train, given.test)
     run_dir = RunDir(name, settings)
     for warning in table.warnings:
-        print(f"warning: {warning}")
+        warnings.warn(warning, stacklevel=2)
 
     rows = evenly_spaced(len(table.val), settings.measure.validation_rows)
     validation, val_context = columns.split(table.val[rows])
-    solve, quick = settings.measure.make_solve(), settings.measure.make_validation_solve()
+    solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
         settings.make_flow(dim, context_dim),
-        draw_of=training.draw_rows,
+        make_draw=training.draw_rows,
         data=columns.split(table.train),
         validate=lambda flow: (
-            evaluate.log_prob(flow, validation, context=val_context, solve=quick).nll
+            evaluate.log_prob(flow, validation, context=val_context, solve=val_solve).nll
         ),
     )
     flow = fitted.flow
@@ -317,7 +327,7 @@ def draw_figures(
         # Draw standardized columns: their units may differ, and both axes have one scale.
         (x0, y0), (x1, y1) = np.quantile(table.test, [0.001, 0.999], axis=0)
         grid = evaluate.grid(flow, (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5), solve=solve)
-        plane(
+        save_density_figures(
             run_dir,
             flow,
             table.test,

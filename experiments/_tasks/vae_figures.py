@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from experiments._runner.loop import FitResult
+from experiments._runner.loop import RunResult
 from experiments._runner.run_dir import RunDir
 from jcnf import Solve, evaluate, plot
 from jcnf.plot import _style, image_grid
@@ -19,16 +19,16 @@ POSTERIOR_CELLS = 120  # along each axis
 POSTERIOR_REACH = 6.0  # from the center to the edge, in standard deviations of the Gaussian
 
 
-class Measured(NamedTuple):
+class MeasuredVAE(NamedTuple):
     """A trained model and its samples for the ELBO on the test part."""
 
-    fitted: FitResult  # its `flow` is the VAE
+    fitted: RunResult  # its `flow` is the VAE
     samples: evaluate.ELBOSamples
 
 
 def draw(
     run_dir: RunDir,
-    found: dict[str, Measured],
+    found: dict[str, MeasuredVAE],
     shape: tuple[int, int, int],
     test: Array,
     key: Key[Array, ""],
@@ -57,7 +57,7 @@ def draw(
 
 
 def draw_posteriors(
-    found: dict[str, Measured], shape: tuple[int, int, int], x: Array, solve: Solve
+    found: dict[str, MeasuredVAE], shape: tuple[int, int, int], x: Array, solve: Solve
 ) -> _style.Figure:
     """Draw p(z | x) of the "gaussian" model's decoder, and its "gaussian" and "refined" fits."""
     model = found["gaussian"].fitted.flow

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from experiments._tasks.pretrained import train_quickly
+from experiments._tasks.pretrained import train_by_likelihood
 from jcnf import CNF, Flow, Solve, distributions, fields
 from jcnf.data.toys import toy
 
@@ -38,7 +38,7 @@ def _toy(steps):
     flow = CNF(field, distributions.StandardNormal(2), t1=0.5)
     data, weights = toy("8gaussians"), "initial"
     if steps:
-        flow, weights = train_quickly(flow, data.sample, steps), f"after {steps} steps"
+        flow, weights = train_by_likelihood(flow, data.sample, steps), f"after {steps} steps"
     return Case(f"2-D, concatsquash 64-64-64 tanh, {weights}", flow, data.sample, 100)
 
 

@@ -334,5 +334,5 @@ def test_float32_energies_and_losses():
 def test_a_kl_below_what_noise_makes_is_no_number():
     from experiments import energy as experiment
 
-    assert experiment.possible(-0.01, 0.02) == -0.01
-    assert np.isnan(experiment.possible(-0.03, 0.02))
+    assert experiment.nan_if_negative(-0.01, 0.02) == -0.01
+    assert np.isnan(experiment.nan_if_negative(-0.03, 0.02))

@@ -433,7 +433,7 @@ def test_the_settings_of_a_run_are_found_by_name(tmp_path):
         checkpoint.save(tmp_path / "flow.jcnf", (), notes)
         with pytest.raises(InputError, match="a run of another experiment or version"):
             kind_of(tmp_path)
-    checkpoint.save(tmp_path / "flow.jcnf", (), {"place": {}})
+    checkpoint.save(tmp_path / "flow.jcnf", (), {"run_state": {}})
     with pytest.raises(InputError, match="is not a trained flow"):
         kind_of(tmp_path)
 

@@ -135,7 +135,7 @@ def newest(out):
     path = max((out / "checkpoints").glob("*.jcnf"))
     notes = checkpoint.read_notes(path)
     numbers = {name: value for name, value in notes["snapshot"].items() if name != "seconds"}
-    return path.read_bytes().split(b"\n", 1)[1], notes["place"], numbers
+    return path.read_bytes().split(b"\n", 1)[1], notes["run_state"], numbers
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_damaged_config_is_refused(tmp_path, content):
     [
         ({"versions": {"jcnf": "0.0.1"}}, "was written by jcnf 0.0.1, this is "),
         ({"config": {"training": {"steps": 41}}}, r"other settings \(.*steps 41 -> 40"),
-        ({"place": None}, "is not a checkpoint of a training"),
+        ({"run_state": None}, "is not a checkpoint of a training"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, whole, notes, message):
@@ -382,7 +382,7 @@ def test_training_that_breaks_down_goes_back_at_a_smaller_rate(tmp_path):
         fitted = trained(out, stages=wild(6.0))
     assert fitted.rollbacks == 2, "6 / 4 is still above 1"
     assert distance(fitted.flow) < 0.1
-    place = checkpoint.read_notes(out / "checkpoints" / "000000300.jcnf")["place"]
+    place = checkpoint.read_notes(out / "checkpoints" / "000000300.jcnf")["run_state"]
     assert [r["rate"] for r in place["rollbacks"]] == [1 / 4, 1 / 16]
     # Each time, exactly the 50 steps before the rollback failed.
     assert fitted.skipped == 2 * MAX_SKIPS
@@ -454,7 +454,7 @@ def test_the_best_parameters_outlive_a_return_to_before_them(tmp_path):
     assert log_of(out)[-1]["val_nll"] > 0.4
     assert fitted.score == abs(float(fitted.flow["w"][0]) - 2) < 1e-9
     notes = checkpoint.read_notes(out / "checkpoints" / "000000010.jcnf")
-    assert notes["place"]["best_step"] == 10, "it has the best parameters"
+    assert notes["run_state"]["best_step"] == 10, "it has the best parameters"
 
 
 @pytest.mark.parametrize("reason", ["solve", "loss", "gradient"])
@@ -483,7 +483,7 @@ def test_training_that_cannot_go_on_says_why_and_keeps_the_last_good_state(tmp_p
     (state, _), notes = checkpoint.load(path, Snapshot.first(START, stage.optimizer).arrays)
     assert float(state.params["w"][0]) <= 0.5 + 0.1
     assert int(state.stuck) == 0
-    assert len(notes["place"]["rollbacks"]) == MAX_ROLLBACKS
+    assert len(notes["run_state"]["rollbacks"]) == MAX_ROLLBACKS
 
 
 def test_stages_without_a_loop_say_where_they_break_down(recwarn):

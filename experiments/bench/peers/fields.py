@@ -15,7 +15,7 @@ from experiments.bench.timing import Program
 from jcnf import Flow, distributions, fields
 from jcnf.fields import layers
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[Callable, Callable] = {
     layers.tanh: torch.tanh,
     layers.softplus: F.softplus,
     layers.silu: F.silu,

@@ -9,7 +9,7 @@ import pytest
 from helpers import TIGHT, Linear
 from PIL import Image
 
-from experiments._tasks.series import SCORE, Learner
+from experiments._tasks.series import SCORE, LearnedSeries
 from jcnf import plot
 from jcnf._checks import InputError
 from jcnf.data.series import spiral
@@ -32,8 +32,8 @@ def test_learner_resumed_keeps_one_trajectory_per_validation(tmp_path):
     )
     series = spiral("linear", points=50, noise=0)
     draw_all = sample_windows(None, shortest=1.0, longest=2.0, rows=4)
-    solves = {"solve": TIGHT, "quick": TIGHT}
-    learner = Learner(run_dir, series, held_out=0, draw_all=draw_all, **solves)
+    solves = {"solve": TIGHT, "val_solve": TIGHT}
+    learner = LearnedSeries(run_dir, series, held_out=0, draw_all=draw_all, **solves)
 
     def logged(scores):
         lines = [{"step": i} | ({} if s is None else {SCORE: s}) for i, s in enumerate(scores)]
