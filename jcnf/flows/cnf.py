@@ -74,7 +74,7 @@ class ODE(Bijection):
 
     def draw_noise(self, divergence, key, batch, dim, dtype):
         """Draw the divergence's noise, once for the whole solve."""
-        return divergence.draw(key, batch, dim, dtype)
+        return divergence.draw_noise(key, batch, dim, dtype)
 
 
 def CNF(field: Field, base: BaseDistribution, t1: float = 1.0) -> Flow[ODE]:
