@@ -17,7 +17,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jcnf import sharding
 from jcnf._checks import check_callable, check_int, check_key, check_number
-from jcnf.objectives import flow_matching, with_context
+from jcnf.objectives import Objective, flow_matching, with_context
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch, prepare
 from jcnf.training.loop import make_train_loop
@@ -114,7 +114,7 @@ def fit(
     data: Any,
     *,
     key: Key[Array, ""],
-    objective: Callable = flow_matching,
+    objective: Objective = flow_matching,
     steps: int = 5000,
     batch: int | DrawBatch | None = 512,
     optimizer: optax.GradientTransformation | None = None,
@@ -144,8 +144,8 @@ def fit(
     - `data`: an array (n, dim); a pair of arrays `(x, context)` for a conditional density; or a
       sampler `data(key, num)` that returns either.
     - `key`: consumed once. It determines the batches, the noise, and the rows held out.
-    - `objective`: a function like those in `jcnf.objectives`; set its options with
-      `functools.partial`.
+    - `objective`: a function like those in `jcnf.objectives` (see `jcnf.objectives.Objective`);
+      set its options with `functools.partial`.
     - `steps`: the number of optimizer steps.
     - `batch`: the number of samples in each; None for all rows of `data` in order; or a function
       `batch(key, data)` that draws a batch from `data`, any pytree of arrays, in the form that

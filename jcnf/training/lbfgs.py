@@ -7,7 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf.objectives import with_context
+from jcnf.objectives import Objective, with_context
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch, prepare
 from jcnf.training.fit import FitResult, fit
@@ -18,7 +18,7 @@ def fit_lbfgs(
     data: Any,
     *,
     key: Key[Array, ""],
-    objective: Callable,
+    objective: Objective,
     steps: int,
     batch: int | DrawBatch | None = None,
     optimizer: optax.GradientTransformation = optax.lbfgs(),  # noqa: B008 (frozen)
