@@ -229,11 +229,11 @@ refuses(matching, batch | {"flow": GIVEN, "context": ONES[3]}, drop_context=[1.0
 refuses(objectives.rectified, {"flow": FLOW, "key": KEY}, pairs=[X, (X, X[:2])])
 weights = [("kinetic",), {"kinetic": 0.1}, (regularizers.kinetic,)]
 weights += [{regularizers.kinetic: -1.0}, {regularizers.kinetic: np.nan}]
-refuses(objectives.likelihood, batch, steer=[1.0, np.nan])
+refuses(objectives.likelihood, batch, random_end_time=[1.0, np.nan])
 refuses(
     objectives.likelihood, batch, says={"regularizers": "regularizer|weight"}, regularizers=weights
 )
-refuses(objectives.likelihood, flow | {"key": None}, steer=[0.1])
+refuses(objectives.likelihood, flow | {"key": None}, random_end_time=[0.1])
 refuses(
     objectives.weighted_sum,
     batch,
