@@ -10,13 +10,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 from field_table import FIELDS
-from helpers import T, mlp, slope
+from helpers import T, mlp, slope, strategies
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jcnf import CNF, Exact, ForwardMode, Hutchinson, Solve
 from jcnf.distributions import StandardNormal
-from jcnf.divergence import DIVERGENCES, Divergence, FieldEvaluation, HutchPlusPlus, XTrace
+from jcnf.divergence import Divergence, FieldEvaluation, HutchPlusPlus, XTrace
 from jcnf.divergence.estimators import NOISES
 from jcnf.fields import Field
 from jcnf.objectives import likelihood
@@ -172,7 +172,7 @@ def test_the_gradient_in_a_learnable_rate_is_the_finite_difference():
 
 def test_every_adjoint_and_divergence_is_in_the_table():
     assert {adjoint for name, adjoint in QUICK.items() if name in FIELDS} == set(SOLVES)
-    assert set(KINDS) == set(DIVERGENCES.values())
+    assert set(KINDS) == strategies()
 
 
 @pytest.mark.slow
