@@ -1,12 +1,13 @@
 """The types of training objectives."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
 
 Loss = tuple[Float[Array, ""], dict[str, Array]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A function from a model, usually a flow, a batch and a key to a loss and metrics.
 

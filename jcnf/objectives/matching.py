@@ -84,7 +84,8 @@ def rectified(
         or jnp.shape(pairs[0]) != jnp.shape(pairs[1])
     ):
         raise ValueError(
-            "expected pairs (x0, x1) of the same shape; with a context, batches ((x0, x1), context)"
+            "expected pairs (x0, x1) of the same shape: for jcnf.fit, data=(x0, x1) and "
+            "batch=jcnf.training.draw_rows(n); with a context, batches ((x0, x1), context)"
         )
     x0, x1 = pairs
     for end in pairs:
