@@ -112,8 +112,9 @@ class Stats(eqx.Module):
         Each leaf has a first axis of solves. The counts are means; a row has failed if any of its
         solves has; the step plan is the finest in each part.
         """
-        counts = (jnp.sum(n) // len(n) for n in (self.nfe, self.steps, self.rejected))
-        return Stats(*counts, jnp.any(self.failed, axis=0), jnp.max(self.step_plan, axis=0))
+        nfe, steps, rejected = (jnp.sum(n) // len(n) for n in (self.nfe, self.steps, self.rejected))
+        failed, step_plan = jnp.any(self.failed, axis=0), jnp.max(self.step_plan, axis=0)
+        return Stats(nfe, steps, rejected, failed, step_plan)
 
 
 def _plain_integer(value):

@@ -82,12 +82,13 @@ def prepare(
         if isinstance(validation, float):
             _check_rows(rows, f"with validation={validation}, data")
             rows, held_out = _split(rows, validation, split_key)
-    if held_out is None or callable(held_out):
-        return Prepared(rows, draw, paired, held_out)
-    held_out = jax.tree.map(jnp.asarray, held_out)
-    _check_rows(held_out, "validation")
-    check_data(held_out, "validation")
-    return Prepared(rows, draw, paired, partial(_nll, rows=held_out))
+    score: Any = held_out
+    if not (held_out is None or callable(held_out)):
+        held_out = jax.tree.map(jnp.asarray, held_out)
+        _check_rows(held_out, "validation")
+        check_data(held_out, "validation")
+        score = partial(_nll, rows=held_out)
+    return Prepared(rows, draw, paired, score)
 
 
 def _check_rows(rows, name):
