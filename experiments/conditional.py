@@ -26,7 +26,7 @@ from experiments._runner.settings import Range, choice
 from experiments._runner.stages import fresh_batches
 from experiments._tasks.density2d import VALIDATION_POINTS
 from jcnf import evaluate, fields, flows, plot
-from jcnf.data import classes
+from jcnf.data import labeled_moons
 
 SAMPLES_SHOWN = 2000  # in each class
 
@@ -63,7 +63,7 @@ class Conditional(FlowExperiment, LoopExperiment):
     run: Run = Run()
 
     def trace(self) -> None:
-        self.trace_objectives(2, classes.CLASSES)
+        self.trace_objectives(2, labeled_moons.CLASSES)
 
 
 def run(settings: Conditional) -> None:
@@ -73,20 +73,20 @@ def run(settings: Conditional) -> None:
 
     def labeled(key, num):
         label_key, point_key = jr.split(key)
-        labels = jr.randint(label_key, (num,), 0, classes.CLASSES)
-        return classes.sample(point_key, labels), labels
+        labels = jr.randint(label_key, (num,), 0, labeled_moons.CLASSES)
+        return labeled_moons.sample(point_key, labels), labels
 
     def with_classes(key, num):
         x, labels = labeled(key, num)
-        return x, classes.one_hot(labels)
+        return x, labeled_moons.one_hot(labels)
 
     validation, val_labels = labeled(val_key, VALIDATION_POINTS)
-    val_context = classes.one_hot(val_labels)
+    val_context = labeled_moons.one_hot(val_labels)
     solve, val_solve = settings.measure.make_solve(), settings.measure.make_validation_solve()
     fitted = fit(
         run_dir,
         settings,
-        settings.make_flow(2, classes.CLASSES),
+        settings.make_flow(2, labeled_moons.CLASSES),
         make_draw=fresh_batches(with_classes),
         data=None,
         validate=lambda flow: (
@@ -96,24 +96,24 @@ def run(settings: Conditional) -> None:
     flow = fitted.flow
     run_dir.save_flow(flow, {})
 
-    labels = jnp.repeat(jnp.arange(classes.CLASSES), settings.measure.test_points)
-    test, context = classes.sample(test_key, labels), classes.one_hot(labels)
+    labels = jnp.repeat(jnp.arange(labeled_moons.CLASSES), settings.measure.test_points)
+    test, context = labeled_moons.sample(test_key, labels), labeled_moons.one_hot(labels)
     with progress(f"measuring on {len(test)} fresh points"):
         report = evaluate.accuracy_report(flow, test, context=context, solve=solve)
     log_prob = report.scores.log_prob
-    gaps = np.asarray(classes.log_prob(test, labels)) - log_prob
+    gaps = np.asarray(labeled_moons.log_prob(test, labels)) - log_prob
     metrics = {
         "test_nll": report.scores.nll,
         "test_nll_stderr": report.scores.stderr,
         "nll_gap": float(np.mean(gaps)),
         "nll_gap_stderr": evaluate.standard_error(gaps),
-        "entropy": classes.ENTROPY,
+        "entropy": labeled_moons.ENTROPY,
     }
-    for label in range(classes.CLASSES):
+    for label in range(labeled_moons.CLASSES):
         of_class = np.asarray(labels) == label
         metrics[f"test_nll_class{label}"] = float(-np.mean(log_prob[of_class]))
         metrics[f"nll_gap_class{label}"] = float(np.mean(gaps[of_class]))
-    shown = jnp.repeat(jnp.arange(classes.CLASSES), SAMPLES_SHOWN)
+    shown = jnp.repeat(jnp.arange(labeled_moons.CLASSES), SAMPLES_SHOWN)
     z = flow.base.sample(sample_key, len(shown))
     clouds = []
     objective = settings.objective
@@ -123,12 +123,12 @@ def run(settings: Conditional) -> None:
         guided = flows.with_fields(flow, guide)
         times = jnp.array([0.0, flow.bijection.t1])
         paths = evaluate.trajectory(
-            guided, z, times, context=classes.one_hot(shown), solve=solve, chunk=len(z)
+            guided, z, times, context=labeled_moons.one_hot(shown), solve=solve, chunk=len(z)
         )
         clouds.append((f"guidance {scale:g}", paths.x[-1], np.asarray(shown)))
-    clouds.insert(0, ("data", np.asarray(classes.sample(data_key, shown)), np.asarray(shown)))
+    clouds.insert(0, ("data", np.asarray(labeled_moons.sample(data_key, shown)), np.asarray(shown)))
     run_dir.save_figures(
-        guidance=plot.scatter_by_class(clouds, classes.EXTENT),
+        guidance=plot.scatter_by_class(clouds, labeled_moons.EXTENT),
         training=plot.training_curves(fitted.records, loss_units=settings.loss_units),
     )
     numerics = report.numerics() | fitted.numerics()

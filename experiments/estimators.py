@@ -134,7 +134,7 @@ def trace_variance(flow: Flow, times: Array, x: Array, strategy: Estimator, keys
     """Variance of the estimated trace over keys; mean over points `x` (n, dim) at `times` (n,)."""
 
     def at(key):
-        noise = strategy.draw(key, len(x), x.shape[1], x.dtype)
+        noise = strategy.draw_noise(key, len(x), x.shape[1], x.dtype)
         one = functools.partial(strategy, flow.bijection.field)
         return jax.vmap(lambda t, x, noise: one(t, x, None, noise).divergence)(times, x, noise)
 

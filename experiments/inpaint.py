@@ -32,7 +32,7 @@ from jcnf._checks import InputError
 from jcnf.divergence import FixedNoise
 from jcnf.evaluate.log_prob import full_precision
 from jcnf.flows import Chain, Composition, Logit
-from jcnf.inference import inpaint
+from jcnf.inference import inpaint, mala
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Langevin(Settings):
 
     def make(self, steps: int, bounds: tuple[float, float] | None) -> Callable:
         """Return the method, which needs no bounds."""
-        return partial(inpaint.langevin, steps=steps, burn_in=steps, step=0.1)
+        return partial(mala.langevin, steps=steps, burn_in=steps, step=0.1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def run(settings: Inpaint) -> None:
     tolerance = settings.tolerance
     # Most pixels are black or white, where steps would stop at a bound. Logits have no bounds.
     inner, there, back = _unbounded(flow)
-    log_prob = inpaint.Density(
+    log_prob = mala.Density(
         inner,
         context,
         dataclasses.replace(solve, rtol=tolerance, atol=tolerance),
@@ -148,7 +148,7 @@ def run(settings: Inpaint) -> None:
         return float(np.sqrt(np.mean((x - truth)[:, ~np.asarray(known)] ** 2)))
 
     covered = np.where(np.asarray(known)[None], truth, 0.5)
-    steps = inpaint.kept_steps(settings.steps, settings.stages)
+    steps = mala.kept_steps(settings.steps, settings.stages)
     columns = [truth, covered, start, *ends]
     sheet = np.stack([np.asarray(x) for x in columns], axis=1).reshape(-1, truth.shape[1])
     title = f"test image, known half, start, steps {', '.join(map(str, steps))}"

@@ -28,7 +28,7 @@ from jcnf.data import images
 from jcnf.distributions import Logistic, ScaledNormal, StandardNormal
 from jcnf.evaluate.log_prob import bits_per_dim
 from jcnf.flows import Chain, Composition, augmented, vae
-from jcnf.inference import inpaint
+from jcnf.inference import inpaint, mala
 from jcnf.objectives import couplings, paths, times
 
 KEY = jr.key(0)
@@ -229,11 +229,11 @@ refuses(matching, batch | {"flow": GIVEN, "context": ONES[3]}, drop_context=[1.0
 refuses(objectives.rectified, {"flow": FLOW, "key": KEY}, pairs=[X, (X, X[:2])])
 weights = [("kinetic",), {"kinetic": 0.1}, (regularizers.kinetic,)]
 weights += [{regularizers.kinetic: -1.0}, {regularizers.kinetic: np.nan}]
-refuses(objectives.likelihood, batch, steer=[1.0, np.nan])
+refuses(objectives.likelihood, batch, random_end_time=[1.0, np.nan])
 refuses(
     objectives.likelihood, batch, says={"regularizers": "regularizer|weight"}, regularizers=weights
 )
-refuses(objectives.likelihood, flow | {"key": None}, steer=[0.1])
+refuses(objectives.likelihood, flow | {"key": None}, random_end_time=[0.1])
 refuses(
     objectives.weighted_sum,
     batch,
@@ -283,9 +283,9 @@ refuses(
 chain = {"log_prob": lambda x: -jnp.sum(x**2, 1), "x": X, "known": np.array([True, False])}
 chain |= {"key": KEY, "steps": 2}
 walk = chain | {"burn_in": 1}
-refuses(inpaint.langevin, walk, x=[X[0], NAN], known=[np.ones(3, bool), np.ones(2)], key=KEYS)
-refuses(inpaint.langevin, walk, steps=COUNTS, burn_in=[-1], step=[np.nan], bounds=[(1.0, 0.0)])
-refuses(inpaint.langevin, walk, scale=[np.zeros(2), np.array([1.0, np.nan])])
+refuses(mala.langevin, walk, x=[X[0], NAN], known=[np.ones(3, bool), np.ones(2)], key=KEYS)
+refuses(mala.langevin, walk, steps=COUNTS, burn_in=[-1], step=[np.nan], bounds=[(1.0, 0.0)])
+refuses(mala.langevin, walk, scale=[np.zeros(2), np.array([1.0, np.nan])])
 refuses(inpaint.ascend, chain, keep=[5], noise=[-1.0], rate=[0.1])
 refuses(inpaint.half, {"shape": (2, 2, 1), "side": "top"}, shape=[(2, 2)], side=["middle"])
 pixels = {"key": KEY, "pixels": X.astype(int), "levels": 4}

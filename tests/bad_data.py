@@ -25,7 +25,8 @@ from bad_calls import (
 )
 
 from jcnf import Hutchinson, evaluate, plot
-from jcnf.data import classes, energies, images, noise, series, tables, toys
+from jcnf.data import energies, images, labeled_moons, series, tables, toys
+from jcnf.data.images import noise
 from jcnf.data.tables import Standardizer
 from jcnf.evaluate import ood
 from jcnf.flows import distrax as distrax_form
@@ -119,8 +120,10 @@ moons = toys.toy("moons")
 refuses(toys.toy, says={"name": "'moons'|moons"}, name=["moon", None])
 refuses(moons.log_prob, x=[X[0], jnp.ones((3, 2), int)])
 refuses(moons.sample, {"key": KEY, "num_samples": 3}, num_samples=COUNTS, key=KEYS)
-refuses(classes.sample, {"key": KEY, "labels": jnp.zeros(3, int)}, key=KEYS, labels=[jnp.zeros(3)])
-refuses(classes.log_prob, {"labels": jnp.zeros(1, int)}, x=[X[0]])
+refuses(
+    labeled_moons.sample, {"key": KEY, "labels": jnp.zeros(3, int)}, key=KEYS, labels=[jnp.zeros(3)]
+)
+refuses(labeled_moons.log_prob, {"labels": jnp.zeros(1, int)}, x=[X[0]])
 box = (0, 1, 0, 1)
 refuses(energies.energy, {"extent": None}, says={"name": "u5|u1"}, name=["u5", 3])
 refuses(

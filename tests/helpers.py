@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import linalg, stats
 
-from jcnf import CNF, Flow, Solve
+from jcnf import CNF, Flow, Solve, divergence
 from jcnf.distributions import StandardNormal
 from jcnf.fields import MLP, Field
 from jcnf.flows import DistraxBijection
@@ -21,6 +21,13 @@ T = 0.8  # not 1, so that a forgotten end time shows
 MATRIX = np.array([[0.5, -1.2, 0.3], [0.8, -0.1, 0.4], [-0.6, 0.2, 0.7]])  # trace 1.1
 CONTEXT_MATRIX = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, -0.9]])
 SHIFT = np.array([0.3, -0.5, 1.0])
+
+
+def strategies():
+    """Return the classes of all divergence strategies of the library."""
+    kinds = {kind for kind in vars(divergence).values() if isinstance(kind, type)}
+    strategies = {kind for kind in kinds if issubclass(kind, divergence.Divergence)}
+    return strategies - {divergence.Divergence, divergence.Estimator, divergence.FixedNoise}
 
 
 class Linear(Field):

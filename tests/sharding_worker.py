@@ -114,7 +114,7 @@ def adjoints():
     worst = Solve(rtol=1e-3, atol=1e-3, norm="worst")
     noisy = functools.partial(objectives.likelihood, divergence=divergence.Hutchinson(2))
     found["noisy"] = trained(noisy, 10, worst)
-    steered = functools.partial(objectives.likelihood, steer=0.1)
+    steered = functools.partial(objectives.likelihood, random_end_time=0.1)
     found["steered"] = trained(steered, 10, COARSE)
     for coupling in (couplings.ExactOT(48), couplings.SinkhornOT(64)):
         objective = functools.partial(objectives.flow_matching, coupling=coupling)

@@ -39,7 +39,7 @@ ANY_FIELD = {
 }
 EVERY = {**REGULARIZERS, "taylor3": taylor(3)}
 TIME, Z = jnp.asarray(0.3), jnp.array([[0.4, -1.1, 0.7], [1.3, 0.2, -0.6]])  # Z at t=0
-NOISE = Hutchinson(2).draw(jr.key(0), 2, 3, Z.dtype)
+NOISE = Hutchinson(2).draw_noise(jr.key(0), 2, 3, Z.dtype)
 
 
 class Swing(Linear):

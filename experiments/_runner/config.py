@@ -22,7 +22,7 @@ from experiments._runner.settings import (
     flag,
 )
 from experiments._runner.stages import Stage
-from jcnf import Solve, evaluate, sharding, training
+from jcnf import Solve, evaluate, objectives, sharding, training
 from jcnf._checks import InputError
 from jcnf.ode import check_tolerance
 
@@ -82,7 +82,7 @@ class Training(Settings):
 
     def make_stage(
         self,
-        objective: training.Objective,
+        objective: objectives.Objective,
         solve: Solve | None,
         *,
         steps: int | None = None,

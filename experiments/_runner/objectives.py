@@ -101,7 +101,7 @@ class Likelihood(ChainLikelihood):
     random_end_time: NonNegative = 0.0
 
     def make(self) -> Callable:
-        return functools.partial(super().make(), steer=self.random_end_time)
+        return functools.partial(super().make(), random_end_time=self.random_end_time)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

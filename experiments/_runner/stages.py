@@ -7,7 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf import Flow, Solve, training
+from jcnf import Flow, Solve, objectives, training
 
 # Makes a function that draws batches of a given size (None for all rows of a table):
 # `jcnf.training.draw_rows`, or `fresh_batches(sample)` for fresh samples.
@@ -17,7 +17,7 @@ MakeDraw = Callable[[int | None], training.DrawBatch]
 class Stage(NamedTuple):
     """A stage of training."""
 
-    objective: training.Objective  # of the flow, a batch (x or (x, context)) and a key
+    objective: objectives.Objective  # of the flow, a batch (x or (x, context)) and a key
     steps: int
     optimizer: optax.GradientTransformation
     solve: Solve | None  # for an objective that solves an ODE

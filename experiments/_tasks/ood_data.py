@@ -20,7 +20,7 @@ from experiments._tasks.tables import Columns, TableExperiment, TableFile, Table
 from jcnf import Solve, evaluate
 from jcnf._checks import InputError
 from jcnf.data.images import read_images
-from jcnf.data.noise import shuffled, uniform_noise
+from jcnf.data.images.noise import shuffled, uniform_noise
 from jcnf.data.tables import read_rows
 from jcnf.divergence import Divergence
 from jcnf.flows import Flow

@@ -22,7 +22,7 @@ DISPATCH_SECONDS = 0.05
 
 def training_step(
     case: Case,
-    objective: training.Objective | None = None,
+    objective: objectives.Objective | None = None,
     *,
     fresh: bool = False,
     carried: Solve | None = None,

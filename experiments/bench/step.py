@@ -34,7 +34,7 @@ def run(case: Case, rounds: int, seconds: float, with_peers: bool) -> Results:
     for make in rivals:
         programs |= agreeing(case, make, {})
     if case.estimated:
-        noise = Hutchinson().draw(jr.key(0), case.batch, case.flow.base.dim, case.x.dtype)
+        noise = Hutchinson().draw_noise(jr.key(0), case.batch, case.flow.base.dim, case.x.dtype)
         divergence = FixedNoise(Hutchinson(), noise)
         estimated = ours.training_step(case, divergence=divergence)
         programs[f"{ours.NAME}, Hutchinson"] = estimated

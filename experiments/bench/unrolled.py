@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.bench import ours
 from experiments.bench.cases import Case
-from jcnf import training, transform
+from jcnf import objectives, transform
 from jcnf.ode import next_point, unknown
 
 # The Butcher tableau of dopri5 (Dormand & Prince 1980): each stage's weights of those before it.
@@ -30,7 +30,7 @@ STAGE_WEIGHTS = (
 STAGE_TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 
 
-def objective(case: Case, *, again: bool = False) -> training.Objective:
+def objective(case: Case, *, again: bool = False) -> objectives.Objective:
     """Return an objective whose "nfe" counts the forward evaluations of the accepted steps.
 
     With `again`, the backward pass recomputes each step.

@@ -125,7 +125,7 @@ def _log_blurred_square(width: float, sigma: float) -> Callable[[Points], Array]
     return log_kernel
 
 
-def _curve(path, num_nodes, noise, jitter=0.0, mirrored=False, center=(0.0, 0.0)):
+def curve(path, num_nodes, noise, jitter=0.0, mirrored=False, center=(0.0, 0.0)):
     """Return sampler and density of center + path(U) + jitter U(-1/2, 1/2)^2 + N(0, noise^2).
 
     `mirrored` adds the path's reflection in the center, equally likely. The density is a
@@ -304,12 +304,12 @@ PARABOLA_ENTROPY = math.log(2 * math.pi * math.e * math.prod(PARABOLA))
 _TABLE = (
     # name, sampler, density, entropy, error of the entropy, extent
     ("8gaussians", *_gaussians(8, 4 / 1.414, 0.5 / 1.414), 2.83188041, 1e-8, 5.0),
-    ("2spirals", *_curve(_spiral, 320, 0.1, jitter=1 / 6, mirrored=True), 2.64545028, 1e-8, 4.0),
+    ("2spirals", *curve(_spiral, 320, 0.1, jitter=1 / 6, mirrored=True), 2.64545028, 1e-8, 4.0),
     ("checkerboard", _checkerboard_sample, _checkerboard_density, math.log(32), 1e-15, 4.0),
     ("pinwheel", _pinwheel_sample, _pinwheel_density, 2.31778798, 1e-7, 5.0),
-    ("moons", *_curve(**MOON, mirrored=True), 2.39387920, 1e-8, 4.0),
+    ("moons", *curve(**MOON, mirrored=True), 2.39387920, 1e-8, 4.0),
     ("circles", *_rings((3.0, 1.5), 0.24), 3.26813571, 1e-8, 4.5),
-    ("swissroll", *_curve(_roll, 256, 0.2), 2.66964617, 1e-8, 4.0),
+    ("swissroll", *curve(_roll, 256, 0.2), 2.66964617, 1e-8, 4.0),
     ("rings", *_rings((3.0, 2.25, 1.5, 0.75), 0.08), 2.62318277, 1e-8, 4.0),
     ("6gaussians", *_gaussians(6, 4 / TORCHDYN_STD, 0.5 / TORCHDYN_STD), 1.13294190, 1e-8, 3.0),
     ("2circles", *_rings((1.0, 0.5), 0.06), 0.78764529, 1e-8, 1.5),

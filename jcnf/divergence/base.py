@@ -25,12 +25,14 @@ class FieldEvaluation(eqx.Module):
 class Divergence(eqx.Module):
     """A way to compute tr(dv/dx). Subclass it to add an estimator.
 
-    `draw` draws the noise of each sample and probe once per solve: if it changed within a solve,
-    the estimate would not be a function of (t, x), and there would be no ODE to solve (FFJORD,
-    Grathwohl et al. 2019, section 3.1).
+    `draw_noise` draws the noise of each sample and probe once per solve: if it changed within a
+    solve, the estimate would not be a function of (t, x), and there would be no ODE to solve
+    (FFJORD, Grathwohl et al. 2019, section 3.1).
     """
 
-    def draw(self, key: Key[Array, ""] | None, batch: int, dim: int, dtype: Any) -> Array | None:
+    def draw_noise(
+        self, key: Key[Array, ""] | None, batch: int, dim: int, dtype: Any
+    ) -> Array | None:
         """Return noise for a whole batch with leading axis `batch`, or None; consumes `key`."""
         return None
 
@@ -43,7 +45,7 @@ class Divergence(eqx.Module):
         context: Float[Array, " context"] | None,
         noise: Any,
     ) -> FieldEvaluation:
-        """Return the velocity and the divergence of one sample; `noise` is its row of `draw`."""
+        """Return the velocity and the divergence of one sample; `noise` is its own row."""
 
 
 class FixedNoise(Divergence):
@@ -56,7 +58,7 @@ class FixedNoise(Divergence):
     strategy: Divergence
     noise: Any
 
-    def draw(self, key, batch, dim, dtype) -> Any:
+    def draw_noise(self, key, batch, dim, dtype) -> Any:
         """Return the stored noise in `dtype`; `key` is ignored."""
         return jax.tree.map(lambda noise: noise.astype(dtype), self.noise)
 

@@ -32,7 +32,7 @@ class Estimator(Divergence):
     def products(self) -> int:
         """Number of Jacobian-vector products per sample and evaluation."""
 
-    def draw(self, key, batch, dim, dtype):
+    def draw_noise(self, key, batch, dim, dtype):
         """Return noise with leading axis `batch`; consumes `key`.
 
         **Raises:** `ValueError` without a key.

@@ -47,9 +47,9 @@ class Exact(Divergence):
     def __check_init__(self):
         check_int(0, probes=self.probes)
 
-    def draw(self, key, batch, dim, dtype):
+    def draw_noise(self, key, batch, dim, dtype):
         """Return the noise of the probes and consume `key`; without probes, return None."""
-        return Hutchinson(self.probes).draw(key, batch, dim, dtype) if self.probes else None
+        return Hutchinson(self.probes).draw_noise(key, batch, dim, dtype) if self.probes else None
 
     def __call__(self, field, t, x, context, noise):
         """Return the velocity, the divergence and, if there are probes, |dv/dx|_F^2."""

@@ -17,7 +17,6 @@ from jcnf.evaluate.gradients import loss_gradient as loss_gradient
 from jcnf.evaluate.gradients import relative_error as relative_error
 from jcnf.evaluate.grid import Grid as Grid
 from jcnf.evaluate.grid import cell_centers as cell_centers
-from jcnf.evaluate.grid import gaussian_nll as gaussian_nll
 from jcnf.evaluate.grid import grid as grid
 from jcnf.evaluate.grid import grid_of as grid_of
 from jcnf.evaluate.log_prob import ACCURATE as ACCURATE
@@ -35,4 +34,5 @@ from jcnf.evaluate.row_independence import RowIndependence as RowIndependence
 from jcnf.evaluate.row_independence import row_independence as row_independence
 from jcnf.evaluate.samples import Auroc as Auroc
 from jcnf.evaluate.samples import auroc as auroc
+from jcnf.evaluate.samples import gaussian_nll as gaussian_nll
 from jcnf.evaluate.samples import mmd as mmd

@@ -95,13 +95,4 @@ def _weigh_all(model, samples, solve, x, keys):
 
     weighed, stats = jax.lax.map(one, jnp.arange(samples))
     values = [weighed.log_likelihood.T, weighed.log_ratio.T, jnp.mean(weighed.carried, axis=0)]
-    stats = eqx.tree_at(
-        lambda stats: (stats.nfe, stats.failed, stats.step_plan),
-        jax.tree.map(lambda each: each[0], stats),
-        (
-            jnp.sum(stats.nfe) // samples,
-            jnp.any(stats.failed, axis=0),
-            jnp.max(stats.step_plan, axis=0),
-        ),
-    )
-    return jnp.concatenate(values, axis=1), stats
+    return jnp.concatenate(values, axis=1), stats.over_draws()

@@ -1,4 +1,4 @@
-"""Densities on a grid over their whole space, and the Gaussian baseline."""
+"""Densities on a grid over their whole space."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jcnf._checks import check_finite, check_int
+from jcnf._checks import check_int
 from jcnf.evaluate.log_prob import ACCURATE, LogProbs, log_prob
 from jcnf.flows import Flow, check_flow
 from jcnf.ode import Solve, unknown
@@ -130,27 +130,3 @@ def cell_centers(interval: tuple[float, float], n: int) -> np.ndarray:
     check_int(n=n)
     edges = np.linspace(*interval, n + 1)
     return (edges[:-1] + edges[1:]) / 2
-
-
-def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
-    """Test NLL in nats of a full-covariance Gaussian fitted to `train`, the baseline to beat.
-
-    It is NaN if the covariance is singular, because there is no density then.
-
-    **Raises:** `ValueError` for shapes other than (rows, dim), and for rows that are not finite.
-    """
-    train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
-    if train.ndim != 2 or train.shape[1:] != test.shape[1:] or not (len(train) and len(test)):
-        raise ValueError(
-            "expected train (n, dim) and test (m, dim), each with at least 1 row; got "
-            f"{train.shape} and {test.shape}"
-        )
-    check_finite(train=train, test=test)
-    covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))
-    if np.linalg.matrix_rank(covariance, hermitian=True) < len(covariance):
-        return float("nan")
-    factor = np.linalg.cholesky(covariance)
-    whitened = np.linalg.solve(factor, (test - train.mean(0)).T)
-    log_det = np.sum(np.log(np.diag(factor)))
-    dim = train.shape[1]
-    return float(np.mean(np.sum(whitened**2, 0)) / 2 + log_det + dim * np.log(2 * np.pi) / 2)

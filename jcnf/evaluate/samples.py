@@ -1,4 +1,4 @@
-"""Comparisons of two samples: maximum mean discrepancy, and how well a score separates them."""
+"""Comparisons of two samples: MMD, AUROC of a score, and the NLL of a Gaussian fitted to one."""
 
 from typing import NamedTuple
 
@@ -97,3 +97,27 @@ def _doubled_ranks(scores, others):
 
 def _variance_of_mean(x):
     return np.var(x, ddof=1) / len(x) if len(x) > 1 else np.inf
+
+
+def gaussian_nll(train: np.ndarray, test: np.ndarray) -> float:
+    """Test NLL in nats of a full-covariance Gaussian fitted to `train`, the baseline to beat.
+
+    It is NaN if the covariance is singular, because there is no density then.
+
+    **Raises:** `ValueError` for shapes other than (rows, dim), and for rows that are not finite.
+    """
+    train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
+    if train.ndim != 2 or train.shape[1:] != test.shape[1:] or not (len(train) and len(test)):
+        raise ValueError(
+            "expected train (n, dim) and test (m, dim), each with at least 1 row; got "
+            f"{train.shape} and {test.shape}"
+        )
+    check_finite(train=train, test=test)
+    covariance = np.atleast_2d(np.cov(train, rowvar=False, bias=True))
+    if np.linalg.matrix_rank(covariance, hermitian=True) < len(covariance):
+        return float("nan")
+    factor = np.linalg.cholesky(covariance)
+    whitened = np.linalg.solve(factor, (test - train.mean(0)).T)
+    log_det = np.sum(np.log(np.diag(factor)))
+    dim = train.shape[1]
+    return float(np.mean(np.sum(whitened**2, 0)) / 2 + log_det + dim * np.log(2 * np.pi) / 2)

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf.fields._xla_cpu import turned
@@ -44,6 +45,15 @@ def uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Array:
     """Draw initial weights, uniform with variance 1/(3 fan-in); consumes `key`."""
     bound = fan_in**-0.5
     return jr.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def encode_time(
+    t: Float[Array, ""], frequencies: int, context: Float[Array, " context"] | None
+) -> Float[Array, " features"]:
+    """Return (t, sin pi t, ..., sin F pi t, cos pi t, ..., cos F pi t, c), F the `frequencies`."""
+    angles = jnp.asarray(np.pi * np.arange(1, frequencies + 1), t.dtype) * t
+    given = [] if context is None else [context]
+    return jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles), *given])
 
 
 class Linear(TimeLinear):

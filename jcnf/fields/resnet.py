@@ -5,12 +5,11 @@ from collections.abc import Callable
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_int, check_key
 from jcnf.fields.base import Field
-from jcnf.fields.layers import Activation, Linear, resolve
+from jcnf.fields.layers import Activation, Linear, encode_time, resolve
 
 FOURIER_FREQUENCY_STD = 2.0
 
@@ -97,10 +96,7 @@ class ResNet(Field):
 
     def _push(self, t, x, context, columns):
         """Return the velocity, and the Jacobian's product with each row of `columns` (k, dim)."""
-        angles = jnp.asarray(np.pi * np.arange(1, self.time_frequencies + 1), t.dtype) * t
-        condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
-        if context is not None:
-            condition = jnp.concatenate([condition, context])
+        condition = encode_time(t, self.time_frequencies, context)
         x, columns = self._with_fourier_features(x, columns)
         h, pushed = self.entry(t, x), columns @ self.entry.weight.T
         for block in self.blocks:

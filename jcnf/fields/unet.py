@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_int, check_ints, check_key, check_shape
 from jcnf.fields._xla_cpu import KERNEL_SIZE, convolve
 from jcnf.fields.base import Field
-from jcnf.fields.layers import Activation, Linear, resolve
+from jcnf.fields.layers import Activation, Linear, encode_time, resolve
 
 NORM_GROUPS = 8
 
@@ -131,10 +131,7 @@ class UNet(Field):
         return int(np.prod(self.shape))
 
     def __call__(self, t, x, context=None):
-        angles = jnp.asarray(np.pi * np.arange(1, self.time_frequencies + 1), t.dtype) * t
-        condition = jnp.concatenate([t[None], jnp.sin(angles), jnp.cos(angles)])
-        if context is not None:
-            condition = jnp.concatenate([condition, context])
+        condition = encode_time(t, self.time_frequencies, context)
         h = convolve(x.reshape(self.shape), *self.entry.affine(t))
         levels = []
         for i, blocks in enumerate(self.down):

@@ -85,8 +85,7 @@ def solve_bound(
 ) -> tuple[Float[Array, " batch"], Stats]:
     """Compute `log_prob_bound` with one key per row of `x`, and the solver's statistics.
 
-    Steps are summed over the samples and the NFE is averaged; `stats.failed` marks the rows for
-    which any of the solves failed.
+    These are means over the samples (`jcnf.ode.Stats.over_draws`).
     """
     check_flow(flow)
     check_int(samples=samples)
@@ -107,14 +106,8 @@ def solve_bound(
         return log_prob - jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=1), stats
 
     weights, each = jax.lax.map(log_weight, jnp.arange(samples))
-    stats = Stats(
-        nfe=jnp.sum(each.nfe) // samples,
-        steps=jnp.sum(each.steps),
-        rejected=jnp.sum(each.rejected),
-        failed=jnp.any(each.failed, axis=0),
-        step_plan=jnp.max(each.step_plan, axis=0),
-    )
-    return jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype)), stats
+    bound = jax.nn.logsumexp(weights, axis=0) - jnp.log(jnp.asarray(samples, x.dtype))
+    return bound, each.over_draws()
 
 
 _compiled_bound = eqx.filter_jit(solve_bound)

@@ -145,7 +145,7 @@ class Flow(eqx.Module, Generic[B_co]):
         """Return `divergence` and its noise for `x`: the fixed noise, or new noise from `key`."""
         batch, dim = x.shape
         if isinstance(divergence, FixedNoise):
-            return divergence.strategy, divergence.draw(key, batch, dim, x.dtype)
+            return divergence.strategy, divergence.draw_noise(key, batch, dim, x.dtype)
         return divergence, self.bijection.draw_noise(divergence, key, batch, dim, x.dtype)
 
 

@@ -23,7 +23,7 @@ class ODE(Bijection):
     """The map from x(0) to x(t1) along dx/dt = v(t, x).
 
     With its log-det and regularizers, it solves for all of them as one ODE: dx/dt = v(t, x),
-    d logdet/dt = div v (Chen et al. 2018, eq. 8) and d penalty/|dt| = rate for each regularizer.
+    d logdet/dt = div v (Chen et al. 2018, eq. 8) and dR/|dt| = rate for each regularizer R.
 
     **Arguments:**
 
@@ -74,7 +74,7 @@ class ODE(Bijection):
 
     def draw_noise(self, divergence, key, batch, dim, dtype):
         """Draw the divergence's noise, once for the whole solve."""
-        return divergence.draw(key, batch, dim, dtype)
+        return divergence.draw_noise(key, batch, dim, dtype)
 
 
 def CNF(field: Field, base: BaseDistribution, t1: float = 1.0) -> Flow[ODE]:
@@ -147,7 +147,7 @@ class Rates(eqx.Module):
 
     divergence: Divergence
     regularizers: Regularizers = eqx.field(static=True)
-    # -1 where a solve goes back in time: it makes the penalties integrals over |dt|.
+    # -1 where a solve goes back in time: it makes the regularizers integrals over |dt|.
     sign: int = eqx.field(static=True)
 
     def __call__(self, t, state, args):
@@ -163,7 +163,7 @@ class Rates(eqx.Module):
             for r in self.regularizers
         }
         for name, rate in rates.items():
-            _check_shape(f"the penalty {name}", rate, ())
+            _check_shape(f"the regularizer {name}", rate, ())
         rates = {name: self.sign * rate for name, rate in rates.items()}
         return State(local.velocity, local.divergence, rates)
 

@@ -217,7 +217,7 @@ def _check(flow, context, solve, divergence):
             f"the flow takes a context of size {size}; got {got}: "
             "give context of shape (*batch, context)"
         )
-    if jax.eval_shape(lambda: divergence.draw(jr.key(0), 1, flow.dim, float)) is not None:
+    if jax.eval_shape(lambda: divergence.draw_noise(jr.key(0), 1, flow.dim, float)) is not None:
         raise ValueError(
             f"divergence must be deterministic, but {divergence} draws noise: use Exact(), or "
             "jcnf.log_prob with a key"

@@ -181,10 +181,9 @@ def multiscale(shape: Shape, scales: int, blocks: Callable[[Shape], Sequence[Bij
     """
     check_shape("shape", shape)
     height, width, channels = shape
-    if not isinstance(scales, int):
-        raise ValueError(f"scales must be a whole number; got {scales!r}")
-    halvings = 2 ** (scales - 1) if scales >= 1 else 0
-    if not halvings or height % halvings or width % halvings:
+    check_int(scales=scales)
+    halvings = 2 ** (scales - 1)
+    if height % halvings or width % halvings:
         raise ValueError(
             f"{scales} scales need images whose height and width can be halved {scales - 1} "
             f"times; got {height} x {width}"

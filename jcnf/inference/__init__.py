@@ -1,1 +1,1 @@
-"""Inference with a trained flow: inpainting, imputation, and exact Gaussian conditionals."""
+"""Inference with a trained flow: MALA, inpainting, imputation, exact Gaussian conditionals."""

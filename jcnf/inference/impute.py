@@ -22,7 +22,7 @@ from jcnf._checks import check_finite, check_int, check_key
 from jcnf.evaluate.log_prob import full_precision
 from jcnf.flows import Flow, check_batch, check_flow
 from jcnf.inference.gaussian import Gaussian, log_det, whiten
-from jcnf.inference.inpaint import Density, langevin
+from jcnf.inference.mala import Density, langevin
 from jcnf.ode import Solve
 
 SAMPLING_SOLVE = Solve(rtol=1e-3, atol=1e-3, norm="worst")
@@ -69,7 +69,7 @@ def impute(
     """Draw the missing entries (NaN) given the known ones, with one MALA chain per row.
 
     Each chain starts at one of `candidates` draws from the Gaussian conditional, chosen by
-    importance resampling (Rubin 1987). It is a chain of `jcnf.inference.inpaint.langevin`, scaled
+    importance resampling (Rubin 1987). It is a chain of `jcnf.inference.mala.langevin`, scaled
     by the standard deviations of that Gaussian. Returns `draws` states, evenly spaced over the
     `steps` after the burn-in. `key` is consumed once.
 

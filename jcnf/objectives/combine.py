@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,17 +13,18 @@ from jaxtyping import Array, Key
 from jcnf._checks import check_callable, check_key, check_number
 from jcnf.fields import Cast
 from jcnf.flows import ODE, Composition, Flow, with_fields
-from jcnf.objectives.base import Loss
+from jcnf.objectives.base import Loss, Objective
 from jcnf.ode import Solve
 
 
-def with_context(objective: Callable[..., Loss]) -> Callable[..., Loss]:
+def with_context(objective: Objective) -> Objective:
     """Return `objective` in the form `objective(flow, batch, key)`, with any context in the batch.
 
-    `batch` is x or a pair (x, context). `jcnf.training.make_train_loop` takes this form.
+    `batch` is x or a pair (x, context). Use it with `jcnf.training.make_train_loop`; `jcnf.fit`
+    does so itself for pairs.
     """
 
-    @functools.wraps(objective)  # keeps the signature, which make_train_loop inspects
+    @functools.wraps(objective)
     def of_batch(flow, batch, key, **settings):
         x, context = batch if isinstance(batch, tuple) else (batch, None)
         return objective(flow, x, key, context=context, **settings)
@@ -31,7 +32,7 @@ def with_context(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     return of_batch
 
 
-def without_solve(objective: Callable[..., Loss]) -> Callable[..., Loss]:
+def without_solve(objective: Objective) -> Objective:
     """Return an objective that takes no solve, such as flow matching, as one that ignores it."""
 
     def of_solve(flow, x, key, *, solve=None, **settings):
@@ -40,7 +41,7 @@ def without_solve(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     return of_solve
 
 
-def for_first_ode(objective: Callable[..., Loss]) -> Callable[..., Loss]:
+def for_first_ode(objective: Objective) -> Objective:
     """Return an objective of a chain whose first part is an ODE, from one of a `jcnf.CNF`.
 
     `objective`, such as flow matching, is given the flow of the chain's first part, a
@@ -50,7 +51,7 @@ def for_first_ode(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     **Raises:** `ValueError` if the flow is not such a chain.
     """
 
-    @functools.wraps(objective)  # keeps the signature, which make_train_loop inspects
+    @functools.wraps(objective)
     def of_chain(flow, x, key, *, context=None, **settings):
         chain = flow.bijection
         first, *outer = chain.parts if isinstance(chain, Composition) else [chain]
@@ -67,7 +68,7 @@ def for_first_ode(objective: Callable[..., Loss]) -> Callable[..., Loss]:
     return of_chain
 
 
-def cast_fields(objective: Callable[..., Loss], dtype: Any) -> Callable[..., Loss]:
+def cast_fields(objective: Objective, dtype: Any) -> Objective:
     """Return `objective` with the fields of all ODEs computed in `dtype`, such as `jnp.bfloat16`.
 
     Parameters, gradients, states and losses keep their precision (`jcnf.fields.Cast`).
@@ -89,7 +90,7 @@ def weighted_sum(
     x: Any,
     key: Key[Array, ""],
     *,
-    weights: Mapping[Callable[..., Loss], float],
+    weights: Mapping[Objective, float],
     **settings: Any,
 ) -> Loss:
     """Weighted sum of objectives on one batch, such as flow matching plus likelihood.

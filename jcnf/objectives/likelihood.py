@@ -31,30 +31,30 @@ def likelihood(
     solve: Solve = Solve(),  # noqa: B008 (frozen)
     divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     regularizers: Mapping[Callable, float] = MappingProxyType({}),
-    steer: float = 0.0,
+    random_end_time: float = 0.0,
 ) -> Loss:
     """Mean negative log-likelihood in nats, plus weighted regularizers (FFJORD; RNODE).
 
     `regularizers` maps functions such as those in `jcnf.regularizers` to their weights. With
-    `steer` = b > 0, the base is not at time 0 but at a time drawn from (-b, b), once for the batch
-    (STEER, Ghosh et al. 2020, where the base is at the end time). `key` is consumed once, and only
-    by a stochastic divergence or `steer`. The metrics are "nll", each regularizer's mean under the
-    name of its function, "nfe", "failed_rows", "failed" and "step_plan". Rows whose solve failed
-    are left out of all means.
+    `random_end_time` = b > 0, the base is not at time 0 but at a time drawn from (-b, b), once for
+    the batch (STEER, Ghosh et al. 2020, where a solve ends at the base). `key` is consumed once,
+    and only by a stochastic divergence or a random end time. The metrics are "nll", each
+    regularizer's mean under the name of its function, "nfe", "failed_rows", "failed" and
+    "step_plan". Rows whose solve failed are left out of all means.
 
-    **Raises:** `ValueError` as `jcnf.transform` does, and if `steer` is not in [0, t1).
+    **Raises:** `ValueError` as `jcnf.transform` does, and if `random_end_time` is not in [0, t1).
     """
     check_regularizers(regularizers)
-    if steer:
-        ode = ode_of(flow, "steer")
-        check_number(f"[0, {ode.t1})", steer=steer)
+    if random_end_time:
+        ode = ode_of(flow, "random_end_time")
+        check_number(f"[0, {ode.t1})", random_end_time=random_end_time)
         if key is None:
-            raise ValueError("steer draws a random time: pass key=jax.random.key(seed)")
+            raise ValueError("random_end_time draws a time: pass key=jax.random.key(seed)")
         check_key(key)
-        key, steer_key = jr.split(key)
-        start = jr.uniform(steer_key, (), x.dtype, -steer, steer)
-        steered = TimeRescaling(ode.field, rate=1 - start / ode.t1, start=start)
-        flow = Flow(ODE(steered, ode.t1), flow.base)
+        key, time_key = jr.split(key)
+        start = jr.uniform(time_key, (), x.dtype, -random_end_time, random_end_time)
+        rescaled = TimeRescaling(ode.field, rate=1 - start / ode.t1, start=start)
+        flow = Flow(ODE(rescaled, ode.t1), flow.base)
     result = transform(
         flow,
         x,

@@ -71,7 +71,10 @@ def rectified(
 
     If a trained flow maps each x0 to its x1 (`jcnf.evaluate.sample` returns such pairs), the new
     flow keeps these end points but has straighter paths, which a few Euler steps follow. `key` is
-    consumed once.
+    consumed once. The only metric is "matching", the loss.
+
+    `jcnf.fit` takes the pairs as `data` if `batch` is `jcnf.training.draw_rows(n)` and `validation`
+    is not a share of the rows.
 
     **Raises:** `ValueError` for bad shapes.
     """
@@ -81,7 +84,8 @@ def rectified(
         or jnp.shape(pairs[0]) != jnp.shape(pairs[1])
     ):
         raise ValueError(
-            "expected pairs (x0, x1) of the same shape; with a context, batches ((x0, x1), context)"
+            "expected pairs (x0, x1) of the same shape: for jcnf.fit, data=(x0, x1) and "
+            "batch=jcnf.training.draw_rows(n); with a context, batches ((x0, x1), context)"
         )
     x0, x1 = pairs
     for end in pairs:

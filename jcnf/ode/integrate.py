@@ -38,8 +38,8 @@ def integrate(
     A failure raises no error; it is reported in `Stats.failed`. Rows that cannot be solved fail
     alone (see `jcnf.ode.FreezeFailingRows`); if the solve ends at `max_steps`, all rows have
     failed. In the state at `t1`, a failed row holds finite values of another row, so that anything
-    computed from it is finite and can be masked by `jnp.where` without NaN in gradients. In a
-    trajectory, a failed row is NaN from its failure on.
+    computed from it is finite and can be masked by `jnp.where` without NaN in gradients:
+    `jcnf.transform` makes it NaN. In a trajectory, a failed row is NaN from its failure on.
 
     **Raises:** `ValueError` for `times` under the "reversible" adjoint, which gives only the end of
     a solve, and for tolerances that the state's dtype cannot meet.

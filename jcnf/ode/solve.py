@@ -106,6 +106,16 @@ class Stats(eqx.Module):
             step_plan=jnp.maximum(self.step_plan, other.step_plan),
         )
 
+    def over_draws(self) -> "Stats":
+        """Return the statistics of one of several solves of the same rows.
+
+        Each leaf has a first axis of solves. The counts are means; a row has failed if any of its
+        solves has; the step plan is the finest in each part.
+        """
+        nfe, steps, rejected = (jnp.sum(n) // len(n) for n in (self.nfe, self.steps, self.rejected))
+        failed, step_plan = jnp.any(self.failed, axis=0), jnp.max(self.step_plan, axis=0)
+        return Stats(nfe, steps, rejected, failed, step_plan)
+
 
 def _plain_integer(value):
     # Compiled programs need a constant here, and a NumPy integer would be traced as an argument.

@@ -1,4 +1,13 @@
-"""Figures drawn with matplotlib, which is imported only when a figure is drawn."""
+"""Figures drawn with matplotlib.
+
+All functions take arrays of numpy or jax and return a matplotlib `Figure`; nothing here evaluates a
+flow. Time t = 0 is the base, t = 1 the data. matplotlib is imported inside the functions, without
+pyplot and without global state. The caller saves figures (`figure.savefig(path)`); only GIFs are
+written by their functions, completely or not at all. Views follow robust quantiles, so that
+outliers do not squash a figure, and titles count what a panel leaves out: rows with a NaN or an
+infinity, and points outside the view. Data are always blue, samples of the model vermilion, and the
+base gray. A wrong shape raises `ValueError`.
+"""
 
 from jcnf.plot.curves import CurvePanel as CurvePanel
 from jcnf.plot.curves import scaling as scaling

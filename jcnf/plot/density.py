@@ -1,13 +1,4 @@
-"""Figures of densities and of tables.
-
-All of `jcnf.plot` takes arrays of numpy or jax and returns a matplotlib `Figure`; nothing in it
-evaluates a flow. Time t = 0 is the base, t = 1 the data. matplotlib is imported inside the
-functions, without pyplot and without global state. The caller saves figures
-(`figure.savefig(path)`); only GIFs are written by their functions, completely or not at all. Views
-follow robust quantiles, so that outliers do not squash a figure, and titles count what a panel
-leaves out: rows with a NaN or an infinity, and points outside the view. Data are always blue,
-samples of the model vermilion, and the base gray. A wrong shape raises `ValueError`.
-"""
+"""Figures of densities and of tables."""
 
 from __future__ import annotations
 

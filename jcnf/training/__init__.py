@@ -7,7 +7,6 @@ from jcnf.training.fit import Progress as Progress
 from jcnf.training.fit import Snapshot as Snapshot
 from jcnf.training.fit import fit as fit
 from jcnf.training.lbfgs import fit_lbfgs as fit_lbfgs
-from jcnf.training.loop import Objective as Objective
 from jcnf.training.loop import differentiator as differentiator
 from jcnf.training.loop import make_train_loop as make_train_loop
 from jcnf.training.optimizers import make_optimizer as make_optimizer

@@ -77,17 +77,29 @@ def prepare(
         check_data(rows)
         draw = batch if callable(batch) else draw_rows(batch)
         paired = isinstance(rows, tuple) and not callable(batch)
-        lengths = {len(leaf) for leaf in jax.tree.leaves(rows)}
-        if not callable(batch) and (len(lengths) != 1 or (paired and len(rows) != 2)):
-            raise ValueError(
-                "data must be an array (n, dim), a pair (x, context) with equal numbers of rows, "
-                f"or a sampler data(key, num); got shapes {jax.tree.map(jnp.shape, rows)}"
-            )
+        if not callable(batch):
+            _check_rows(rows, "data")
         if isinstance(validation, float):
+            _check_rows(rows, f"with validation={validation}, data")
             rows, held_out = _split(rows, validation, split_key)
-    scored = held_out is None or callable(held_out)
-    score: Any = held_out if scored else partial(_nll, rows=held_out)
+    score: Any = held_out
+    if not (held_out is None or callable(held_out)):
+        held_out = jax.tree.map(jnp.asarray, held_out)
+        _check_rows(held_out, "validation")
+        check_data(held_out, "validation")
+        score = partial(_nll, rows=held_out)
     return Prepared(rows, draw, paired, score)
+
+
+def _check_rows(rows, name):
+    """Raise `ValueError` unless `rows` is an array or a pair, all of as many rows."""
+    pair = isinstance(rows, tuple) and len(rows) == 2
+    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(rows)}
+    if not (pair or isinstance(rows, jax.Array)) or len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"{name} must be an array (n, dim), a pair (x, context) with equal numbers of rows, or "
+            f"a function; got shapes {jax.tree.map(jnp.shape, rows)!s:.100}"
+        )
 
 
 def _split(rows, share, key):

@@ -17,7 +17,8 @@ from jaxtyping import Array, Key, PyTree
 
 from jcnf import sharding
 from jcnf._checks import check_callable, check_int, check_key, check_number
-from jcnf.objectives import flow_matching, with_context
+from jcnf.flows import Flow
+from jcnf.objectives import Objective, flow_matching, with_context
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch, prepare
 from jcnf.training.loop import make_train_loop
@@ -28,6 +29,7 @@ from jcnf.training.state import MetricSums, TrainState, init, means, with_params
 DEFAULT_RECORDS = 50
 DISPATCH_SECONDS = 1.0  # about; between two times that the host sees metrics and can interrupt
 MAX_SKIPS = 50
+STOP = bool, np.bool_, jax.Array  # types of the truth that ends training; others are ignored
 
 Rows = Array | np.ndarray | tuple[Array | np.ndarray, Array | np.ndarray]
 
@@ -114,7 +116,7 @@ def fit(
     data: Any,
     *,
     key: Key[Array, ""],
-    objective: Callable = flow_matching,
+    objective: Objective = flow_matching,
     steps: int = 5000,
     batch: int | DrawBatch | None = 512,
     optimizer: optax.GradientTransformation | None = None,
@@ -142,10 +144,10 @@ def fit(
 
     - `flow`: the flow, or any other model that `objective` takes.
     - `data`: an array (n, dim); a pair of arrays `(x, context)` for a conditional density; or a
-      sampler `data(key, num)` that returns either.
+      sampler `data(key, num)` that returns either, and is compiled with the step.
     - `key`: consumed once. It determines the batches, the noise, and the rows held out.
-    - `objective`: a function like those in `jcnf.objectives`; set its options with
-      `functools.partial`.
+    - `objective`: a function like those in `jcnf.objectives` (see `jcnf.objectives.Objective`);
+      set its options with `functools.partial`.
     - `steps`: the number of optimizer steps.
     - `batch`: the number of samples in each; None for all rows of `data` in order; or a function
       `batch(key, data)` that draws a batch from `data`, any pytree of arrays, in the form that
@@ -163,7 +165,7 @@ def fit(
       by default at every record.
     - `patience`: stop after this many validations in a row without a new best one.
     - `callbacks`: each is called with a `Progress` at every record. If one returns True, training
-      stops; if it returns a `Snapshot`, training goes on from there.
+      stops; if one returns a `Snapshot`, training goes on from there.
     - `interrupt`: called with a `Snapshot` about once a second; training stops if it returns True.
     - `start`: the snapshot to train on from, if the other arguments are the same.
     - `average`: decay of the moving average of the parameters. The average is what is returned.
@@ -186,6 +188,11 @@ def fit(
     check_int(every=every, validate_every=validate_every)
     if isinstance(validation, int | float):
         check_number("(0, 1)", validation=validation)
+    if not (validation is None or callable(validation) or isinstance(flow, Flow)):
+        raise ValueError(
+            "expected a flow, such as jcnf.CNF(field, base), to validate by its NLL; got one of "
+            f"type {type(flow).__name__}: for another model, validation must be a function or None"
+        )
     if patience is not None:
         check_int(patience=patience)
         if validation is None:
@@ -218,7 +225,7 @@ def fit(
         return at.step >= steps or stuck(at) or (patience is not None and at.worse >= patience)
 
     at = Snapshot.first(flow, optimizer) if start is None else start
-    history, told, begin, scored = [], None, at.step, {}
+    history, told, begin, scored = [], None, at.recorded, {}
     compiled, compile_seconds, pace = None, 0.0, 1
     with _mesh(devices), _bar(steps, at.step, progress) as bar:
         train_key, rows = sharding.replicate((train_key, rows))
@@ -260,7 +267,7 @@ def fit(
                 if back is not None:
                     at = _replicated(back)
                     history = [record for record in history if record["step"] <= at.step]
-                elif any(answers):
+                elif any(isinstance(each, STOP) and each for each in answers):
                     break
             if interrupt is not None and interrupt(at):
                 break

@@ -7,7 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
-from jcnf.objectives import with_context
+from jcnf.objectives import Objective, with_context
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch, prepare
 from jcnf.training.fit import FitResult, fit
@@ -18,7 +18,7 @@ def fit_lbfgs(
     data: Any,
     *,
     key: Key[Array, ""],
-    objective: Callable,
+    objective: Objective,
     steps: int,
     batch: int | DrawBatch | None = None,
     optimizer: optax.GradientTransformation = optax.lbfgs(),  # noqa: B008 (frozen)
@@ -28,11 +28,11 @@ def fit_lbfgs(
 ) -> FitResult:
     """Train a flow by L-BFGS on one batch, by default all rows of `data`, and one noise draw.
 
-    It finishes a training rather than beginning it: near a minimum, some tens of its steps take
-    the loss lower than thousands of steps on fresh batches do. It ends at the first step that
-    cannot be taken, for the next one would fail as well.
+    Use it to finish a training: near a minimum, some tens of its steps lower the loss more than
+    thousands of steps on fresh batches do. It ends at the first step that cannot be taken, because
+    the next one would fail as well.
 
-    The arguments are those of `jcnf.fit`, which has an `average` and `max_skips` beside these. All
+    The arguments and the result are those of `jcnf.fit`, without `average` and `max_skips`. All
     solves have the step plan of `solve`, so that their losses can be compared.
     """
     batch_key, noise_key, fit_key, data_key = jr.split(key, 4)

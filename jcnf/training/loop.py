@@ -20,12 +20,11 @@ from jaxtyping import Array, Key, PyTree
 
 from jcnf import sharding
 from jcnf._checks import check_callable, check_instance, check_key, check_number
+from jcnf.objectives import Objective
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch
 from jcnf.training.reports import check_data, report
 from jcnf.training.state import MetricSums, TrainState, check_optimizer, partition
-
-Objective = Callable[..., tuple[Array, dict[str, Array]]]  # of a model, a batch and a key
 
 
 def by_reverse_mode(function: Callable) -> Callable:

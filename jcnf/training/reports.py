@@ -20,15 +20,15 @@ _REASONS = {
 }
 
 
-def check_data(data: Any) -> None:
-    """Raise `ValueError` for training data with NaN or inf, naming the first rows."""
+def check_data(data: Any, name: str = "data") -> None:
+    """Raise `ValueError` for data with NaN or inf, naming the first rows."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if eqx.is_inexact_array(leaf) and not isinstance(leaf, Tracer):
             values = sharding.to_host(leaf)
             # Check in the dtype of training: a large float64 may be infinite in float32.
             with np.errstate(over="ignore"):
                 values = np.asarray(values).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-            check_finite(**{f"data{jax.tree_util.keystr(path)}": values})
+            check_finite(**{f"{name}{jax.tree_util.keystr(path)}": values})
 
 
 def report(sums: MetricSums, start: int, state: TrainState, until: int) -> None:

@@ -9,13 +9,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 from field_table import FIELDS, drawn
-from helpers import MATRIX, Linear, slope
+from helpers import MATRIX, Linear, slope, strategies
 from jaxtyping import Array, Float
 
 import jcnf
 from jcnf import Exact, ForwardMode, Hutchinson
 from jcnf.divergence import (
-    DIVERGENCES,
     Divergence,
     FieldEvaluation,
     FixedNoise,
@@ -63,7 +62,7 @@ def noises():
 
     @jax.jit
     def draw(key):
-        return {name: s.draw(key, NUM_DRAWS, 3, X.dtype) for name, s in STRATEGIES.items()}
+        return {name: s.draw_noise(key, NUM_DRAWS, 3, X.dtype) for name, s in STRATEGIES.items()}
 
     return draw(jr.key(0))
 
@@ -133,7 +132,7 @@ def test_rademacher_is_exact_for_a_diagonal_jacobian():
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_noise_is_white_and_differs_between_samples_and_probes(noise):
-    draw = jax.jit(lambda key: Hutchinson(2, noise).draw(key, 500, 3, jnp.float32))
+    draw = jax.jit(lambda key: Hutchinson(2, noise).draw_noise(key, 500, 3, jnp.float32))
     probes = draw(jr.key(0))
     assert probes.shape == (500, 2, 3)
     assert probes.dtype == jnp.float32
@@ -157,7 +156,7 @@ def of_linear(strategy):
         def estimate(matrix, noise):
             return strategy(Linear(matrix), TIME, X, None, noise).divergence
 
-        noise = strategy.draw(jr.key(0), 200, 3, X.dtype)
+        noise = strategy.draw_noise(jr.key(0), 200, 3, X.dtype)
         return jax.vmap(jax.value_and_grad(estimate), in_axes=(None, 0))(matrix, noise)
 
     return values_and_gradients
@@ -211,7 +210,7 @@ def in_dimension_20(strategy):
 
     @jax.jit
     def evaluate(key, matrices):
-        noise, x = strategy.draw(key, 1000, 20, X.dtype), jnp.ones(20)
+        noise, x = strategy.draw_noise(key, 1000, 20, X.dtype), jnp.ones(20)
         return noise, {
             name: draws(strategy, Linear(matrix, 20), x, noise).divergence
             for name, matrix in matrices.items()
@@ -280,16 +279,16 @@ def test_pieces_take_less_memory_and_have_the_same_gradient():
 
 def test_exact_ones_draw_nothing_but_the_probes_asked_for():
     for strategy in (Exact(), ForwardMode()):
-        assert strategy.draw(None, 5, 3, jnp.float32) is None
-    assert Exact(probes=2).draw(jr.key(0), 5, 3, jnp.float32).shape == (5, 2, 3)
+        assert strategy.draw_noise(None, 5, 3, jnp.float32) is None
+    assert Exact(probes=2).draw_noise(jr.key(0), 5, 3, jnp.float32).shape == (5, 2, 3)
 
 
 def test_drawn_keeps_its_noise_whatever_the_key():
     noise = noises()["xtrace 2"]
     kept = FixedNoise(XTrace(2), noise)
-    np.testing.assert_array_equal(kept.draw(None, NUM_DRAWS, 3, X.dtype), noise)
-    assert kept.draw(jr.key(1), NUM_DRAWS, 3, jnp.float32).dtype == jnp.float32
-    assert FixedNoise(Exact(), None).draw(jr.key(1), NUM_DRAWS, 3, X.dtype) is None
+    np.testing.assert_array_equal(kept.draw_noise(None, NUM_DRAWS, 3, X.dtype), noise)
+    assert kept.draw_noise(jr.key(1), NUM_DRAWS, 3, jnp.float32).dtype == jnp.float32
+    assert FixedNoise(Exact(), None).draw_noise(jr.key(1), NUM_DRAWS, 3, X.dtype) is None
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -297,7 +296,7 @@ def test_float32_in_float32_out(name):
     strategy = STRATEGIES[name]
 
     def evaluate(t, x, key):
-        noise = strategy.draw(key, 1, 3, x.dtype)
+        noise = strategy.draw_noise(key, 1, 3, x.dtype)
         return jax.vmap(lambda e: strategy(Diagonal(), t, x, None, e), axis_size=1)(noise)
 
     found = jax.eval_shape(evaluate, jnp.float32(0.4), X.astype(jnp.float32), jr.key(0))
@@ -305,7 +304,7 @@ def test_float32_in_float32_out(name):
 
 
 def test_every_strategy_is_tested():
-    assert {type(s) for s in STRATEGIES.values()} == set(DIVERGENCES.values())
+    assert {type(s) for s in STRATEGIES.values()} == strategies()
 
 
 def test_a_strategy_of_ones_own_is_one_class():
@@ -325,7 +324,7 @@ def test_a_strategy_of_ones_own_is_one_class():
 @pytest.mark.parametrize("kind", [Hutchinson, HutchPlusPlus, XTrace])
 def test_estimators_say_what_they_need(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__} draws.*jax.random.key.*jcnf.Exact"):
-        kind().draw(None, 5, 3, jnp.float32)
+        kind().draw_noise(None, 5, 3, jnp.float32)
     with pytest.raises(ValueError, match="probes must be a whole number, at least 1; got probes=0"):
         kind(0)
 
@@ -333,7 +332,7 @@ def test_estimators_say_what_they_need(kind):
 @pytest.mark.parametrize("strategy", [Hutchinson(4, "orthogonal"), HutchPlusPlus(4), XTrace(4)])
 def test_no_more_orthogonal_directions_than_dimensions(strategy):
     with pytest.raises(ValueError, match="at most 3 probes in dimension 3; got probes=4"):
-        strategy.draw(jr.key(0), 5, 3, jnp.float32)
+        strategy.draw_noise(jr.key(0), 5, 3, jnp.float32)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -347,4 +346,4 @@ def test_errors_say_what_is_known():
     with pytest.raises(ValueError, match="got chunk=0"):
         ForwardMode(chunk=0)
     with pytest.raises(ValueError, match="draws noise"):
-        Exact(probes=1).draw(None, 5, 3, jnp.float32)
+        Exact(probes=1).draw_noise(None, 5, 3, jnp.float32)

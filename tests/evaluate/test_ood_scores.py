@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jcnf import plot
-from jcnf.data.noise import shuffled, uniform_noise
+from jcnf.data.images.noise import shuffled, uniform_noise
 from jcnf.evaluate import auroc, code_length, ood
 
 RNG = np.random.default_rng(0)

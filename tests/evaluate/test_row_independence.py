@@ -108,7 +108,7 @@ def test_rows_of_a_large_batch_are_those_of_small_ones(name, divergence, directi
     rng = np.random.default_rng(1)
     x, context, weights = (rng.normal(size=(ROWS, size)) for size in (3, 2, 4))
     flow, rows = astype((flow, tuple(map(jnp.asarray, (x, context, weights)))), jnp.float32)
-    noise = strategy.draw(jr.key(0), ROWS, 3, jnp.float32)
+    noise = strategy.draw_noise(jr.key(0), ROWS, 3, jnp.float32)
 
     def run(some, dtype=jnp.float32):
         given, (x, context, weights) = astype((flow, tuple(a[some] for a in rows)), dtype)

@@ -219,7 +219,7 @@ def test_cast_rounds_and_keeps_the_dtypes_around_it():
     unit = 2**-8  # the rounding error of bfloat16, which has 8 significant bits
     assert 0 < np.max(np.abs(found - v)) < 10 * unit * np.max(np.abs(v))
     assert 0 < abs(found_divergence - divergence) < 20 * unit * np.max(np.abs(v))
-    noise = Hutchinson().draw(jr.key(0), 1, 12, jnp.float32)[0]
+    noise = Hutchinson().draw_noise(jr.key(0), 1, 12, jnp.float32)[0]
     estimates = [
         jax.jit(lambda t, x, f=f: Hutchinson()(f, t, x, None, noise).divergence)(t, x)
         for f in (field, low)

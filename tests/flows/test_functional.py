@@ -59,7 +59,7 @@ def test_hutchinsons_noise_is_fixed_within_a_solve_and_unbiased():
     num, key, strategy = 2000, jr.key(1), Hutchinson(2)
     x = jnp.tile(X[:1], (num, 1))
     log_p = log_prob(linear(), x, key=key, solve=TIGHT, divergence=strategy)
-    noise = np.asarray(strategy.draw(key, num, 3, x.dtype))
+    noise = np.asarray(strategy.draw_noise(key, num, 3, x.dtype))
     estimate = np.einsum("nki,ij,nkj->n", noise, MATRIX, noise) / 2
     # d logdet/dt = mean_k e_k' A e_k is constant, and time runs backward from data to base.
     exact = log_density(X[:1])
@@ -337,7 +337,7 @@ def test_what_has_a_wrong_shape_is_refused_and_not_broadcast(unchecked):
     for run in (jcnf.log_prob, partial(jcnf.trajectory, times=jnp.array([0.0, 1.0]))):
         with pytest.raises(ValueError, match=r"the field must give an array of shape \(.*2,?\)"):
             run(flow, X[:, :2])
-    with pytest.raises(ValueError, match=r"penalty per_component must give an array of shape \(\)"):
+    with pytest.raises(ValueError, match=r"per_component must give an array of shape \(\)"):
         transform(linear(), X, regularizers=(per_component,))
     with pytest.raises(ValueError, match="functions such as"):
         transform(linear(), X, regularizers=("kinetic",))

@@ -329,8 +329,8 @@ def test_errors_say_what_to_do():
     flow = nice()
     with pytest.raises(ValueError, match="no path to penalize: remove kinetic"):
         jcnf.transform(flow, X, regularizers=(kinetic,))
-    with pytest.raises(ValueError, match="steer needs a flow whose bijection is an ODE"):
-        objectives.likelihood(flow, X, jr.key(0), steer=0.1)
+    with pytest.raises(ValueError, match="random_end_time needs a flow whose bijection is an ODE"):
+        objectives.likelihood(flow, X, jr.key(0), random_end_time=0.1)
     with pytest.raises(ValueError, match="takes a context of size 0; got 2"):
         jcnf.log_prob(flow, X, context=X[:, :2])
     with pytest.raises(ValueError, match="a trajectory needs a flow whose bijection is an ODE"):

@@ -11,7 +11,7 @@ from scipy import linalg
 
 from jcnf import CNF, Solve
 from jcnf.distributions import StandardNormal
-from jcnf.inference import inpaint
+from jcnf.inference import inpaint, mala
 
 KNOWN = np.array([False, True, False])
 MISSING = [0, 2]
@@ -21,7 +21,7 @@ CONDITIONAL = COVARIANCE[np.ix_(MISSING, MISSING)] - np.outer(GAIN, COVARIANCE[1
 
 @pytest.fixture(scope="module")
 def langevin():
-    return eqx.filter_jit(inpaint.langevin)
+    return eqx.filter_jit(mala.langevin)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def cliff(x):
 def test_langevin_of_gaussian_samples_the_conditional(langevin):
     rows = 4000
     x = jnp.zeros((rows, 3)).at[:, 1].set(jnp.linspace(-2, 2, rows))
-    density = inpaint.Density(exact())
+    density = mala.Density(exact())
     scale = np.sqrt(np.diag(COVARIANCE))
     chains = langevin(density, x, KNOWN, jr.key(0), steps=20, burn_in=40, scale=scale)
     # Rows are independent, so take one state of each, relative to its own conditional mean.
@@ -55,7 +55,7 @@ def test_langevin_of_gaussian_samples_the_conditional(langevin):
     errors = np.sqrt((CONDITIONAL**2 + np.outer(*[np.diag(CONDITIONAL)] * 2)) / rows)
     assert np.all(abs(centered.T @ centered / rows - CONDITIONAL) < 4 * errors)
     np.testing.assert_array_equal(chains.x[-1][:, 1], x[:, 1])
-    assert abs(chains.acceptance.mean() - inpaint.OPTIMAL_ACCEPTANCE) < 0.1
+    assert abs(chains.acceptance.mean() - mala.OPTIMAL_ACCEPTANCE) < 0.1
     assert chains.failed.sum() == 0
     np.testing.assert_allclose(chains.log_prob[-1], density(chains.x[-1]), rtol=1e-10)
 
@@ -65,7 +65,7 @@ def test_langevin_without_rejections_is_biased():
     h, x = 1.4, jnp.zeros((4000, 1))
     for i in range(60):
         x = x - h**2 / 2 * x + h * jr.normal(jr.key(i), x.shape)
-    chains = inpaint.langevin(
+    chains = mala.langevin(
         lambda x: -jnp.sum(x**2, axis=1) / 2,
         jnp.zeros((4000, 1)),
         np.array([False]),
@@ -82,7 +82,7 @@ def test_langevin_without_rejections_is_biased():
 
 def test_ascend_of_gaussian_converges_to_the_conditional_mode(ascend):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
-    density = inpaint.Density(exact())
+    density = mala.Density(exact())
     found = ascend(density, x, KNOWN, jr.key(0), steps=200, keep=4, rate=faster, noise=0.0)
     mode = np.asarray(x[:, 1:2]) * GAIN
     np.testing.assert_allclose(found.x[-1][:, MISSING], mode, atol=1e-3)
@@ -138,8 +138,8 @@ def test_density_failed_solve_affects_only_its_row():
     flow = CNF(NotANumber(), StandardNormal(2))
     x = jnp.array([[0.3, -0.2], [2.0, 0.0], [-0.5, 0.5]])
     solve = Solve("euler", step=0.25, norm="worst")
-    density = inpaint.Density(flow, solve=solve)
-    value, gradient = jax.jit(lambda x: inpaint._value_and_gradient(density, x))(x)
+    density = mala.Density(flow, solve=solve)
+    value, gradient = jax.jit(lambda x: mala.value_and_gradient(density, x))(x)
     alone, shrunk = x[np.array([0, 2])], 0.75**4
     # With v = x, each of the four Euler steps back multiplies x by 0.75; the divergence is 2.
     expected = -np.sum((alone * shrunk) ** 2, axis=1) / 2 - np.log(2 * np.pi) - 2
@@ -177,7 +177,7 @@ def test_langevin_same_key_gives_same_result_from_one_program(langevin):
 
 
 def test_ascend_kept_states_lie_on_the_path(ascend):
-    assert list(inpaint.kept_steps(7, 3)) == [2, 5, 7]
+    assert list(mala.kept_steps(7, 3)) == [2, 5, 7]
     x = jnp.ones((2, 3))
     few, all_of_them = (
         ascend(gaussian, x, KNOWN, jr.key(0), steps=7, keep=keep) for keep in (3, 7)
@@ -219,6 +219,6 @@ def test_inpaint_bad_arguments_raise():
     with pytest.raises(ValueError, match="low < high"):
         inpaint.ascend(gaussian, x, KNOWN, key, steps=2, bounds=(1.0, 0.0))
     with pytest.raises(ValueError, match="burn_in"):
-        inpaint.langevin(gaussian, x, KNOWN, key, steps=2, burn_in=-1)
+        mala.langevin(gaussian, x, KNOWN, key, steps=2, burn_in=-1)
     with pytest.raises(ValueError, match="unknown side"):
         inpaint.half((2, 2, 1), "middle")

@@ -69,17 +69,6 @@ def test_fit_returns_the_best_parameters_and_ends_without_patience():
     assert not eqx.tree_equal(result.flow, told[-1].flow)
 
 
-def test_fit_ends_where_a_callback_says_so():
-    result = jcnf.fit(
-        flow(),
-        X,
-        key=jr.key(0),
-        callbacks=[lambda progress: progress.step >= 20, lambda progress: None],
-        **SMALL,
-    )
-    assert [record["step"] for record in result.history] == [10, 20]
-
-
 def test_fit_of_the_same_key_is_the_same_to_the_bit_and_of_others_is_not():
     first, again, other = (jcnf.fit(flow(), X, key=jr.key(i), **SMALL) for i in (0, 0, 1))
     assert eqx.tree_equal(first.flow, again.flow)
@@ -132,13 +121,18 @@ def test_fit_takes(kind):
         ({"optimizer": "adam"}, "optimizer"),
         ({"data": (X, X[:3])}, "equal numbers of rows"),
         ({"data": X[:1]}, "leaves none of the 1 rows"),
+        ({"data": X.tolist()}, "data must be an array"),
+        ({"data": {"x": X}, "batch": lambda key, data: data["x"]}, "validation=0.1, data must be"),
+        ({"flow": mlp(2, ())}, "expected a flow.*; got one of type MLP"),
+        ({"validation": (X, X[:3])}, "validation must be .* equal numbers of rows"),
+        ({"validation": np.where(X > 2, np.nan, X)}, "validation has NaN or inf"),
         ({"data": np.where(X > 2, np.nan, X)}, "NaN or inf"),
     ],
 )
 def test_fit_refuses_bad_arguments(settings, message):
-    arguments = {"data": X, **SMALL} | settings
+    arguments = {"flow": flow(), "data": X, **SMALL} | settings
     with pytest.raises(ValueError, match=message):
-        jcnf.fit(flow(), key=jr.key(0), **arguments)
+        jcnf.fit(key=jr.key(0), **arguments)
 
 
 TARGET = jnp.array([1.0, -2.0])
@@ -177,6 +171,13 @@ def without_seconds(result):
 def assert_the_same(result, other):
     for one, two in zip(without_seconds(result), without_seconds(other), strict=True):
         assert eqx.tree_equal(one, two)
+
+
+def test_fit_ends_where_a_callback_says_so_and_ignores_other_answers(whole):
+    answers = [lambda progress: np.asarray(progress.step) >= 16, lambda progress: "written"]
+    result = quick_fit(callbacks=answers)
+    assert [record["step"] for record in result.history] == [8, 16]
+    assert_the_same(quick_fit(callbacks=answers[1:]), whole)
 
 
 def test_fit_validates_at_the_first_record_after_so_many_steps_and_at_the_end(whole):

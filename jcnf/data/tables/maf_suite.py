@@ -31,8 +31,6 @@ from jaxtyping import Float
 from jcnf._checks import InputError
 from jcnf.data.tables.table import Standardizer, Table
 
-__all__ = ["MAF_SUITE", "load_maf_suite"]
-
 _SEED = 42
 _MAX_GAS_CORRELATION = 0.98  # of two columns with more, the first is dropped
 _MAX_HEPMASS_REPEATS = 5  # a column that has its smallest value more often is dropped

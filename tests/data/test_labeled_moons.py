@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jcnf.data import classes
+from jcnf.data import labeled_moons as moons
 from jcnf.data.toys import toy
 
 
@@ -19,27 +19,27 @@ def cells(n):
 
 def test_entropy_is_that_of_the_density():
     points, area = cells(300)
-    log_p = np.asarray(classes.log_prob(points, jnp.zeros(len(points), int)))
+    log_p = np.asarray(moons.log_prob(points, jnp.zeros(len(points), int)))
     p = np.exp(log_p)
     assert p.sum() * area == pytest.approx(1, abs=1e-8)
-    assert -(p * np.where(p > 0, log_p, 0)).sum() * area == pytest.approx(classes.ENTROPY, abs=1e-6)
+    assert -(p * np.where(p > 0, log_p, 0)).sum() * area == pytest.approx(moons.ENTROPY, abs=1e-6)
 
 
 def test_classes_are_the_halves_of_the_toy():
     points, _ = cells(20)
-    of_class = [classes.log_prob(points, jnp.full(len(points), label)) for label in range(2)]
+    of_class = [moons.log_prob(points, jnp.full(len(points), label)) for label in range(2)]
     both = jax.nn.logsumexp(jnp.stack(of_class), axis=0) - jnp.log(2.0)
     np.testing.assert_allclose(both, toy("moons").log_prob(points), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("label", range(2))
 def test_samples_are_of_their_class(label):
-    x = classes.sample(jr.key(0), jnp.full(20_000, label))
+    x = moons.sample(jr.key(0), jnp.full(20_000, label))
     other = jnp.full(len(x), 1 - label)
-    log_p = np.asarray(classes.log_prob(x, 1 - other))
-    assert -log_p.mean() == pytest.approx(classes.ENTROPY, abs=4 * log_p.std() / len(x) ** 0.5)
-    assert -np.asarray(classes.log_prob(x, other)).mean() > classes.ENTROPY + 5
+    log_p = np.asarray(moons.log_prob(x, 1 - other))
+    assert -log_p.mean() == pytest.approx(moons.ENTROPY, abs=4 * log_p.std() / len(x) ** 0.5)
+    assert -np.asarray(moons.log_prob(x, other)).mean() > moons.ENTROPY + 5
 
 
 def test_contexts_are_one_hot():
-    np.testing.assert_array_equal(classes.one_hot(jnp.array([1, 0])), [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(moons.one_hot(jnp.array([1, 0])), [[0, 1], [1, 0]])

@@ -15,7 +15,7 @@ EXTENT = toys.toy("moons").extent
 # Entropy of either class in nats, computed like those of the toys: no model can have a lower mean
 # of -log p(x | label).
 ENTROPY = 1.70257015
-_sample, _density = toys._curve(**toys.MOON)
+_sample, _density = toys.curve(**toys.MOON)
 _log_prob = toys.batched(_density)
 
 
