@@ -117,19 +117,8 @@ def lambda2(field, t, x, context, local: FieldEvaluation) -> Rate:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-REGULARIZERS: dict[str, Callable] = {
-    r.__name__: r
-    for r in (
-        kinetic,
-        jacobian,
-        jacobian_exact,
-        directional,
-        total_derivative,
-        hjb,
-        lambda1,
-        lambda2,
-    )
-}
+_ALL = kinetic, jacobian, jacobian_exact, directional, total_derivative, hjb, lambda1, lambda2
+REGULARIZERS: dict[str, Callable] = {r.__name__: r for r in _ALL}
 
 
 def named(name: str) -> Callable:

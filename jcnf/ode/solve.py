@@ -330,14 +330,7 @@ def with_array_tolerances(solve: Solve, dtype: Any) -> Solve:
     return eqx.tree_at(lambda solve: (solve.rtol, solve.atol), solve, tolerances)
 
 
-_ADJOINTS = (
-    "checkpoint",
-    "direct",
-    "backsolve",
-    "backsolve_seminorm",
-    "reversible",
-    "forward",
-)
+_ADJOINTS = ("checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible", "forward")
 
 
 def _known(what, given, table, kind):

@@ -38,16 +38,10 @@ class RawTable:
 
         **Raises:** `InputError` for unknown columns, and if none is left.
         """
-        numbers = {str(i + 1): i for i in range(len(self.columns))}
-        places = numbers | {name: i for i, name in enumerate(self.columns)}
-        drop = [str(item) for item in drop]
-        if unknown := [item for item in drop if item not in places]:
-            known = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
-            raise InputError(
-                f"{self.path}: no column {unknown[0]!r} to drop: the columns are {known}, or by "
-                f"number 1 to {len(self.columns)}"
-            )
-        gone = {places[item] for item in drop}
+        try:
+            gone = set(places_of(self.columns, drop))
+        except InputError as error:
+            raise InputError(f"{self.path}: {error} (in drop)") from None
         if len(gone) == len(self.columns):
             raise InputError(
                 f"{self.path}: drop leaves none of the {len(gone)} columns: drop fewer"
@@ -101,6 +95,22 @@ class RawTable:
                     )
         parts = {part: rows[:, places] for part, rows in self.parts.items()}
         return RawTable(self.path, parts, columns, self.named, {})
+
+
+def places_of(columns: Sequence[str], wanted: Iterable[str | int]) -> list[int]:
+    """Return the places of the `wanted` of the columns, given by name or 1-based number.
+
+    **Raises:** `InputError` for an unknown column.
+    """
+    numbers = {str(i + 1): i for i in range(len(columns))}
+    places = numbers | {name: i for i, name in enumerate(columns)}
+    wanted = [str(item) for item in wanted]
+    if unknown := [item for item in wanted if item not in places]:
+        known = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
+        raise InputError(
+            f"no column {unknown[0]!r}: the columns are {known}, or by number 1 to {len(columns)}"
+        )
+    return [places[item] for item in wanted]
 
 
 def read_raw(path: str | os.PathLike) -> RawTable:

@@ -6,6 +6,7 @@ log_p = log_p_standardized - table.scale.log_scale    # nats, in the file's own 
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Float32, Int
 
 from jcnf._checks import InputError
 from jcnf.data.tables import checks, levels
-from jcnf.data.tables.files import CellError, RawTable, read_raw
+from jcnf.data.tables.files import CellError, RawTable, places_of, read_raw
 
 Path = str | os.PathLike
 
@@ -84,17 +85,9 @@ class Standardizer:
 
         **Raises:** `InputError` for an unknown column, or one that is named twice.
         """
-        numbers = {str(i + 1): i for i in range(len(self.columns))}
-        places = numbers | {name: i for i, name in enumerate(self.columns)}
-        wanted = [str(item) for item in wanted]
-        if unknown := [item for item in wanted if item not in places]:
-            raise InputError(
-                f"no column {unknown[0]}: the columns are {', '.join(self.columns[:20])}, "
-                f"or by number 1 to {len(self.columns)}"
-            )
-        found = sorted(places[item] for item in wanted)
-        if len(set(found)) < len(found):
-            raise InputError(f"a column is named twice in {', '.join(wanted)}: name each once")
+        found = sorted(places_of(self.columns, wanted))
+        if twice := [i for i, j in itertools.pairwise(found) if i == j]:
+            raise InputError(f"column {self.columns[twice[0]]} is named twice: name it once")
         return found
 
     def take(self, places: Sequence[int]) -> "Standardizer":
