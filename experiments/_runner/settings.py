@@ -63,7 +63,6 @@ Width = Annotated[int, Range(1, MAX_WIDTH)]
 Widths = Annotated[tuple[int, ...], Range(1, MAX_WIDTH, max_length=MAX_LAYERS)]
 Positive = Annotated[float, Range(MIN_FLOAT, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
-Share = Annotated[float, Range(0, 1)]
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
