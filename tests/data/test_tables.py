@@ -153,6 +153,8 @@ QUOTED = '"a","b","c"\n' + re.sub(r"[^,\n]+", r' "\g<0>"', lines(X))  # quoted, 
         ("a,b,2019\n" + lines(X), "a b x2019"),
         ("a,,c\n" + lines(X), "a Unnamed:1 c"),
         ("a,#,c\n" + lines(X), "a # c"),
+        ("0,1,2\n" + lines(X), "x0 x1 x2"),  # as pandas writes columns without names
+        (",0,1\n" + lines(X), "Unnamed:0 x0 x1"),
     ],
 )
 def test_layouts_of_text(tmp_path, content, names):
