@@ -68,7 +68,7 @@ def write_csv(path: Path, rows: Float[np.ndarray, "rows width"], columns: Sequen
 
     **Raises:** `InputError` without pandas.
     """
-    _pandas(path).DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+    _pandas(path).DataFrame(rows, columns=list(columns)).to_csv(path, index=False, na_rep="nan")
 
 
 def _pandas(path: Path) -> Any:
