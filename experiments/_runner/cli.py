@@ -35,8 +35,11 @@ def parse(
         description = (
             f"{description}\n\nThe first word can be one of: {names} (default: the first)."
         )
-        chosen = words[0] if words and words[0] in settings else next(iter(settings))
-        settings, words = settings[chosen], words[1:] if [chosen] == list(words[:1]) else words
+        chosen = next(iter(settings))
+        if words and words[0] in settings:
+            chosen, *words = words
+            program = program and f"{program} {chosen}"
+        settings = settings[chosen]
     # Set the precision first: it decides which tolerances are possible.
     if "--x64" in words:
         jax.config.update("jax_enable_x64", True)

@@ -110,5 +110,10 @@ def _match(flow, x0, x1, key, context, path, time):
     # The field's time runs to t1: dx/dt = dx/ds / t1.
     field, t1 = flow.bijection.field, flow.bijection.t1
     v = jax.vmap(field)(t1 * s, x, context)
+    if v.shape != x.shape:
+        raise ValueError(
+            f"the field must give an array of shape {x.shape[1:]} for each sample; "
+            f"got {v.shape[1:]}"
+        )
     loss = jnp.mean(jnp.sum((v - u / t1) ** 2, axis=-1))
     return loss, {"matching": loss}

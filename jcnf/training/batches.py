@@ -69,37 +69,48 @@ def prepare(
     if callable(data):
         check_int(batch=batch)
         rows, draw = None, lambda key, _: data(key, batch)
-        paired = isinstance(jax.eval_shape(draw, split_key, None), tuple)
+        like = jax.eval_shape(draw, split_key, None)
+        _check_rows(like, "what data(key, num) returns")
+        paired = isinstance(like, tuple)
         if isinstance(validation, float):
             held_out = data(fresh_key, SAMPLER_DRAWS)
     else:
-        rows = jax.tree.map(jnp.asarray, data)
+        if not callable(batch):
+            _check_rows(data, "data")
+        like = rows = jax.tree.map(jnp.asarray, data)
         check_data(rows)
         draw = batch if callable(batch) else draw_rows(batch)
         paired = isinstance(rows, tuple) and not callable(batch)
-        if not callable(batch):
-            _check_rows(rows, "data")
         if isinstance(validation, float):
             _check_rows(rows, f"with validation={validation}, data")
             rows, held_out = _split(rows, validation, split_key)
-    score: Any = held_out
+    score: Any = partial(_number, score=held_out) if callable(held_out) else None
     if not (held_out is None or callable(held_out)):
-        held_out = jax.tree.map(jnp.asarray, held_out)
         _check_rows(held_out, "validation")
+        held_out = jax.tree.map(jnp.asarray, held_out)
         check_data(held_out, "validation")
+        if not callable(batch) and _form(held_out) != _form(like):
+            raise ValueError(
+                f"validation must be of the form of data, {_form(like)}; got {_form(held_out)}"
+            )
         score = partial(_nll, rows=held_out)
     return Prepared(rows, draw, paired, score)
 
 
 def _check_rows(rows, name):
     """Raise `ValueError` unless `rows` is an array or a pair, all of as many rows."""
-    pair = isinstance(rows, tuple) and len(rows) == 2
-    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(rows)}
-    if not (pair or isinstance(rows, jax.Array)) or len(lengths) != 1 or () in lengths:
+    parts = rows if isinstance(rows, tuple) and len(rows) == 2 else (rows,)
+    shapes: list[Any] = [getattr(part, "shape", None) for part in parts]
+    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        got = f"a {type(rows).__name__}" if None in shapes else f"shapes {shapes}"
         raise ValueError(
-            f"{name} must be an array (n, dim), a pair (x, context) with equal numbers of rows, or "
-            f"a function; got shapes {jax.tree.map(jnp.shape, rows)!s:.100}"
+            f"{name} must be an array (n, dim) or a pair of arrays (x, context) with equal numbers "
+            f"of rows; got {got}"
         )
+
+
+def _form(rows):
+    return jax.tree.map(lambda leaf: ("rows", *leaf.shape[1:]), rows)
 
 
 def _split(rows, share, key):
@@ -127,5 +138,15 @@ def _nll(flow, rows):
         found.append(sharding.to_host(flow.base.log_prob(carried.value) + carried.logdet))
     log_prob = np.concatenate(found)
     solved = np.isfinite(log_prob)
-    failed_share = np.mean(~solved)
-    return -np.mean(log_prob[solved]) if failed_share <= MAX_FAILED_VALIDATION_SHARE else math.nan
+    if np.mean(~solved) > MAX_FAILED_VALIDATION_SHARE:
+        return math.nan
+    return -float(np.mean(log_prob[solved]))
+
+
+def _number(flow, score):
+    """Return the score of the flow as a number."""
+    value = score(flow)
+    try:
+        return float(value)
+    except TypeError:
+        raise ValueError(f"validation must return a number; got {value!r:.100}") from None

@@ -66,6 +66,9 @@ def save(path: Path | str, tree: PyTree, notes: dict[str, Any] | None = None) ->
 def load(path: Path | str, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     """Return `like` with its arrays replaced by the saved ones, and the notes.
 
+    The file has only arrays: make `like` by the code that made the saved tree, because another
+    activation, for example, would not be noticed.
+
     **Raises:** `InputError` if the file is missing, has another format, or does not match the
     arrays of `like` (the message names the first difference); `CorruptCheckpointError` if the file
     is damaged or not a checkpoint.

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import operator
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import optax
 from jaxtyping import Array, Key, PyTree
 
 from jcnf import sharding
-from jcnf._checks import check_callable, check_int, check_key, check_number
+from jcnf._checks import check_callable, check_instance, check_int, check_key, check_number
 from jcnf.flows import Flow
 from jcnf.objectives import Objective, flow_matching, with_context
 from jcnf.ode import Solve
@@ -200,8 +201,12 @@ def fit(
                 "patience counts validations, so it needs some; got validation=None: "
                 "give validation=0.1, or leave out patience"
             )
+    if start is not None:
+        check_instance(Snapshot, "a Snapshot, such as result.snapshot", start=start)
+    functions = "a sequence of functions that take a Progress"
+    check_instance(Sequence, functions, callbacks=callbacks)
     for callback in callbacks:
-        check_callable("a sequence of functions that take a Progress", callbacks=callback)
+        check_callable(functions, callbacks=callback)
     if optimizer is None:
         optimizer = make_optimizer(1e-3, steps, warmup=min(200, steps // 10), clip=10.0)
     max_skips = min(max_skips, steps)
@@ -255,7 +260,7 @@ def fit(
                 metrics, here = _means(sums), with_params(flow, state.average)
                 late = at.step // validate_every > at.recorded // validate_every
                 if score is not None and (late or over(at)):
-                    scored = {score_name: float(score(here))}
+                    scored = {score_name: score(here)}
                     metrics |= scored
                     at = at.validated(scored[score_name])
                 at = at._replace(recorded=at.step, sums=None)
@@ -273,6 +278,10 @@ def fit(
                 break
     if told is not None:
         report(told, begin, at.state, steps if stuck(at) else at.step)
+    if scored and at.lowest == math.inf:
+        warnings.warn(
+            "no validation gave a finite score, so the last parameters are returned", stacklevel=2
+        )
     chosen = at.best if at.lowest < math.inf else at.state.average
     return FitResult(with_params(flow, chosen), history, at, compile_seconds)
 

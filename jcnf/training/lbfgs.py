@@ -7,6 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key
 
+from jcnf._checks import check_key
 from jcnf.objectives import Objective, with_context
 from jcnf.ode import Solve
 from jcnf.training.batches import DrawBatch, prepare
@@ -35,6 +36,7 @@ def fit_lbfgs(
     The arguments and the result are those of `jcnf.fit`, without `average` and `max_skips`. All
     solves have the step plan of `solve`, so that their losses can be compared.
     """
+    check_key(key)
     batch_key, noise_key, fit_key, data_key = jr.split(key, 4)
     rows, draw_batch, paired, _ = prepare(data, batch, None, data_key)
     objective = with_context(objective) if paired else objective

@@ -6,7 +6,7 @@ checkpoint ends in the same state, bit for bit, as one that was not interrupted.
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -178,10 +178,10 @@ def make_train_loop(
     def evaluated(params, batch, key, step_plan):
         model = eqx.combine(params, static)
         if solve is None:
-            return objective(model, batch, key)
+            return _checked(objective(model, batch, key))
         try:
             planned = dataclasses.replace(solve, step_plan=step_plan)
-            return objective(model, batch, key, solve=planned)
+            return _checked(objective(model, batch, key, solve=planned))
         except TypeError as error:
             if "unexpected keyword argument 'solve'" not in str(error):
                 raise
@@ -268,3 +268,21 @@ def make_train_loop(
         return jax.lax.while_loop(more, body, (state, sums))
 
     return TrainLoop(jax.jit(run))
+
+
+def _checked(result):
+    """Return the result of an objective if it is a scalar loss and a dict of scalar metrics."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise ValueError(
+            "objective must return a pair (loss, metrics), metrics being a dict, perhaps empty; "
+            f"got a {type(result).__name__}"
+        )
+    loss, metrics = result
+    numbers = {"the loss": loss} | {repr(n): metrics[n] for n in metrics if n != "step_plan"}
+    for name, number in numbers.items():
+        if jnp.shape(number) != ():
+            raise ValueError(
+                f"objective must return scalars; got {name} of shape {jnp.shape(number)}: "
+                "take the mean over the batch"
+            )
+    return result

@@ -127,6 +127,12 @@ def test_what_is_written_reads_back_the_same(tmp_path, ending, dtype):
     assert table.scale.columns == (("x1", "x2") if ending == ".npy" else ("a", "b, c"))
 
 
+def test_nan_is_written_as_a_word(tmp_path):
+    path = tmp_path / "scores.csv"
+    write_rows(path, np.array([[0.5], [np.nan]]), ["log_prob"])
+    assert path.read_text() == "log_prob\n0.5\nnan\n"
+
+
 X = normal(30, 3)
 HEADER = "a,b,c\n"
 QUOTED = '"a","b","c"\n' + re.sub(r"[^,\n]+", r' "\g<0>"', lines(X))  # quoted, after a blank
@@ -153,6 +159,8 @@ QUOTED = '"a","b","c"\n' + re.sub(r"[^,\n]+", r' "\g<0>"', lines(X))  # quoted, 
         ("a,b,2019\n" + lines(X), "a b x2019"),
         ("a,,c\n" + lines(X), "a Unnamed:1 c"),
         ("a,#,c\n" + lines(X), "a # c"),
+        ("0,1,2\n" + lines(X), "x0 x1 x2"),  # as pandas writes columns without names
+        (",0,1\n" + lines(X), "Unnamed:0 x0 x1"),
     ],
 )
 def test_layouts_of_text(tmp_path, content, names):

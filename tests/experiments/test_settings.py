@@ -246,3 +246,9 @@ def test_the_tables_of_the_suite_are_those_of_the_library():
     from experiments.tabular import MAFSuite
 
     assert set(typing.get_args(typing.get_type_hints(MAFSuite)["suite"])) == set(MAF_SUITE)
+
+
+def test_an_error_names_the_help_of_the_chosen_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(COMMANDS["density"].settings, ["use", "--seed", "0"], program="density")
+    assert "density use --help" in capsys.readouterr().err

@@ -243,6 +243,15 @@ def test_a_dropped_context_is_dropped_whole():
 X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
 
 
+class Short(Field):
+    """A field of one number, which would broadcast."""
+
+    dim: int = eqx.field(static=True, default=2)
+
+    def __call__(self, t, x, context=None):
+        return x[:1]
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -262,6 +271,10 @@ X, TWO = jnp.zeros((4, 2)), jnp.ones((4, 2))
         (
             partial(flow_matching, CNF(Told(), StandardNormal(2)), X, KEY),
             "the flow takes a context of size 2; got none",
+        ),
+        (
+            partial(flow_matching, CNF(Short(), StandardNormal(2)), X, KEY),
+            "the field must give an array of shape (2,) for each sample; got (1,)",
         ),
         (partial(rectified, truth(), (X[:, :1], X), KEY), "pairs (x0, x1) of the same shape"),
         (partial(rectified, truth(), (X[:, :1], X[:, :1]), KEY), "expected x of shape (batch, 2)"),

@@ -118,12 +118,18 @@ def test_fit_takes(kind):
         ({"validation": 1.5}, "validation"),
         ({"validation": None, "patience": 3}, "patience"),
         ({"callbacks": ["print"]}, "callbacks"),
+        ({"callbacks": print}, "callbacks must be a sequence"),
         ({"optimizer": "adam"}, "optimizer"),
+        ({"start": "checkpoint"}, "start must be a Snapshot"),
         ({"data": (X, X[:3])}, "equal numbers of rows"),
         ({"data": X[:1]}, "leaves none of the 1 rows"),
         ({"data": X.tolist()}, "data must be an array"),
         ({"data": {"x": X}, "batch": lambda key, data: data["x"]}, "validation=0.1, data must be"),
         ({"flow": mlp(2, ())}, "expected a flow.*; got one of type MLP"),
+        ({"data": lambda key, num: [X, X]}, r"data\(key, num\) returns must .* got a list"),
+        ({"validation": X.tolist()}, "validation must be .* got a list"),
+        ({"validation": X[:, :1]}, r"validation must be .*'rows', 2\); got \('rows', 1\)"),
+        ({"validation": (X, X)}, "validation must be of the form of data"),
         ({"validation": (X, X[:3])}, "validation must be .* equal numbers of rows"),
         ({"validation": np.where(X > 2, np.nan, X)}, "validation has NaN or inf"),
         ({"data": np.where(X > 2, np.nan, X)}, "NaN or inf"),
@@ -212,6 +218,26 @@ def test_fit_goes_on_from_the_snapshot_that_a_callback_returns(whole):
     result = quick_fit(callbacks=[back_once])
     assert steps == [8, 16, 24, 24, 32, 40]
     assert_the_same(result, whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation": lambda model: None}, "validation must return a number; got None"),
+        ({"validation": lambda model: model["w"]}, "validation must return a number"),
+        ({"objective": lambda model, x, key: jnp.sum(model["w"])}, "return a pair"),
+        ({"objective": lambda model, x, key: (model["w"], {})}, r"the loss of shape \(2,\)"),
+        ({"objective": lambda model, x, key: (model["w"][0], {"x": x[0]})}, r"'x' of shape \(2,\)"),
+    ],
+)
+def test_fit_refuses_functions_that_do_not_return_numbers(settings, message):
+    with pytest.raises(ValueError, match=message):
+        quick_fit(**settings)
+
+
+def test_fit_whose_validations_are_not_finite_warns():
+    with pytest.warns(UserWarning, match="no validation gave a finite score"):
+        quick_fit(validation=lambda model: np.nan)
 
 
 def test_fit_that_is_stuck_asks_the_callbacks_and_then_ends_with_a_warning():

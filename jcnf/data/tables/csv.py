@@ -45,9 +45,10 @@ def read_csv(
     try:
         top = parse(nrows=2, dtype=str)
         named = _is_header(top.notna().to_numpy(), numbers(top).notna().to_numpy())
+        named = named or _is_numbering(*top.fillna("").to_numpy().tolist())
         if named and len(lines) == 1:
             raise InputError(f"{path}: has a header but no rows: a table needs one row per line")
-        cells = parse(skiprows=int(named), low_memory=False, float_precision="round_trip")
+        cells = parse(skiprows=int(named), low_memory=False)
     except pandas.errors.ParserError as error:
         raise InputError(f"{path}: {_in_words(error)}") from None
     rows = numbers(cells)
@@ -67,7 +68,7 @@ def write_csv(path: Path, rows: Float[np.ndarray, "rows width"], columns: Sequen
 
     **Raises:** `InputError` without pandas.
     """
-    _pandas(path).DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+    _pandas(path).DataFrame(rows, columns=list(columns)).to_csv(path, index=False, na_rep="nan")
 
 
 def _pandas(path: Path) -> Any:
@@ -99,6 +100,16 @@ def _is_header(filled: np.ndarray, number: np.ndarray) -> bool:
     text = filled & ~number
     above_number = text[0] & ~text[1] if len(text) > 1 else text[0]
     return bool(above_number.any() and 2 * text[0].sum() >= filled[0].sum())
+
+
+def _is_numbering(first: list[str], second: Sequence[str] = ()) -> bool:
+    """Whether the first line has 0, 1, ... above decimals: pandas' names of unnamed columns.
+
+    It is blank above the index that pandas writes beside them.
+    """
+    numbers = first[int(first[0] == "") :]
+    counts = len(numbers) > 1 and numbers == [str(i) for i in range(len(numbers))]
+    return counts and any("." in cell for cell in second)
 
 
 def _in_words(error: Exception) -> str:
