@@ -206,10 +206,8 @@ def accuracy_report(
     if len(x) < given:
         shortened.append(f"{len(x)} of {given} points")
     if density is not None and density.unmeasured:
-        cells = density.log_prob.size
-        shortened.append(
-            f"the inner {cells - density.unmeasured} of {cells} cells (a mass of {density.mass:.4f})"
-        )
+        cells, mass = density.log_prob.size, f"a mass of {density.mass:.4f}"
+        shortened.append(f"the inner {cells - density.unmeasured} of {cells} cells ({mass})")
     return AccuracyReport(
         scores=scores,
         points=order[done],
