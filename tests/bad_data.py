@@ -148,9 +148,7 @@ refuses(
 )
 refuses(Standardizer(**scale).unstandardize, rows=rows)
 refuses(Standardizer, scale, std=[np.zeros(2), np.array([1.0, np.nan])], columns=[("a",)])
-refuses(
-    Standardizer(**scale).positions, says={"wanted": "column q|twice"}, wanted=[["q"], ["a", 1]]
-)
+refuses(Standardizer(**scale).positions, says={"wanted": "q|twice"}, wanted=[["q"], ["a", 1]])
 refuses(series.spiral, {"name": "linear"}, says={"name": "linear"}, name=["round"])
 refuses(series.spiral, {"name": "linear"}, points=[2], noise=[np.nan, -1.0])
 refuses(series.load_series, says={"path": GONE}, path=[GONE])
