@@ -162,8 +162,8 @@ def fit(
       better. With None, the last parameters are returned.
     - `every`: number of steps between records, each of which is an entry of the history and a call
       of the callbacks; by default a fiftieth of `steps`. There is one at the end, too.
-    - `validate_every`: validate at the first record after every so many steps, and at the last one;
-      by default at every record.
+    - `validate_every`: number of steps between validations; each waits for the next record, and the
+      last record always has one. By default every record has one.
     - `patience`: stop after this many validations in a row without a new best one.
     - `callbacks`: each is called with a `Progress` at every record. If one returns True, training
       stops; if one returns a `Snapshot`, training goes on from there.
@@ -252,7 +252,7 @@ def fit(
             at = at._replace(state=state, sums=sums, seconds=at.seconds + seconds)
             taken = at.step - step
             quicker = min(max(1, int(DISPATCH_SECONDS / seconds * taken)), 10 * taken)
-            # The same for all processes.
+            # All processes must take the same number of steps.
             pace = sharding.on_process_zero(lambda quicker=quicker: quicker)
             bar.n = at.step
             bar.set_postfix_str(_shown(_means(sums) | scored, int(state.skipped)))
