@@ -125,9 +125,6 @@ class ImageMatching(GuidedFlowMatching):
                 "--drop-context above 0"
             )
 
-    def make(self):
-        return objectives.for_first_ode(super().make())
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactDivergence(Settings):

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_finite, check_int, check_key
 
+_MIN_RELATIVE_VARIANCE = 1e-9
+
 
 class BaseDistribution(eqx.Module):
     """A distribution over vectors of shape (dim,). Subclass it and define `distribution`.
@@ -98,6 +100,57 @@ class ScaledNormal(BaseDistribution):
 
     def distribution(self, dtype=None):
         return _independent("Normal", self.loc.astype(dtype), self.scale.astype(dtype))
+
+
+class FullNormal(BaseDistribution):
+    """The normal distribution N(mean, C), by the axes and standard deviations of C.
+
+    C = basis diag(std^2) basis', where the columns of the orthogonal `basis` are the axes.
+
+    **Arguments:**
+
+    - `mean`: (dim,).
+    - `covariance`: C, (dim, dim), symmetric. An axis whose variance is below 1e-9 of the largest
+      gets that variance.
+
+    **Raises:** `ValueError` for wrong shapes, values that are not finite, and a covariance of 0.
+    """
+
+    mean: Float[Array, " dim"]
+    basis: Float[Array, "dim dim"]
+    std: Float[Array, " dim"]
+    dim: int = eqx.field(static=True)
+
+    def __init__(self, mean, covariance):
+        mean, covariance = np.asarray(mean, float), np.asarray(covariance, float)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                "expected a mean of shape (dim,) and a covariance of shape (dim, dim); got "
+                f"{mean.shape} and {covariance.shape}"
+            )
+        check_finite(mean=mean, covariance=covariance)
+        variances, basis = np.linalg.eigh(covariance)
+        if variances[-1] <= 0:
+            raise ValueError("covariance must have a positive variance; got none")
+        variances = np.maximum(variances, _MIN_RELATIVE_VARIANCE * variances[-1])
+        self.mean, self.basis = jnp.asarray(mean, float), jnp.asarray(basis, float)
+        self.std = jnp.asarray(np.sqrt(variances), float)
+        self.dim = len(mean)
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n dim"]) -> "FullNormal":
+        """Return the distribution with the mean and the covariance of the rows of `x`."""
+        x = np.asarray(x, np.float64)
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"expected x of shape (n, dim), with n at least 2; got {x.shape}")
+        return cls(x.mean(axis=0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]))
+
+    def distribution(self, dtype=None):
+        import distrax
+
+        factor = self.basis * self.std[None]
+        tri = jnp.linalg.cholesky(factor @ factor.T)
+        return distrax.MultivariateNormalTri(self.mean.astype(dtype), tri.astype(dtype))
 
 
 class Logistic(BaseDistribution):

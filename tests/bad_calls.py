@@ -247,7 +247,6 @@ window = {"num": 1, "shortest": 1.0, "longest": 2.0}
 refuses(objectives.sample_windows, window, num=NUMBERS, shortest=[3.0], rows=[1])
 refuses(objectives.sample_windows, window, longest=[np.nan, np.inf])
 refuses(objectives.trajectory_fit, {"field": FIELD, "key": KEY}, windows=[X])
-refuses(objectives.for_first_ode(objectives.likelihood), batch, says={"flow": "Chain"}, flow=[FLOW])
 adam = {"learning_rate": 0.1, "steps": 10}
 refuses(training.make_optimizer, adam, learning_rate=POSITIVE, steps=COUNTS, warmup=[-1])
 refuses(training.make_optimizer, adam, weight_decay=[np.nan], clip=[0.0, np.nan], schedule=["step"])

@@ -14,6 +14,7 @@ import numpy as np
 from helpers import MATRIX, Linear
 from jaxtyping import Array, Float
 
+from jcnf.distributions import FullNormal
 from jcnf.fields import (
     LAYERS,
     MLP,
@@ -25,10 +26,12 @@ from jcnf.fields import (
     Mixture,
     Planar,
     Potential,
+    Preconditioned,
     ResNet,
     TimeRescaling,
     UNet,
 )
+from jcnf.objectives import paths
 
 
 def drawn(make, *args, scale=1.5, seed=0, **settings):
@@ -59,6 +62,11 @@ class Normalizing(Field):
         return self.matrix @ x / jnp.sqrt(1 + jnp.sum(x**2))
 
 
+def preconditioned(field, path):
+    covariance = np.asarray(MATRIX) @ np.asarray(MATRIX).T + np.eye(3)
+    return Preconditioned(field, FullNormal([0.5, -1.0, 0.2], covariance), path, reach=1.5)
+
+
 concat = partial(drawn, MLP, 3, (4, 5), context_dim=2)
 planar = partial(drawn, Planar, 3, width=5, hidden=4)
 no_closed_form = partial(Linear, jnp.asarray(MATRIX))
@@ -86,6 +94,10 @@ FIELDS = {
     "residual": lambda: MinusIdentity(concat()),
     "residual without closed form": lambda: MinusIdentity(no_closed_form()),
     "time change": lambda: TimeRescaling(concat(), 1.4, start=0.2),
+    "preconditioned": lambda: preconditioned(concat(), paths.linear),
+    "preconditioned without closed form": lambda: preconditioned(
+        no_closed_form(), paths.trigonometric
+    ),
     "mixture": lambda: mixture(concat(), concat(seed=1)),
     "normalizing": lambda: Normalizing(jnp.asarray(MATRIX)),
     "mixture without closed form": lambda: mixture(no_closed_form(), drawn(MLP, 3, (4,), seed=1)),

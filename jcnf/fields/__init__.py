@@ -8,6 +8,7 @@ from jcnf.fields.layers import LAYERS as LAYERS
 from jcnf.fields.mlp import MLP as MLP
 from jcnf.fields.planar import Planar as Planar
 from jcnf.fields.potential import Potential as Potential
+from jcnf.fields.preconditioned import Preconditioned as Preconditioned
 from jcnf.fields.resnet import ResNet as ResNet
 from jcnf.fields.unet import UNet as UNet
 from jcnf.fields.wrappers import Cast as Cast

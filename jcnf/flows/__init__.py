@@ -15,13 +15,15 @@ from jcnf.flows.cnf import CNF as CNF
 from jcnf.flows.cnf import ODE as ODE
 from jcnf.flows.cnf import ode_of as ode_of
 from jcnf.flows.cnf import with_fields as with_fields
+from jcnf.flows.columns import Columns as Columns
+from jcnf.flows.fixed import Affine as Affine
+from jcnf.flows.fixed import Fixed as Fixed
 from jcnf.flows.functional import log_prob as log_prob
 from jcnf.flows.functional import sample as sample
 from jcnf.flows.functional import sample_and_log_prob as sample_and_log_prob
 from jcnf.flows.functional import solve_log_prob as solve_log_prob
 from jcnf.flows.functional import solve_transform as solve_transform
 from jcnf.flows.functional import transform as transform
-from jcnf.flows.multiscale import AnalyticBijection as AnalyticBijection
 from jcnf.flows.multiscale import ChannelSplit as ChannelSplit
 from jcnf.flows.multiscale import Identity as Identity
 from jcnf.flows.multiscale import Logit as Logit

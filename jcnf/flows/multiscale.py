@@ -4,51 +4,29 @@ An image is a vector whose components are in the order height, width, channels.
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jcnf._checks import check_int, check_number, check_shape
-from jcnf.flows.base import Bijection, Direction, Transformed
+from jcnf.flows.base import Bijection
 from jcnf.flows.chain import Composition
+from jcnf.flows.fixed import Fixed
 
 Shape = tuple[int, int, int]  # height, width, channels
 
 
-class AnalyticBijection(Bijection):
-    """A bijection that needs no parameters and no solve. Subclasses define `both`."""
-
-    @property
-    def context_dim(self) -> int:
-        """Always 0: it takes no context."""
-        return 0
-
-    @abstractmethod
-    def both(
-        self, x: Float[Array, "batch dim"], direction: Direction
-    ) -> tuple[Float[Array, "batch dim"], Float[Array, " batch"]]:
-        """Return the batch at the other end and its log-det."""
-
-    def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
-        return Transformed.unsolved(*self.both(x, "to_data"), regularizers)
-
-    def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
-        return Transformed.unsolved(*self.both(x, "to_base"), regularizers)
-
-
-class Identity(AnalyticBijection):
+class Identity(Fixed):
     """The map that changes nothing."""
 
-    def both(self, x, direction):
+    def both(self, x, direction, context=None):
         """Return `x`, with log-det 0."""
         return x, jnp.zeros(len(x), x.dtype)
 
 
-class Logit(AnalyticBijection):
+class Logit(Fixed):
     """The map from data x in (-a', 1 + a') to y = logit(alpha + (1 - 2 alpha) x) at the base side.
 
     It takes pixels in [0, 1] to R^dim, where the rest of the flow has its density (Dinh et al.
@@ -64,7 +42,7 @@ class Logit(AnalyticBijection):
     def __check_init__(self):
         check_number("[1e-7, 0.5)", alpha=self.alpha)
 
-    def both(self, x, direction):
+    def both(self, x, direction, context=None):
         """Return the end and logdet = +-sum_i [log(1 - 2 alpha) - log s_i - log(1 - s_i)].
 
         Here s = sigmoid(y), and the sign is + toward the base.
@@ -81,7 +59,7 @@ class Logit(AnalyticBijection):
         return end, logdet if direction == "to_base" else -logdet
 
 
-class Squeeze(AnalyticBijection):
+class Squeeze(Fixed):
     """Squeezing of each 2 x 2 pixels into one: data (h, w, c) to (h/2, w/2, 4c) at the base side.
 
     It is a permutation (Dinh et al. 2017, section 3.6).
@@ -96,7 +74,7 @@ class Squeeze(AnalyticBijection):
         if self.shape[0] % 2 or self.shape[1] % 2:
             raise ValueError(f"shape must have an even height and width; got {self.shape}")
 
-    def both(self, x, direction):
+    def both(self, x, direction, context=None):
         """Return the permuted batch, with log-det 0."""
         h, w, c = self.shape
         _require(x, self.shape)

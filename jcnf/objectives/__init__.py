@@ -6,7 +6,6 @@ A new objective is one function of this form; see `Objective`.
 from jcnf.objectives.base import Loss as Loss
 from jcnf.objectives.base import Objective as Objective
 from jcnf.objectives.combine import cast_fields as cast_fields
-from jcnf.objectives.combine import for_first_ode as for_first_ode
 from jcnf.objectives.combine import weighted_sum as weighted_sum
 from jcnf.objectives.combine import with_context as with_context
 from jcnf.objectives.combine import without_solve as without_solve

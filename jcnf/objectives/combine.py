@@ -1,20 +1,18 @@
-"""Objectives built from others: with a context, for a chain, in another precision, summed."""
+"""Objectives built from others: with a context, in another precision, summed."""
 
 import functools
 import operator
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Key
 
 from jcnf._checks import check_callable, check_key, check_number
 from jcnf.fields import Cast
-from jcnf.flows import ODE, Composition, Flow, with_fields
+from jcnf.flows import Flow, with_fields
 from jcnf.objectives.base import Loss, Objective
-from jcnf.ode import Solve
 
 
 def with_context(objective: Objective) -> Objective:
@@ -39,33 +37,6 @@ def without_solve(objective: Objective) -> Objective:
         return objective(flow, x, key, **settings)
 
     return of_solve
-
-
-def for_first_ode(objective: Objective) -> Objective:
-    """Return an objective of a chain whose first part is an ODE, from one of a `jcnf.CNF`.
-
-    `objective`, such as flow matching, is given the flow of the chain's first part, a
-    `jcnf.flows.ODE`, with the chain's base. The other parts, such as preprocessing, carry the data
-    to it and receive no gradient, so they must be fixed. The arguments are those of `objective`.
-
-    **Raises:** `ValueError` if the flow is not such a chain.
-    """
-
-    @functools.wraps(objective)
-    def of_chain(flow, x, key, *, context=None, **settings):
-        chain = flow.bijection
-        first, *outer = chain.parts if isinstance(chain, Composition) else [chain]
-        if first is chain or not isinstance(first, ODE):
-            start = "" if first is chain else "one that starts with "
-            raise ValueError(
-                "expected flow to be a jcnf.flows.Chain whose first part is a jcnf.flows.ODE; got "
-                f"{start}{type(first).__name__}"
-            )
-        if outer:
-            x = jax.lax.stop_gradient(Composition(outer).inverse(x, context, Solve())[0])
-        return objective(Flow(first, flow.base), x, key, context=context, **settings)
-
-    return of_chain
 
 
 def cast_fields(objective: Objective, dtype: Any) -> Objective:

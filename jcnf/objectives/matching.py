@@ -6,9 +6,10 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_callable, check_key, check_number
-from jcnf.flows import ODE, Flow, check_batch, ode_of
+from jcnf.flows import ODE, Composition, Fixed, Flow, check_batch, ode_of
 from jcnf.objectives import couplings, paths, times
 from jcnf.objectives.base import Loss
+from jcnf.ode import Solve
 
 
 def flow_matching(
@@ -29,6 +30,9 @@ def flow_matching(
     for any flow. The loss is summed over coordinates; it is not in nats, and its minimum is unknown
     and positive.
 
+    The flow may be a chain of an ODE and `jcnf.flows.Fixed` bijections, such as preprocessing. They
+    carry x to the ODE, which is matched to the result; they are not trained.
+
     `path`, `coupling` and `time` are functions as described in the modules `paths`, `couplings` and
     `times` of `jcnf.objectives`. With `drop_context` = p > 0, each context is replaced by 0 with
     probability p, as guidance requires (`jcnf.fields.Guided`). `key` is consumed once. The only
@@ -37,7 +41,7 @@ def flow_matching(
     **Raises:** `ValueError` for bad shapes, if the path returns another shape than x has, and if
     `drop_context` is not in [0, 1) or there is no context to drop.
     """
-    _check(flow, x, context, key)
+    flow, x = _at_ode(flow, x, context, key)
     check_callable("a function such as those in jcnf.objectives.paths", path=path)
     check_callable("a function such as those in jcnf.objectives.couplings", coupling=coupling)
     check_callable("a function such as those in jcnf.objectives.times", time=time)
@@ -89,14 +93,32 @@ def rectified(
         )
     x0, x1 = pairs
     for end in pairs:
-        _check(flow, end, context, key)
+        check_batch(flow, end, context)
+    check_key(key)
+    ode_of(flow, "rectified")
     return _match(flow, x0, x1, key, context, paths.linear, time)
 
 
-def _check(flow, x, context, key):
-    ode_of(flow, "flow matching")
+def _at_ode(flow, x, context, key):
+    """Return the flow of the ODE alone, and the batch that the fixed parts carry to it."""
     check_batch(flow, x, context)
     check_key(key)
+    if isinstance(flow.bijection, ODE):
+        return flow, x
+    first, *outer = flow.bijection.parts if isinstance(flow.bijection, Composition) else [None]
+    if not isinstance(first, ODE) or not all(isinstance(part, Fixed) for part in outer):
+        raise ValueError(
+            "flow matching needs a flow whose bijection is an ODE, such as jcnf.CNF(field, base), "
+            "or a jcnf.flows.Chain of an ODE and jcnf.flows.Fixed parts; got "
+            f"{_shown(flow.bijection)}"
+        )
+    x, _ = Composition(outer).inverse(x, context, Solve())
+    return Flow(first, flow.base), jax.lax.stop_gradient(x)
+
+
+def _shown(bijection):
+    parts = getattr(bijection, "parts", [bijection])
+    return " and ".join(type(part).__name__ for part in parts)
 
 
 def _match(flow, x0, x1, key, context, path, time):
@@ -109,7 +131,7 @@ def _match(flow, x0, x1, key, context, path, time):
         raise ValueError(f"path must return points of shape {x1.shape}; got {x.shape}")
     # The field's time runs to t1: dx/dt = dx/ds / t1.
     field, t1 = flow.bijection.field, flow.bijection.t1
-    v = jax.vmap(field)(t1 * s, x, context)
+    v = jax.vmap(field)(t1 * s, x, context if field.context_dim else None)
     if v.shape != x.shape:
         raise ValueError(
             f"the field must give an array of shape {x.shape[1:]} for each sample; "

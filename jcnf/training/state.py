@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jcnf.distributions import BaseDistribution
+from jcnf.flows import Fixed
 from jcnf.ode import unknown
 
 
@@ -45,16 +46,16 @@ def means(totals: MetricSums) -> dict[str, Any]:
 def partition(model: PyTree) -> tuple[PyTree, PyTree]:
     """Split a flow, or a field, into its trainable arrays and the rest.
 
-    All floating-point arrays are trainable, except those of base distributions.
+    All floating-point arrays are trainable, except those of distributions and of fixed bijections.
     """
 
-    def is_base(node):
-        return isinstance(node, BaseDistribution)
+    def is_fixed(node):
+        return isinstance(node, BaseDistribution | Fixed)
 
     def trainable(node):
-        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not is_base(node), node)
+        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not is_fixed(node), node)
 
-    return eqx.partition(model, jax.tree.map(trainable, model, is_leaf=is_base))
+    return eqx.partition(model, jax.tree.map(trainable, model, is_leaf=is_fixed))
 
 
 def init(model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:

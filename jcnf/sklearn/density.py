@@ -1,0 +1,507 @@
+"""`FlowDensity`: the density of a table, or of some columns given others, in one line."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.stats import qmc
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from jcnf import evaluate
+from jcnf._checks import InputError, check_int, list_rows
+from jcnf.distributions import StandardNormal
+from jcnf.flows import Affine, Chain, Columns, Flow
+from jcnf.sklearn.columns import Column, fit_columns, resolve
+from jcnf.sklearn.mixture import Mixture, Plan, skeleton, train
+from jcnf.training import checkpoint
+
+MIN_ROWS = 5
+NOISE_DRAWS = 8  # of the noise of rounded columns, over which a log-density is averaged
+OUTLIER = 30.0  # robust standard deviations
+DRAWS = 200  # for the mean and the quantiles of one row
+FLOW_DRAWS_AT_ONCE = 100_000
+
+
+class FlowDensity(BaseEstimator):
+    """The density of a table by continuous normalizing flows, as a scikit-learn estimator.
+
+    ```python
+    density = FlowDensity().fit(X)
+    density.score_samples(X_new)  # log-densities, nats in the units of X
+    density.sample(1000)          # a DataFrame if X is one
+    ```
+
+    Inside, each column is transformed so that its values never leave its support
+    (`jcnf.sklearn.Column`) and are about normal (`jcnf.flows.Columns`), the columns together are
+    whitened, and flows are trained by flow matching (`jcnf.sklearn.mixture` says how, and how rows
+    are held out). All of it is part of the density. With `context=`, the density is that of X given
+    the context.
+
+    **Arguments:**
+
+    - `columns`: the supports of columns, by name or by number from 0: "unbounded", "positive",
+      "whole", a pair of bounds, or a `jcnf.sklearn.Column`, for example of angles. Those of other
+      columns are chosen from their values by the rule of `jcnf.sklearn.columns.choose`; `columns_`
+      has what was chosen, and printing `density.describe()` shows it.
+    - `steps`: the largest number of training steps of one flow; by default 20,000, or 10,000 for
+      fewer than 5,000 rows, which takes two minutes or so on one core.
+    - `random_state`: seed of the weights, the noise and the rows held out; as in scikit-learn.
+    - `progress`: whether to show a progress bar.
+
+    **Attributes** of a fitted estimator: `columns_` (the support of each column), `mixture_` (the
+    trained flows and their weights), `held_out_nll_` (nats a row in the units of X),
+    `n_features_in_` and, for a DataFrame, `feature_names_in_`.
+
+    For columns of whole or rounded numbers, log-densities are those of the numbers with uniform
+    noise one step wide, averaged over 8 fixed draws. In units of the step, this is a lower bound on
+    the log-probability of the number, on average (Theis et al. 2016).
+    """
+
+    def __init__(self, *, columns=None, steps=None, random_state=0, progress=True):
+        self.columns = columns
+        self.steps = steps
+        self.random_state = random_state
+        self.progress = progress
+
+    def fit(self, X: Any, y: Any = None, *, context: Any = None) -> "FlowDensity":
+        """Learn the density of the rows of X (n, dim), given those of `context` (n, context).
+
+        **Raises:** `ValueError` for fewer than 5 rows, constant columns, values that are not finite
+        numbers, and values outside the supports that `columns` gives. Warns of columns that only
+        count the rows, and of outliers.
+        """
+        if self.steps is not None:
+            check_int(steps=self.steps)
+        rows = _numbers(self, X, reset=True)
+        self.dtypes_ = _dtypes(X)
+        names = getattr(self, "feature_names_in_", np.arange(rows.shape[1])).tolist()
+        _check_rows(rows, names)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.columns_ = resolve(names, rows, self.columns)
+        side = _Side.fit(rows, self.columns_, seed)
+        self.context_ = None
+        given = None
+        if context is not None:
+            frame = _Context(context)
+            if len(frame.rows) != len(rows):
+                raise ValueError(
+                    f"X and context must have as many rows; got {len(rows)} and {len(frame.rows)}"
+                )
+            supports = resolve(frame.names, frame.rows, None)
+            self.context_ = (frame.names, _Side.fit(frame.rows, supports, seed + 1))
+            given = self._given(context)
+        with _double():
+            y64, logdet = side.to_base(side.noisy(rows, seed + 2))
+            whiten = Affine.whiten(y64, given)
+            z, more = _both(whiten, y64, "to_base", given)
+        self.outer_ = (whiten, side.map)
+        self.plan_ = Plan.of(len(rows), self.steps)
+        with _bar(self.plan_.total_steps, self.progress) as tell:
+            self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
+        self.held_out_nll_ = nll - float(np.mean(logdet + more))
+        return self
+
+    def score_samples(self, X: Any, *, context: Any = None) -> Float[np.ndarray, " n"]:
+        """Return the log-density of each row, nats in the units of X; -inf outside the support.
+
+        NaN where no flow could be solved.
+        """
+        rows, given = self._rows(X), self._given(context)
+        self._check_pair(rows, given)
+        supports = [support.cells for support in self.columns_]
+        inside = np.all(
+            [
+                (x > s.lower) & (x < s.upper) | s.circular
+                for x, s in zip(rows.T, supports, strict=True)
+            ],
+            axis=0,
+        )
+        safe = np.where(inside[:, None], rows, self._middle(rows))
+        noises = self._noises()
+        found = np.stack([self._score(safe + noise, given) for noise in noises], axis=1)
+        scores = np.logaddexp.reduce(found, axis=1) - np.log(len(noises))
+        return np.where(inside, scores, -np.inf)
+
+    def score(self, X: Any, y: Any = None, *, context: Any = None) -> float:
+        """Return the mean log-density of the rows, in nats."""
+        return float(np.mean(self.score_samples(X, context=context)))
+
+    def sample(self, n_samples: int = 1, *, context: Any = None, random_state: Any = None) -> Any:
+        """Draw samples (n_samples, dim); a DataFrame with the dtypes of X, if X was one.
+
+        With a context, its rows are used in turn. `random_state` is by default that of the
+        estimator; give another for other samples.
+        """
+        check_is_fitted(self)
+        check_int(n_samples=n_samples)
+        state = self.random_state if random_state is None else random_state
+        seed = int(check_random_state(state).randint(2**31 - 1))
+        given = self._given(context)
+        if given is not None:
+            given = given[np.arange(n_samples) % len(given)]
+        rng = np.random.default_rng(seed)
+        weights = self.mixture_.weights
+        which = rng.choice(len(weights), size=n_samples, p=weights / weights.sum())
+        z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
+        drawn = self._finish(self._carry(z, which, given), given)
+        return self._framed(drawn)
+
+    @available_if(lambda self: getattr(self, "context_", None) is not None)
+    def predict(self, context: Any) -> Float[np.ndarray, "n dim"]:
+        """Return the mean of X given each row of the context, (n, dim), or (n,) for one column."""
+        draws, weights = self._draws(context)
+        mean = np.einsum("d,ndk->nk", weights, draws)
+        return mean[:, 0] if mean.shape[1] == 1 else mean
+
+    @available_if(lambda self: getattr(self, "context_", None) is not None)
+    def quantile(self, q: Any, context: Any) -> Float[np.ndarray, "n ..."]:
+        """Return the quantiles `q` of each column of X given each row of the context.
+
+        The shape is (n, len(q), dim); the axes of a scalar `q` and of a single column are left out.
+        For one column the draws are evenly spread, and otherwise random.
+        """
+        levels = np.atleast_1d(np.asarray(q, float))
+        if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
+            raise ValueError(f"q must be between 0 and 1, a number or a list of them; got {q!r}")
+        draws, weights = self._draws(context)
+        order = np.argsort(draws, axis=1)
+        ascending = np.take_along_axis(draws, order, axis=1)
+        mass = np.cumsum(weights[order], axis=1) - weights[order] / 2
+        found = np.empty((len(draws), len(levels), draws.shape[2]))
+        for row, column in np.ndindex(len(draws), draws.shape[2]):
+            at = mass[row, :, column], ascending[row, :, column]
+            found[row, :, column] = np.interp(levels, *at)
+        found = found[:, :, 0] if found.shape[2] == 1 else found
+        return found[:, 0] if np.ndim(q) == 0 else found
+
+    def describe(self) -> str:
+        """Return one line for each column: its name, its support, and whether it has a spline."""
+        check_is_fitted(self)
+        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+        knots = np.asarray(self.outer_[1].knots)
+        return "\n".join(
+            f"{name}: {support}" + (f", spline of {k} knots" if k else "")
+            for name, support, k in zip(names, self.columns_, knots, strict=True)
+        )
+
+    @property
+    def flow_(self) -> Flow:
+        """The flow of greatest weight, for the functions of jcnf, on data in their own units.
+
+        It is one component of the density, in the precision of jax, and for whole numbers that of
+        the numbers with noise. Its context is that of `context_`, transformed.
+        """
+        check_is_fitted(self)
+        flow = self.mixture_.flows[int(np.argmax(self.mixture_.weights))]
+        with _double():
+            outer = [_cast(part, jnp.float32) for part in self.outer_]
+        return Chain([flow.bijection, *outer], flow.base)
+
+    def save(self, path: str | Path) -> None:
+        """Save the fitted estimator to a file that `load` reads. It has no pickles."""
+        check_is_fitted(self)
+        notes = {
+            "columns": [dataclasses.asdict(support) for support in self.columns_],
+            "knots": [int(self.outer_[1].u.shape[1])],
+            "plan": self.plan_._asdict(),
+            "normal": [isinstance(flow.bijection, Affine) for flow in self.mixture_.flows],
+            "weights": self.mixture_.weights.tolist(),
+            "held_out_nll": self.held_out_nll_,
+            "names": getattr(self, "feature_names_in_", np.zeros(0)).tolist(),
+            "dtypes": None if self.dtypes_ is None else [str(dtype) for dtype in self.dtypes_],
+            "dim": self.n_features_in_,
+            "params": {"steps": self.steps, "progress": self.progress},
+            "seed": self.random_state if isinstance(self.random_state, int) else None,
+            "context": None,
+        }
+        tree: Any = (self.outer_, self.mixture_.flows)
+        if self.context_ is not None:
+            names, side = self.context_
+            supports = [dataclasses.asdict(support) for support in side.supports]
+            notes["context"] = {"names": names, "columns": supports}
+            notes["knots"].append(int(side.map.u.shape[1]))
+            tree = (*tree, side.map)
+        with _double():
+            checkpoint.save(path, tree, json.loads(json.dumps(notes)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FlowDensity":
+        """Return an estimator that `save` wrote.
+
+        **Raises:** `ValueError` if the file is missing, damaged or not of an estimator.
+        """
+        notes = checkpoint.read_notes(path)
+        if "held_out_nll" not in notes:
+            raise InputError(f"{path} was not written by FlowDensity.save")
+        self = cls(**notes["params"], random_state=notes["seed"])
+        dim, plan = notes["dim"], Plan(**notes["plan"])
+        plan = plan._replace(weight_decays=tuple(plan.weight_decays))
+        context = notes["context"]
+        context_dim = 0 if context is None else len(context["names"])
+        flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
+        with _double():
+            weight = np.zeros((dim, context_dim)) if context_dim else None
+            outer = Affine(np.zeros(dim), np.eye(dim), weight), _blank(dim, notes["knots"][0])
+            tree: Any = (outer, flows)
+            if context is not None:
+                tree = (*tree, _blank(context_dim, notes["knots"][1]))
+            tree, _ = checkpoint.load(path, tree)
+        self.outer_, flows = tree[:2]
+        self.mixture_ = Mixture(flows, np.array(notes["weights"]))
+        self.columns_ = [Column(**support) for support in notes["columns"]]
+        self.plan_, self.held_out_nll_, self.n_features_in_ = plan, notes["held_out_nll"], dim
+        if notes["names"]:
+            self.feature_names_in_ = np.array(notes["names"], dtype=object)
+        self.dtypes_ = notes["dtypes"]
+        self.context_ = None
+        if context is not None:
+            supports = [Column(**support) for support in context["columns"]]
+            self.context_ = (context["names"], _Side(supports, tree[2]))
+        return self
+
+    def _rows(self, X):
+        check_is_fitted(self)
+        return _numbers(self, X, reset=False)
+
+    def _given(self, context):
+        """Return the context as the flows take it, float32; None without one."""
+        if (context is None) != (self.context_ is None):
+            raise ValueError(
+                "this density was fitted without a context: leave out context"
+                if self.context_ is None
+                else f"this density is given {', '.join(map(str, self.context_[0]))}: pass context"
+            )
+        if self.context_ is None:
+            return None
+        names, side = self.context_
+        frame = _Context(context)
+        if frame.rows.shape[1] != len(names):
+            raise ValueError(
+                f"expected a context of {len(names)} columns; got {frame.rows.shape[1]}"
+            )
+        with _double():
+            z, _ = side.to_base(side.clipped(frame.rows))
+        return z.astype(np.float32)
+
+    def _check_pair(self, rows, given):
+        if given is not None and len(given) != len(rows):
+            raise ValueError(
+                f"X and context must have as many rows; got {len(rows)} and {len(given)}"
+            )
+
+    def _middle(self, rows):
+        """Return a row inside the support, in the place of those outside."""
+        with _double():
+            whiten, columns = self.outer_
+            center = whiten.loc[None]
+            return np.asarray(_both(columns, np.asarray(center), "to_data")[0])
+
+    def _noises(self):
+        """Return the draws of the noise of rounded columns, or none at all."""
+        steps = np.array([support.step for support in self.columns_])
+        if not steps.any():
+            return np.zeros((1, len(steps)))
+        points = qmc.Sobol(len(steps), rng=np.random.default_rng(0)).random(NOISE_DRAWS)
+        return (points - 0.5) * steps
+
+    def _score(self, rows, given):
+        whiten, columns = self.outer_
+        with _double():
+            y, logdet = _both(columns, rows, "to_base")
+            z, more = _both(whiten, y, "to_base", given)
+        found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
+        return found + logdet + more
+
+    def _carry(self, z, which, given):
+        """Return whitened samples: each row of z through the flow of its number in `which`."""
+        out = np.empty_like(z)
+        for i, flow in enumerate(self.mixture_.flows):
+            rows = np.flatnonzero(which == i)
+            if not len(rows):
+                continue
+            own = None if given is None or not flow.context_dim else _single(given[rows])
+            # One shape of batch for all flows, so that they share a compiled program.
+            found = evaluate.transform(
+                flow, _single(z[rows]), "to_data", context=own, chunk=min(len(z), 10_000)
+            )
+            out[rows] = found.x[-1]
+        return out
+
+    def _finish(self, z, given):
+        whiten, columns = self.outer_
+        with _double():
+            y, _ = _both(whiten, z, "to_data", given)
+            rows, _ = _both(columns, y, "to_data")
+        return np.stack([s.finish(x) for s, x in zip(self.columns_, rows.T, strict=True)], axis=1)
+
+    def _framed(self, rows):
+        names = getattr(self, "feature_names_in_", None)
+        if names is None:
+            return rows
+        import pandas
+
+        frame = pandas.DataFrame(rows, columns=names)
+        return frame if self.dtypes_ is None else frame.astype(dict(zip(names, self.dtypes_, strict=True)))
+
+    def _draws(self, context):
+        """Return draws (n, draws, dim) of X for each row of the context, and their weights."""
+        check_is_fitted(self)
+        given, dim = self._given(context), self.n_features_in_
+        weights = self.mixture_.weights / self.mixture_.weights.sum()
+        per_flow = np.maximum(1, np.round(weights * DRAWS)).astype(int)
+        which = np.repeat(np.arange(len(weights)), per_flow)
+        shares = np.repeat(weights / per_flow, per_flow)
+        if dim == 1:
+            levels = np.concatenate([(np.arange(k) + 0.5) / k for k in per_flow])
+            from scipy.special import ndtri
+
+            z = ndtri(levels)[:, None]
+        else:
+            z = np.random.default_rng(0).normal(size=(len(which), dim))
+        out, at_once = [], max(1, FLOW_DRAWS_AT_ONCE // len(which))
+        for start in range(0, len(given), at_once):
+            part = given[start : start + at_once]
+            many = np.repeat(part, len(which), axis=0)
+            tiled = np.tile(z, (len(part), 1)).astype(np.float32)
+            carried = self._carry(tiled, np.tile(which, len(part)), many)
+            rows = self._finish(carried, many)
+            out.append(rows.reshape(len(part), len(which), dim))
+        return np.concatenate(out), shares
+
+
+class _Side:
+    """The columns of one side of the density, modeled or given, and their map."""
+
+    def __init__(self, supports: list[Column], fitted: Columns):
+        self.supports, self.map = supports, fitted
+
+    @classmethod
+    def fit(cls, rows, supports, seed):
+        side = cls(supports, None)  # pyright: ignore[reportArgumentType]
+        with _double():
+            side.map = fit_columns(side.noisy(rows, seed), supports, seed)
+        return side
+
+    def noisy(self, rows, seed):
+        """Return the rows with uniform noise as wide as the steps."""
+        steps = np.array([support.step for support in self.supports])
+        return rows + (np.random.default_rng(seed).random(rows.shape) - 0.5) * steps
+
+    def clipped(self, rows):
+        """Return rows that are inside the support."""
+        bounds = [support.cells for support in self.supports]
+        lower = np.nextafter([b.lower for b in bounds], np.inf)
+        return np.clip(rows, lower, np.nextafter([b.upper for b in bounds], -np.inf))
+
+    def to_base(self, rows):
+        return _both(self.map, rows, "to_base")
+
+
+class _Context:
+    """The rows and names of a context."""
+
+    def __init__(self, context):
+        self.rows = np.asarray(context, np.float64)
+        if self.rows.ndim == 1:
+            self.rows = self.rows[:, None]
+        if self.rows.ndim != 2 or not np.isfinite(self.rows).all():
+            raise ValueError(
+                "context must be finite numbers of shape (n, context); got "
+                f"an array of shape {self.rows.shape}"
+            )
+        names = getattr(context, "columns", range(self.rows.shape[1]))
+        self.names = [str(name) for name in names]
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Compute in float64: a column may have values that float32 cannot tell apart."""
+    with jax.enable_x64(True):
+        yield
+
+
+@eqx.filter_jit
+def _compiled(part, x, direction, context):
+    return part.both(x, direction, context)
+
+
+def _both(part, x, direction, context=None):
+    if context is not None:
+        context = jnp.asarray(context, x.dtype)
+    value, logdet = _compiled(part, jnp.asarray(x, jnp.float64), direction, context)
+    return np.asarray(value), np.asarray(logdet)
+
+
+def _single(x) -> Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _cast(part, dtype):
+    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, part)
+
+
+def _blank(dim, knots):
+    """Return columns of the right shapes, to be filled with saved arrays."""
+    vector, table, tails = jnp.zeros(dim), jnp.zeros((dim, knots)), jnp.zeros((dim, 2))
+    bounds = (vector,) * 5
+    whole = jnp.zeros(dim, jnp.int32)
+    return Columns(*bounds, whole, table, table, table, tails, tails, tails)
+
+
+def _numbers(estimator, X, reset):
+    return validate_data(
+        estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=MIN_ROWS if reset else 1
+    )
+
+
+def _dtypes(X):
+    return list(X.dtypes) if hasattr(X, "dtypes") and hasattr(X, "columns") else None
+
+
+def _check_rows(rows, names):
+    constant = [str(n) for n, x in zip(names, rows.T, strict=True) if (x == x[0]).all()]
+    if constant:
+        raise InputError(
+            f"constant in all {len(rows)} rows: {', '.join(constant)}: leave these columns out"
+        )
+    counts = (np.diff(rows, axis=0) == 1).all(axis=0)
+    for name in np.array(names, dtype=object)[counts]:
+        warnings.warn(f"column {name} counts the rows: leave it out", stacklevel=3)
+    center = np.median(rows, axis=0)
+    spread = 1.4826 * np.median(np.abs(rows - center), axis=0)
+    distance = np.abs(rows - center) / np.where(spread > 0, spread, np.inf)
+    for name, far in zip(names, (distance > OUTLIER).T, strict=True):
+        if 0 < far.sum() <= max(1, 0.005 * len(rows)):
+            warnings.warn(
+                f"column {name} is more than {OUTLIER:g} robust standard deviations from its "
+                f"median in {list_rows(np.flatnonzero(far), len(rows))}. The tail of its density "
+                "covers them; remove rows that are errors",
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def _bar(total, progress):
+    """Yield a function that moves a progress bar by steps and sets its words."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=not progress) as bar:
+
+        def tell(steps, words):
+            bar.update(steps)
+            bar.set_postfix_str(words)
+
+        yield tell
