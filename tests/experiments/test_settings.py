@@ -165,7 +165,6 @@ BAD = {
     "spiral data:table": "--path",
     "imputation --data t --tolerance 1e-9": "--tolerance.*JAX_ENABLE_X64",
     "imputation --data t --draws 200": "--draws.*--chain-steps",
-    "tabular table:file --data t --context a --peer-seconds 1": "--peer-seconds.*--context",
     "density use --from t --samples 1 --test-tolerance 1e-9": "--test-tolerance.*JAX_ENABLE_X64",
     "reflow --euler-steps 2 2": "--euler-steps",
     "benchmark --suites step step": "--suites",
