@@ -307,11 +307,12 @@ def as_markdown(models, tables: dict[str, Table], report) -> str:
             cells.append(cell)
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "Test NLL in nats of the standardized columns, the mean over the seeds, ± its standard "
-        "error over the rows; in brackets what it is above ours, with the error of the paired "
-        "difference."
+        "Test NLL in nats of the standardized columns, mean over the seeds, ± its standard error "
+        "over the rows"
     )
-    return "\n".join([*lines, "", note, ""])
+    if OURS in models:
+        note += "; in brackets the NLL above ours, ± the standard error of the paired difference"
+    return "\n".join([*lines, "", f"{note}.", ""])
 
 
 if __name__ == "__main__":
