@@ -28,9 +28,9 @@ from experiments._runner.objectives import (
 from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Positive, Range
 from experiments._runner.stages import fresh_batches, step_seconds, train_stages
+from experiments._tasks.autoregressive_flow import require_flowjax, train_autoregressive_flow
 from experiments._tasks.density2d import PlaneMeasure, ToyFlow, ToyName
 from experiments._tasks.figures import mmd_of
-from experiments._tasks.spline_flow import require_flowjax, train_spline_flow
 from jcnf import evaluate
 from jcnf.data.toys import Toy, toy
 from jcnf.plot import CurvePanel, scaling
@@ -191,9 +191,10 @@ def peer(settings: MethodComparison, density: Toy) -> Measure:
     """Return `measure(budget, test) -> (log-densities, figures)` for a neural spline flow."""
 
     def measure(budget, test):
-        trained = train_spline_flow(
+        trained = train_autoregressive_flow(
             lambda key, _: density.sample(key, settings.training.batch),
             None,
+            transformer="spline",
             seconds=budget,
             seed=settings.run.seed,
         )

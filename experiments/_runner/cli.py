@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from experiments._runner.config import Experiment, LoopExperiment
+from experiments._runner.config import Experiment
 from experiments._runner.progress import show_warnings_in_one_line
 from experiments._runner.signals import Stopped, stop_at_once
 from jcnf import sharding
@@ -93,8 +93,8 @@ def main(run: Callable[[S], None], settings: type[S] | S | Mapping[str, type[S] 
 
 def _resume_hint(config):
     """Return a hint on how to resume a run that was cut short."""
-    if isinstance(config, LoopExperiment):
-        return "resume from the last checkpoint with --resume --out RUN_DIRECTORY"
+    if config.resumes is not None:
+        return "resume from what is saved with --resume --out RUN_DIRECTORY"
     return "only the files already written are kept"
 
 

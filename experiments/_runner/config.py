@@ -177,6 +177,15 @@ class Experiment(Settings):
 
     run: Run
 
+    @property
+    def resumes(self) -> bool | None:
+        """Whether this resumes a run; None for an experiment whose runs cannot be resumed."""
+        return None
+
+    def check(self) -> None:
+        if self.resumes and self.run.out is None:
+            raise ValueError("--resume needs --out: give the run directory to resume")
+
     def trace(self) -> None:
         """Trace what can be traced before data are read, to find settings that clash.
 
@@ -206,13 +215,16 @@ class LoopExperiment(Experiment):
         raise NotImplementedError
 
     @property
+    def resumes(self) -> bool:
+        return self.loop.resume
+
+    @property
     def loss_units(self) -> str:
         """The unit of the training loss."""
         return "nats"
 
     def check(self) -> None:
-        if self.loop.resume and self.run.out is None:
-            raise ValueError("--resume needs --out: give the run directory to resume")
+        super().check()
         if not (self.training.lbfgs_batch or self.has_table):
             raise ValueError("--lbfgs-batch must be at least 1, because the data are not a table")
 

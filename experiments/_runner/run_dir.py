@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import filelock
 import jax
 
-from experiments._runner.config import Experiment, LoopExperiment
+from experiments._runner.config import Experiment
 from experiments._runner.metrics_log import json_ready, read_json
 from experiments._runner.settings import flat, from_json, to_json
 from jcnf import sharding, training
@@ -31,7 +31,7 @@ from jcnf.flows import Flow
 from jcnf.training import checkpoint
 
 # Settings that may change when a run is resumed, because they do not change what it computes.
-FREE_SETTINGS = ("run.out", "loop.resume", "loop.keep_checkpoints", "loop.devices")
+FREE_SETTINGS = ("run.out", "resume", "loop.resume", "loop.keep_checkpoints", "loop.devices")
 # The notes that every flow.jcnf has at least, with their types.
 FLOW_NOTES = {"experiment": str, "settings": str, "config": dict, "dim": int, "context_dim": int}
 
@@ -61,11 +61,10 @@ class RunDir:
         self.name, self.part_of = name, part_of
         self.settings = _name_of(type(settings))
         self.config = json_ready(to_json(settings))
-        resume = isinstance(settings, LoopExperiment) and settings.loop.resume
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = settings.run.out or Path("runs") / name / f"{stamp}-{settings.run.seed}"
         self.home = self.path  # the real directory, also in processes that work in a copy
-        files = sharding.on_process_zero(lambda: self._open(resume))
+        files = sharding.on_process_zero(lambda: self._open(settings.resumes))
         if jax.process_index() > 0:
             self._copy(files)
         self.checkpoints = self.path / "checkpoints"
@@ -78,7 +77,7 @@ class RunDir:
             raise InputError(f"{self.path} holds a finished run: choose another --out")
         started = (self.path / "config.json").exists()
         if started and not resume:
-            hint = "add --resume to resume it, or " if "loop" in self.config else ""
+            hint = "" if resume is None else "add --resume to resume it, or "
             raise InputError(f"{self.path} holds an unfinished run: {hint}choose another --out")
         if resume and not started:
             raise InputError(f"no run to resume in {self.path}: drop --resume to start one")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,12 +232,11 @@ def learn_table(
     *,
     num_samples: int = NUM_SAMPLES,
     contexts: np.ndarray | None = None,
-    peers: Callable[[], dict[str, float]] = dict,
 ) -> tuple[Flow, Path]:
     """Train on the training part, keep the parameters best on validation, measure on the test part.
 
     The `contexts` (rows, context) of the samples are standardized; by default they are those of the
-    test part. `peers()` returns further metrics, of other models, for the summary.
+    test part.
 
     **Returns:** the flow, and the run directory.
     """
@@ -287,7 +285,6 @@ def learn_table(
         "test_nll_original": scores.nll + columns.modeled.log_scale,
         "gaussian_nll": gaussian_nll,
         "val_nll": fitted.score,
-        **peers(),
     }
     numerics = report.numerics() | fitted.numerics()
     draw_figures(run_dir, settings, flow, table, samples, scores.nll)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import jcnf
-from experiments._tasks.spline_flow import train_spline_flow
+from experiments._tasks.autoregressive_flow import train_autoregressive_flow
 from experiments.bench import peers
 from experiments.bench.cases import CASES, SOLVE
 from jcnf import CNF, Solve, distributions, evaluate, fields, objectives, training
@@ -76,8 +76,12 @@ def run(limit: float, with_peers: bool, seed: int) -> dict[str, dict]:
     if with_peers:
         seconds, gaps = [], []
         for budget in SPLINE_BUDGETS:
-            spline = train_spline_flow(
-                lambda key, _: data.sample(key, 512), None, seconds=budget, seed=seed
+            spline = train_autoregressive_flow(
+                lambda key, _: data.sample(key, 512),
+                None,
+                transformer="spline",
+                seconds=budget,
+                seed=seed,
             )
             seconds.append(spline.seconds)
             gaps.append(float(np.mean(true - spline.log_prob(x))))

@@ -15,6 +15,7 @@ from jcnf.plot.curves import scaling_exponent as scaling_exponent
 from jcnf.plot.curves import training_curves as training_curves
 from jcnf.plot.density import densities as densities
 from jcnf.plot.density import pairs as pairs
+from jcnf.plot.gaps import gaps_to_best as gaps_to_best
 from jcnf.plot.histograms import HistogramPanel as HistogramPanel
 from jcnf.plot.histograms import histogram as histogram
 from jcnf.plot.histograms import score_histograms as score_histograms

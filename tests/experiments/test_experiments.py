@@ -180,6 +180,8 @@ BAD = {
     "density use --from nowhere --impute few.csv --context-table few.csv": "--samples",
     "tabular table:suite --data . --suite mnist": "mnist.*power",
     "tabular --data few.csv": "table:file",
+    "tables --data none": "--data.*none",
+    "tables --data . --tables other": "other.*digits",
     "imputation": "--data",
     "imputation --data none.csv --out o": "none.csv",
     "imputation use --from nowhere": "nowhere",

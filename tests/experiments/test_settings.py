@@ -45,6 +45,7 @@ HOSTILE = {
 FINE = {  # values that are valid, or whose mistake shows only when a file is read
     ("clip", math.inf): "no clipping",
     ("clip", 1e30): "no clipping",
+    ("seeds", (0,)): "one seed",
 }
 NAMES_OF_FILES = {"drop", "context", "suite"}
 
@@ -165,9 +166,13 @@ BAD = {
     "spiral data:table": "--path",
     "imputation --data t --tolerance 1e-9": "--tolerance.*JAX_ENABLE_X64",
     "imputation --data t --draws 200": "--draws.*--chain-steps",
-    "tabular table:file --data t --context a --peer-seconds 1": "--peer-seconds.*--context",
     "density use --from t --samples 1 --test-tolerance 1e-9": "--test-tolerance.*JAX_ENABLE_X64",
     "reflow --euler-steps 2 2": "--euler-steps",
+    "tables --models kde kde": "--models",
+    "tables --seeds": "--seeds",
+    "tables --seeds -1": "--seeds.*0 to",
+    "tables --tables a a": "--tables",
+    "tables --resume": "--resume needs --out",
     "benchmark --suites step step": "--suites",
     "benchmark --suites": "--suites",
     "benchmark --suites sample --cases toy": "--suites sample.*toy_trained, table",

@@ -1,14 +1,15 @@
-"""A neural spline flow of flowjax, trained by likelihood, as a peer of our flows.
+"""Masked autoregressive flows of flowjax, trained by likelihood, as peers of our flows.
 
-Rational-quadratic splines (Durkan et al. 2019, arXiv:1906.04032) under masked autoregressive
-networks (Papamakarios et al. 2017, arXiv:1705.07057), as the package builds them. `jcnf.fit` trains
-them as it does our flows, on standardized data, at a learning rate with a cosine decay to zero.
+Masked networks give the parameters of a transformer of each column: an affine map (MAF,
+Papamakarios et al. 2017, arXiv:1705.07057) or a rational-quadratic spline (neural spline flow,
+Durkan et al. 2019, arXiv:1906.04032), as the package builds them. `jcnf.fit` trains them as it does
+our flows, on standardized data, at a learning rate with a cosine decay to zero.
 """
 
 import dataclasses
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,11 @@ VALIDATIONS = 20
 TIMED_STEPS = 20
 CHUNK = 1024  # points that log_prob takes at once
 
+Transformer = Literal["spline", "affine"]
+
 
 @dataclasses.dataclass(frozen=True)
-class SplineFlow:
+class AutoregressiveFlow:
     """A trained flow and the cost of training it."""
 
     log_prob: Callable[[Float[Array, "batch dim"]], Float[np.ndarray, " batch"]]  # nats, data units
@@ -38,15 +41,16 @@ class SplineFlow:
     seconds: float  # of training, without compilation and validation
 
 
-def train_spline_flow(
+def train_autoregressive_flow(
     draw_batch: training.DrawBatch,
     data: Any,
     *,
+    transformer: Transformer,
     seconds: float,
     seed: int = 0,
     val: Float[Array, "val dim"] | None = None,
-) -> SplineFlow:
-    """Train a spline flow for about `seconds` by maximum likelihood.
+) -> AutoregressiveFlow:
+    """Train a masked autoregressive flow for about `seconds` by maximum likelihood.
 
     The learning rate reaches zero at the step where the budget will be spent, by the time of a
     first few steps. Therefore each point on a curve of quality against seconds takes its own run.
@@ -55,6 +59,7 @@ def train_spline_flow(
 
     - `draw_batch`: `draw_batch(key, data)` returns a batch (batch, dim).
     - `data`: the data to draw from; None if it needs none.
+    - `transformer`: the map of each column, "spline" or "affine".
     - `seconds`: budget of training time.
     - `seed`: seed of the weights and batches.
     - `val`: rows to validate on. The parameters of the best of 20 validations are returned; without
@@ -67,7 +72,7 @@ def train_spline_flow(
     mean, std = jnp.mean(sample, axis=0), jnp.std(sample, axis=0)
     if not np.all(std > 0):
         raise InputError(f"column {int(np.argmin(std)) + 1} is constant: remove it")
-    flow, unwrap = _make_flow(weight_key, sample.shape[1])
+    flow, unwrap = _make_flow(weight_key, sample.shape[1], transformer)
 
     def log_prob_of(flow, x):
         return unwrap(flow).log_prob((x - mean) / std) - jnp.sum(jnp.log(std))
@@ -106,18 +111,19 @@ def train_spline_flow(
     )
     num_parameters = sum(p.size for p in jax.tree.leaves(training.partition(flow)[0]))
     spent = result.snapshot.seconds
-    return SplineFlow(lambda x: log_prob(result.flow, x), num_parameters, steps, spent)
+    return AutoregressiveFlow(lambda x: log_prob(result.flow, x), num_parameters, steps, spent)
 
 
 def require_flowjax() -> None:
     """Raise `InputError` if flowjax is not installed."""
     if importlib.util.find_spec("flowjax") is None:
         raise InputError(
-            "the spline flow needs flowjax: pip install -c constraints.txt -e '.[peers]'"
+            "masked autoregressive flows need flowjax: pip install -c constraints.txt "
+            "-e '.[peers]', or leave them out"
         )
 
 
-def _make_flow(key, dim):
+def _make_flow(key, dim, transformer: Transformer):
     """Return the untrained flow and the function that applies its masks and constraints."""
     require_flowjax()
     import paramax  # pyright: ignore[reportMissingImports]
@@ -127,10 +133,11 @@ def _make_flow(key, dim):
         flows,
     )
 
+    spline = bijections.RationalQuadraticSpline(knots=KNOTS, interval=HALF_WIDTH)
     flow = flows.masked_autoregressive_flow(
         key,
         base_dist=distributions.Normal(jnp.zeros(dim)),
-        transformer=bijections.RationalQuadraticSpline(knots=KNOTS, interval=HALF_WIDTH),
+        transformer=spline if transformer == "spline" else None,  # affine by default
         flow_layers=LAYERS,
         nn_width=WIDTH,
         nn_depth=2,
