@@ -1,7 +1,6 @@
 """Models of the density of a table, each trained for given seconds, as `tables` compares them."""
 
 import functools
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._tasks.autoregressive_flow import Transformer, train_autoregressive_flow
-from jcnf import Flow, training
+from jcnf import training
 from jcnf.data.tables import Table
 
 BATCH = 512  # of the autoregressive flows
@@ -37,17 +36,15 @@ FitModel = Callable[[Table, float, int], Fitted]  # of a table, seconds and a se
 
 def fit_ours(table: Table, seconds: float, seed: int) -> Fitted:
     """Fit `jcnf.sklearn.FlowDensity` to the training and validation rows together."""
-    from jcnf.sklearn import FlowDensity  # pyright: ignore[reportMissingImports]
+    from jcnf.sklearn import FlowDensity
 
-    has_budget = "seconds" in inspect.signature(FlowDensity).parameters
-    budget = {"seconds": seconds} if has_budget else {}
-    model = FlowDensity(random_state=seed, **budget)
+    model = FlowDensity(random_state=seed, progress=False)
     model.fit(np.concatenate([table.train, table.val]))
-    found = jax.tree.leaves(list(vars(model).values()), is_leaf=lambda x: isinstance(x, Flow))
-    flows = [training.partition(flow)[0] for flow in found if isinstance(flow, Flow)]
-    size = sum(p.size for p in jax.tree.leaves(flows)) if flows else np.nan
-    note = "" if has_budget else "trained for the estimator's own steps, not for --seconds"
-    return Fitted(model.score_samples, size, {}, note)
+    flows = model.mixture_.flows
+    size = sum(p.size for flow in flows for p in jax.tree.leaves(training.partition(flow)[0]))
+    chosen = {"flows": len(flows), "held_out_nll": model.held_out_nll_}
+    note = "trained for the estimator's own steps, not for --seconds"
+    return Fitted(model.score_samples, size, chosen, note)
 
 
 def fit_autoregressive(transformer: Transformer, table: Table, seconds: float, seed: int) -> Fitted:

@@ -354,7 +354,11 @@ class FlowDensity(BaseEstimator):
         import pandas
 
         frame = pandas.DataFrame(rows, columns=names)
-        return frame if self.dtypes_ is None else frame.astype(dict(zip(names, self.dtypes_, strict=True)))
+        return (
+            frame
+            if self.dtypes_ is None
+            else frame.astype(dict(zip(names, self.dtypes_, strict=True)))
+        )
 
     def _draws(self, context):
         """Return draws (n, draws, dim) of X for each row of the context, and their weights."""
