@@ -109,7 +109,7 @@ class FlowDensity(BaseEstimator):
             z, more = _both(whiten, y64, "to_base", given)
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps)
-        with _bar(self.plan_.total_steps, self.progress) as tell:
+        with _bar(self.plan_.steps, self.progress) as tell:
             self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
         self.held_out_nll_ = nll - float(np.mean(logdet + more))
         return self

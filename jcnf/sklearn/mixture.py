@@ -10,13 +10,15 @@ With few rows every row is held out once: each fold is the validation of a flow 
 mixture is over the flows too.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Key
 
 from jcnf import evaluate
@@ -25,7 +27,7 @@ from jcnf.fields import Preconditioned, ResNet
 from jcnf.flows import CNF, Affine, Flow
 from jcnf.objectives import flow_matching, paths
 from jcnf.ode import Solve
-from jcnf.training import Progress, fit, make_optimizer
+from jcnf.training import Progress, fit
 
 FEW_ROWS = 5000
 FOLDS = 5
@@ -34,7 +36,7 @@ FIRST_SNAPSHOT = 100
 MIN_GAIN = 0.02  # nats a row that three doublings of the steps must gain, or training ends
 MIN_WEIGHT = 0.05  # of the components that are kept
 WIDE = 3.0  # standard deviation of the component for outliers
-LEARNING_RATE, BATCH, CLIP = 2e-3, 512, 10.0
+LEARNING_RATE, CLIP = 2e-3, 10.0
 EM_STEPS = 500
 HELD_OUT_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")
 TIME_FREQUENCIES = 8
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
     width: int
     blocks: int
     steps: int
+    batch: int
     weight_decays: tuple[float, ...]  # one training for each
     folds: int  # 1 to hold out a part of the rows once
 
@@ -53,13 +56,8 @@ class Plan(NamedTuple):
     def of(cls, rows: int, steps: int | None) -> "Plan":
         """Return the plan for a number of rows, with other `steps` if given."""
         if rows < FEW_ROWS:
-            return cls(128, 2, steps or 10_000, (0.1, 3.0), FOLDS)
-        return cls(192, 3, steps or 20_000, (0.0,), 1)
-
-    @property
-    def total_steps(self) -> int:
-        """The largest number of steps of all trainings together."""
-        return self.steps * self.folds * len(self.weight_decays)
+            return cls(128, 2, steps or 10_000, 256, (0.1, 3.0), FOLDS)
+        return cls(192, 3, steps or 20_000, 512, (0.0,), 1)
 
 
 class Mixture(NamedTuple):
@@ -126,104 +124,132 @@ def train(
 ) -> tuple[Mixture, float]:
     """Train on whitened rows; return the mixture and its held-out NLL in nats.
 
-    `tell(steps, words)` is called as training proceeds. Consumes `key`.
+    The flows of all folds and weight decays train side by side, as one model with a leading axis
+    and one compiled program. `tell(steps, words)` is called as training proceeds. Consumes `key`.
     """
-    order_key, train_key = jr.split(key)
+    order_key, field_key, fit_key = jr.split(key, 3)
     n, dim = z.shape
+    # Equal parts, so that all have one shape: some rows may be held out twice.
+    size = -(-n // plan.folds) if plan.folds > 1 else max(1, round(HELD_OUT * n))
     order = np.asarray(jr.permutation(order_key, n))
-    parts = np.array_split(order, plan.folds)
-    if plan.folds == 1:
-        parts = [order[: max(1, round(HELD_OUT * n))]]
-    normals = [
-        Flow(Affine(np.zeros(dim), std * np.eye(dim)), StandardNormal(dim)) for std in (1.0, WIDE)
-    ]
-    stops = dict.fromkeys(plan.weight_decays, plan.steps)
-    snapshots, found = [], []
-    for i, part in enumerate(parts):
-        fold, flows = _Fold(z, context, part, normals), []
-        for j, decay in enumerate(plan.weight_decays):
-            key = jr.fold_in(train_key, i * len(stops) + j)
-            flows += fold.train(plan, stops[decay], decay, key, tell, watch=i == 0)
-            if i == 0:  # what it gains to go on is found out once
-                stops[decay] = fold.last
-        snapshots.append(flows)
-        found.append(fold.log_probs)
-    held_out = np.concatenate(found)
-    weights = best_weights(held_out)
-    flows, shares = list(normals), list(weights[: len(normals)])
-    for step, weight in enumerate(weights[len(normals) :]):
-        flows += [of_fold[step] for of_fold in snapshots]
-        shares += [weight / len(snapshots)] * len(snapshots)
-    used = np.flatnonzero(np.array(shares) > 0)
-    mixture = Mixture(tuple(flows[i] for i in used), np.array(shares)[used])
-    return mixture, -float(np.mean(log_mean(held_out[:, weights > 0], weights[weights > 0])))
+    parts = [np.take(order, np.arange(size) + i * size, mode="wrap") for i in range(plan.folds)]
+    rest = np.stack([np.setdiff1d(order, part) for part in parts])
+    rows = [jnp.asarray(table, float) for table in (z, context) if table is not None]
+    held_out = [[table[part[:MAX_HELD_OUT]] for table in rows] for part in parts]
+    decays = np.tile(plan.weight_decays, plan.folds)  # of the flows, those of one fold together
+    context_dim = 0 if context is None else context.shape[1]
+
+    @eqx.filter_vmap
+    def untrained(key):
+        return _untrained(dim, context_dim, plan, key)
+
+    def draw(key, data):
+        rest, *tables = data
+        picked = jr.randint(key, (len(decays), plan.batch), 0, rest.shape[1])
+        index = jnp.take_along_axis(jnp.repeat(rest, len(plan.weight_decays), axis=0), picked, 1)
+        return [table[index] for table in tables]
+
+    @eqx.filter_vmap
+    def matching(flow, key, x, *given):
+        context = given[0] if given else None
+        return flow_matching(flow, x, key, context=context, path=paths.trigonometric)[0]
+
+    def objective(flows, batch, key):
+        return jnp.sum(matching(flows, jr.split(key, len(decays)), *batch)), {}
+
+    snapshots = _Snapshots(plan, held_out, dim, tell)
+    fit(
+        untrained(jr.split(field_key, len(decays))),
+        (jnp.asarray(rest), *rows),
+        key=fit_key,
+        objective=objective,
+        steps=plan.steps,
+        batch=draw,
+        optimizer=_optimizer(plan.steps, decays),
+        validation=None,
+        every=snapshots.every,
+        callbacks=[snapshots],
+        progress=False,
+    )
+    return snapshots.mix()
 
 
-class _Fold:
-    """The training on all rows but those of one part, on which its snapshots are scored."""
+def _optimizer(steps, decays):
+    """Return AdamW with a weight decay for each place of the leading axis."""
 
-    def __init__(self, z, context, part, normals):
-        rest = np.setdiff1d(np.arange(len(z)), part)
-        self.rows = _take(z, context, rest)
-        self.held_out = _take(z, context, part[:MAX_HELD_OUT])
-        self.found = [self._score(flow) for flow in normals]
-        self.last = 0  # step of the last snapshot
+    def decay(updates, state, params):
+        def one(update, param):
+            return update + decays.reshape(-1, *[1] * (param.ndim - 1)).astype(param.dtype) * param
 
-    @property
-    def log_probs(self) -> Float[np.ndarray, "n components"]:
-        """The log-densities of the held-out rows, by the normals and each snapshot."""
-        return np.stack(self.found, axis=1)
+        return jax.tree.map(one, updates, params), state
 
-    def train(self, plan, steps, weight_decay, key, tell, watch) -> list[Flow]:
-        """Train for at most `steps`; with `watch`, only for as long as it gains something."""
-        field_key, fit_key = jr.split(key)
-        z, *given = self.rows
-        every = min(FIRST_SNAPSHOT, plan.steps)
-        flows, gains, before = [], [self._mixed()], 0
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, min(200, steps // 10), max(steps, 2)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP * len(decays) ** 0.5),
+        optax.scale_by_adam(),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), decay),
+        optax.scale_by_learning_rate(rate),
+    )
 
-        def callback(place: Progress) -> bool:
-            nonlocal before
-            tell(place.step - before, f"held-out NLL {-gains[-1]:.3f}")
-            before = place.step
-            doubled = (place.step // every).bit_count() == 1
-            if not (doubled or place.step == plan.steps):
-                return place.step >= steps
-            flows.append(place.flow)
-            self.found.append(self._score(place.flow))
-            self.last = place.step
-            gains.append(self._mixed())
-            late = len(gains) > 4 and gains[-1] < gains[-4] + MIN_GAIN
-            return place.step >= steps or (watch and late)
 
-        fit(
-            _untrained(z.shape[1], given[0].shape[1] if given else 0, plan, field_key),
-            (z, *given) if given else z,
-            key=fit_key,
-            objective=functools.partial(flow_matching, path=paths.trigonometric),
-            steps=plan.steps,
-            batch=BATCH,
-            optimizer=make_optimizer(
-                LEARNING_RATE,
-                plan.steps,
-                warmup=min(200, plan.steps // 10),
-                weight_decay=weight_decay,
-                clip=CLIP,
-            ),
-            validation=None,
-            every=every,
-            callbacks=[callback],
-            progress=False,
-        )
-        return flows
+class _Snapshots:
+    """A callback of the training that scores its states on the rows held out, and keeps them."""
+
+    def __init__(self, plan, held_out, dim, tell):
+        self.plan, self.held_out, self.tell = plan, held_out, tell
+        self.every = min(FIRST_SNAPSHOT, plan.steps)
+        self.normals = [
+            Flow(Affine(np.zeros(dim), std * np.eye(dim)), StandardNormal(dim))
+            for std in (1.0, WIDE)
+        ]
+        self.kept: list[list[Flow]] = []  # for each component, the flow of each fold
+        self.scores = [self._score([normal] * plan.folds) for normal in self.normals]
+        self.gains, self.before = [self._mixed()], 0
+
+    def __call__(self, place: Progress) -> bool:
+        self.tell(place.step - self.before, f"held-out NLL {-self.gains[-1]:.3f} (whitened)")
+        self.before = place.step
+        doubled = (place.step // self.every).bit_count() == 1
+        if not (doubled or place.step == self.plan.steps):
+            return False
+        for decay in range(len(self.plan.weight_decays)):
+            places = range(decay, self.plan.folds * len(self.plan.weight_decays))
+            flows = [_member(place.flow, i) for i in places[:: len(self.plan.weight_decays)]]
+            self.kept.append(flows)
+            self.scores.append(self._score(flows))
+        self.gains.append(self._mixed())
+        return len(self.gains) > 4 and self.gains[-1] < self.gains[-4] + MIN_GAIN
+
+    def mix(self) -> tuple[Mixture, float]:
+        """Return the mixture with the best weights, and its held-out NLL in nats."""
+        held_out = np.stack(self.scores, axis=1)
+        weights = best_weights(held_out)
+        used = weights > 0
+        flows, shares = [], []
+        for of_folds, weight in zip([[f] for f in self.normals] + self.kept, weights, strict=True):
+            if weight > 0:
+                flows += of_folds
+                shares += [weight / len(of_folds)] * len(of_folds)
+        nll = -float(np.mean(log_mean(held_out[:, used], weights[used])))
+        return Mixture(tuple(flows), np.array(shares)), nll
+
+    def _score(self, flows):
+        """Return the log-density of each part's rows by the flow of its fold."""
+        found = []
+        for flow, (z, *given) in zip(flows, self.held_out, strict=True):
+            found.append(log_prob_of(flow, z, given[0] if given else None, HELD_OUT_SOLVE))
+        return np.concatenate(found)
 
     def _mixed(self):
         """Return the mean log-density of the held-out rows by the best mixture so far."""
-        weights = _maximize(self.log_probs)
-        return float(np.mean(log_mean(self.log_probs, weights)))
+        held_out = np.stack(self.scores, axis=1)
+        return float(np.mean(log_mean(held_out, _maximize(held_out))))
 
-    def _score(self, flow):
-        z, *given = self.held_out
-        return log_prob_of(flow, z, given[0] if given else None, HELD_OUT_SOLVE)
+
+def _member(flows, place):
+    return jax.tree.map(lambda leaf: leaf[place] if eqx.is_array(leaf) else leaf, flows)
 
 
 def _untrained(dim, context_dim, plan, key):
@@ -245,7 +271,3 @@ def skeleton(dim: int, context_dim: int, plan: Plan, normal: bool) -> Flow:
     if normal:
         return Flow(Affine(np.zeros(dim), np.eye(dim)), StandardNormal(dim))
     return _untrained(dim, context_dim, plan, jr.key(0))
-
-
-def _take(z, context, rows):
-    return [jnp.asarray(table[rows], float) for table in (z, context) if table is not None]
