@@ -119,7 +119,7 @@ class Affine(Fixed):
 
     def both(self, x, direction, context=None):
         loc = self.loc[None]
-        center = loc if self.weight is None else loc + context @ self.weight.T
+        center = loc if self.weight is None else loc + jnp.asarray(context) @ self.weight.T
         logdet = jnp.full(len(x), self.log_det)
         if direction == "to_data":
             return x @ self.scale.T + center, logdet

@@ -105,7 +105,8 @@ def _at_ode(flow, x, context, key):
     check_key(key)
     if isinstance(flow.bijection, ODE):
         return flow, x
-    first, *outer = flow.bijection.parts if isinstance(flow.bijection, Composition) else [None]
+    parts = flow.bijection.parts if isinstance(flow.bijection, Composition) else (flow.bijection,)
+    first, outer = parts[0], parts[1:]
     if not isinstance(first, ODE) or not all(isinstance(part, Fixed) for part in outer):
         raise ValueError(
             "flow matching needs a flow whose bijection is an ODE, such as jcnf.CNF(field, base), "

@@ -245,8 +245,9 @@ def _open(x, support, turn):
     low, high = math.isfinite(support.lower), math.isfinite(support.upper)
     if support.circular:
         x = support.lower + (x - support.lower - turn) % (support.upper - support.lower)
-    y = x if not (low or high) else 0.0
-    y = y + np.log(x - support.lower) if low else y
+    if not (low or high):
+        return x
+    y = np.log(x - support.lower) if low else np.zeros_like(x)
     return y - np.log(support.upper - x) if high else y
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.special import ndtri
 from scipy.stats import qmc
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
@@ -69,6 +70,9 @@ class FlowDensity(BaseEstimator):
     noise one step wide, averaged over 8 fixed draws. In units of the step, this is a lower bound on
     the log-probability of the number, on average (Theis et al. 2016).
     """
+
+    n_features_in_: int
+    feature_names_in_: np.ndarray
 
     def __init__(self, *, columns=None, steps=None, random_state=0, progress=True):
         self.columns = columns
@@ -328,16 +332,16 @@ class FlowDensity(BaseEstimator):
     def _carry(self, z, which, given):
         """Return whitened samples: each row of z through the flow of its number in `which`."""
         out = np.empty_like(z)
-        for i, flow in enumerate(self.mixture_.flows):
+        flows = self.mixture_.flows
+        counts = np.bincount(which, minlength=len(flows))
+        # Batches of one size for all flows, so that they share a compiled program.
+        size = 2 ** int(np.ceil(np.log2(counts.max())))
+        for i in np.flatnonzero(counts):
             rows = np.flatnonzero(which == i)
-            if not len(rows):
-                continue
-            own = None if given is None or not flow.context_dim else _single(given[rows])
-            # One shape of batch for all flows, so that they share a compiled program.
-            found = evaluate.transform(
-                flow, _single(z[rows]), "to_data", context=own, chunk=min(len(z), 10_000)
-            )
-            out[rows] = found.x[-1]
+            filled = np.resize(rows, size)
+            own = None if given is None or not flows[i].context_dim else _single(given[filled])
+            found = evaluate.transform(flows[i], _single(z[filled]), "to_data", context=own)
+            out[rows] = found.x[-1][: len(rows)]
         return out
 
     def _finish(self, z, given):
@@ -360,18 +364,17 @@ class FlowDensity(BaseEstimator):
             else frame.astype(dict(zip(names, self.dtypes_, strict=True)))
         )
 
-    def _draws(self, context):
+    def _draws(self, context) -> tuple[np.ndarray, np.ndarray]:
         """Return draws (n, draws, dim) of X for each row of the context, and their weights."""
         check_is_fitted(self)
         given, dim = self._given(context), self.n_features_in_
+        assert given is not None  # these methods exist only with a context
         weights = self.mixture_.weights / self.mixture_.weights.sum()
         per_flow = np.maximum(1, np.round(weights * DRAWS)).astype(int)
         which = np.repeat(np.arange(len(weights)), per_flow)
         shares = np.repeat(weights / per_flow, per_flow)
         if dim == 1:
             levels = np.concatenate([(np.arange(k) + 0.5) / k for k in per_flow])
-            from scipy.special import ndtri
-
             z = ndtri(levels)[:, None]
         else:
             z = np.random.default_rng(0).normal(size=(len(which), dim))
@@ -459,16 +462,16 @@ def _cast(part, dtype):
 
 def _blank(dim, knots):
     """Return columns of the right shapes, to be filled with saved arrays."""
-    vector, table, tails = jnp.zeros(dim), jnp.zeros((dim, knots)), jnp.zeros((dim, 2))
-    bounds = (vector,) * 5
-    whole = jnp.zeros(dim, jnp.int32)
-    return Columns(*bounds, whole, table, table, table, tails, tails, tails)
+    vectors = dict.fromkeys(("lower", "upper", "turn", "loc", "scale"), jnp.zeros(dim))
+    tables = dict.fromkeys(("u", "z", "slope"), jnp.zeros((dim, knots)))
+    tails = dict.fromkeys(("log_mass", "tail_scale", "tail_index"), jnp.zeros((dim, 2)))
+    return Columns(knots=jnp.zeros(dim, jnp.int32), **vectors, **tables, **tails)
 
 
-def _numbers(estimator, X, reset):
-    return validate_data(
-        estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=MIN_ROWS if reset else 1
-    )
+def _numbers(estimator, X, reset) -> np.ndarray:
+    least = MIN_ROWS if reset else 1
+    rows: Any = validate_data(estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=least)
+    return rows
 
 
 def _dtypes(X):

@@ -177,7 +177,7 @@ def train(
 def _optimizer(steps, decays):
     """Return AdamW with a weight decay for each place of the leading axis."""
 
-    def decay(updates, state, params):
+    def decay(updates, state, params=None):
         def one(update, param):
             return update + decays.reshape(-1, *[1] * (param.ndim - 1)).astype(param.dtype) * param
 
