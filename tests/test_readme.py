@@ -30,7 +30,7 @@ def run_examples(change=lambda script: script):
 
 def test_the_examples_run():
     nll, entropy = run_examples(
-        lambda script: script.replace("1500", "15").replace("(500, 1000, ", "(5, 10, ")
+        lambda script: script.replace("=3000", "=15").replace("(500, 1000, 1500)", "(5, 10, 15)")
     )
     assert float(entropy) < float(nll) < 10
 

@@ -166,9 +166,9 @@ def test_every_way_gives_the_same(found, layout, task):
 @pytest.mark.slow
 def test_a_run_goes_on_in_two_processes(tmp_path):
     """An experiment interrupted on one device is finished by two processes of two devices."""
-    words = ["--steps", "20", "--batch", "64", "--field", "mlp", "--width", "8", "--log-every"]
-    words += ["10", "--validate-every", "10", "--checkpoint-every", "10", "--test-points", "100"]
-    words += ["--cells", "20", "--frames", "2"]
+    words = ["--steps", "20", "--batch", "64", "--log-every", "10", "--validate-every", "10"]
+    words += ["--checkpoint-every", "10", "--test-points", "100", "--cells", "20", "--frames", "2"]
+    field = ["field:mlp", "--widths", "8"]
     stop = (
         "from jcnf.training import checkpoint\n"
         "save = checkpoint.save\n"
@@ -180,11 +180,11 @@ def test_a_run_goes_on_in_two_processes(tmp_path):
     )
     toy = "import runpy; runpy.run_module('experiments.toy2d', run_name='__main__')"
     whole, broken = (["--out", str(tmp_path / name)] for name in ("whole", "broken"))
-    run(["-c", toy, *words, *whole], 1, 1, tmp_path)
-    run(["-c", stop + toy, *words, *broken], 1, 1, tmp_path)
+    run(["-c", toy, *words, *whole, *field], 1, 1, tmp_path)
+    run(["-c", stop + toy, *words, *broken, *field], 1, 1, tmp_path)
     assert not (tmp_path / "broken" / "summary.json").exists()
     more = ["--resume", "--devices", "0"]
-    said = run(["-c", toy, *words, *broken, *more], 2, 2, tmp_path)
+    said = run(["-c", toy, *words, *broken, *more, *field], 2, 2, tmp_path)
     assert "test_nll" in said[0]
     assert "test_nll" not in said[1]
     one, many = (

@@ -233,12 +233,18 @@ def with_copies(tree: Any, failed: Bool[Array, " batch"]) -> Any:
 
     Leaves whose first axis is not the batch are returned unchanged.
     """
-    first = jnp.argmin(failed)
+    # The row is found by a minimum and taken by a sum. To take it by its index, as in `a[first]`,
+    # devices that share the batch would send each other all rows.
+    places = jnp.arange(len(failed))
+    first = jnp.min(places, where=~failed, initial=len(failed) - 1)
 
     def leaf(a):
         if jnp.shape(a)[:1] != failed.shape:
             return a
-        return jnp.where(failed.reshape(-1, *[1] * (a.ndim - 1)), a[first], a)
+        chosen, replaced = (
+            rows.reshape(-1, *[1] * (a.ndim - 1)) for rows in (places == first, failed)
+        )
+        return jnp.where(replaced, jnp.sum(a, axis=0, where=chosen), a)
 
     return jax.tree.map(leaf, tree)
 

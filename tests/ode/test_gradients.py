@@ -112,11 +112,14 @@ class Problem:
         self.step = 3e-5 if name == "unet" else 1e-3
         params, static = partition(flow)
         context = CONTEXT if flow.bijection.field.context_dim else None
-        self.at, self.unravel = ravel_pytree((params, X, context))
+        at, unravel = ravel_pytree((params, X, context))
+        self.at, self.unravel = at, unravel
 
+        # It must not refer to `self`: in a cycle, its compiled program would outlive the problem,
+        # and a process may map only so many regions of memory, of which programs take a thousand.
         def value_and_grad(at, divergence):
             def loss(at):
-                params, x, context = self.unravel(at)
+                params, x, context = unravel(at)
                 return likelihood(
                     eqx.combine(params, static),
                     x,
