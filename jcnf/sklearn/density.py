@@ -109,7 +109,7 @@ class FlowDensity(BaseEstimator):
             z, more = _both(whiten, y64, "to_base", given)
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps)
-        with _bar(self.plan_.steps, self.progress) as tell:
+        with _bar(self.plan_.steps, self.progress) as tell, _float32():
             self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
         self.held_out_nll_ = nll - float(np.mean(logdet + more))
         return self
@@ -155,7 +155,8 @@ class FlowDensity(BaseEstimator):
         rng = np.random.default_rng(seed)
         weights = self.mixture_.weights
         which = rng.choice(len(weights), size=n_samples, p=weights / weights.sum())
-        z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
+        with _float32():
+            z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
         drawn = self._finish(self._carry(z, which, given), given)
         return self._framed(drawn)
 
@@ -251,7 +252,8 @@ class FlowDensity(BaseEstimator):
         plan = plan._replace(weight_decays=tuple(plan.weight_decays))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
-        flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
+        with _float32():
+            flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
         with _double():
             weight = np.zeros((dim, context_dim)) if context_dim else None
             outer = Affine(np.zeros(dim), np.eye(dim), weight), _blank(dim, notes["knots"][0])
@@ -322,7 +324,8 @@ class FlowDensity(BaseEstimator):
         with _double():
             y, logdet = _both(columns, rows, "to_base")
             z, more = _both(whiten, y, "to_base", given)
-        found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
+        with _float32():
+            found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
         return found + logdet + more
 
     def _carry(self, z, which, given):
@@ -332,11 +335,12 @@ class FlowDensity(BaseEstimator):
             rows = np.flatnonzero(which == i)
             if not len(rows):
                 continue
-            own = None if given is None or not flow.context_dim else _single(given[rows])
             # One shape of batch for all flows, so that they share a compiled program.
-            found = evaluate.transform(
-                flow, _single(z[rows]), "to_data", context=own, chunk=min(len(z), 10_000)
-            )
+            chunk = min(len(z), 10_000)
+            with _float32():
+                own = None if given is None or not flow.context_dim else _single(given[rows])
+                x = _single(z[rows])
+                found = evaluate.transform(flow, x, "to_data", context=own, chunk=chunk)
             out[rows] = found.x[-1]
         return out
 
@@ -434,6 +438,13 @@ class _Context:
 def _double() -> Iterator[None]:
     """Compute in float64: a column may have values that float32 cannot tell apart."""
     with jax.enable_x64(True):
+        yield
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Compute in float32, whatever jax is set to: the flows are learned on whitened rows."""
+    with jax.enable_x64(False):
         yield
 
 
