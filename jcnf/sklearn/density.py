@@ -267,6 +267,12 @@ class FlowDensity(BaseEstimator):
             self.context_ = (context["names"], _Side(supports, tree[2]))
         return self
 
+    def __getstate__(self):
+        return _unpacked(super().__getstate__(), "outer_")
+
+    def __setstate__(self, state):
+        super().__setstate__(_packed(state, "outer_"))
+
     def _rows(self, X):
         check_is_fitted(self)
         return _numbers(self, X, reset=False)
@@ -410,6 +416,12 @@ class _Side:
     def to_base(self, rows):
         return _both(self.map, rows, "to_base")
 
+    def __getstate__(self):
+        return _unpacked(self.__dict__, "map")
+
+    def __setstate__(self, state):
+        self.__dict__.update(_packed(state, "map"))
+
 
 class _Context:
     """The rows and names of a context."""
@@ -443,6 +455,17 @@ def _float32() -> Iterator[None]:
     """Compute in float32, whatever jax is set to: the flows are learned on whitened rows."""
     with jax.enable_x64(False):
         yield
+
+
+def _unpacked(state, name):
+    """Return a state to pickle: jax would unpickle its arrays of float64 as float32."""
+    return state | {name: jax.tree.map(np.asarray, state[name])} if name in state else state
+
+
+def _packed(state, name):
+    """Return the state that `_unpacked` made ready to pickle."""
+    with _double():
+        return state | {name: jax.tree.map(jnp.asarray, state[name])} if name in state else state
 
 
 @eqx.filter_jit
