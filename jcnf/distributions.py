@@ -113,7 +113,8 @@ class FullNormal(BaseDistribution):
     - `covariance`: C, (dim, dim), symmetric. An axis whose variance is below 1e-9 of the largest
       gets that variance.
 
-    **Raises:** `ValueError` for wrong shapes, values that are not finite, and a covariance of 0.
+    **Raises:** `ValueError` for wrong shapes, values that are not finite, and a covariance that is
+    0, not symmetric, or negative along an axis.
     """
 
     mean: Float[Array, " dim"]
@@ -129,9 +130,16 @@ class FullNormal(BaseDistribution):
                 f"{mean.shape} and {covariance.shape}"
             )
         check_finite(mean=mean, covariance=covariance)
+        rounding = 1e-6 * np.abs(covariance).max()
+        if np.abs(covariance - covariance.T).max() > rounding:
+            raise ValueError("covariance must be symmetric; got a matrix that is not")
         variances, basis = np.linalg.eigh(covariance)
         if variances[-1] <= 0:
             raise ValueError("covariance must have a positive variance; got none")
+        if variances[0] < -len(mean) * rounding:
+            raise ValueError(
+                f"covariance must have no negative variance; got {variances[0]:g} along an axis"
+            )
         variances = np.maximum(variances, _MIN_RELATIVE_VARIANCE * variances[-1])
         self.mean, self.basis = jnp.asarray(mean, float), jnp.asarray(basis, float)
         self.std = jnp.asarray(np.sqrt(variances), float)
@@ -148,8 +156,9 @@ class FullNormal(BaseDistribution):
     def distribution(self, dtype=None):
         import distrax
 
-        factor = self.basis * self.std[None]
-        tri = jnp.linalg.cholesky(factor @ factor.T)
+        # C = F F' = R' R with F' = Q R: a Cholesky factor of C would lose half of the digits.
+        upper = jnp.linalg.qr((self.basis * self.std[None]).T, mode="r")
+        tri = upper.T * jnp.sign(jnp.diagonal(upper))[None]
         return distrax.MultivariateNormalTri(self.mean.astype(dtype), tri.astype(dtype))
 
 

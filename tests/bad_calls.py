@@ -25,11 +25,13 @@ from jcnf import (
     training,
 )
 from jcnf.data import images
-from jcnf.distributions import Logistic, ScaledNormal, StandardNormal
+from jcnf.distributions import FullNormal, Logistic, ScaledNormal, StandardNormal
 from jcnf.evaluate.log_prob import bits_per_dim
 from jcnf.flows import Chain, Composition, augmented, vae
 from jcnf.inference import inpaint, mala
 from jcnf.objectives import couplings, paths, times
+from jcnf.sklearn import Column as Support
+from jcnf.sklearn import FlowDensity
 
 KEY = jr.key(0)
 X = jnp.ones((3, 2))
@@ -151,6 +153,12 @@ refuses(Chain, chain, says={"parts": "context"}, parts=[[GIVEN.bijection, other]
 refuses(Composition, parts=[[], [FIELD], "ode"])
 scales = {"shape": (8, 8, 1), "scales": 1, "blocks": lambda shape: [FLOW.bijection]}
 refuses(flows.multiscale, scales, shape=SHAPES, scales=[0, 1.5, 5])
+affine = {"loc": np.zeros(2), "scale": np.eye(2)}
+refuses(flows.Affine, affine, loc=[[[0.0]], 1.0, np.full(2, np.nan)], weight=[ONES[2], [np.nan]])
+refuses(flows.Affine, affine, scale=[np.eye(3), np.ones((2, 2)), np.full((2, 2), np.inf)])
+whiten = {"x": ROWS}
+refuses(flows.Affine.whiten, whiten, x=[ROWS[0], ROWS[:1], ROWS * np.inf, np.ones((4, 2))])
+refuses(flows.Affine.whiten, whiten, context=[ROWS[1:], ROWS[:, 0]], ridge=[-1.0, np.nan, "1"])
 refuses(flows.Logit, alpha=[0.0, 0.5, np.nan, 1e-300, "0.1"])
 refuses(flows.Squeeze, shape=[*SHAPES, (3, 4, 1)])
 refuses(flows.ChannelSplit, {"inner": FLOW.bijection, "shape": (2, 2, 1)}, channels=[1])
@@ -178,6 +186,10 @@ refuses(XTrace, probes=COUNTS)
 refuses(StandardNormal, dim=COUNTS)
 refuses(Logistic, dim=COUNTS)
 refuses(ScaledNormal, {"dim": 2}, scale=[0.0, np.nan, np.inf, np.ones(3)], loc=[np.nan])
+normal = {"mean": np.zeros(2), "covariance": np.eye(2)}
+refuses(FullNormal, normal, mean=[0.0, [0.0], np.full(2, np.nan)])
+refuses(FullNormal, normal, covariance=[np.eye(3), np.zeros((2, 2)), -np.eye(2), np.tri(2)])
+refuses(FullNormal.fit, x=[ROWS[0], ROWS[:1]])
 mlp = {"dim": 2, "widths": (4,), "key": KEY}
 refuses(fields.MLP, mlp, dim=COUNTS, widths=WIDTHS, time=["gate"], key=KEYS, context_dim=[-1])
 refuses(fields.MLP, mlp, says={"output": "activation"}, activation=["relu6", 3], output=["relu6"])
@@ -204,6 +216,10 @@ refuses(fields.Cast, {"field": FIELD, "dtype": "bfloat16"}, field=FIELDS, dtype=
 refuses(fields.MinusIdentity, field=FIELDS)
 rescaled = {"field": FIELD, "rate": 1.0}
 refuses(fields.TimeRescaling, rescaled, field=FIELDS, rate=POSITIVE, start=[np.nan])
+gaussian = {"field": FIELD, "reference": FullNormal(np.zeros(2), np.eye(2)), "path": paths.linear}
+refuses(fields.Preconditioned, gaussian, field=FIELDS, reference=[BASE, FullNormal([0.0], [[1.0]])])
+refuses(fields.Preconditioned, gaussian, path=["linear", paths.SigmaMin], reach=POSITIVE)
+refuses(fields.Preconditioned, gaussian, t1=POSITIVE)
 mixture = {"fields": [FIELD], "key": KEY}
 refuses(fields.Mixture, mixture, fields=[[], [FIELD, WIDE.bijection.field], [fields.MLP]], key=KEYS)
 refuses(fields.Guided, {"field": GIVEN.bijection.field}, scale=[np.nan, "2"])
@@ -276,6 +292,25 @@ refuses(
     says={"params": "parameters"},
     params=[training.init(WIDE, OPTIMIZER).params],
 )
+
+# Tables
+
+supports = {"lower": 0.0, "upper": 1.0}
+refuses(Support, supports, lower=[1.0, np.nan], upper=[0.0, np.nan], step=[-1.0, np.nan, np.inf])
+refuses(Support, {"circular": True}, upper=[np.inf])
+table = {"X": ROWS}
+density = FlowDensity(steps=1, progress=False)
+refuses(density.fit, table, context=[ROWS[1:], [["a", "b"]] * 20, ROWS * np.nan, np.ones(20)])
+
+
+def density_of(**settings):
+    """Fit a density with these settings."""
+    return FlowDensity(**settings, progress=False).fit(ROWS)
+
+
+refuses(density_of, steps=NUMBERS)
+given = [["whole"], {"a": "whole"}, {2: "whole"}, {0: "wholes"}, {0: (1, 0)}, {0: ("a", 1)}]
+refuses(density_of, columns=[*given, {0: "positive"}, {0: "whole"}, {0: (-9, 0.1)}])
 
 # Inference and pictures
 

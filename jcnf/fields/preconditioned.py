@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jcnf._checks import check_callable, check_instance, check_number
 from jcnf.distributions import FullNormal
-from jcnf.fields.base import Field
+from jcnf.fields.base import Field, check_field
 from jcnf.fields.wrappers import Wrapper
 
 
@@ -51,6 +51,7 @@ class Preconditioned(Wrapper):
     t1: float = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
+        check_field(self.field)
         check_instance(FullNormal, "a jcnf.distributions.FullNormal", reference=self.reference)
         check_callable("a function such as those in jcnf.objectives.paths", path=self.path)
         check_number("(0, inf)", reach=self.reach, t1=self.t1)

@@ -57,48 +57,49 @@ class Columns(Fixed):
 
 def _to_base(column, x):
     """Return z and log dz/dx."""
-    y, slope = _open(column, _turned(column, x, -column.turn))
+    y, log_slope = _open(column, _turned(column, x, -column.turn))
     u = (y - column.loc) / column.scale
-    log_slope = jnp.log(slope) - jnp.log(column.scale)
     z, log_spline = _by_knots(column, u, column.u, _spline, _tail)
-    return z, log_slope + log_spline
+    return z, log_slope - jnp.log(column.scale) + log_spline
 
 
 def _to_data(column, z):
     """Return x and log dx/dz."""
     u, log_spline = _by_knots(column, z, column.z, _inverse_spline, _inverse_tail)
-    x, slope = _close(column, column.loc + column.scale * u)
-    log_slope = log_spline + jnp.log(column.scale) + jnp.log(slope)
-    return _turned(column, x, column.turn), log_slope
+    x, log_slope = _close(column, column.loc + column.scale * u)
+    return _turned(column, x, column.turn), log_spline + jnp.log(column.scale) + log_slope
 
 
 def _turned(column, x, by):
-    """Return x, turned if the column is a circle."""
+    """Return x, turned if the column is a circle; strictly between the bounds."""
     period = jnp.where(column.turn == 0, 1, column.upper - column.lower)
-    turned = column.lower + jnp.mod(x - column.lower + by, period)
-    return jnp.where(column.turn == 0, x, turned)
+    least = 2 * jnp.finfo(x.dtype).eps
+    share = jnp.clip(jnp.mod(x - column.lower + by, period) / period, least, 1 - least)
+    return jnp.where(column.turn == 0, x, column.lower + period * share)
 
 
 def _open(column, x):
-    """Return y and dy/dx; NaN outside the support."""
+    """Return y and log dy/dx; NaN outside the support."""
     low, high = jnp.isfinite(column.lower), jnp.isfinite(column.upper)
     # Differences of bounds that do not exist become 1, so that no gradient is NaN.
     above, below = jnp.where(low, x - column.lower, 1), jnp.where(high, column.upper - x, 1)
-    y = jnp.where(low | high, jnp.log(above) - jnp.log(below), x)
-    slope = jnp.where(low, 1 / above, 0) + jnp.where(high, 1 / below, 0)
-    return y, jnp.where(low | high, slope, 1)
+    width = jnp.where(low & high, column.upper - column.lower, 1)
+    log_above, log_below = jnp.log(above), jnp.log(below)
+    y = jnp.where(low | high, log_above - log_below, x)
+    return y, jnp.log(width) - log_above - log_below
 
 
 def _close(column, y):
-    """Return x and dx/dy."""
+    """Return x and log dx/dy."""
     low, high = jnp.isfinite(column.lower), jnp.isfinite(column.upper)
     lower, upper = jnp.where(low, column.lower, 0), jnp.where(high, column.upper, 0)
-    width, share = upper - lower, jax.nn.sigmoid(y)
-    both, both_slope = lower + width * share, width * share * jax.nn.sigmoid(-y)
-    single = jnp.exp(jnp.where(low, y, -y))
+    width, single = upper - lower, jnp.exp(jnp.where(low, y, -y))
+    both = lower + width * jax.nn.sigmoid(y)
+    both_slope = jnp.log(jnp.where(low & high, width, 1))
+    both_slope += jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)
     x = jnp.where(low & high, both, jnp.where(low, lower + single, upper - single))
-    slope = jnp.where(low & high, both_slope, single)
-    return jnp.where(low | high, x, y), jnp.where(low | high, slope, 1)
+    slope = jnp.where(low & high, both_slope, jnp.where(low, y, -y))
+    return jnp.where(low | high, x, y), jnp.where(low | high, slope, 0)
 
 
 def _by_knots(column, value, ends, inside, outside):

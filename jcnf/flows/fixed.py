@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jcnf._checks import check_finite
+from jcnf._checks import check_finite, check_number
 from jcnf.flows.base import Bijection, Contexts, Direction, Transformed
 from jcnf.ode import Stats
 
@@ -98,18 +98,32 @@ class Affine(Fixed):
         With a context, these are the moments of what is left of x after linear regression on the
         context. The axes are the principal ones. `ridge` is added to the variance of each, relative
         to the mean variance, so that columns that determine one another are no division by zero.
+
+        **Raises:** `ValueError` for wrong shapes, fewer than 2 rows, values that are not finite,
+        and an x that does not vary.
         """
         x = np.asarray(x, np.float64)
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"expected x of shape (n, dim), at least 2 rows; got {x.shape}")
+        check_number("[0, inf)", ridge=ridge)
+        check_finite(x=x)
         weight, loc = None, x.mean(axis=0)
         if context is not None:
             context = np.asarray(context, np.float64)
+            if context.ndim != 2 or len(context) != len(x):
+                raise ValueError(
+                    f"expected context of shape ({len(x)}, context); got {context.shape}"
+                )
+            check_finite(context=context)
             center = context.mean(axis=0)
             weight = np.linalg.lstsq(context - center, x - loc, rcond=1e-6)[0].T
             x = x - context @ weight.T
             loc = x.mean(axis=0)
         covariance = np.atleast_2d(np.cov(x, rowvar=False, ddof=0))
         variances, axes = np.linalg.eigh(covariance)
-        floor = ridge * max(variances.mean(), np.finfo(np.float64).tiny)
+        if not variances.mean() > 0:
+            raise ValueError("x must vary; got one point in all rows")
+        floor = ridge * variances.mean()
         return cls(loc, axes * np.sqrt(np.maximum(variances, 0) + floor), weight)
 
     @property

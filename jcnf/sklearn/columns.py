@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
@@ -26,7 +26,7 @@ FOLDS = 5
 MAX_ROWS = 5000  # that choose the number of bins; all rows fit the spline
 MIN_BIN_WIDTH = 1e-6  # relative to the range
 MAX_UNREPEATED = 0.5  # distinct values per row; with fewer, a column is rounded
-PILE = 0.01  # share of rows at the largest value, from which it is taken for a bound
+PILE, MIN_PILE = 0.01, 5  # share and number of rows at the largest value that make it a bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +74,25 @@ class Column:
     @property
     def cells(self) -> "Column":
         """The support of the values with their noise."""
-        return Column(self.lower - self.step / 2, self.upper + self.step / 2, 0.0, self.circular)
+        if self.circular:
+            return Column(*self.bounds, circular=True)
+        return Column(self.lower - self.step / 2, self.upper + self.step / 2)
+
+    def contains(self, x: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Return which values are inside the support; all points are on a circle."""
+        if self.step:
+            return ((x >= self.lower) & (x <= self.upper)) | self.circular
+        return ((x > self.lower) & (x < self.upper)) | self.circular
 
     def finish(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Return samples rounded to the steps, and inside the bounds."""
         if self.step:
-            origin = next((b for b in (self.lower, self.upper) if math.isfinite(b)), 0.0)
+            origin = next((b for b in self.bounds if math.isfinite(b)), 0.0)
             x = np.clip(origin + self.step * np.round((x - origin) / self.step), *self.bounds)
+            x = np.where(self.circular & (x == self.upper), self.lower, x)
             return np.round(x, 12)
-        inside = np.nextafter(self.lower, math.inf), np.nextafter(self.upper, -math.inf)
-        return np.clip(x, *inside)
+        lower, upper = np.array(self.bounds, x.dtype)
+        return np.clip(x, np.nextafter(lower, upper), np.nextafter(upper, lower))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -101,12 +110,14 @@ def choose(x: Float[np.ndarray, " n"]) -> Column:
        repeat; the step is then a power of ten that divides them all, if there is one.
     2. It is between 0 and 1 if all values are, and they come within a tenth of both.
     3. It is positive if all values are. Zeros of rounded numbers count as positive.
-    4. It has its largest value as a bound if it has steps, and 1 % of the rows are there.
+    4. It has its largest value as a bound if it has steps, and 1 % of the rows, and 5, are there.
+       A column of zeros and ones has the bound 1.
     """
     step, low, high = _step(x), float(x.min()), float(x.max())
     if not step and low >= 0 and high <= 1 and low < 0.1 and high > 0.9:
         return Column(*_off((0.0, 1.0), x))
-    piled = step and np.mean(x == high) >= PILE
+    piled = step and np.sum(x == high) >= max(PILE * len(x), MIN_PILE)
+    piled = piled or ((x == 0) | (x == 1)).all()
     if low < 0:
         return Column(upper=high if piled else math.inf, step=step)
     lower = 0.0 if step else _off((0.0, math.inf), x)[0]
@@ -160,20 +171,28 @@ def resolve(
 def _column(name, support, x):
     if isinstance(support, str) and support in NAMED:
         support = NAMED[support]
-    elif isinstance(support, tuple) and len(support) == 2:
-        support = Column(float(support[0]), float(support[1]))
+    elif isinstance(support, tuple | list) and len(support) == 2:
+        try:
+            support = Column(float(support[0]), float(support[1]))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"column {name}: bounds {support!r}: {error}") from error
     if not isinstance(support, Column):
         raise InputError(
             f"column {name} must be 'unbounded', 'positive', 'whole', a pair of bounds or a "
             f"jcnf.sklearn.Column; got {support!r}"
         )
-    outside = (x < support.lower) | (x > support.upper)
+    outside = ((x < support.lower) | (x > support.upper)) & (not support.circular)
+    advice = "give wider bounds, or remove the row"
+    if support.step and not outside.any():
+        outside = np.abs(support.finish(x) - x) > 1e-6 * support.step + 1e-9 * np.abs(x)
+        outside &= not support.circular
+        advice = "give the step between its values, as Column(step=...)"
     if outside.any():
         raise InputError(
             f"column {name} is said to be {support}, but has {x[outside][0]:g} in row "
-            f"{int(np.flatnonzero(outside)[0])}: give wider bounds, or remove the row"
+            f"{int(np.flatnonzero(outside)[0])}: {advice}"
         )
-    if not support.step:
+    if not (support.step or support.circular):
         support = dataclasses.replace(
             support, **dict(zip(("lower", "upper"), _off(support.bounds, x), strict=True))
         )
@@ -259,7 +278,8 @@ def _cut(x, support):
     if sectors.min():
         return (np.argmin(sectors) + 0.5) * period / 36
     gaps = np.diff(np.append(turned, turned[0] + period))
-    return float((turned[np.argmax(gaps)] + gaps.max() / 2) % period)
+    # A turn of 0 would say that the column is not a circle.
+    return float((turned[np.argmax(gaps)] + gaps.max() / 2) % period) or period
 
 
 def _choose_bins(u, support, rng):

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,8 @@ class FlowDensity(BaseEstimator):
         given = None
         if context is not None:
             frame = _Context(context)
-            if len(frame.rows) != len(rows):
-                raise ValueError(
-                    f"X and context must have as many rows; got {len(rows)} and {len(frame.rows)}"
-                )
+            self._check_pair(rows, frame.rows)
+            _check_constant(frame.rows, frame.names, "the context is ")
             supports = resolve(frame.names, frame.rows, None)
             self.context_ = (frame.names, _Side.fit(frame.rows, supports, seed + 1))
             given = self._given(context)
@@ -113,7 +112,7 @@ class FlowDensity(BaseEstimator):
             z, more = _both(whiten, y64, "to_base", given)
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps)
-        with _bar(self.plan_.steps, self.progress) as tell:
+        with _bar(self.plan_.steps, self.progress) as tell, _float32():
             self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
         self.held_out_nll_ = nll - float(np.mean(logdet + more))
         return self
@@ -125,15 +124,9 @@ class FlowDensity(BaseEstimator):
         """
         rows, given = self._rows(X), self._given(context)
         self._check_pair(rows, given)
-        supports = [support.cells for support in self.columns_]
-        inside = np.all(
-            [
-                (x > s.lower) & (x < s.upper) | s.circular
-                for x, s in zip(rows.T, supports, strict=True)
-            ],
-            axis=0,
-        )
-        safe = np.where(inside[:, None], rows, self._middle(rows))
+        pairs = zip(rows.T, self.columns_, strict=True)
+        inside = np.all([support.contains(x) for x, support in pairs], axis=0)
+        safe = np.where(inside[:, None], rows, self._middle())
         noises = self._noises()
         found = np.stack([self._score(safe + noise, given) for noise in noises], axis=1)
         scores = np.logaddexp.reduce(found, axis=1) - np.log(len(noises))
@@ -159,7 +152,8 @@ class FlowDensity(BaseEstimator):
         rng = np.random.default_rng(seed)
         weights = self.mixture_.weights
         which = rng.choice(len(weights), size=n_samples, p=weights / weights.sum())
-        z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
+        with _float32():
+            z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
         drawn = self._finish(self._carry(z, which, given), given)
         return self._framed(drawn)
 
@@ -228,7 +222,7 @@ class FlowDensity(BaseEstimator):
             "dtypes": None if self.dtypes_ is None else [str(dtype) for dtype in self.dtypes_],
             "dim": self.n_features_in_,
             "params": {"steps": self.steps, "progress": self.progress},
-            "seed": self.random_state if isinstance(self.random_state, int) else None,
+            "seed": int(self.random_state) if isinstance(self.random_state, Integral) else None,
             "context": None,
         }
         tree: Any = (self.outer_, self.mixture_.flows)
@@ -255,7 +249,8 @@ class FlowDensity(BaseEstimator):
         plan = plan._replace(weight_decays=tuple(plan.weight_decays))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
-        flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
+        with _float32():
+            flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
         with _double():
             weight = np.zeros((dim, context_dim)) if context_dim else None
             outer = Affine(np.zeros(dim), np.eye(dim), weight), _blank(dim, notes["knots"][0])
@@ -276,6 +271,12 @@ class FlowDensity(BaseEstimator):
             self.context_ = (context["names"], _Side(supports, tree[2]))
         return self
 
+    def __getstate__(self):
+        return _unpacked(super().__getstate__(), "outer_")
+
+    def __setstate__(self, state):
+        super().__setstate__(_packed(state, "outer_"))
+
     def _rows(self, X):
         check_is_fitted(self)
         return _numbers(self, X, reset=False)
@@ -286,16 +287,15 @@ class FlowDensity(BaseEstimator):
             raise ValueError(
                 "this density was fitted without a context: leave out context"
                 if self.context_ is None
-                else f"this density is given {', '.join(map(str, self.context_[0]))}: pass context"
+                else f"this density is given {_listed(self.context_[0])}: pass context"
             )
         if self.context_ is None:
             return None
         names, side = self.context_
         frame = _Context(context)
-        if frame.rows.shape[1] != len(names):
-            raise ValueError(
-                f"expected a context of {len(names)} columns; got {frame.rows.shape[1]}"
-            )
+        known = frame.named and names != [str(i) for i in range(len(names))]
+        if frame.rows.shape[1] != len(names) or (known and frame.names != names):
+            raise ValueError(f"expected a context of {_listed(names)}; got {_listed(frame.names)}")
         with _double():
             z, _ = side.to_base(side.clipped(frame.rows))
         return z.astype(np.float32)
@@ -306,12 +306,11 @@ class FlowDensity(BaseEstimator):
                 f"X and context must have as many rows; got {len(rows)} and {len(given)}"
             )
 
-    def _middle(self, rows):
+    def _middle(self):
         """Return a row inside the support, in the place of those outside."""
         with _double():
             whiten, columns = self.outer_
-            center = whiten.loc[None]
-            return np.asarray(_both(columns, np.asarray(center), "to_data")[0])
+            return _both(columns, np.asarray(whiten.loc)[None], "to_data")[0]
 
     def _noises(self):
         """Return the draws of the noise of rounded columns, or none at all."""
@@ -326,7 +325,8 @@ class FlowDensity(BaseEstimator):
         with _double():
             y, logdet = _both(columns, rows, "to_base")
             z, more = _both(whiten, y, "to_base", given)
-        found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
+        with _float32():
+            found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
         return found + logdet + more
 
     def _carry(self, z, which, given):
@@ -339,8 +339,9 @@ class FlowDensity(BaseEstimator):
         for i in np.flatnonzero(counts):
             rows = np.flatnonzero(which == i)
             filled = np.resize(rows, size)
-            own = None if given is None or not flows[i].context_dim else _single(given[filled])
-            found = evaluate.transform(flows[i], _single(z[filled]), "to_data", context=own)
+            with _float32():
+                own = None if given is None or not flows[i].context_dim else _single(given[filled])
+                found = evaluate.transform(flows[i], _single(z[filled]), "to_data", context=own)
             out[rows] = found.x[-1][: len(rows)]
         return out
 
@@ -358,11 +359,13 @@ class FlowDensity(BaseEstimator):
         import pandas
 
         frame = pandas.DataFrame(rows, columns=names)
-        return (
-            frame
-            if self.dtypes_ is None
-            else frame.astype(dict(zip(names, self.dtypes_, strict=True)))
-        )
+        for name, dtype, support in zip(names, self.dtypes_, self.columns_, strict=True):
+            if pandas.api.types.is_integer_dtype(dtype) and not support.step:
+                continue  # the samples are not whole
+            frame[name] = frame[name].astype(dtype)
+            if frame[name].dtype in (np.float32, np.float16):  # it may round to a bound
+                frame[name] = support.finish(frame[name].to_numpy())
+        return frame
 
     def _draws(self, context) -> tuple[np.ndarray, np.ndarray]:
         """Return draws (n, draws, dim) of X for each row of the context, and their weights."""
@@ -416,12 +419,21 @@ class _Side:
     def to_base(self, rows):
         return _both(self.map, rows, "to_base")
 
+    def __getstate__(self):
+        return _unpacked(self.__dict__, "map")
+
+    def __setstate__(self, state):
+        self.__dict__.update(_packed(state, "map"))
+
 
 class _Context:
     """The rows and names of a context."""
 
     def __init__(self, context):
-        self.rows = np.asarray(context, np.float64)
+        try:
+            self.rows = np.asarray(context, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"context must be numbers: {error}") from error
         if self.rows.ndim == 1:
             self.rows = self.rows[:, None]
         if self.rows.ndim != 2 or not np.isfinite(self.rows).all():
@@ -429,7 +441,8 @@ class _Context:
                 "context must be finite numbers of shape (n, context); got "
                 f"an array of shape {self.rows.shape}"
             )
-        names = getattr(context, "columns", range(self.rows.shape[1]))
+        self.named = hasattr(context, "columns")
+        names = context.columns if self.named else range(self.rows.shape[1])
         self.names = [str(name) for name in names]
 
 
@@ -438,6 +451,24 @@ def _double() -> Iterator[None]:
     """Compute in float64: a column may have values that float32 cannot tell apart."""
     with jax.enable_x64(True):
         yield
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Compute in float32, whatever jax is set to: the flows are learned on whitened rows."""
+    with jax.enable_x64(False):
+        yield
+
+
+def _unpacked(state, name):
+    """Return a state to pickle: jax would unpickle its arrays of float64 as float32."""
+    return state | {name: jax.tree.map(np.asarray, state[name])} if name in state else state
+
+
+def _packed(state, name):
+    """Return the state that `_unpacked` made ready to pickle."""
+    with _double():
+        return state | {name: jax.tree.map(jnp.asarray, state[name])} if name in state else state
 
 
 @eqx.filter_jit
@@ -478,12 +509,21 @@ def _dtypes(X):
     return list(X.dtypes) if hasattr(X, "dtypes") and hasattr(X, "columns") else None
 
 
-def _check_rows(rows, names):
+def _listed(names):
+    return f"{len(names)} columns ({', '.join(map(str, names))})"
+
+
+def _check_constant(rows, names, subject=""):
     constant = [str(n) for n, x in zip(names, rows.T, strict=True) if (x == x[0]).all()]
     if constant:
         raise InputError(
-            f"constant in all {len(rows)} rows: {', '.join(constant)}: leave these columns out"
+            f"{subject}constant in all {len(rows)} rows: {', '.join(constant)}: leave these "
+            "columns out"
         )
+
+
+def _check_rows(rows, names):
+    _check_constant(rows, names)
     counts = (np.diff(rows, axis=0) == 1).all(axis=0)
     for name in np.array(names, dtype=object)[counts]:
         warnings.warn(f"column {name} counts the rows: leave it out", stacklevel=3)

@@ -1,0 +1,66 @@
+"""Mixture weights and mixed densities against known answers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jcnf.sklearn.mixture import MIN_WEIGHT, best_weights, log_mean
+
+LAWS = [stats.norm(0, 1), stats.norm(4, 0.5), stats.norm(-3, 2)]
+
+
+def draw(weights, n=20_000):
+    rng = np.random.default_rng(0)
+    which = rng.choice(len(weights), size=n, p=weights)
+    means, stds = (np.array([getattr(law, name)() for law in LAWS]) for name in ("mean", "std"))
+    return rng.normal(means[which], stds[which])
+
+
+def log_probs(x):
+    return np.stack([law.logpdf(x) for law in LAWS], axis=1)
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.5, 0.2), (0.1, 0.9, 0.0), (0.0, 0.0, 1.0)])
+def test_best_weights_are_those_that_drew_the_rows(weights):
+    found = best_weights(log_probs(draw(weights)))
+    assert abs(found.sum() - 1) < 1e-12
+    np.testing.assert_allclose(found, weights, atol=0.02)
+    np.testing.assert_array_equal(found == 0, np.array(weights) == 0)
+
+
+def test_a_component_of_small_weight_gets_none():
+    found = best_weights(log_probs(draw((0.5, 0.5 - MIN_WEIGHT / 2, MIN_WEIGHT / 2))))
+    assert found[2] == 0
+    assert abs(found.sum() - 1) < 1e-12
+
+
+def test_best_weights_maximize_the_likelihood():
+    held_out = log_probs(draw((0.3, 0.5, 0.2), 500))
+    best = best_weights(held_out)
+    most = log_mean(held_out, best).mean()
+    for step in np.random.default_rng(1).normal(0, 0.02, (50, 3)):
+        other = np.maximum(best + step, 1e-9)
+        assert log_mean(held_out, other / other.sum()).mean() < most + 1e-9
+
+
+def test_components_that_failed_are_left_out():
+    held_out = log_probs(draw((0.3, 0.5, 0.2)))
+    held_out[:, 1] = np.nan
+    found = best_weights(held_out)
+    assert found[1] == 0
+    assert np.all(found[[0, 2]] > 0)
+    held_out[7] = np.nan  # a row that failed in all of them changes nothing
+    np.testing.assert_allclose(best_weights(held_out), found, atol=1e-3)
+
+
+def test_the_density_of_a_mixture_is_that_of_scipy():
+    x, weights = draw((0.3, 0.5, 0.2), 50), np.array([0.3, 0.5, 0.2])
+    found = log_mean(log_probs(x), weights)
+    expected = sum(w * law.pdf(x) for w, law in zip(weights, LAWS, strict=True))
+    np.testing.assert_allclose(found, np.log(expected), rtol=1e-12)
+
+
+def test_a_failed_component_has_no_density_and_none_is_nan():
+    nan, inf = np.nan, np.inf
+    found = log_mean(np.array([[0.0, nan], [nan, 1.0], [nan, nan], [-inf, nan]]), np.full(2, 0.5))
+    np.testing.assert_allclose(found, [np.log(0.5), 1 + np.log(0.5), nan, -inf])
