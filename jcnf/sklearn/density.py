@@ -34,6 +34,7 @@ NOISE_DRAWS = 8  # of the noise of rounded columns, over which a log-density is 
 OUTLIER = 30.0  # robust standard deviations
 DRAWS = 200  # for the mean and the quantiles of one row
 FLOW_DRAWS_AT_ONCE = 100_000
+MAX_CHUNK = 8192
 
 
 class FlowDensity(BaseEstimator):
@@ -328,17 +329,19 @@ class FlowDensity(BaseEstimator):
     def _carry(self, z, which, given):
         """Return whitened samples: each row of z through the flow of its number in `which`."""
         out = np.empty_like(z)
+        # Batches of one shape, a power of two, so that flows and calls share a compiled program.
+        most = int(np.bincount(which).max())
+        chunk = min(2 ** (most - 1).bit_length(), MAX_CHUNK)
         for i, flow in enumerate(self.mixture_.flows):
             rows = np.flatnonzero(which == i)
             if not len(rows):
                 continue
-            # One shape of batch for all flows, so that they share a compiled program.
-            chunk = min(len(z), 10_000)
+            filled = np.pad(rows, (0, -len(rows) % chunk), mode="edge")
             with _float32():
-                own = None if given is None or not flow.context_dim else _single(given[rows])
-                x = _single(z[rows])
+                own = None if given is None or not flow.context_dim else _single(given[filled])
+                x = _single(z[filled])
                 found = evaluate.transform(flow, x, "to_data", context=own, chunk=chunk)
-            out[rows] = found.x[-1]
+            out[rows] = found.x[-1][: len(rows)]
         return out
 
     def _finish(self, z, given):
@@ -507,7 +510,8 @@ def _dtypes(X):
 
 
 def _listed(names):
-    return f"{len(names)} columns ({', '.join(map(str, names))})"
+    noun = "column" if len(names) == 1 else "columns"
+    return f"{len(names)} {noun} ({', '.join(map(str, names))})"
 
 
 def _check_constant(rows, names, subject=""):

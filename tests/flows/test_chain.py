@@ -23,10 +23,10 @@ from jcnf.fields import Cast, Conv, Field
 from jcnf.flows import (
     CNF,
     ODE,
-    Fixed,
     Chain,
     ChannelSplit,
     Composition,
+    Fixed,
     Logit,
     Squeeze,
     multiscale,
