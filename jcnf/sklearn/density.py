@@ -35,6 +35,7 @@ NOISE_DRAWS = 8  # of the noise of rounded columns, over which a log-density is 
 OUTLIER = 30.0  # robust standard deviations
 DRAWS = 200  # for the mean and the quantiles of one row
 FLOW_DRAWS_AT_ONCE = 100_000
+MAX_CHUNK = 8192
 
 
 class FlowDensity(BaseEstimator):
@@ -332,16 +333,18 @@ class FlowDensity(BaseEstimator):
     def _carry(self, z, which, given):
         """Return whitened samples: each row of z through the flow of its number in `which`."""
         out = np.empty_like(z)
-        flows = self.mixture_.flows
-        counts = np.bincount(which, minlength=len(flows))
-        # Batches of one size for all flows, so that they share a compiled program.
-        size = 2 ** int(np.ceil(np.log2(counts.max())))
-        for i in np.flatnonzero(counts):
+        # Batches of one shape, a power of two, so that flows and calls share a compiled program.
+        most = int(np.bincount(which).max())
+        chunk = min(2 ** (most - 1).bit_length(), MAX_CHUNK)
+        for i, flow in enumerate(self.mixture_.flows):
             rows = np.flatnonzero(which == i)
-            filled = np.resize(rows, size)
+            if not len(rows):
+                continue
+            filled = np.pad(rows, (0, -len(rows) % chunk), mode="edge")
             with _float32():
-                own = None if given is None or not flows[i].context_dim else _single(given[filled])
-                found = evaluate.transform(flows[i], _single(z[filled]), "to_data", context=own)
+                own = None if given is None or not flow.context_dim else _single(given[filled])
+                x = _single(z[filled])
+                found = evaluate.transform(flow, x, "to_data", context=own, chunk=chunk)
             out[rows] = found.x[-1][: len(rows)]
         return out
 
@@ -353,10 +356,11 @@ class FlowDensity(BaseEstimator):
         return np.stack([s.finish(x) for s, x in zip(self.columns_, rows.T, strict=True)], axis=1)
 
     def _framed(self, rows):
-        names = getattr(self, "feature_names_in_", None)
-        if names is None:
+        if self.dtypes_ is None:
             return rows
         import pandas
+
+        names = self.feature_names_in_
 
         frame = pandas.DataFrame(rows, columns=names)
         for name, dtype, support in zip(names, self.dtypes_, self.columns_, strict=True):
@@ -510,7 +514,8 @@ def _dtypes(X):
 
 
 def _listed(names):
-    return f"{len(names)} columns ({', '.join(map(str, names))})"
+    noun = "column" if len(names) == 1 else "columns"
+    return f"{len(names)} {noun} ({', '.join(map(str, names))})"
 
 
 def _check_constant(rows, names, subject=""):
