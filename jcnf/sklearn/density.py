@@ -358,6 +358,8 @@ class FlowDensity(BaseEstimator):
         import pandas
 
         frame = pandas.DataFrame(rows, columns=names)
+        if self.dtypes_ is None:
+            return frame
         for name, dtype, support in zip(names, self.dtypes_, self.columns_, strict=True):
             if pandas.api.types.is_integer_dtype(dtype) and not support.step:
                 continue  # the samples are not whole
