@@ -363,6 +363,8 @@ class FlowDensity(BaseEstimator):
         names = self.feature_names_in_
 
         frame = pandas.DataFrame(rows, columns=names)
+        if self.dtypes_ is None:
+            return frame
         for name, dtype, support in zip(names, self.dtypes_, self.columns_, strict=True):
             if pandas.api.types.is_integer_dtype(dtype) and not support.step:
                 continue  # the samples are not whole
