@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ def blocks(language):
 
 def run_examples(change=lambda script: script):
     """Run the README's Python in a separate process, and return the figures it prints."""
-    example, loop, devices, field = blocks("python")
+    example, _, loop, devices, field = blocks("python")
     script = example + loop + devices
     script += "import equinox as eqx, jax, jax.numpy as jnp\n" + field
     script += "rotation = jcnf.CNF(Rotation(jnp.ones(())), distributions.StandardNormal(2))\n"
@@ -40,6 +41,17 @@ def test_the_examples_learn_as_printed():
     nll, entropy = run_examples()
     # A Gaussian with the data's covariance has an NLL of 2.95.
     assert float(entropy) - 0.05 < float(nll) < float(entropy) + 0.15
+
+
+@pytest.mark.slow
+def test_the_example_of_a_table_runs(tmp_path):
+    x = np.random.default_rng(0).normal(size=(400, 2))
+    np.savetxt(tmp_path / "table.csv", x, delimiter=",", header="a,b", comments="")
+    script = blocks("python")[1].replace("FlowDensity()", "FlowDensity(steps=20)")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "a: unbounded" in done.stdout
 
 
 def test_the_commands_exist():
