@@ -97,7 +97,7 @@ class Affine(Fixed):
 
         With a context, these are the moments of what is left of x after linear regression on the
         context. The axes are the principal ones. `ridge` is added to the variance of each, relative
-        to the mean variance, so that columns that determine one another are no division by zero.
+        to the mean variance, so that the map exists even if columns determine one another.
 
         **Raises:** `ValueError` for wrong shapes, fewer than 2 rows, values that are not finite,
         and an x that does not vary.

@@ -200,8 +200,8 @@ class FlowDensity(BaseEstimator):
     def flow_(self) -> Flow:
         """The flow of greatest weight, for the functions of jcnf, on data in their own units.
 
-        It is one component of the density, in the precision of jax, and for whole numbers that of
-        the numbers with noise. Its context is that of `context_`, transformed.
+        It is one component of the density, computed in float32. For whole numbers its density is
+        that of the numbers with noise. It takes the transformed context, not the one of `fit`.
         """
         check_is_fitted(self)
         flow = self.mixture_.flows[int(np.argmax(self.mixture_.weights))]
@@ -361,10 +361,7 @@ class FlowDensity(BaseEstimator):
         import pandas
 
         names = self.feature_names_in_
-
         frame = pandas.DataFrame(rows, columns=names)
-        if self.dtypes_ is None:
-            return frame
         for name, dtype, support in zip(names, self.dtypes_, self.columns_, strict=True):
             if pandas.api.types.is_integer_dtype(dtype) and not support.step:
                 continue  # the samples are not whole

@@ -1,13 +1,13 @@
 """Train flows on a table, and mix the states that they pass through.
 
-Flow matching on few rows ends by learning the rows themselves. Where rows repeat one another up to
-noise, as those of a designed experiment do, that is the better density, and elsewhere the worse
-one. So a snapshot is kept whenever the number of steps has doubled, and the density is a mixture of
-snapshots, with the weights that are best for rows which were held out. Two more components are the
-normal distribution that training starts from, and a wider one for outliers.
+With few rows, long training ends by memorizing them. Where rows nearly repeat one another, as in a
+designed experiment, a density that has memorized them is the better one; elsewhere it is the worse.
+So training keeps a snapshot whenever the number of steps has doubled. The density is a mixture of
+these snapshots, with the weights that maximize the likelihood of held-out rows. Two more components
+are the normal distribution from which training starts, and a wider one for outliers.
 
-With few rows every row is held out once: each fold is the validation of a flow of its own, and the
-mixture is over the flows too.
+A small table is split into five folds. For each fold, a flow trains on the other rows and is scored
+on that fold, so that every row is held out once. The mixture then covers the flows of all folds.
 """
 
 from collections.abc import Callable

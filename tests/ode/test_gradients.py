@@ -115,8 +115,9 @@ class Problem:
         at, unravel = ravel_pytree((params, X, context))
         self.at, self.unravel = at, unravel
 
-        # It must not refer to `self`: in a cycle, its compiled program would outlive the problem,
-        # and a process may map only so many regions of memory, of which programs take a thousand.
+        # The closure must not refer to `self`. Such a cycle would keep the compiled program alive
+        # after the problem is gone; each program maps about 1,000 regions of memory, and the
+        # process would reach the system's limit (65,530 on Linux) and crash.
         def value_and_grad(at, divergence):
             def loss(at):
                 params, x, context = unravel(at)

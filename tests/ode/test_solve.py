@@ -137,6 +137,8 @@ def test_a_step_plan_may_change_without_compiling_anew():
     assert traces.count == 1
 
 
+# Without XLA's optimizations, the programs with and without a plan differ in the last bit.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "adjoint", ["checkpoint", pytest.param("reversible", marks=pytest.mark.slow)]
 )
@@ -155,8 +157,7 @@ def test_a_solve_tells_what_the_next_may_take_for_its_step_plan(adjoint):
         assert int(again.nfe) < 0.8 * int(alone.nfe)
         # A plan of zeros changes nothing, and a known plan overrides `first_step`.
         y_of_zeros, of_zeros = decay(3.0, end, first_step=1.0, step_plan=jnp.zeros(NUM_BINS))
-        assert (int(of_zeros.steps), int(of_zeros.nfe)) == (int(alone.steps), int(alone.nfe))
-        np.testing.assert_allclose(y_of_zeros, y, rtol=1e-12)
+        assert eqx.tree_equal((y_of_zeros, of_zeros), (y, alone))
         other = decay(3.0, end, first_step=1e-3, step_plan=alone.step_plan)[1]
         np.testing.assert_array_equal(other.step_plan, again.step_plan)
         assert int(decay(3.0, end, first_step=1e-3)[1].rejected) < int(alone.rejected)
