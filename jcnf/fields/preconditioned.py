@@ -68,8 +68,8 @@ class Preconditioned(Wrapper):
     def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v, by the divergence of f and one product with its Jacobian.
 
-        With y = q(r) u for r the point before it is limited, the Jacobian of the limit is
-        q I - (q^3 / (dim reach^2)) r r', because q = (1 + |r|^2 / (dim reach^2))^(-1/2).
+        A whitened point y is limited to q y, with q = (1 + |y|^2 / (dim reach^2))^(-1/2). The
+        Jacobian of this is q I - (q^3 / (dim reach^2)) y y'.
         """
         gaussian, y = self._gaussian(t, x.dtype), self._whiten(t, x)
         limited, q = self._limit(y)

@@ -27,7 +27,7 @@ class Columns(Fixed):
        P(U > u) = m (1 + i (u - u_k) / s)^(-1/i). They make an outlier a point in the tail of z
        rather than one that is far from everything else. Without knots, z = u.
 
-    `jcnf.sklearn.fit_columns` chooses all of this from data. Arrays have one row for each column;
+    `jcnf.sklearn.columns.fit_columns` chooses all of this from data. Arrays have one row for each column;
     unused places of `u`, `z` and `slope` are inf.
     """
 

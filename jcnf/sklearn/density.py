@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from scipy.special import ndtri
 from scipy.stats import qmc
 from sklearn.base import BaseEstimator
@@ -25,9 +23,19 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from jcnf import evaluate
 from jcnf._checks import InputError, check_int, list_rows
 from jcnf.distributions import StandardNormal
-from jcnf.flows import Affine, Chain, Columns, Flow
-from jcnf.sklearn.columns import Column, fit_columns, resolve
+from jcnf.flows import Affine, Chain, Flow
+from jcnf.sklearn.columns import Column, resolve
 from jcnf.sklearn.mixture import Mixture, Plan, skeleton, train
+from jcnf.sklearn.sides import (
+    ContextRows,
+    Side,
+    apply,
+    blank_columns,
+    cast,
+    from_pickle,
+    single,
+    to_pickle,
+)
 from jcnf.training import checkpoint
 
 MIN_ROWS = 5
@@ -97,23 +105,23 @@ class FlowDensity(BaseEstimator):
         _check_rows(rows, names)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.columns_ = resolve(names, rows, self.columns)
-        side = _Side.fit(rows, self.columns_, seed)
+        side = Side.fit(rows, self.columns_, seed)
         self.context_ = None
         given = None
         if context is not None:
-            frame = _Context(context)
+            frame = ContextRows(context)
             self._check_pair(rows, frame.rows)
             _check_constant(frame.rows, frame.names, "the context is ")
             supports = resolve(frame.names, frame.rows, None)
-            self.context_ = (frame.names, _Side.fit(frame.rows, supports, seed + 1))
+            self.context_ = (frame.names, Side.fit(frame.rows, supports, seed + 1))
             given = self._given(context)
-        with _double():
-            y64, logdet = side.to_base(side.noisy(rows, seed + 2))
-            whiten = Affine.whiten(y64, given)
-            z, more = _both(whiten, y64, "to_base", given)
+        normal, logdet = side.to_base(side.noisy(rows, seed + 2))
+        with jax.enable_x64(True):
+            whiten = Affine.whiten(normal, given)
+        z, more = apply(whiten, normal, "to_base", given)
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps)
-        with _bar(self.plan_.steps, self.progress) as tell, _float32():
+        with _bar(self.plan_.steps, self.progress) as tell, jax.enable_x64(False):
             self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
         self.held_out_nll_ = nll - float(np.mean(logdet + more))
         return self
@@ -153,7 +161,7 @@ class FlowDensity(BaseEstimator):
         rng = np.random.default_rng(seed)
         weights = self.mixture_.weights
         which = rng.choice(len(weights), size=n_samples, p=weights / weights.sum())
-        with _float32():
+        with jax.enable_x64(False):
             z = np.asarray(StandardNormal(self.n_features_in_).sample(jr.key(seed), n_samples))
         drawn = self._finish(self._carry(z, which, given), given)
         return self._framed(drawn)
@@ -205,8 +213,8 @@ class FlowDensity(BaseEstimator):
         """
         check_is_fitted(self)
         flow = self.mixture_.flows[int(np.argmax(self.mixture_.weights))]
-        with _double():
-            outer = [_cast(part, jnp.float32) for part in self.outer_]
+        with jax.enable_x64(True):
+            outer = [cast(part, jnp.float32) for part in self.outer_]
         return Chain([flow.bijection, *outer], flow.base)
 
     def save(self, path: str | Path) -> None:
@@ -233,7 +241,7 @@ class FlowDensity(BaseEstimator):
             notes["context"] = {"names": names, "columns": supports}
             notes["knots"].append(int(side.map.u.shape[1]))
             tree = (*tree, side.map)
-        with _double():
+        with jax.enable_x64(True):
             checkpoint.save(path, tree, json.loads(json.dumps(notes)))
 
     @classmethod
@@ -250,14 +258,17 @@ class FlowDensity(BaseEstimator):
         plan = plan._replace(weight_decays=tuple(plan.weight_decays))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
-        with _float32():
+        with jax.enable_x64(False):
             flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
-        with _double():
+        with jax.enable_x64(True):
             weight = np.zeros((dim, context_dim)) if context_dim else None
-            outer = Affine(np.zeros(dim), np.eye(dim), weight), _blank(dim, notes["knots"][0])
+            outer = (
+                Affine(np.zeros(dim), np.eye(dim), weight),
+                blank_columns(dim, notes["knots"][0]),
+            )
             tree: Any = (outer, flows)
             if context is not None:
-                tree = (*tree, _blank(context_dim, notes["knots"][1]))
+                tree = (*tree, blank_columns(context_dim, notes["knots"][1]))
             tree, _ = checkpoint.load(path, tree)
         self.outer_, flows = tree[:2]
         self.mixture_ = Mixture(flows, np.array(notes["weights"]))
@@ -269,14 +280,14 @@ class FlowDensity(BaseEstimator):
         self.context_ = None
         if context is not None:
             supports = [Column(**support) for support in context["columns"]]
-            self.context_ = (context["names"], _Side(supports, tree[2]))
+            self.context_ = (context["names"], Side(supports, tree[2]))
         return self
 
     def __getstate__(self):
-        return _unpacked(super().__getstate__(), "outer_")
+        return to_pickle(super().__getstate__(), "outer_")
 
     def __setstate__(self, state):
-        super().__setstate__(_packed(state, "outer_"))
+        super().__setstate__(from_pickle(state, "outer_"))
 
     def _rows(self, X):
         check_is_fitted(self)
@@ -293,12 +304,11 @@ class FlowDensity(BaseEstimator):
         if self.context_ is None:
             return None
         names, side = self.context_
-        frame = _Context(context)
+        frame = ContextRows(context)
         known = frame.named and names != [str(i) for i in range(len(names))]
         if frame.rows.shape[1] != len(names) or (known and frame.names != names):
             raise ValueError(f"expected a context of {_listed(names)}; got {_listed(frame.names)}")
-        with _double():
-            z, _ = side.to_base(side.clipped(frame.rows))
+        z, _ = side.to_base(side.clipped(frame.rows))
         return z.astype(np.float32)
 
     def _check_pair(self, rows, given):
@@ -309,9 +319,8 @@ class FlowDensity(BaseEstimator):
 
     def _middle(self):
         """Return a row inside the support, in the place of those outside."""
-        with _double():
-            whiten, columns = self.outer_
-            return _both(columns, np.asarray(whiten.loc)[None], "to_data")[0]
+        whiten, columns = self.outer_
+        return apply(columns, np.asarray(whiten.loc)[None], "to_data")[0]
 
     def _noises(self):
         """Return the draws of the noise of rounded columns, or none at all."""
@@ -323,11 +332,10 @@ class FlowDensity(BaseEstimator):
 
     def _score(self, rows, given):
         whiten, columns = self.outer_
-        with _double():
-            y, logdet = _both(columns, rows, "to_base")
-            z, more = _both(whiten, y, "to_base", given)
-        with _float32():
-            found = self.mixture_.log_prob(_single(z), None if given is None else _single(given))
+        y, logdet = apply(columns, rows, "to_base")
+        z, more = apply(whiten, y, "to_base", given)
+        with jax.enable_x64(False):
+            found = self.mixture_.log_prob(single(z), None if given is None else single(given))
         return found + logdet + more
 
     def _carry(self, z, which, given):
@@ -341,18 +349,17 @@ class FlowDensity(BaseEstimator):
             if not len(rows):
                 continue
             filled = np.pad(rows, (0, -len(rows) % chunk), mode="edge")
-            with _float32():
-                own = None if given is None or not flow.context_dim else _single(given[filled])
-                x = _single(z[filled])
+            with jax.enable_x64(False):
+                own = None if given is None or not flow.context_dim else single(given[filled])
+                x = single(z[filled])
                 found = evaluate.transform(flow, x, "to_data", context=own, chunk=chunk)
             out[rows] = found.x[-1][: len(rows)]
         return out
 
     def _finish(self, z, given):
         whiten, columns = self.outer_
-        with _double():
-            y, _ = _both(whiten, z, "to_data", given)
-            rows, _ = _both(columns, y, "to_data")
+        y, _ = apply(whiten, z, "to_data", given)
+        rows, _ = apply(columns, y, "to_data")
         return np.stack([s.finish(x) for s, x in zip(self.columns_, rows.T, strict=True)], axis=1)
 
     def _framed(self, rows):
@@ -395,113 +402,6 @@ class FlowDensity(BaseEstimator):
         return np.concatenate(out), shares
 
 
-class _Side:
-    """The columns of one side of the density, modeled or given, and their map."""
-
-    def __init__(self, supports: list[Column], fitted: Columns):
-        self.supports, self.map = supports, fitted
-
-    @classmethod
-    def fit(cls, rows, supports, seed):
-        side = cls(supports, None)  # pyright: ignore[reportArgumentType]
-        with _double():
-            side.map = fit_columns(side.noisy(rows, seed), supports, seed)
-        return side
-
-    def noisy(self, rows, seed):
-        """Return the rows with uniform noise as wide as the steps."""
-        steps = np.array([support.step for support in self.supports])
-        return rows + (np.random.default_rng(seed).random(rows.shape) - 0.5) * steps
-
-    def clipped(self, rows):
-        """Return rows that are inside the support."""
-        bounds = [support.cells for support in self.supports]
-        lower = np.nextafter([b.lower for b in bounds], np.inf)
-        return np.clip(rows, lower, np.nextafter([b.upper for b in bounds], -np.inf))
-
-    def to_base(self, rows):
-        return _both(self.map, rows, "to_base")
-
-    def __getstate__(self):
-        return _unpacked(self.__dict__, "map")
-
-    def __setstate__(self, state):
-        self.__dict__.update(_packed(state, "map"))
-
-
-class _Context:
-    """The rows and names of a context."""
-
-    def __init__(self, context):
-        try:
-            self.rows = np.asarray(context, np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"context must be numbers: {error}") from error
-        if self.rows.ndim == 1:
-            self.rows = self.rows[:, None]
-        if self.rows.ndim != 2 or not np.isfinite(self.rows).all():
-            raise ValueError(
-                "context must be finite numbers of shape (n, context); got "
-                f"an array of shape {self.rows.shape}"
-            )
-        self.named = hasattr(context, "columns")
-        names = context.columns if self.named else range(self.rows.shape[1])
-        self.names = [str(name) for name in names]
-
-
-@contextmanager
-def _double() -> Iterator[None]:
-    """Compute in float64: a column may have values that float32 cannot tell apart."""
-    with jax.enable_x64(True):
-        yield
-
-
-@contextmanager
-def _float32() -> Iterator[None]:
-    """Compute in float32, whatever jax is set to: the flows are learned on whitened rows."""
-    with jax.enable_x64(False):
-        yield
-
-
-def _unpacked(state, name):
-    """Return a state to pickle: jax would unpickle its arrays of float64 as float32."""
-    return state | {name: jax.tree.map(np.asarray, state[name])} if name in state else state
-
-
-def _packed(state, name):
-    """Return the state that `_unpacked` made ready to pickle."""
-    with _double():
-        return state | {name: jax.tree.map(jnp.asarray, state[name])} if name in state else state
-
-
-@eqx.filter_jit
-def _compiled(part, x, direction, context):
-    return part.both(x, direction, context)
-
-
-def _both(part, x, direction, context=None):
-    if context is not None:
-        context = jnp.asarray(context, x.dtype)
-    value, logdet = _compiled(part, jnp.asarray(x, jnp.float64), direction, context)
-    return np.asarray(value), np.asarray(logdet)
-
-
-def _single(x) -> Array:
-    return jnp.asarray(x, jnp.float32)
-
-
-def _cast(part, dtype):
-    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, part)
-
-
-def _blank(dim, knots):
-    """Return columns of the right shapes, to be filled with saved arrays."""
-    vectors = dict.fromkeys(("lower", "upper", "turn", "loc", "scale"), jnp.zeros(dim))
-    tables = dict.fromkeys(("u", "z", "slope"), jnp.zeros((dim, knots)))
-    tails = dict.fromkeys(("log_mass", "tail_scale", "tail_index"), jnp.zeros((dim, 2)))
-    return Columns(knots=jnp.zeros(dim, jnp.int32), **vectors, **tables, **tails)
-
-
 def _numbers(estimator, X, reset) -> np.ndarray:
     least = MIN_ROWS if reset else 1
     rows: Any = validate_data(estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=least)
@@ -539,7 +439,7 @@ def _check_rows(rows, names):
             warnings.warn(
                 f"column {name} is more than {OUTLIER:g} robust standard deviations from its "
                 f"median in {list_rows(np.flatnonzero(far), len(rows))}. The tail of its density "
-                "covers them; remove rows that are errors",
+                "covers them; remove these rows if they are errors",
                 stacklevel=3,
             )
 
