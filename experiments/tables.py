@@ -1,4 +1,4 @@
-"""Compare models of the densities of tables, each given the same rows and seconds.
+"""Compare models of the densities of tables, each given the same rows.
 
     python -m experiments.tables
     python -m experiments.tables --data FOLDER --models ours spline maf mixture kde --seconds 240
@@ -7,11 +7,12 @@
 The tables are the files .csv, .csv.gz and .npz in a folder, and scikit-learn's digits. The models
 are our flow (`ours`), a neural spline flow (`spline`) and a masked autoregressive flow (`maf`) of
 flowjax, Gaussian mixtures (`mixture`) and kernel density estimates (`kde`) of scikit-learn. Each
-gets the training rows and the validation rows, and --seconds for each table and seed. Compiling and
-a last step may come on top; results.json has the seconds that each model took. Log-densities are in
-nats, of columns standardized by the training rows.
+gets the training rows and the validation rows. Ours trains for its own number of steps; the others
+have --seconds for each table and seed, besides compiling and a last step. results.json has the
+seconds that each model took. Log-densities are in nats, of columns standardized by the training
+rows.
 
-Each result is saved once it is there, and --resume goes on after the last one.
+Each result is saved as soon as it is there, and --resume repeats none of them.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Models of the density of a table, each trained for given seconds, as `tables` compares them."""
+"""Models of the density of a table, as `tables` compares them."""
 
 import functools
 import time

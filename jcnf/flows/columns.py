@@ -15,20 +15,20 @@ _NEWTON_STEPS = 4
 
 
 class Columns(Fixed):
-    """Independent increasing maps of columns x onto about normal z, in steps.
+    """Increasing maps of each column x to a z that is about standard normal, in four steps.
 
-    0. A circular column, whose bounds are one point, is turned by `turn`, modulo its period.
-    1. The support is opened to the real line: y = log(x - lower) - log(upper - x), without the
-       logarithms of bounds that are infinite; y = x if both are. So data never leave the support.
-    2. u = (y - loc) / scale.
-    3. Where a column has knots, z is a monotone rational-quadratic spline of u (Gregory and
-       Delbourgo 1982) between quantiles of the data and those of N(0, 1). Beyond its ends the tails
+    1. A circular column, whose bounds are one point, is turned by `turn`, modulo its period.
+    2. The support is opened to the real line: y = log(x - lower) - log(upper - x), without the
+       logarithms of bounds that are infinite; y = x if both are. Samples cannot leave the support.
+    3. u = (y - loc) / scale.
+    4. Where a column has knots, z is a monotone rational-quadratic spline of u (Gregory and
+       Delbourgo 1982) between quantiles of the data and those of N(0, 1). The tails beyond its ends
        are generalized Pareto (Pickands 1975): with m the mass beyond the last knot u_k,
-       P(U > u) = m (1 + i (u - u_k) / s)^(-1/i). They make an outlier a point in the tail of z
-       rather than one that is far from everything else. Without knots, z = u.
+       P(U > u) = m (1 + i (u - u_k) / s)^(-1/i). An outlier then lies in the tail of z, and not far
+       from everything else. Without knots, z = u.
 
-    `jcnf.sklearn.columns.fit_columns` chooses all of this from data. Arrays have one row for each column;
-    unused places of `u`, `z` and `slope` are inf.
+    `jcnf.sklearn.columns.fit_columns` chooses all of this from data. Arrays have one row for each
+    column; unused places of `u`, `z` and `slope` are inf.
     """
 
     lower: Float[Array, " dim"]

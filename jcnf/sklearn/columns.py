@@ -39,17 +39,21 @@ class Column:
     - `step`: distance between the values of a column of whole or rounded numbers; 0 for others.
       Uniform noise of this width is added to the values when they are learned, and samples are
       rounded. The probability of a value is at least its density times the step, on average.
+    - `margin`: the density is learned on an interval that is wider by this, at each bound, because
+      the logarithm that keeps samples inside has no value at a bound itself. Samples in the margin
+      are returned as the bound. It is chosen if values are at a bound; leave it 0.
     - `circular`: whether `lower` and `upper` are the same point, as for angles. The circle is cut
       where data are fewest, so that the density may have a jump only there.
 
     **Raises:** `ValueError` for bounds in the wrong order, a circular column without bounds, and a
-    step that is negative.
+    step or a margin that is negative.
     """
 
     lower: float = -math.inf
     upper: float = math.inf
     step: float = 0.0
     circular: bool = False
+    margin: float = 0.0
 
     def __post_init__(self):
         if not self.lower < self.upper:
@@ -58,6 +62,8 @@ class Column:
             raise ValueError("a circular column needs both bounds, such as lower=0, upper=360")
         if not 0 <= self.step < math.inf:
             raise ValueError(f"step must be at least 0 and finite; got {self.step}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin must be at least 0 and finite; got {self.margin}")
 
     def __str__(self) -> str:
         words = {0.0: [], 1.0: ["whole"]}.get(self.step, [f"in steps of {self.step:g}"])
@@ -73,14 +79,15 @@ class Column:
 
     @property
     def cells(self) -> "Column":
-        """The support of the values with their noise."""
+        """The support of the values with their noise and margin."""
         if self.circular:
             return Column(*self.bounds, circular=True)
-        return Column(self.lower - self.step / 2, self.upper + self.step / 2)
+        beyond = self.step / 2 + self.margin
+        return Column(self.lower - beyond, self.upper + beyond)
 
     def contains(self, x: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Return which values are inside the support; all points are on a circle."""
-        if self.step:
+        if self.step or self.margin:
             return ((x >= self.lower) & (x <= self.upper)) | self.circular
         return ((x > self.lower) & (x < self.upper)) | self.circular
 
@@ -92,6 +99,8 @@ class Column:
             x = np.where(self.circular & (x == self.upper), self.lower, x)
             return np.round(x, 12)
         lower, upper = np.array(self.bounds, x.dtype)
+        if self.margin:
+            return np.clip(x, lower, upper)
         return np.clip(x, np.nextafter(lower, upper), np.nextafter(upper, lower))
 
     @property
@@ -109,29 +118,29 @@ def choose(x: Float[np.ndarray, " n"]) -> Column:
     1. It is whole if all values are whole numbers, and rounded if more than half of the values
        repeat; the step is then a power of ten that divides them all, if there is one.
     2. It is between 0 and 1 if all values are, and they come within a tenth of both.
-    3. It is positive if all values are. Zeros of rounded numbers count as positive.
+    3. It is positive if no value is negative.
     4. It has its largest value as a bound if it has steps, and 1 % of the rows, and 5, are there.
        A column of zeros and ones has the bound 1.
     """
     step, low, high = _step(x), float(x.min()), float(x.max())
     if not step and low >= 0 and high <= 1 and low < 0.1 and high > 0.9:
-        return Column(*_off((0.0, 1.0), x))
+        return _with_margin(Column(0.0, 1.0), x)
     piled = step and np.sum(x == high) >= max(PILE * len(x), MIN_PILE)
     piled = piled or ((x == 0) | (x == 1)).all()
     if low < 0:
         return Column(upper=high if piled else math.inf, step=step)
-    lower = 0.0 if step else _off((0.0, math.inf), x)[0]
-    return Column(lower, high if piled else math.inf, step)
+    return _with_margin(Column(0.0, high if piled else math.inf, step), x)
 
 
-def _off(bounds, x):
-    """Return the bounds, moved by half of the smallest distance if values are at them."""
-    low, high = bounds
-    if (x == low).any():
-        low -= 0.5 * np.min(x[x > low] - low, initial=1.0)
-    if (x == high).any():
-        high += 0.5 * np.min(high - x[x < high], initial=1.0)
-    return float(low), float(high)
+def _with_margin(support, x):
+    """Return the support, with half of the smallest distance as margin if values are at bounds."""
+    at = [bound for bound in support.bounds if (x == bound).any()]
+    if support.step or support.circular or not at:
+        return support
+    distance = np.min(np.abs(x[None] - np.array(at)[:, None]), axis=0)
+    return dataclasses.replace(
+        support, margin=0.5 * float(np.min(distance, where=distance > 0, initial=1.0))
+    )
 
 
 def _step(x):
@@ -192,11 +201,7 @@ def _column(name, support, x):
             f"column {name} is said to be {support}, but has {x[outside][0]:g} in row "
             f"{int(np.flatnonzero(outside)[0])}: {advice}"
         )
-    if not (support.step or support.circular):
-        support = dataclasses.replace(
-            support, **dict(zip(("lower", "upper"), _off(support.bounds, x), strict=True))
-        )
-    return support
+    return _with_margin(support, x)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ CHOSEN = {
     "rounded finely": (np.round(POSITIVE, 6), Column(0.0)),
     "shares with a 0 and a 1": (
         np.array([0, 0.02, 0.5, 0.93, 1]),
-        Column(-0.01, 1 + 0.5 * (1 - 0.93)),
+        Column(0.0, 1.0, margin=0.01),
     ),
 }
 
@@ -42,6 +42,7 @@ def test_supports_by_their_values(name):
     assert (found.circular, math.isinf(found.upper)) == (False, math.isinf(expected.upper))
     np.testing.assert_allclose(found.bounds, expected.bounds, rtol=1e-12)
     np.testing.assert_allclose(found.step, expected.step, rtol=1e-12)
+    np.testing.assert_allclose(found.margin, expected.margin, rtol=1e-12)
 
 
 def test_given_supports_come_before_chosen_ones():
@@ -52,10 +53,15 @@ def test_given_supports_come_before_chosen_ones():
     assert resolve(["a", "b", "c"], rows, None) == [Column(), Column(0.0, 1.0), Column(0.0)]
 
 
-def test_values_at_a_bound_move_it_but_not_that_of_a_circle():
-    """A circle of another length would be another circle."""
+def test_values_at_a_bound_are_learned_and_samples_do_not_pass_it():
+    """A circle has no margin: one of another length would be another circle."""
     x = np.array([0.0, 0.5, 1.0, 2.0])[:, None]
-    assert resolve(["a"], x, {"a": "positive"}) == [Column(-0.25)]
+    (support,) = resolve(["a"], x, {"a": "positive"})
+    assert support == Column(0.0, margin=0.25)
+    assert support.cells == Column(-0.25)
+    assert support.contains(x[:, 0]).all()
+    assert not support.contains(np.array([-0.1])).any()
+    np.testing.assert_array_equal(support.finish(np.array([-0.2, 0.1])), [0.0, 0.1])
     circle = Column(0.0, 2.0, circular=True)
     assert resolve(["a"], x, {"a": circle}) == [circle]
 
