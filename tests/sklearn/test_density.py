@@ -233,6 +233,7 @@ def given():
     return Density(steps=400).fit(y, context=pd.DataFrame(x, columns=["x"]))
 
 
+@pytest.mark.slow
 def test_the_mean_given_a_context_is_close(given):
     error = given.predict(GRID) - np.sin(2 * GRID[:, 0])
     assert error.shape == (50,)
@@ -240,6 +241,7 @@ def test_the_mean_given_a_context_is_close(given):
     assert np.max(np.abs(error)) < 0.35
 
 
+@pytest.mark.slow
 def test_quantiles_given_a_context_are_close_and_ascend(given):
     levels = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
     found = given.quantile(levels, GRID)
