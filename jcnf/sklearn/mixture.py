@@ -3,13 +3,16 @@
 With few rows, long training ends by memorizing them. Where rows nearly repeat one another, as in a
 designed experiment, a density that has memorized them is the better one; elsewhere it is the worse.
 So training keeps a snapshot whenever the number of steps has doubled. The density is a mixture of
-these snapshots, with the weights that maximize the likelihood of held-out rows. Two more components
-are the normal distribution from which training starts, and a wider one for outliers.
+these snapshots, with the weights that maximize the likelihood of held-out rows. Further components
+are mixtures of 2 to 16 normal distributions, which are hard to beat on tables of some hundred rows,
+and a wide normal distribution for outliers.
 
 A small table is split into five folds. For each fold, a flow trains on the other rows and is scored
 on that fold, so that every row is held out once. The mixture then covers the flows of all folds.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +23,8 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 
 from jcnf import evaluate
 from jcnf.distributions import FullNormal, StandardNormal
@@ -36,6 +41,8 @@ FIRST_SNAPSHOT = 100
 MIN_GAIN = 0.02  # nats a row that three doublings of the steps must gain, or training ends
 MIN_WEIGHT = 0.05  # of the components that are kept
 WIDE = 3.0  # standard deviation of the component for outliers
+NORMALS, ROWS_PER_NORMAL = (2, 4, 8, 16), 10  # of the Gaussian mixtures
+MIN_VARIANCE, MAX_ROWS = 1e-2, 5000  # of the Gaussian mixtures: added variance, and rows they fit
 LEARNING_RATE, CLIP = 2e-3, 10.0
 EM_STEPS = 500
 HELD_OUT_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")
@@ -72,6 +79,26 @@ class Mixture(NamedTuple):
         """Return the log-density of each row in nats; NaN if the solve failed for all flows."""
         found = np.stack([log_prob_of(flow, z, context, solve) for flow in self.flows], axis=1)
         return log_mean(found, self.weights)
+
+    @classmethod
+    def of(cls, flow: Flow) -> "Mixture":
+        """Return the mixture of one flow."""
+        return cls((flow,), np.ones(1))
+
+    @classmethod
+    def of_normals(cls, count: int, z: Float[np.ndarray, "n dim"]) -> "Mixture":
+        """Return the mixture of normal distributions that scikit-learn fits to whitened rows.
+
+        Their axes are those of the table, so that few rows determine them.
+        """
+        model = GaussianMixture(
+            count, covariance_type="diag", reg_covar=MIN_VARIANCE, random_state=0
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(z)
+        pairs = zip(model.means_, model.covariances_, strict=True)
+        return cls(tuple(_normal(m, np.diag(v**0.5)) for m, v in pairs), model.weights_)
 
 
 def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np.ndarray:
@@ -133,7 +160,7 @@ def train(
     size = -(-n // plan.folds) if plan.folds > 1 else max(1, round(HELD_OUT * n))
     order = np.asarray(jr.permutation(order_key, n))
     parts = [np.take(order, np.arange(size) + i * size, mode="wrap") for i in range(plan.folds)]
-    rest = np.stack([np.setdiff1d(order, part) for part in parts])
+    rest = np.stack([order[~np.isin(order, part)] for part in parts])
     rows = [jnp.asarray(table, float) for table in (z, context) if table is not None]
     held_out = [[table[part[:MAX_HELD_OUT]] for table in rows] for part in parts]
     decays = np.tile(plan.weight_decays, plan.folds)  # of the flows, those of one fold together
@@ -157,7 +184,7 @@ def train(
     def objective(flows, batch, key):
         return jnp.sum(matching(flows, jr.split(key, len(decays)), *batch)), {}
 
-    snapshots = _Snapshots(plan, held_out, dim, tell)
+    snapshots = _Snapshots(plan, [z[index[:MAX_ROWS]] for index in rest], held_out, tell)
     fit(
         untrained(jr.split(field_key, len(decays))),
         (jnp.asarray(rest), *rows),
@@ -197,15 +224,17 @@ def _optimizer(steps, decays):
 class _Snapshots:
     """A callback of the training that scores its states on the rows held out, and keeps them."""
 
-    def __init__(self, plan, held_out, dim, tell):
+    def __init__(self, plan, trained_on, held_out, tell):
+        dim = trained_on[0].shape[1]
         self.plan, self.held_out, self.tell = plan, held_out, tell
         self.every = min(FIRST_SNAPSHOT, plan.steps)
-        self.normals = [
-            Flow(Affine(np.zeros(dim), std * np.eye(dim)), StandardNormal(dim))
-            for std in (1.0, WIDE)
-        ]
-        self.kept: list[list[Flow]] = []  # for each component, the flow of each fold
-        self.scores = [self._score([normal] * plan.folds) for normal in self.normals]
+        self.kept: list[tuple[Mixture, ...]] = []  # of each component, for all folds or for each
+        self.scores: list[np.ndarray] = []  # of each component, for the rows held out
+        self._keep(Mixture.of(_normal(np.zeros(dim), WIDE * np.eye(dim))))
+        # Not N(0, I): it would know the rows held out, by which the table is whitened.
+        for count in NORMALS:
+            if count * ROWS_PER_NORMAL <= len(trained_on[0]):
+                self._keep(*(Mixture.of_normals(count, z) for z in trained_on))
         self.gains, self.before = [self._mixed()], 0
 
     def __call__(self, place: Progress) -> bool:
@@ -216,9 +245,8 @@ class _Snapshots:
             return False
         for decay in range(len(self.plan.weight_decays)):
             places = range(decay, self.plan.folds * len(self.plan.weight_decays))
-            flows = [_member(place.flow, i) for i in places[:: len(self.plan.weight_decays)]]
-            self.kept.append(flows)
-            self.scores.append(self._score(flows))
+            picked = places[:: len(self.plan.weight_decays)]
+            self._keep(*(Mixture.of(_member(place.flow, i)) for i in picked))
         self.gains.append(self._mixed())
         return len(self.gains) > 4 and self.gains[-1] < self.gains[-4] + MIN_GAIN
 
@@ -227,20 +255,23 @@ class _Snapshots:
         held_out = np.stack(self.scores, axis=1)
         weights = best_weights(held_out)
         used = weights > 0
-        flows, shares = [], []
-        for of_folds, weight in zip([[f] for f in self.normals] + self.kept, weights, strict=True):
-            if weight > 0:
-                flows += of_folds
-                shares += [weight / len(of_folds)] * len(of_folds)
         nll = -float(np.mean(log_mean(held_out[:, used], weights[used])))
-        return Mixture(tuple(flows), np.array(shares)), nll
+        shares = [
+            (mixture, weight / len(kept))
+            for kept, weight in zip(self.kept, weights, strict=True)
+            if weight > 0
+            for mixture in kept
+        ]
+        flows = tuple(flow for mixture, _ in shares for flow in mixture.flows)
+        return Mixture(flows, np.concatenate([share * m.weights for m, share in shares])), nll
 
-    def _score(self, flows):
-        """Return the log-density of each part's rows by the flow of its fold."""
+    def _keep(self, *mixtures):
+        """Keep a component: one mixture for all folds, or one for each, scored on its rows."""
         found = []
-        for flow, (z, *given) in zip(flows, self.held_out, strict=True):
-            found.append(log_prob_of(flow, z, given[0] if given else None, HELD_OUT_SOLVE))
-        return np.concatenate(found)
+        for mixture, (z, *given) in zip(itertools.cycle(mixtures), self.held_out, strict=False):
+            found.append(mixture.log_prob(z, given[0] if given else None, HELD_OUT_SOLVE))
+        self.kept.append(mixtures)
+        self.scores.append(np.concatenate(found))
 
     def _mixed(self):
         """Return the mean log-density of the held-out rows by the best mixture so far."""
@@ -266,8 +297,13 @@ def _untrained(dim, context_dim, plan, key):
     return CNF(Preconditioned(net, reference, paths.trigonometric), StandardNormal(dim))
 
 
+def _normal(mean, scale):
+    """Return the flow whose density is N(mean, scale scale')."""
+    return Flow(Affine(mean, scale), StandardNormal(len(mean)))
+
+
 def skeleton(dim: int, context_dim: int, plan: Plan, normal: bool) -> Flow:
     """Return a flow of the structure of a component, to be filled with saved arrays."""
     if normal:
-        return Flow(Affine(np.zeros(dim), np.eye(dim)), StandardNormal(dim))
+        return _normal(np.zeros(dim), np.eye(dim))
     return _untrained(dim, context_dim, plan, jr.key(0))

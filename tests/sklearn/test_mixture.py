@@ -1,10 +1,11 @@
 """Mixture weights and mixed densities against known answers."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from jcnf.sklearn.mixture import MIN_WEIGHT, best_weights, log_mean
+from jcnf.sklearn.mixture import MIN_WEIGHT, Mixture, best_weights, log_mean
 
 LAWS = [stats.norm(0, 1), stats.norm(4, 0.5), stats.norm(-3, 2)]
 
@@ -64,3 +65,17 @@ def test_a_failed_component_has_no_density_and_none_is_nan():
     nan, inf = np.nan, np.inf
     found = log_mean(np.array([[0.0, nan], [nan, 1.0], [nan, nan], [-inf, nan]]), np.full(2, 0.5))
     np.testing.assert_allclose(found, [np.log(0.5), 1 + np.log(0.5), nan, -inf])
+
+
+def test_normal_distributions_are_found_again():
+    rng = np.random.default_rng(0)
+    which = rng.random(4000) < 0.3
+    z = np.where(which[:, None], rng.normal(3, 0.5, (4000, 2)), rng.normal(-1, [1, 0.2], (4000, 2)))
+    found = Mixture.of_normals(2, z)
+    truth = np.logaddexp(
+        np.log(0.3) + stats.norm(3, 0.5).logpdf(z).sum(1),
+        np.log(0.7) + stats.norm(-1, [1, 0.2]).logpdf(z).sum(1),
+    )
+    log_prob = found.log_prob(jnp.asarray(z, float), None)
+    assert abs(np.mean(truth - log_prob)) < 0.02
+    np.testing.assert_allclose(np.sort(found.weights), [0.3, 0.7], atol=0.03)
