@@ -1,16 +1,16 @@
 """Compare models of the densities of tables, each given the same rows.
 
     python -m experiments.tables
-    python -m experiments.tables --data FOLDER --models ours spline maf mixture kde --seconds 240
+    python -m experiments.tables --data FOLDER --models spline maf --seconds 240
     python -m experiments.tables --data FOLDER --tables protein digits --seeds 0 1 2
 
 The tables are the files .csv, .csv.gz and .npz in a folder, and scikit-learn's digits. The models
 are our flow (`ours`), a neural spline flow (`spline`) and a masked autoregressive flow (`maf`) of
 flowjax, Gaussian mixtures (`mixture`) and kernel density estimates (`kde`) of scikit-learn. Each
-gets the training rows and the validation rows. Ours trains for its own number of steps; the others
-have --seconds for each table and seed, besides compiling and a last step. results.json has the
-seconds that each model took. Log-densities are in nats, of columns standardized by the training
-rows.
+gets the training rows and the validation rows. Ours trains for its own number of steps. The others
+then have as many seconds as it took on the same table with the same seed, compiling included, or
+--seconds; compiling and a last step of theirs come on top. results.json has the seconds that each
+model took. Log-densities are in nats, of columns standardized by the training rows.
 
 Each result is saved as soon as it is there, and --resume repeats none of them.
 """
@@ -57,10 +57,11 @@ class TableBenchmark(Experiment):
 
     # folder with tables (.csv, .csv.gz or .npz; arrays train, val and test keep their split)
     data: Path | None = None
-    # models to compare
+    # models to compare, in this order except that ours comes first
     models: tuple[Model, ...] = ("ours", "spline", "maf", "mixture", "kde")
-    # seconds of training of each model, for each table and seed
-    seconds: Positive = 240.0
+    # seconds of training of each other model, for each table and seed (by default as many as ours
+    # took)
+    seconds: Positive | None = None
     # seeds of the models (--seed is that of the split of tables that come without one)
     seeds: Annotated[tuple[int, ...], Range(0, MAX_INT, min_length=1)] = (0, 1, 2)
     # names of the tables, which are those of their files; by default all in --data, and digits
@@ -80,6 +81,8 @@ class TableBenchmark(Experiment):
             values = getattr(self, name)
             if len(set(values)) < len(values) or not (values or name == "tables"):
                 raise ValueError(f"--{name} needs at least one value, none twice; got {values}")
+        if self.seconds is None and OURS not in self.models:
+            raise ValueError("--seconds is needed if ours is not among --models")
 
     def trace(self) -> None:
         if {"spline", "maf"} & {*self.models}:
@@ -166,7 +169,8 @@ def fit_all(
     results: Results = {name: {model: {} for model in settings.models} for name in tables}
     notes, failures = [], []
     # One seed after the other, so that a run that is stopped has all models and tables.
-    places = list(itertools.product(settings.seeds, tables, settings.models))
+    models = sorted(settings.models, key=lambda model: model != OURS)
+    places = list(itertools.product(settings.seeds, tables, models))
     for number, (seed, name, model) in enumerate(places, 1):
         where = f"[{number}/{len(places)}] {name}, {model}, seed {seed}"
         path = folder / f"{name}-{model}-{seed}.npz"
@@ -174,7 +178,8 @@ def fit_all(
             result = Result.load(path, digests[name])
         else:
             try:
-                result = fit_and_score(model, tables[name], settings.seconds, seed)
+                seconds = seconds_of(model, settings.seconds, results[name].get(OURS, {}).get(seed))
+                result = fit_and_score(model, tables[name], seconds, seed)
             except Exception as error:
                 reason = str(error).strip().split("\n")[0]
                 failures.append(f"{name}, {model}, seed {seed} failed: {reason or repr(error)}")
@@ -188,6 +193,20 @@ def fit_all(
         if result.note:
             notes.append(f"{name}, {model}: {result.note}")
     return results, [*dict.fromkeys(notes)], failures
+
+
+def seconds_of(model: str, seconds: float | None, ours: Result | None) -> float:
+    """Return the seconds that a model has: as many as were asked for, or as ours took.
+
+    **Raises:** `InputError` if ours failed.
+    """
+    if seconds is not None:
+        return seconds
+    if model == OURS:
+        return np.inf  # it trains for its own number of steps
+    if ours is None:
+        raise InputError("ours failed, so it is unknown how long it takes: give --seconds")
+    return ours.seconds
 
 
 def load_tables(settings: TableBenchmark) -> dict[str, Table]:

@@ -73,8 +73,7 @@ def test_models_are_measured_on_the_same_rows(folder, tmp_path, given, capsys):
     tables.run(settings(folder, out))
     assert given == [(seed, n) for seed in (0, 1) for n in (270, 110)]
     summary = summary_of(out)
-    assert [w.split(":")[0] for w in summary["warnings"]] == ["line, ours", "plane, ours"]
-    assert all("not for --seconds" in warning for warning in summary["warnings"])
+    assert summary["warnings"] == []
     assert summary["numerics"]["failed"] == 0
     metrics, report = summary["metrics"], json.loads((out / "results.json").read_text())
     table = load_table(folder / "plane.npz")
@@ -106,6 +105,22 @@ def test_models_are_measured_on_the_same_rows(folder, tmp_path, given, capsys):
     assert said.count("**") == 4  # the best model of each table
     assert said.endswith((out / "results.md").read_text())
     assert (out / "figures" / "gaps.png").exists()
+
+
+def test_the_others_have_as_many_seconds_as_ours_took(folder, tmp_path, given, monkeypatch):
+    had = []
+
+    def fit(table, seconds, seed):
+        had.append(seconds)
+        return Fitted(lambda rows: np.zeros(len(rows)), 1, {})
+
+    monkeypatch.setitem(tables.MODELS, "kde", fit)
+    out = tmp_path / "run"
+    tables.run(settings(folder, out, models=("kde", "ours"), tables=("plane",), seconds=None))
+    report = json.loads((out / "results.json").read_text())["plane"]["ours"]["seeds"]
+    assert had == [report[seed]["seconds"] for seed in ("0", "1")]
+    with pytest.raises(ValueError, match="--seconds is needed"):
+        settings(folder, out, models=("kde",), seconds=None)
 
 
 def test_a_resumed_run_repeats_only_what_is_missing(folder, tmp_path, given, monkeypatch):
