@@ -7,8 +7,6 @@ module has to be imported explicitly (`from jcnf.flows.distrax import FlowDistri
 distrax imports TensorFlow Probability and `import jcnf` should stay light.
 """
 
-import math
-
 import distrax
 import jax
 import jax.numpy as jnp
@@ -17,16 +15,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jcnf.divergence import Divergence, Exact
-from jcnf.flows.base import (
-    Direction,
-    Flow,
-    check_batch,
-    check_flow,
-    check_strategy,
-    error_if_failed,
+from jcnf.flows._events import (
+    batch_shape,
+    check_settings,
+    draw_events,
+    in_one_batch,
+    log_prob_of_events,
 )
+from jcnf.flows.base import Direction, Flow, check_batch, error_if_failed
 from jcnf.flows.functional import (
-    log_prob,
     sample,
     sample_and_log_prob,
     transform,
@@ -62,7 +59,7 @@ class FlowBijector(distrax.Bijector):
         divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     ):
         super().__init__(event_ndims_in=1)
-        _check(flow, context, solve, divergence)
+        check_settings(flow, context, solve, divergence)
         self.flow, self.solve, self.divergence = flow, solve, divergence
         self.context = None if context is None else jnp.asarray(context)
 
@@ -99,7 +96,7 @@ class FlowBijector(distrax.Bijector):
             check_batch(self.flow, x, context)
             return transform_without_logdet(self.flow, x, direction, context, self.solve)
 
-        return _in_one_batch(run, self.flow, x, self.context)
+        return in_one_batch(run, self.flow, x, self.context)
 
     def _transform(self, x, direction: Direction):
         def run(x, context):
@@ -113,7 +110,7 @@ class FlowBijector(distrax.Bijector):
             )
             return error_if_failed((result.value, result.logdet), result.stats.failed)
 
-        return _in_one_batch(run, self.flow, x, self.context)
+        return in_one_batch(run, self.flow, x, self.context)
 
 
 class FlowDistribution(distrax.Distribution):
@@ -132,7 +129,7 @@ class FlowDistribution(distrax.Distribution):
         divergence: Divergence = Exact(),  # noqa: B008 (frozen)
     ):
         super().__init__()
-        _check(flow, context, solve, divergence)
+        check_settings(flow, context, solve, divergence)
         self.flow, self.solve, self.divergence = flow, solve, divergence
         self.context = None if context is None else jnp.asarray(context)
 
@@ -144,7 +141,7 @@ class FlowDistribution(distrax.Distribution):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Batch shape of the context; () without one."""
-        return _batch_shape(self.context)
+        return batch_shape(self.context)
 
     @property
     def dtype(self):
@@ -157,68 +154,11 @@ class FlowDistribution(distrax.Distribution):
         The batch shape of the events broadcasts with `batch_shape`.
         """
 
-        def run(x, context):
-            settings = {"solve": self.solve, "divergence": self.divergence}
-            return log_prob(self.flow, x, context=context, **settings)
-
-        return _in_one_batch(run, self.flow, value, self.context)
+        return log_prob_of_events(self.flow, value, self.context, self.solve, self.divergence)
 
     def _sample_n(self, key: PRNGKeyArray, n: int):
-        return self._draw(sample, key, n)
+        return draw_events(sample, self.flow, key, (n,), self.context, solve=self.solve)
 
     def _sample_n_and_log_prob(self, key: PRNGKeyArray, n: int):
-        return self._draw(sample_and_log_prob, key, n, divergence=self.divergence)
-
-    def _draw(self, how, key, n, **settings):
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jr.wrap_key_data(key)
-        shape = (n, *self.batch_shape)
-        context = _rows(self.context, shape)
-        drawn = how(self.flow, key, math.prod(shape), context=context, solve=self.solve, **settings)
-        return _shaped(drawn, shape)
-
-
-def _in_one_batch(run, flow, x, context):
-    """Call `run(x, context)` on rows, made from events and a context of any batch shape."""
-    x, dim = jnp.asarray(x), flow.dim
-    if x.shape[-1:] != (dim,):
-        hint = ": add the event's axis with x[..., None]" if dim == 1 else ""
-        raise ValueError(f"expected events of shape (..., {dim}); got {x.shape}{hint}")
-    try:
-        shape = jnp.broadcast_shapes(x.shape[:-1], _batch_shape(context))
-    except ValueError:
-        raise ValueError(
-            f"events of shape {x.shape} do not broadcast with a context of shape {context.shape}: "
-            f"samples come first, as in (samples, {', '.join(map(str, context.shape[:-1]))}, {dim})"
-        ) from None
-    return _shaped(run(_rows(x, shape), _rows(context, shape)), shape)
-
-
-def _rows(a, shape):
-    # The flow takes (batch, dim) and no other rank, so the batch dimensions are flattened.
-    return a if a is None else jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(-1, a.shape[-1])
-
-
-def _shaped(rows, shape):
-    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), rows)
-
-
-def _batch_shape(context):
-    return () if context is None else context.shape[:-1]
-
-
-def _check(flow, context, solve, divergence):
-    check_flow(flow)
-    check_strategy(solve, divergence)
-    size, shape = flow.context_dim, (0,) if context is None else jnp.shape(context)
-    if not shape or size not in (None, shape[-1]):
-        got = "none" if context is None else f"one of shape {shape}"
-        raise ValueError(
-            f"the flow takes a context of size {size}; got {got}: "
-            "give context of shape (*batch, context)"
-        )
-    if jax.eval_shape(lambda: divergence.draw_noise(jr.key(0), 1, flow.dim, float)) is not None:
-        raise ValueError(
-            f"divergence must be deterministic, but {divergence} draws noise: use Exact(), or "
-            "jcnf.log_prob with a key"
-        )
+        settings = {"solve": self.solve, "divergence": self.divergence}
+        return draw_events(sample_and_log_prob, self.flow, key, (n,), self.context, **settings)
