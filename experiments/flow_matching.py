@@ -29,7 +29,7 @@ from experiments._runner.run_dir import RunDir
 from experiments._runner.settings import Positive, Range
 from experiments._runner.stages import fresh_batches, step_seconds, train_stages
 from experiments._tasks.autoregressive_flow import require_flowjax, train_autoregressive_flow
-from experiments._tasks.density2d import PlaneMeasure, ToyFlow, ToyName
+from experiments._tasks.density2d import PlaneMeasure, ToyFlow, ToyName, reference_points
 from experiments._tasks.figures import mmd_of
 from jcnf import evaluate
 from jcnf.data.toys import Toy, toy
@@ -148,7 +148,8 @@ Measure = Callable[[float, Any], tuple[np.ndarray, dict[str, float]]]
 
 def ours(settings: MethodComparison, density: Toy, method: str) -> Measure:
     """Return `measure(budget, test) -> (log-densities, figures)` for our flow, by `method`."""
-    flow = settings.for_method(method, 1).make_flow(2)
+    data = reference_points(density.sample, settings.run.seed)
+    flow = settings.for_method(method, 1).make_flow(2, data=data)
     test_solve = settings.measure.make_solve()
     sampling_solve = dataclasses.replace(
         test_solve, rtol=SAMPLING_TOLERANCE, atol=SAMPLING_TOLERANCE

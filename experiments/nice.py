@@ -70,7 +70,7 @@ class NICEExperiment(LoopExperiment):
 
     flow: Couplings
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
+    def make_flow(self, dim: int, context_dim: int = 0, data: object = None) -> Flow:
         """Return the untrained flow; raise `ValueError` for a context, which it cannot take."""
         if context_dim:
             raise ValueError(f"NICE takes no context; got one of size {context_dim}")

@@ -25,7 +25,7 @@ from experiments._runner.objectives import FlowMatching, Objective
 from experiments._runner.run_dir import RunDir, load_flow
 from experiments._runner.settings import Points, Range, Steps
 from experiments._runner.stages import fresh_batches, train_stages
-from experiments._tasks.density2d import ToyFlow, ToyName
+from experiments._tasks.density2d import ToyFlow, ToyName, reference_points
 from experiments._tasks.figures import mmd_of
 from jcnf import Flow, Solve, evaluate, objectives, plot, training
 from jcnf._checks import InputError
@@ -157,7 +157,7 @@ def trained_flow(settings: Reflow) -> Flow:
     """Train a flow by the settings, without checkpoints."""
     density = toy(settings.data)
     trained = train_stages(
-        settings.make_flow(2),
+        settings.make_flow(2, data=reference_points(density.sample, settings.run.seed)),
         settings.make_stages(),
         fresh_batches(density.sample),
         seed=settings.run.seed,

@@ -3,18 +3,21 @@
 import equinox as eqx
 import jax
 import jax.random as jr
+import numpy as np
+from jaxtyping import Float
 
 from experiments._runner.config import Experiment, Measure, Training
 from experiments._runner.fields import FlowSettings
-from experiments._runner.objectives import BySolves, FlowMatching
+from experiments._runner.objectives import BySolves, MatchingThenLikelihood
 from experiments._runner.stages import Stage
 from jcnf import Flow
+from jcnf.distributions import FullNormal
 
 
 class FlowExperiment(Experiment):
     """The settings of an experiment that trains a flow by an objective."""
 
-    objective: BySolves | FlowMatching
+    objective: BySolves | MatchingThenLikelihood
     flow: FlowSettings
     training: Training
     measure: Measure
@@ -25,9 +28,14 @@ class FlowExperiment(Experiment):
             solve.check_interval(self.flow.t1)
         self.make_stages()
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> Flow:
-        """Return the untrained flow."""
-        return self.flow.make(dim, context_dim, jr.fold_in(jr.key(self.run.seed), 0))
+    def make_flow(
+        self, dim: int, context_dim: int = 0, data: Float[np.ndarray, "n dim"] | None = None
+    ) -> Flow:
+        """Return the untrained flow; without data, a flow of the same structure."""
+        flow = self.flow.make(dim, context_dim, jr.fold_in(jr.key(self.run.seed), 0))
+        if data is None:
+            return self.objective.prepare(flow, FullNormal(np.zeros(dim), np.eye(dim)))
+        return self.objective.prepare(flow, FullNormal.fit(data))
 
     def make_stages(self) -> list[Stage]:
         """Return the stages of training: by the objective, then by L-BFGS if it has steps."""

@@ -9,7 +9,16 @@ from experiments._runner.config import Training
 from experiments._runner.settings import NonNegative, Positive, Range, Settings, Steps, choice
 from experiments._runner.solves import TrainingSolve
 from experiments._runner.stages import Stage
-from jcnf import Exact, ForwardMode, Hutchinson, objectives, regularizers
+from jcnf import (
+    Exact,
+    Flow,
+    ForwardMode,
+    Hutchinson,
+    distributions,
+    fields,
+    objectives,
+    regularizers,
+)
 from jcnf.divergence import HutchPlusPlus, XTrace
 from jcnf.objectives import couplings, paths, times
 
@@ -26,8 +35,16 @@ Divergence = (
 )
 
 
+class ObjectiveSettings(Settings):
+    """What all objectives share."""
+
+    def prepare(self, flow: Flow, reference: distributions.FullNormal) -> Flow:
+        """Return the untrained flow as this objective trains it, given a Gaussian of the data."""
+        return flow
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BySolves(Settings):
+class BySolves(ObjectiveSettings):
     """What objectives share that solve the ODE with its log-determinant."""
 
     solve: TrainingSolve = TrainingSolve()
@@ -148,8 +165,8 @@ class Finetuning(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatching(Settings):
-    """Flow matching, which needs no ODE solves."""
+class MatchingThenLikelihood(ObjectiveSettings):
+    """Flow matching, which needs no ODE solves, and likelihood afterwards if asked for."""
 
     matching: Matching = Matching()
     # how base samples are paired with data: exact is optimal transport in the batch
@@ -191,7 +208,25 @@ class FlowMatching(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GuidedFlowMatching(FlowMatching):
+class FlowMatching(MatchingThenLikelihood):
+    """Flow matching, which needs no ODE solves."""
+
+    # the flow is that of a Gaussian with the moments of the data, changed by the field, which sees
+    # points no farther than so many standard deviations from the mean (0: the field alone)
+    reach: NonNegative = 3.0
+
+    def prepare(self, flow: Flow, reference: distributions.FullNormal) -> Flow:
+        """Return the flow whose field is the residual to the Gaussian `reference`."""
+        if not self.reach:
+            return flow
+        ode: Any = flow.bijection
+        path = paths.PATHS[self.matching.path]
+        field = fields.GaussianResidual(ode.field, reference, path, self.reach, ode.t1)
+        return dataclasses.replace(flow, bijection=dataclasses.replace(ode, field=field))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidedFlowMatching(MatchingThenLikelihood):
     """Flow matching, which needs no ODE solves, with some contexts dropped for guidance."""
 
     # fraction of contexts that are dropped, so that samples can be guided

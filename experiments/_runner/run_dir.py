@@ -25,7 +25,7 @@ import jax
 from experiments._runner.config import Experiment
 from experiments._runner.metrics_log import json_ready, read_json
 from experiments._runner.settings import flat, from_json, to_json
-from jcnf import sharding, training
+from jcnf import sharding
 from jcnf._checks import InputError
 from jcnf.flows import Flow
 from jcnf.training import checkpoint
@@ -184,7 +184,7 @@ class RunDir:
             figure.savefig(self.path / "figures" / f"{name}.png")
 
     def save_flow(self, flow: Flow, notes: dict[str, Any]) -> None:
-        """Save the trained parameters as flow.jcnf, with the settings and `notes` for its use."""
+        """Save the trained flow as flow.jcnf, with the settings and `notes` for its use."""
         notes = json_ready(
             {
                 "experiment": self.name,
@@ -195,7 +195,7 @@ class RunDir:
             }
             | notes
         )
-        checkpoint.save(self.path / "flow.jcnf", training.partition(flow)[0], notes)
+        checkpoint.save(self.path / "flow.jcnf", flow, notes)
 
     def finish(
         self, metrics: dict, numerics: dict, timing: dict, doubts: Sequence[str] = ()
@@ -248,8 +248,8 @@ def load_flow(path: Path, kind: type[S]) -> tuple[Any, S, dict[str, Any]]:
         flow = settings.make_flow(notes["dim"], notes["context_dim"])
     except (ValueError, TypeError) as error:
         raise InputError(f"{path / 'flow.jcnf'} has settings that make no flow: {error}") from None
-    params, _ = checkpoint.load(path / "flow.jcnf", training.partition(flow)[0])
-    return training.with_params(flow, params), settings, notes
+    flow, _ = checkpoint.load(path / "flow.jcnf", flow)
+    return flow, settings, notes
 
 
 def read_flow_notes(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jcnf import evaluate, flows, plot
 from jcnf.data.toys import Toy, toy
 from jcnf.flows import augmented
 
-VALIDATION_POINTS = 2000
+VALIDATION_POINTS, REFERENCE_POINTS = 2000, 20_000
 # Checks of the accuracy may take this share of the training time, and at least these seconds.
 MEASURING_SHARE = 0.5
 MIN_MEASURING_SECONDS = 20.0
@@ -72,8 +72,10 @@ class PlaneExperiment(LoopExperiment):
         """Return the density to learn."""
         raise NotImplementedError
 
-    def make_flow(self, dim: int, context_dim: int = 0) -> flows.Flow:
-        """Return the untrained flow."""
+    def make_flow(
+        self, dim: int, context_dim: int = 0, data: np.ndarray | None = None
+    ) -> flows.Flow:
+        """Return the untrained flow; without data (n, dim), a flow of the same structure."""
         raise NotImplementedError
 
 
@@ -138,7 +140,7 @@ def learn(
     fitted = fit(
         run_dir,
         settings,
-        settings.make_flow(2 + extra),
+        settings.make_flow(2 + extra, data=reference_points(draw, settings.run.seed)),
         make_draw=fresh_batches(draw),
         data=None,
         validate=lambda flow: score(flow, validation, val_solve, VALIDATION_SAMPLES).nll,
@@ -218,6 +220,11 @@ def learn(
                 "grid: their numbers are missing"
             )
     run_dir.finish(metrics, numerics, fitted.timing, warnings)
+
+
+def reference_points(draw: Callable, seed: int) -> np.ndarray:
+    """Return fresh points, for the moments of the data."""
+    return np.asarray(draw(jr.fold_in(jr.key(seed), 4), REFERENCE_POINTS))
 
 
 def square(half: float) -> tuple[float, float, float, float]:

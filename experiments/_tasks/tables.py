@@ -260,7 +260,7 @@ def learn_table(
     fitted = fit(
         run_dir,
         settings,
-        settings.make_flow(dim, context_dim),
+        settings.make_flow(dim, context_dim, table.train[:, columns.modeled_indices]),
         make_draw=training.draw_rows,
         data=columns.split(table.train),
         validate=lambda flow: (

@@ -3,12 +3,12 @@
 from jcnf.fields.base import Field as Field
 from jcnf.fields.base import check_field as check_field
 from jcnf.fields.conv import Conv as Conv
+from jcnf.fields.gaussian_residual import GaussianResidual as GaussianResidual
 from jcnf.fields.layers import ACTIVATIONS as ACTIVATIONS
 from jcnf.fields.layers import LAYERS as LAYERS
 from jcnf.fields.mlp import MLP as MLP
 from jcnf.fields.planar import Planar as Planar
 from jcnf.fields.potential import Potential as Potential
-from jcnf.fields.preconditioned import Preconditioned as Preconditioned
 from jcnf.fields.resnet import ResNet as ResNet
 from jcnf.fields.unet import UNet as UNet
 from jcnf.fields.wrappers import Cast as Cast

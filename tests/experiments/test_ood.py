@@ -21,7 +21,7 @@ from experiments._tasks.image_data import held_out
 from experiments._tasks.ood_data import ImageModel
 from experiments._tasks.tables import TableFile, TableFlow
 from experiments.nice import Couplings, ImageNICE, PlaneNICE
-from jcnf import CNF, Exact, Solve, evaluate, fields
+from jcnf import CNF, Exact, Solve, evaluate, fields, training
 from jcnf.data.images import load_digits_parts
 from jcnf.data.tables import load_table
 from jcnf.distributions import StandardNormal
@@ -32,14 +32,14 @@ SOLVE = Solve(rtol=1e-6, atol=1e-6)
 
 
 def table_run(folder, data, context=()):
-    """Save a run whose flow is the identity, so that its density is a standard normal."""
+    """Save a run whose network is 0, so that its density is a standard normal."""
     settings = TableFlow(table=TableFile(data=data, context=context), run=Run(out=folder))
     table = load_table(data)
     flow = settings.make_flow(table.test.shape[1] - len(context), len(context))
     run_dir = RunDir("density", settings)
-    run_dir.save_flow(
-        jax.tree.map(jnp.zeros_like, flow), {"table": table.scale.to_json(), "warnings": []}
-    )
+    params = jax.tree.map(jnp.zeros_like, training.partition(flow)[0])
+    notes = {"table": table.scale.to_json(), "warnings": []}
+    run_dir.save_flow(training.with_params(flow, params), notes)
     return folder
 
 

@@ -15,21 +15,21 @@ from jcnf.fields.base import Field, check_field
 from jcnf.fields.wrappers import Wrapper
 
 
-class Preconditioned(Wrapper):
-    """The velocity of a Gaussian plus a field f of bounded reach in its whitened coordinates.
+class GaussianResidual(Wrapper):
+    """The velocity of a Gaussian plus a field f, which is given points of bounded distance.
 
     Flow matching from N(0, I) to N(m, C) along an affine path a(s) x0 + b(s) x1 has a known
     solution. The points are N(b m, S) with S = a^2 I + b^2 C, and the velocity is
-    b' m + (a a' I + b b' C) S^-1 (x - b m). The field is this velocity plus g S^(1/2) f(t, y),
-    where y = S^(-1/2) (x - b m) with its length r softly limited, to r / sqrt(1 + r^2 / (dim
-    reach^2)), and g(s) is about the size of what is left to learn. Scaling what a network is given
-    and what it returns goes back to Karras et al. (2022, arXiv:2206.00364), by one number for all
-    coordinates.
+    b' m + (a a' I + b b' C) S^-1 (x - b m). The field is this velocity plus g(s) f(t, b m + q u).
+    Here u = x - b m, and q = 1 / sqrt(1 + u' S^-1 u / (dim reach^2)) is about 1 on the data and
+    falls as 1 / |u| far from them. The number g(s) is the standard deviation of a coordinate of
+    the velocity, given x, if the data are the Gaussian. Splitting off the Gaussian solution goes
+    back to Karras et al. (2022, arXiv:2206.00364), for one standard deviation in all directions.
 
     If f starts at 0, the flow starts as the Gaussian with the data's mean and covariance. Far from
-    the data f sees a point on a sphere, so that the velocity is the Gaussian's plus a bounded one:
-    solves stay short there, and the log-density falls as that of a Gaussian. The divergence has a
-    closed form if that of f has one.
+    the data f sees a point on an ellipsoid, so that the velocity is the Gaussian's plus a bounded
+    one: solves stay short there, and the log-density falls as that of a Gaussian. The divergence
+    has a closed form if that of f has one.
 
     **Arguments:**
 
@@ -62,39 +62,43 @@ class Preconditioned(Wrapper):
             )
 
     def __call__(self, t, x, context=None):
-        gaussian, y = self._gaussian(t, x.dtype), self._whiten(t, x)
-        return self._velocity(gaussian, y, self.field(t, self._limit(y)[0], context))
+        gaussian, u = self._centered(t, x)
+        q, _ = self._limit(gaussian, u)
+        f = self.field(t, gaussian.mean + q * u, context)
+        return self._velocity(gaussian, u, f)
 
     def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and div v, by the divergence of f and one product with its Jacobian.
 
-        A whitened point y is limited to q y, with q = (1 + |y|^2 / (dim reach^2))^(-1/2). The
-        Jacobian of this is q I - (q^3 / (dim reach^2)) y y'.
+        The Jacobian of q u is q I - (q^3 / (dim reach^2)) u (S^-1 u)'.
         """
-        gaussian, y = self._gaussian(t, x.dtype), self._whiten(t, x)
-        limited, q = self._limit(y)
-        f, divergence = self.field.velocity_and_divergence(t, limited, context)
-        _, pushed = jax.jvp(lambda y: self.field(t, y, context), (limited,), (y,))
-        inner = q * divergence - q**3 * self._curvature * jnp.dot(y, pushed)
+        gaussian, u = self._centered(t, x)
+        q, w = self._limit(gaussian, u)
+        point = gaussian.mean + q * u
+        f, divergence = self.field.velocity_and_divergence(t, point, context)
+        _, pushed = jax.jvp(lambda x: self.field(t, x, context), (point,), (u,))
+        inner = q * divergence - q**3 * self._curvature * jnp.dot(w, pushed)
         total = jnp.sum(gaussian.rate) + gaussian.gain * inner
-        return self._velocity(gaussian, y, f), total / self.t1
+        return self._velocity(gaussian, u, f), total / self.t1
 
     @property
     def _curvature(self):
         return 1 / (self.field.dim * self.reach**2)
 
-    def _limit(self, y):
-        """Return y with its length limited, and the factor q by which it is shorter."""
-        q = jax.lax.rsqrt(1 + self._curvature * jnp.sum(y**2))
-        return q * y, q
-
-    def _whiten(self, t, x):
+    def _centered(self, t, x):
         gaussian = self._gaussian(t, x.dtype)
-        return ((x - gaussian.mean) @ self._basis(x.dtype)) / gaussian.std
+        return gaussian, x - gaussian.mean
 
-    def _velocity(self, gaussian, y, f):
-        moved = gaussian.std * (gaussian.rate * y + gaussian.gain * f)
-        return (gaussian.drift + self._basis(y.dtype) @ moved) / self.t1
+    def _limit(self, gaussian, u):
+        """Return q, and S^-1 u."""
+        basis = self._basis(u.dtype)
+        w = basis @ ((u @ basis) / gaussian.variance)
+        return jax.lax.rsqrt(1 + self._curvature * jnp.dot(u, w)), w
+
+    def _velocity(self, gaussian, u, f):
+        basis = self._basis(u.dtype)
+        linear = basis @ (gaussian.rate * (u @ basis))
+        return (gaussian.drift + linear + gaussian.gain * f) / self.t1
 
     def _basis(self, dtype):
         return jax.lax.stop_gradient(self.reference.basis).astype(dtype)
@@ -112,10 +116,9 @@ class Preconditioned(Wrapper):
         m, std = (moment.astype(dtype) for moment in moments)
         variance = a**2 + c**2 + b**2 * std**2
         rate = (a * da + c * dc + b * db * std**2) / variance
-        # Given x, the velocity of a Gaussian path has standard deviation std |a b' - a' b| /
-        # sqrt(variance). One number for all directions keeps the divergence of f in closed form.
-        gain = jnp.abs(a * db - da * b) * jnp.mean(std / variance)
-        return _Gaussian(b * m, db * m, jnp.sqrt(variance), rate, gain)
+        # Given x, the velocity along an axis has standard deviation |a b' - a' b| std / sqrt(S).
+        gain = jnp.abs(a * db - da * b) * jnp.sqrt(jnp.mean(std**2 / variance))
+        return _Gaussian(b * m, db * m, variance, rate, gain)
 
 
 class _Gaussian(NamedTuple):
@@ -123,9 +126,9 @@ class _Gaussian(NamedTuple):
 
     mean: Float[Array, " dim"]
     drift: Float[Array, " dim"]  # d mean / ds
-    std: Float[Array, " dim"]  # along the axes of the reference
+    variance: Float[Array, " dim"]  # along the axes of the reference
     rate: Float[Array, " dim"]  # d log std / ds
-    gain: Float[Array, ""]  # of the field, relative to std
+    gain: Float[Array, ""]  # of the field
 
 
 def _along(path: Callable, ends: Any, s: Float[Array, ""]) -> Float[Array, ""]:
