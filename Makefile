@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-all lint types wheel bench clean
+.PHONY: install demo test test-all lint types wheel dist bench clean
 
 install: .venv/experiments
 
@@ -37,16 +37,22 @@ wheel: .venv/bin/python
 	cd build/clean && bin/python -c "import jcnf; print(jcnf.__version__, jcnf.__file__)"
 	cd build/clean && ! bin/python -c "import experiments" 2> /dev/null
 
+# Build the source archive and the wheel, and check that their metadata and README render.
+dist: .venv/release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 bench: .venv/experiments
 	$(BIN)/python -m experiments.benchmark
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 # A stamp for each set of extras, renewed when the pins change.
-.venv/experiments .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+.venv/experiments .venv/test .venv/dev .venv/release: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	$(STEP) --editable '.[$*]'
 	@touch $@
