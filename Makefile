@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-all lint types wheel bench clean
+.PHONY: install demo test test-all lint types wheel docs docs-serve bench clean
 
 install: .venv/experiments
 
@@ -37,6 +37,13 @@ wheel: .venv/bin/python
 	cd build/clean && bin/python -c "import jcnf; print(jcnf.__version__, jcnf.__file__)"
 	cd build/clean && ! bin/python -c "import experiments" 2> /dev/null
 
+# The variable silences what the theme says about MkDocs at every start; see docs/site.md.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 bench: .venv/experiments
 	$(BIN)/python -m experiments.benchmark
 
@@ -47,6 +54,6 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # A stamp for each set of extras, renewed when the pins change.
-.venv/experiments .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+.venv/experiments .venv/test .venv/dev .venv/docs: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	$(STEP) --editable '.[$*]'
 	@touch $@

@@ -21,6 +21,8 @@ KINDS = {
     inspect.Parameter.VAR_KEYWORD: griffe.ParameterKind.var_keyword,
 }
 
+MAX_SHOWN = 300  # letters of a dictionary
+
 
 class Completed(griffe.Extension):
     """Completes the package once it has been read."""
@@ -63,7 +65,7 @@ def _complete(parent):
             _list_fields(member)
             _add_constructor(member)
         if member.is_attribute and parent.is_module and not member.docstring:
-            text = _comment(member)
+            text = "\n\n".join(filter(None, [_comment(member), _keys(member)]))
             member.docstring = griffe.Docstring(text, parent=member) if text else None
         if member.is_module or member.is_class:
             _complete(member)
@@ -81,6 +83,16 @@ def _comment(attribute):
             break
         above.insert(0, line.strip().removeprefix("# "))
     return " ".join(above)
+
+
+def _keys(constant):
+    """List the names in a dictionary, and drop a text of it that is long."""
+    live = getattr(importlib.import_module(constant.parent.path), constant.name, None)
+    if not isinstance(live, dict) or not all(isinstance(key, str) for key in live):
+        return ""
+    if len(str(constant.value)) > MAX_SHOWN:
+        constant.value = None
+    return f"The names are {', '.join(f'`{key}`' for key in live)}."
 
 
 def _list_fields(cls):
