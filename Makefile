@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 STEP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-all lint types wheel dist bench clean
+.PHONY: install demo test test-all lint types wheel dist docs docs-serve bench clean
 
 install: .venv/experiments
 
@@ -43,6 +43,13 @@ dist: .venv/release
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 
+# The variable silences what the theme says about MkDocs at every start; see docs/site.md.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 bench: .venv/experiments
 	$(BIN)/python -m experiments.benchmark
 
@@ -53,6 +60,6 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # A stamp for each set of extras, renewed when the pins change.
-.venv/experiments .venv/test .venv/dev .venv/release: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+.venv/experiments .venv/test .venv/dev .venv/docs .venv/release: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	$(STEP) --editable '.[$*]'
 	@touch $@

@@ -42,8 +42,8 @@ class FlowBijector(distrax.Bijector):
     **Arguments:**
 
     - `flow`: a `jcnf.Flow`, such as `jcnf.CNF(field, base)`.
-    - `context`: (*batch, context) for a conditional flow. Each context gives one map, and the batch
-      shape of the events broadcasts with that of the contexts.
+    - `context`: `(*batch, context)` for a conditional flow. Each context gives one map, and the
+      batch shape of the events broadcasts with that of the contexts.
     - `solve`: solver and accuracy.
     - `divergence`: one without noise, such as `Exact()`.
 
@@ -118,7 +118,7 @@ class FlowDistribution(distrax.Distribution):
 
     `log_prob`, `sample` and `sample_and_log_prob` are the functions of `jcnf`, with one solve for
     any batch; `seed` is a key, old-style or typed, or a whole number. Arguments and errors are the
-    same as for `FlowBijector`. A context of shape (*batch, context) gives `batch_shape` (*batch,).
+    same as for `FlowBijector`. Contexts `(*batch, context)` give the `batch_shape` `(*batch,)`.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ class AbstractEndAdjoint(diffrax.AbstractAdjoint):
 class StepCheckpointAdjoint(AbstractEndAdjoint):
     """Exact gradients of a Runge-Kutta solve from the states kept on the way.
 
-    See the module's docstring for the method and its cost.
+    The docstring of the module `jcnf.ode.adjoint` has the method and its cost.
     """
 
     def solve(self, y0_args_terms, **settings):
