@@ -47,8 +47,8 @@ def run(code, folder, **env):
     return done.stdout
 
 
-def is_slow(path):
-    return "<!-- slow -->" in path.read_text()[:500]
+def is_quick(path):
+    return "<!-- quick -->" in path.read_text()[:500]
 
 
 def with_code(paths):
@@ -56,7 +56,7 @@ def with_code(paths):
         pytest.param(
             path,
             id=str(path.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if is_slow(path) else [],
+            marks=[] if is_quick(path) else [pytest.mark.slow],
         )
         for path in paths
         if blocks(path)
