@@ -57,7 +57,7 @@ def test_commands_and_links_exist(page):
     makefile = read("Makefile")
     for target in re.findall(r"`make ([a-z][a-z-]*)`|^ {4}make ([a-z][a-z-]*)", text, re.MULTILINE):
         assert re.search(rf"^{target[0] or target[1]}:", makefile, flags=re.MULTILINE), target
-    for name in set(re.findall(r"experiments\.([a-z0-9][a-z0-9_]*)", text)):
+    for name in set(re.findall(r"\bexperiments\.([a-z0-9][a-z0-9_]*)", text)):
         assert (ROOT / "experiments" / f"{name}.py").exists(), name
     for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / page).parent / link).exists(), link
