@@ -25,9 +25,10 @@ def typicality(
 ) -> Float[np.ndarray, " n"]:
     """Return |log p(x) - mean of `reference`|, nats: a point can also be too likely.
 
-    `reference` holds log-densities of training points. This is the test of Nalisnick et al. 2019,
-    "Detecting out-of-distribution inputs to deep generative models using typicality", for batches
-    of M = 1 points.
+    `reference` holds log-densities of training points or, if the model is overfitted, of held-out
+    points: training points are then more likely than any fresh ones. This is the test of Nalisnick
+    et al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality",
+    for batches of M = 1 points.
 
     **Raises:** `ValueError` if `reference` is empty or has NaN.
     """
