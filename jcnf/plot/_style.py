@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ RC: Any = (
     | dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize"], 9)
     | dict.fromkeys(["xtick.labelsize", "ytick.labelsize", "legend.fontsize"], 8)
     | dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6)
-    | {"legend.frameon": False, "image.cmap": DENSITY_MAP, "grid.alpha": 0.3, "grid.linewidth": 0.5}
+    | {"legend.framealpha": 0.8, "legend.edgecolor": "none"}
+    | {"image.cmap": DENSITY_MAP, "grid.alpha": 0.3, "grid.linewidth": 0.5}
 )
 
 
@@ -56,11 +58,22 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
-    """Return an empty Figure, in inches, on an Agg canvas, which pyplot does not manage."""
+    """Return an empty Figure, in inches, on an Agg canvas, which pyplot does not manage.
+
+    Notebooks show it as the result of a cell, although they do not know it from pyplot.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return FigureCanvasAgg(Figure((width, height), layout=layout)).figure
+    figure: Any = FigureCanvasAgg(Figure((width, height), layout=layout)).figure
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def color_of(place: int) -> str:

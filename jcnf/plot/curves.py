@@ -12,7 +12,6 @@ from jcnf.plot import _style as c
 from jcnf.plot._style import DATA, FIGURE_WIDTH, MODEL, Figure
 
 MAX_MARKERS = 15  # on a curve
-LEGEND: Any = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # over noisy curves
 Values = Sequence[float] | np.ndarray
 
 
@@ -155,7 +154,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, loss_units: str = "
             windows = np.lib.stride_tricks.sliding_window_view(y, 2 * half + 1)
             label = f"median of {2 * half + 1}"
             ax.plot(x[half:-half], np.median(windows, axis=1), color=DATA, label=label)
-            ax.legend(**LEGEND)
+            ax.legend()
         logarithmic = curve.logarithmic and bool((y > 0).all())
         low, high = np.exp(c.limits_of(np.log(y))) if logarithmic else c.limits_of(y)
         if not logarithmic and high - low < curve.least_view:
@@ -171,7 +170,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, loss_units: str = "
             label = f"best: {y[best]:.4g} at step {x[best]:g}"
             ring: Any = {"s": 50, "facecolors": "none", "edgecolors": MODEL, "linewidths": 1.5}
             ax.scatter(x[best], y[best], label=label, zorder=3, clip_on=False, **ring)
-            ax.legend(*(each[1:] for each in ax.get_legend_handles_labels()), **LEGEND)
+            ax.legend(*(each[1:] for each in ax.get_legend_handles_labels()))
         ax.set_title("\n".join([curve.title.format(loss_units), *notes]))
         ax.locator_params(axis="x", nbins=5)
         if ax.get_subplotspec().is_last_row():

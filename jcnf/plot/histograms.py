@@ -50,7 +50,8 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
             color, fill = c.color_of(names.index(name)), {"fill": True, "alpha": 0.35}
             ax.stairs(shares, bins, color=color, label=name + auroc, **({} if i else fill))
         ax.set(xlabel=panel.score, ylabel="share of the set", xlim=view)
-        ax.set(ylim=(0, 1.1 * highest or 1.0), title=_title(given, sets, view))
+        room = 1.1 + 0.1 * len(sets)  # for the legend, above the bars
+        ax.set(ylim=(0, room * highest or 1.0), title=_title(given, sets, view))
         ax.legend()
     return figure
 

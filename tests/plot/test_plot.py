@@ -1,6 +1,8 @@
 """Tests of what figures draw and count, and that they change no global state of matplotlib."""
 
 import ast
+import io
+import pickle
 import sys
 from pathlib import Path
 
@@ -85,6 +87,13 @@ def test_figures_are_savable_and_leave_no_global_state(tmp_path):
             assert 800 <= image.width <= 1400 or i == 4  # a pair plot of two columns is small
     assert dict(mpl.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
+
+
+def test_figures_show_themselves_in_notebooks():
+    figure = plot.trajectories(straight(5), TIMES)
+    for each in (figure, pickle.loads(pickle.dumps(figure))):
+        with Image.open(io.BytesIO(each._repr_png_())) as image:
+            assert image.size == (600, 600)
 
 
 def test_titles_stay_inside_the_figure_and_do_not_overlap():
