@@ -140,9 +140,9 @@ def run(settings: Adjoints) -> None:
 
     panels = [
         plot.CurvePanel(
-            "relative error of the gradient",
+            "error of the gradient",
             "rtol = atol",
-            "to the gradient of the exact flow",
+            "error relative to the gradient of the exact flow",
             {name: (tolerances, series) for name, series in found.items()},
         ),
         plot.CurvePanel(
@@ -150,7 +150,7 @@ def run(settings: Adjoints) -> None:
             "fixed steps",
             "MiB",
             {name: (STEPS, np.array(series) / 2**20) for name, series in bytes_of.items()},
-            {name: f"{name}: steps^{round(p, 2) + 0.0}" for name, p in exponents.items()},
+            {name: f"{name}: steps$^{{{round(p, 2) + 0.0:.2f}}}$" for name, p in exponents.items()},
         ),
     ]
     run_dir.save_figures(adjoints=plot.scaling(panels))

@@ -5,9 +5,11 @@ taken. Hence `log_prob(x) = base.log_prob(z) + logdet` from data to base, and
 `log_prob(x) = base.log_prob(z) - logdet` from base to data.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from itertools import groupby
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -19,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Key
 from jcnf._checks import check_instance, list_rows
 from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence, Exact, FixedNoise
+from jcnf.fields import Field
 from jcnf.ode import Solve, Stats
 
 Direction = Literal["to_base", "to_data"]
@@ -54,6 +57,8 @@ class Bijection(eqx.Module):
     `forward` and `inverse` too if these are cheaper alone. No method raises if a solve fails: they
     set `stats.failed`. A bijection whose `context_dim` is 0 ignores any context that it is given.
     """
+
+    is_trained: ClassVar[bool] = True  # False if training leaves the arrays as they are
 
     @property
     @abstractmethod
@@ -111,7 +116,8 @@ class Flow(eqx.Module, Generic[B_co]):
     """A bijection between samples of a base distribution and data. It is a plain pytree.
 
     This class is final: to add a kind of flow, subclass `Bijection`. `jcnf.CNF`, `jcnf.NICE` and
-    `jcnf.flows.Chain` build flows.
+    `jcnf.flows.Chain` build flows. The repr is short; `equinox.tree_pformat(flow)` shows every
+    array.
 
     **Raises:** `ValueError` unless the arguments are a bijection and a base distribution.
     """
@@ -128,6 +134,17 @@ class Flow(eqx.Module, Generic[B_co]):
             "one of jcnf.distributions, such as StandardNormal(dim)",
             base=self.base,
         )
+
+    def __repr__(self) -> str:
+        size, context = _num_parameters(self.bijection), self.context_dim
+        parts = [
+            _outline(self.bijection),
+            f"dim={self.dim}",
+            *([f"context_dim={context}"] if context else []),
+            f"{size:,} parameter{'' if size == 1 else 's'}",
+            f"base={type(self.base).__name__}(dim={self.dim})",
+        ]
+        return f"Flow({', '.join(parts)})"
 
     @property
     def dim(self) -> int:
@@ -147,6 +164,32 @@ class Flow(eqx.Module, Generic[B_co]):
         if isinstance(divergence, FixedNoise):
             return divergence.strategy, divergence.draw_noise(key, batch, dim, x.dtype)
         return divergence, self.bijection.draw_noise(divergence, key, batch, dim, x.dtype)
+
+
+def _num_parameters(bijection: Bijection) -> int:
+    """Return the number of floating-point entries that training changes."""
+
+    def is_bijection_left_alone(node):
+        return isinstance(node, Bijection) and not node.is_trained
+
+    leaves = jax.tree.leaves(bijection, is_leaf=is_bijection_left_alone)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]  # or their shapes and dtypes
+    return sum(a.size for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact))
+
+
+def _outline(part: Bijection | Field) -> str:
+    """Return the types of a bijection and of the bijections and fields in it.
+
+    Neighbors of the same outline are counted, as in `Composition(4 x ODE(Conv), Logit)`.
+    """
+    inner = []
+    for each in dataclasses.fields(part):
+        value = getattr(part, each.name, None)
+        values = value if isinstance(value, tuple | list) else [value]
+        inner += [_outline(v) for v in values if isinstance(v, Bijection | Field)]
+    counted = [(text, len(list(same))) for text, same in groupby(inner)]
+    texts = [text if count == 1 else f"{count} x {text}" for text, count in counted]
+    return type(part).__name__ + (f"({', '.join(texts)})" if texts else "")
 
 
 def check_direction(direction: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -24,6 +25,8 @@ class Fixed(Bijection):
     A subclass defines `both`, for a copy of itself in the dtype of the batch. Rows whose end or
     log-det is not finite, such as those outside the support, are flagged in `stats.failed`.
     """
+
+    is_trained: ClassVar[bool] = False
 
     @property
     def context_dim(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,15 @@ else:
 P = ParamSpec("P")
 Extent = float | int | Sequence[float | int]  # e for [-e, e]^2, or (xmin, xmax, ymin, ymax)
 
-DATA, MODEL, BASE = "#0072B2", "#D55E00", "#7F7F7F"  # blue and vermilion of Okabe and Ito; gray
+# The palette of Okabe and Ito, which the color-blind can tell apart: blue, vermilion, bluish green,
+# reddish purple, orange, sky blue, black, yellow.
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"),
+)
+DATA, MODEL, BASE = COLORS[0], COLORS[1], "#7F7F7F"
+MARKERS = "osD^vPX*"
+DENSITY_MAP = "viridis"  # even in lightness, so that it survives color blindness and gray printing
+BROKEN = "#CC3311"  # cells and images that are not finite
 MAX_DOTS = 5_000
 FIGURE_WIDTH = 9.33  # inches: 1400 pixels at 150 dpi
 RC: Any = (
@@ -27,7 +37,8 @@ RC: Any = (
     | dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize"], 9)
     | dict.fromkeys(["xtick.labelsize", "ytick.labelsize", "legend.fontsize"], 8)
     | dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6)
-    | {"legend.frameon": False}
+    | {"legend.framealpha": 0.8, "legend.edgecolor": "none"}
+    | {"image.cmap": DENSITY_MAP, "grid.alpha": 0.3, "grid.linewidth": 0.5}
 )
 
 
@@ -47,11 +58,74 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
-    """Return an empty Figure, in inches, on an Agg canvas, which pyplot does not manage."""
+    """Return an empty Figure, in inches, on an Agg canvas, which pyplot does not manage.
+
+    Notebooks show it as the result of a cell, although they do not know it from pyplot.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return FigureCanvasAgg(Figure((width, height), layout=layout)).figure
+    figure: Any = FigureCanvasAgg(Figure((width, height), layout=layout)).figure
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def color_of(place: int) -> str:
+    """Return the color of the series in this place."""
+    return COLORS[place % len(COLORS)]
+
+
+def panels_in(figure: Any, number: int, most: int, share: bool = False) -> list[Any]:
+    """Return axes in rows of at most `most`, each row as wide as the figure, so no cell is empty.
+
+    Longer rows come first. With `share`, all panels have one x-axis.
+    """
+    lines = -(-number // most)
+    counts = [number // lines + (line < number % lines) for line in range(lines)]
+    width = math.lcm(*counts)
+    grid, axes = figure.add_gridspec(lines, width), []
+    for line, count in enumerate(counts):
+        for place in range(count):
+            columns = slice(place * width // count, (place + 1) * width // count)
+            shared = axes[0] if share and axes else None
+            axes.append(figure.add_subplot(grid[line, columns], sharex=shared))
+    return axes
+
+
+def plain_ticks(*axes: Any) -> None:
+    """Label logarithmic axes by plain numbers such as 0.5 and 200, after their limits are set.
+
+    Numbers below 0.001 or above 100,000 are shown as powers of ten.
+    """
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogFormatterMathtext,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+    )
+
+    for axis in axes:
+        low, high = sorted(axis.get_view_interval())
+        decades = math.log10(high / low)
+        if decades < 0.5:  # nearly linear
+            ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+            axis.set_major_locator(FixedLocator(ticks[ticks > 0]))
+        else:
+            subs = (1, 2, 3, 5) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
+            axis.set_major_locator(LogLocator(subs=subs if decades < 2.2 else (1,)))
+        plain = low > 0.9e-3 and high < 1.1e5
+        axis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x:,.10g}") if plain else LogFormatterMathtext()
+        )
+        axis.set_minor_formatter(NullFormatter())
 
 
 def array(x: ArrayLike, name: str, shape: str, last: int | None = None) -> np.ndarray:
@@ -138,7 +212,7 @@ def clouds_in(axes: Any, clouds: Any, boxes: Any, colors: Sequence[str]) -> None
     for ax, cloud, box, color in zip(axes, clouds, boxes, colors, strict=True):
         x = cloud[((cloud >= box[0]) & (cloud <= box[1])).all(axis=1)]
         if most <= MAX_DOTS:
-            dots_in(ax, x, color)
+            dots_in(ax, x, color, most)
         else:
             counts = np.histogram2d(x[:, 1], x[:, 0], bins, box.T[::-1])[0] / max(len(cloud), 1)
             rgb = np.array(to_rgb(color))
@@ -153,9 +227,9 @@ def clouds_in(axes: Any, clouds: Any, boxes: Any, colors: Sequence[str]) -> None
         image.set_clim(0, top)
 
 
-def dots_in(ax: Any, x: np.ndarray, color: str) -> Any:
-    """Scatter x (batch, 2) as dots, which are smaller if there are more of them."""
-    size = float(np.clip(8000 / max(len(x), 1), 1.5, 9.0))
+def dots_in(ax: Any, x: np.ndarray, color: str, most: int | None = None) -> Any:
+    """Scatter x (batch, 2) as dots, whose size is right for `most` of them (default: all of x)."""
+    size = float(np.clip(8000 / max(len(x) if most is None else most, 1), 1.5, 9.0))
     return ax.scatter(*x.T, s=size, color=color, alpha=0.5, linewidths=0, rasterized=True)
 
 

@@ -66,9 +66,9 @@ def densities(
     c.clouds_in(axes[:2], clouds, [box, box], [DATA, MODEL])
     for ax, image in zip(axes[2:], images, strict=True):
         edges = box.T.ravel()
-        scale = {"vmin": top - nats, "vmax": top, "cmap": "viridis"}
+        scale = {"vmin": top - nats, "vmax": top, "cmap": c.DENSITY_MAP}
         ax.imshow(image.clip(top - nats), extent=edges, origin="lower", **scale)
-        ax.set_facecolor("#CC3311")  # visible where the image is masked
+        ax.set_facecolor(c.BROKEN)  # visible where the image is masked
     bar = {"extend": "min", "aspect": 25, "pad": 0.02, "label": "log-density (nats)"}
     figure.colorbar(axes[-1].images[0], ax=axes, **bar)
     for ax, text in zip(axes, titles, strict=True):
@@ -83,8 +83,9 @@ def densities(
 def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure:
     """Show a table's columns against each other: data below the diagonal, samples above.
 
-    Limits follow the quantiles of the data, also for the samples. The diagonal has histograms of
-    both on common bins.
+    Limits follow the quantiles of the data, also for the samples. Scatter plots have as many points
+    of one as of the other: of the larger table, evenly spaced rows are drawn. The diagonal has
+    histograms of all rows of both on common bins.
 
     **Arguments:**
 
@@ -102,6 +103,10 @@ def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure
     notes = [f"first {number} of {len(columns)} columns"] if number < len(columns) else []
     for (name, every), kept in zip(tables.items(), (ours, theirs), strict=True):
         notes.append(f"{name}: {', '.join(c.notes('rows', len(every), kept, *limits.T))}")
+    fewest = min(len(ours), len(theirs)) or max(len(ours), len(theirs))
+    dots = [c.thin(x, fewest) for x in (ours, theirs)]
+    if len(ours) != len(theirs):
+        notes.append(f"scatter plots: {fewest:,} rows of each")
     side = min(FIGURE_WIDTH, 1.9 * number + 0.6)
     figure = c.new_figure(side, side)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
@@ -110,7 +115,7 @@ def pairs(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figure
         c.histograms_in(axes[i, i], ours[:, i], theirs[:, i], limits[i])
         for j in range(i):
             clouds, boxes = (
-                [ours[:, [j, i]], theirs[:, [i, j]]],
+                [dots[0][:, [j, i]], dots[1][:, [i, j]]],
                 [limits[[j, i]].T, limits[[i, j]].T],
             )
             c.clouds_in([axes[i, j], axes[j, i]], clouds, boxes, [DATA, MODEL])

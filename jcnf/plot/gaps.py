@@ -45,13 +45,13 @@ def gaps_to_best(
         shown = np.isfinite(values)
         bars = np.where(np.isfinite(errors), errors, 0.0)[shown]
         x = np.arange(len(names))[shown] + offsets[place]
-        style = {"fmt": "osD^vPX*"[place % 8], "ms": 5, "lw": 1, "capsize": 2}
-        ax.errorbar(x, values[shown], bars, color=f"C{place}", label=model, **style)
+        style = {"fmt": c.MARKERS[place % len(c.MARKERS)], "ms": 5, "lw": 1, "capsize": 2}
+        ax.errorbar(x, values[shown], bars, color=c.color_of(place), label=model, **style)
     ax.set_yscale("symlog", linthresh=LINEAR_UP_TO, linscale=0.6)
     ax.set_ylim(bottom=min(-LINEAR_UP_TO / 2, ax.get_ylim()[0]))
     ax.set_xticks(range(len(names)), list(names), rotation=30 if len(names) > 8 else 0)
     ax.set(xlim=(-0.5, len(names) - 0.5), ylabel=f"gap to the best ({units}; ± 1 standard error)")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.grid(axis="y", alpha=0.3, lw=0.5)
+    ax.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=len(gaps))
     return figure

@@ -10,11 +10,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jcnf.plot import _style as c
-from jcnf.plot._style import DATA, FIGURE_WIDTH, MODEL, Figure
+from jcnf.plot._style import FIGURE_WIDTH, Figure
 
 NUM_BINS = 60
 MAX_VIEW_EXTENSION = 1.5  # beyond the inside on each side, in widths of the inside
-COLORS = (DATA, MODEL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 
 
 class HistogramPanel(NamedTuple):
@@ -36,13 +35,10 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
     if not panels or not all(panel.sets for panel in panels):
         raise ValueError("expected at least one panel, and at least one set in each")
     names = list(dict.fromkeys(name for panel in panels for name in panel.sets))
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure = c.new_figure(FIGURE_WIDTH, 3.2 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    for ax, panel in zip(axes, panels, strict=False):
+    most = 2 if len(panels) == 4 else 3  # panels in a row
+    figure = c.new_figure(FIGURE_WIDTH, 3.2 * -(-len(panels) // most))
+    axes = c.panels_in(figure, len(panels), most)
+    for ax, panel in zip(axes, panels, strict=True):
         given = {name: c.array(x, name, "(n,)") for name, x in panel.sets.items()}
         sets = {name: c.finite(x) for name, x in given.items()}
         view = _view(*sets.values())
@@ -51,10 +47,11 @@ def score_histograms(panels: Sequence[HistogramPanel]) -> Figure:
             shares = np.histogram(np.clip(x, *view), bins)[0] / max(len(x), 1)
             highest = max(highest, *shares[1:-1])
             auroc = f", AUROC {panel.auroc[name]:.3f}" if name in panel.auroc else ""
-            color, fill = COLORS[names.index(name) % len(COLORS)], {"fill": True, "alpha": 0.35}
+            color, fill = c.color_of(names.index(name)), {"fill": True, "alpha": 0.35}
             ax.stairs(shares, bins, color=color, label=name + auroc, **({} if i else fill))
         ax.set(xlabel=panel.score, ylabel="share of the set", xlim=view)
-        ax.set(ylim=(0, 1.1 * highest or 1.0), title=_title(given, sets, view))
+        room = 1.1 + 0.1 * len(sets)  # for the legend, above the bars
+        ax.set(ylim=(0, room * highest or 1.0), title=_title(given, sets, view))
         ax.legend()
     return figure
 

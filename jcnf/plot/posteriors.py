@@ -47,7 +47,7 @@ def posteriors(
         axes[0, column].set_axis_off()
         for ax, log in zip(axes[1:, column], kinds, strict=True):
             density = np.exp(log - np.nanmax(log))
-            ax.imshow(density, "viridis", origin="lower", extent=view, vmin=0, vmax=1)
+            ax.imshow(density, c.DENSITY_MAP, origin="lower", extent=view, vmin=0, vmax=1)
             ax.tick_params(labelsize=6)
     for ax, name in zip(axes[1:, 0], names, strict=True):
         ax.set_ylabel(name)

@@ -33,9 +33,8 @@ def scatter_by_class(clouds: Sequence[tuple[str, ArrayLike, ArrayLike]], half: f
             )
         for label in np.unique(classes):
             kept = c.thin(c.finite(x[classes == label]), c.MAX_DOTS)
-            ax.scatter(
-                *kept.T, s=2, lw=0, alpha=0.6, color=f"C{label % 10}", label=f"class {label}"
-            )
+            color = c.color_of(int(label))
+            ax.scatter(*kept.T, s=2, lw=0, alpha=0.6, color=color, label=f"class {label}")
         notes = c.notes("points", len(x), c.finite(x), *box)
         ax.set_title("\n".join([title, *notes]), fontsize=8)
         ax.set(aspect="equal", xlim=box[:, 0], ylim=box[:, 1], xlabel="$x_1$")

@@ -19,7 +19,7 @@ from jcnf.plot import _style as c
 from jcnf.plot._style import BASE, DATA, FIGURE_WIDTH, MODEL, Extent, Figure
 
 CURVES_PER_ROW = 4
-MAX_PATHS = 300
+MAX_PATHS = 100
 GIF_SIZE = 3.4, 3.6  # inches
 
 
@@ -167,13 +167,14 @@ def _near(ax, curve):
 
 @c.styled
 def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = None) -> Figure:
-    """Show the paths of particles from the base (gray) to the data (vermilion).
+    """Show the paths of particles from the base (gray, open) to the data (vermilion).
 
-    `paths` is (times, batch, 2); `times` is (times,), increasing or decreasing. At most 300 paths,
-    evenly spaced over the batch, are drawn; a path that is non-finite anywhere is dropped and
-    counted.
+    The color of a path goes from gray to vermilion with time. `paths` is (times, batch, 2); `times`
+    is (times,), increasing or decreasing. At most 100 paths, evenly spaced over the batch, are
+    drawn; a path that is non-finite anywhere is dropped and counted.
     """
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap
 
     every, times = c.check_paths(paths, times)
     kept = c.finite(every.transpose(1, 0, 2))
@@ -182,10 +183,23 @@ def trajectories(paths: ArrayLike, times: ArrayLike, *, extent: Extent | None = 
     shown = np.clip(lines, 21 * box[0] - 20 * box[1], 21 * box[1] - 20 * box[0])  # as in `_near`
     figure = c.new_figure(6.0, 6.0)
     ax = figure.subplots()
-    ax.add_collection(LineCollection(list(shown), colors="black", alpha=0.25, linewidths=0.5))
-    for end, color, name in ((0, BASE, "base"), (-1, MODEL, "data end")):
-        label = f"t = {times[end]:g}, {name}"
-        ax.scatter(*shown[:, end].T, s=9, color=color, linewidths=0, zorder=3, label=label)
+    # Pieces in order of time, so that late ones lie above early ones of all paths.
+    pieces = np.stack([shown[:, :-1], shown[:, 1:]], axis=2).swapaxes(0, 1).reshape(-1, 2, 2)
+    ramp = LinearSegmentedColormap.from_list("", [BASE, MODEL])
+    colored = LineCollection(list(pieces), cmap=ramp, linewidths=0.8, alpha=0.7)
+    colored.set_array(np.repeat((times[:-1] + times[1:]) / 2, len(shown)))
+    ax.add_collection(colored)
+    ends: Any = ((0, BASE, "base", "none"), (-1, MODEL, "data end", MODEL))
+    for end, color, name, face in ends:
+        ax.scatter(
+            *shown[:, end].T,
+            s=16,
+            facecolors=face,
+            edgecolors=color,
+            linewidths=0.9,
+            zorder=3,
+            label=f"t = {times[end]:g}, {name}",
+        )
     notes = c.notes("paths", len(lines) + every.shape[1] - len(kept), lines, *box)
     if len(lines) < len(kept):
         notes[0] = f"{len(lines):,} of {every.shape[1]:,} paths"

@@ -1,6 +1,8 @@
 """Tests of what figures draw and count, and that they change no global state of matplotlib."""
 
 import ast
+import io
+import pickle
 import sys
 from pathlib import Path
 
@@ -85,6 +87,13 @@ def test_figures_are_savable_and_leave_no_global_state(tmp_path):
             assert 800 <= image.width <= 1400 or i == 4  # a pair plot of two columns is small
     assert dict(mpl.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
+
+
+def test_figures_show_themselves_in_notebooks():
+    figure = plot.trajectories(straight(5), TIMES)
+    for each in (figure, pickle.loads(pickle.dumps(figure))):
+        with Image.open(io.BytesIO(each._repr_png_())) as image:
+            assert image.size == (600, 600)
 
 
 def test_titles_stay_inside_the_figure_and_do_not_overlap():
@@ -181,22 +190,28 @@ def test_trajectories_decreasing_times_still_run_from_base_to_data():
     for figure in (plot.trajectories(paths, TIMES), plot.trajectories(paths[::-1], TIMES[::-1])):
         (ax,) = panels(figure)
         lines, base, end = ax.collections
-        assert len(lines.get_segments()) == plot.MAX_PATHS
+        # Pieces of paths in order of time, from the color of the base to that of the data.
+        assert len(lines.get_segments()) == plot.MAX_PATHS * (len(TIMES) - 1)
+        assert np.diff(lines.get_array()).min() >= 0
+        np.testing.assert_allclose(lines.get_segments()[0], paths[:2, 0])
+        figure.canvas.draw()
+        first, last = lines.get_colors()[[0, -1], :3]
+        assert np.ptp(first) < 0.1 < 0.5 < np.ptp(last)
         np.testing.assert_allclose(base.get_offsets()[0], paths[0, 0])
         np.testing.assert_allclose(end.get_offsets()[-1], paths[-1, -1])
         assert [text.get_text() for text in figure.legends[0].get_texts()] == [
             "t = 0, base",
             "t = 1, data end",
         ]
-        assert ax.get_title() == "300 of 900 paths"
+        assert ax.get_title() == "100 of 900 paths"
         assert_equal_aspect(figure)
 
 
 def test_trajectories_outliers_are_counted_and_do_not_widen_the_view():
-    paths = straight(200)
+    paths = straight(80)
     paths[5:, 7], paths[-1, 9] = np.nan, 1e30
     (ax,) = panels(plot.trajectories(paths, TIMES))
-    assert ax.get_title() == "199 paths, 1 non-finite dropped, 1 outside the view"
+    assert ax.get_title() == "79 paths, 1 non-finite dropped, 1 outside the view"
     assert np.abs([*ax.get_xlim(), *ax.get_ylim()]).max() < 8
     (ax,) = panels(plot.trajectories(paths, TIMES, extent=(-1, 2, -3, 4)))
     assert (ax.get_xlim(), ax.get_ylim()) == ((-1, 2), (-3, 4))
@@ -301,8 +316,37 @@ def test_training_curves_name_the_loss_and_take_logarithms():
     assert len(axes[0].lines) == 1  # too few points to smooth
 
 
+def test_training_curves_mark_the_best_validation_and_do_not_zoom_into_its_noise():
+    rows = records(60, skipped=0)
+    for i, row in enumerate(rows):
+        row["val_nll"] = 2.8 + 1e-3 * np.cos(i)  # least at i = 22, of all cosines up to 59
+    figure = plot.training_curves(rows)
+    loss, validation = panels(figure)  # no panel of skipped steps, which are always 0
+    np.testing.assert_array_equal(
+        validation.collections[0].get_offsets(), [[220, rows[22]["val_nll"]]]
+    )
+    (label,) = (text.get_text() for text in validation.get_legend().get_texts())
+    assert label == "best: 2.799 at step 220"
+    assert np.ptp(validation.get_ylim()) == pytest.approx(0.1)
+    assert not loss.collections
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, [1]), (3, [3]), (5, [3, 2]), (7, [3, 2, 2])])
+def test_rows_of_panels_fill_the_figure(number, rows):
+    figure = _style.new_figure(9, 6)
+    axes = _style.panels_in(figure, number, 3)
+    figure.draw_without_rendering()
+    tops = [round(ax.get_position().y1, 6) for ax in axes]
+    assert [tops.count(top) for top in sorted(set(tops), reverse=True)] == rows
+    for top in set(tops):
+        row = [ax.get_position() for ax, y in zip(axes, tops, strict=True) if y == top]
+        assert min(box.x0 for box in row) < 0.1
+        assert max(box.x1 for box in row) > 0.97
+
+
 def test_training_curves_without_known_keys_raise():
-    for rows, message in (([], "no curve"), ([{"step": 1}], "no curve"), ([{"loss": 1}], "step")):
+    none = [{"step": 1, "skipped": 0}]
+    for rows, message in (([], "no curve"), (none, "no curve"), ([{"loss": 1}], "step")):
         with pytest.raises(ValueError, match=message):
             plot.training_curves(rows)
 
@@ -320,6 +364,7 @@ def test_pairs_of_eight_columns_draw_six_with_limits_from_the_data():
         "first 6 of 8 columns",
         "data: 400 rows, 1 outside the view",
         "samples: 297 rows, 3 non-finite dropped, 1 outside the view",
+        "scatter plots: 297 rows of each",
     ]
     assert [ax.get_xlabel() for ax in axes[-1]] == [ax.get_ylabel() for ax in axes[:, 0]]
     for i in range(6):
@@ -330,7 +375,7 @@ def test_pairs_of_eight_columns_draw_six_with_limits_from_the_data():
             assert axes[i, j].get_xlim() == axes[j, i].get_ylim()
             assert axes[i, j].get_ylim() == axes[j, i].get_xlim() == axes[i, i].get_xlim()
     below, above = axes[1, 0].collections[0].get_offsets(), axes[0, 1].collections[0].get_offsets()
-    np.testing.assert_array_equal(below, data[:, [0, 1]])
+    np.testing.assert_array_equal(below, _style.thin(data, 297)[:, [0, 1]])
     np.testing.assert_array_equal(above, samples[4:, [1, 0]])
 
 
