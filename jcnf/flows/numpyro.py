@@ -43,7 +43,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict = {}  # noqa: RUF012 (as numpyro has it)
-    support = constraints.real_vector
     pytree_data_fields = ("_arrays", "context")
     pytree_aux_fields = ("_rest", "solve", "divergence")
 
@@ -63,17 +62,24 @@ class FlowDistribution(Distribution):
         super().__init__(batch_shape(self.context), (flow.dim,), validate_args=validate_args)
 
     @property
+    def support(self) -> constraints.Constraint:
+        """All vectors."""
+        return constraints.real_vector
+
+    @property
     def flow(self) -> Flow:
         """The flow."""
         return eqx.combine(self._arrays, self._rest)
 
-    def sample(
+    def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()
     ) -> Float[Array, "*samples dim"]:
         """Draw samples (*sample_shape, *batch_shape, dim). Consumes `key`."""
         return draw_events(sample, self.flow, key, sample_shape, self.context, solve=self.solve)
 
-    def log_prob(self, value: Float[ArrayLike, "*samples dim"]) -> Float[Array, "*batch"]:
+    def log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, value: Float[ArrayLike, "*samples dim"]
+    ) -> Float[Array, "*batch"]:
         """Return the log-density of each event in nats.
 
         The batch shape of the events broadcasts with `batch_shape`.

@@ -116,8 +116,8 @@ def plain_ticks(*axes: Any) -> None:
         low, high = sorted(axis.get_view_interval())
         decades = math.log10(high / low)
         if decades < 0.5:  # nearly linear
-            ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
-            axis.set_major_locator(FixedLocator(ticks[ticks > 0]))
+            ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+            axis.set_major_locator(FixedLocator(ticks[ticks > 0].tolist()))
         else:
             subs = (1, 2, 3, 5) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
             axis.set_major_locator(LogLocator(subs=subs if decades < 2.2 else (1,)))

@@ -14,7 +14,7 @@ on that fold, so that every row is held out once. The mixture then covers the fl
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -91,7 +91,7 @@ class Mixture(NamedTuple):
 
         Their axes are those of the table, so that few rows determine them.
         """
-        model = GaussianMixture(
+        model: Any = GaussianMixture(
             count, covariance_type="diag", reg_covar=MIN_VARIANCE, random_state=0
         )
         with warnings.catch_warnings():
