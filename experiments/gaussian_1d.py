@@ -86,7 +86,7 @@ def run(settings: Gaussian1D) -> None:
     fitted = fit(
         run_dir,
         settings,
-        settings.make_flow(1),
+        settings.make_flow(1, data=np.asarray(points)),
         make_draw=training.draw_rows,
         data=points,
         # Validation is on the training points: there are no others.

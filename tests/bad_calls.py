@@ -221,7 +221,7 @@ refuses(
     fields.GaussianResidual, gaussian, field=FIELDS, reference=[BASE, FullNormal([0.0], [[1.0]])]
 )
 refuses(fields.GaussianResidual, gaussian, path=["linear", paths.SigmaMin], reach=POSITIVE)
-refuses(fields.GaussianResidual, gaussian, t1=POSITIVE)
+refuses(fields.GaussianResidual, gaussian, t1=POSITIVE, base_std=POSITIVE)
 mixture = {"fields": [FIELD], "key": KEY}
 refuses(fields.Mixture, mixture, fields=[[], [FIELD, WIDE.bijection.field], [fields.MLP]], key=KEYS)
 refuses(fields.Guided, {"field": GIVEN.bijection.field}, scale=[np.nan, "2"])

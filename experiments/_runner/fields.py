@@ -1,6 +1,7 @@
 """Settings of the velocity fields, of the base distributions, and of the flow they make."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 import jax.random as jr
@@ -138,6 +139,11 @@ class Normal(Settings):
             return distributions.StandardNormal(dim)
         return distributions.ScaledNormal(dim, self.base_scale)
 
+    @property
+    def std(self) -> float:
+        """The standard deviation of a coordinate."""
+        return self.base_scale
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logistic(Settings):
@@ -146,6 +152,11 @@ class Logistic(Settings):
     def make(self, dim: int) -> distributions.BaseDistribution:
         """Return the distribution."""
         return distributions.BASES["logistic"](dim)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of a coordinate."""
+        return math.pi / 3**0.5
 
 
 Base = Annotated[Normal, choice("base:normal")] | Annotated[Logistic, choice("base:logistic")]

@@ -33,9 +33,9 @@ class FlowExperiment(Experiment):
     ) -> Flow:
         """Return the untrained flow; without data, a flow of the same structure."""
         flow = self.flow.make(dim, context_dim, jr.fold_in(jr.key(self.run.seed), 0))
-        if data is None:
-            return self.objective.prepare(flow, FullNormal(np.zeros(dim), np.eye(dim)))
-        return self.objective.prepare(flow, FullNormal.fit(data))
+        unknown = FullNormal(np.zeros(dim), np.eye(dim))
+        reference = unknown if data is None else FullNormal.fit(data)
+        return self.objective.prepare(flow, reference, self.flow.base.std)
 
     def make_stages(self) -> list[Stage]:
         """Return the stages of training: by the objective, then by L-BFGS if it has steps."""

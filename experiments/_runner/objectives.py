@@ -38,8 +38,11 @@ Divergence = (
 class ObjectiveSettings(Settings):
     """What all objectives share."""
 
-    def prepare(self, flow: Flow, reference: distributions.FullNormal) -> Flow:
-        """Return the untrained flow as this objective trains it, given a Gaussian of the data."""
+    def prepare(self, flow: Flow, reference: distributions.FullNormal, base_std: float) -> Flow:
+        """Return the untrained flow as this objective trains it.
+
+        `reference` is a Gaussian of the data, and `base_std` the base's standard deviation.
+        """
         return flow
 
 
@@ -211,17 +214,17 @@ class MatchingThenLikelihood(ObjectiveSettings):
 class FlowMatching(MatchingThenLikelihood):
     """Flow matching, which needs no ODE solves."""
 
-    # the flow is that of a Gaussian with the moments of the data, changed by the field, which sees
-    # points no farther than so many standard deviations from the mean (0: the field alone)
+    # distance from the mean, in standard deviations, beyond which the field sees little change; the
+    # field is added to the velocity of a Gaussian with the data's moments (0: the field alone)
     reach: NonNegative = 3.0
 
-    def prepare(self, flow: Flow, reference: distributions.FullNormal) -> Flow:
+    def prepare(self, flow: Flow, reference: distributions.FullNormal, base_std: float) -> Flow:
         """Return the flow whose field is the residual to the Gaussian `reference`."""
         if not self.reach:
             return flow
         ode: Any = flow.bijection
         path = paths.PATHS[self.matching.path]
-        field = fields.GaussianResidual(ode.field, reference, path, self.reach, ode.t1)
+        field = fields.GaussianResidual(ode.field, reference, path, self.reach, ode.t1, base_std)
         return dataclasses.replace(flow, bijection=dataclasses.replace(ode, field=field))
 
 

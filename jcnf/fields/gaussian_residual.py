@@ -20,7 +20,8 @@ class GaussianResidual(Wrapper):
 
     Flow matching from N(0, I) to N(m, C) along an affine path a(s) x0 + b(s) x1 has a known
     solution. The points are N(b m, S) with S = a^2 I + b^2 C, and the velocity is
-    b' m + (a a' I + b b' C) S^-1 (x - b m). The field is this velocity plus g(s) f(t, b m + q u).
+    b' m + (a a' I + b b' C) S^-1 (x - b m); for another base, a has its standard deviation as a
+    factor. The field is this velocity plus g(s) f(t, b m + q u).
     Here u = x - b m, and q = 1 / sqrt(1 + u' S^-1 u / (dim reach^2)) is about 1 on the data and
     falls as 1 / |u| far from them. The number g(s) is the standard deviation of a coordinate of
     the velocity, given x, if the data are the Gaussian. Splitting off the Gaussian solution goes
@@ -39,9 +40,10 @@ class GaussianResidual(Wrapper):
       `jcnf.objectives.paths` are. For another objective, any of them will do.
     - `reach`: distance from the mean, in standard deviations, beyond which f sees little change.
     - `t1`: the end time of the flow, at which s = t / t1 is 1.
+    - `base_std`: the standard deviation of each coordinate of the flow's base distribution.
 
-    **Raises:** `ValueError` if the dimensions differ, and for a reach or an end time that is not
-    positive.
+    **Raises:** `ValueError` if the dimensions differ, and for a reach, an end time or a standard
+    deviation that is not positive.
     """
 
     field: Field
@@ -49,12 +51,13 @@ class GaussianResidual(Wrapper):
     path: Callable = eqx.field(static=True)
     reach: float = eqx.field(static=True, default=3.0)
     t1: float = eqx.field(static=True, default=1.0)
+    base_std: float = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
         check_field(self.field)
         check_instance(FullNormal, "a jcnf.distributions.FullNormal", reference=self.reference)
         check_callable("a function such as those in jcnf.objectives.paths", path=self.path)
-        check_number("(0, inf)", reach=self.reach, t1=self.t1)
+        check_number("(0, inf)", reach=self.reach, t1=self.t1, base_std=self.base_std)
         if self.reference.dim != self.field.dim:
             raise ValueError(
                 f"field and reference must have the same dim; got {self.field.dim} and "
@@ -76,8 +79,9 @@ class GaussianResidual(Wrapper):
         q, w = self._limit(gaussian, u)
         point = gaussian.mean + q * u
         f, divergence = self.field.velocity_and_divergence(t, point, context)
-        _, pushed = jax.jvp(lambda x: self.field(t, x, context), (point,), (u,))
-        inner = q * divergence - q**3 * self._curvature * jnp.dot(w, pushed)
+        # The product with q u, not with u, which could overflow far from the data.
+        _, pushed = jax.jvp(lambda x: self.field(t, x, context), (point,), (q * u,))
+        inner = q * (divergence - q * self._curvature * jnp.dot(w, pushed))
         total = jnp.sum(gaussian.rate) + gaussian.gain * inner
         return self._velocity(gaussian, u, f), total / self.t1
 
@@ -106,9 +110,9 @@ class GaussianResidual(Wrapper):
     def _gaussian(self, t, dtype) -> "_Gaussian":
         """Return the Gaussian at time `t`. It depends on no sample, so `vmap` computes it once."""
         s = t / self.t1
-        one, zero = jnp.ones((), t.dtype), jnp.zeros((), t.dtype)
+        base, one, zero = (jnp.asarray(value, t.dtype) for value in (self.base_std, 1, 0))
         parts = []
-        for ends in ((one, zero, zero), (zero, one, zero), (zero, zero, one)):
+        for ends in ((base, zero, zero), (zero, one, zero), (zero, zero, one)):
             along = functools.partial(_along, self.path, ends)
             parts.append(jax.jvp(along, (s,), (jnp.ones_like(s),)))
         (a, da), (b, db), (c, dc) = parts

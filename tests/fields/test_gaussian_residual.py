@@ -13,7 +13,7 @@ from scipy import stats
 
 import jcnf
 from jcnf import CNF, evaluate
-from jcnf.distributions import FullNormal, StandardNormal
+from jcnf.distributions import FullNormal, ScaledNormal, StandardNormal
 from jcnf.fields import MLP, Field, GaussianResidual, ResNet
 from jcnf.objectives import flow_matching, paths
 
@@ -48,6 +48,15 @@ def test_without_a_network_the_flow_is_the_gaussian(path):
     x = jnp.asarray(np.concatenate([ROWS[:20], [[30.0, -20.0, 10.0]]]))
     found = eqx.filter_jit(jcnf.log_prob)(flow, x, solve=TIGHT)
     np.testing.assert_allclose(found, law.logpdf(x), rtol=1e-7)
+
+
+def test_without_a_network_the_flow_from_a_wider_base_is_the_gaussian():
+    flow = make(Nothing(), paths.linear, T, base_std=3.0)
+    found = jcnf.log_prob(
+        CNF(flow.bijection.field, ScaledNormal(3, 3.0), T), ROWS[:20], solve=TIGHT
+    )
+    law = stats.multivariate_normal(ROWS.mean(axis=0), np.cov(ROWS.T))
+    np.testing.assert_allclose(found, law.logpdf(ROWS[:20]), rtol=1e-7)
 
 
 @pytest.mark.parametrize("path", [paths.linear, paths.Stochastic(0.7)])
@@ -91,6 +100,14 @@ def test_far_away_the_velocity_is_that_of_the_gaussian_and_a_bounded_one():
         assert np.max(np.abs(added[1e6, t])) < 50
         assert np.max(np.abs(added[1e6, t])) > 0.1
         np.testing.assert_allclose(added[1e6, t], added[1e4, t], atol=0.1)
+
+
+def test_the_divergence_is_finite_as_far_as_points_are():
+    field = astype(make(random_net(), paths.linear).bijection.field, jnp.float32)
+    v, divergence = field.velocity_and_divergence(
+        jnp.float32(0.5), jnp.float32([1e25, 1e30, -1e35])
+    )
+    assert np.isfinite([*v, divergence]).all()
 
 
 def test_what_the_network_is_given_is_within_reach():
@@ -161,6 +178,7 @@ def test_float32_in_float32_out():
         ({"path": paths.SigmaMin}, "path must be a function"),
         ({"reach": 0.0}, "reach must be positive"),
         ({"t1": -1.0}, "t1 must be positive"),
+        ({"base_std": 0.0}, "base_std must be positive"),
         ({"field": MLP}, "field must be"),
     ],
 )

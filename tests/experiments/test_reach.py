@@ -1,0 +1,74 @@
+"""Flow matching of the residual to a Gaussian of the data: untrained flows, and saved runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import gaussian_1d
+from experiments._runner.config import Run
+from experiments._runner.fields import FlowSettings, Logistic, Normal
+from experiments._runner.objectives import FlowMatching
+from experiments._runner.run_dir import RunDir, load_flow
+from experiments._tasks.density2d import ToyFlow
+from jcnf import Solve
+from jcnf.fields import GaussianResidual, ResNet
+
+ROWS = np.random.default_rng(0).multivariate_normal([5.0, -3.0], [[4.0, 1.2], [1.2, 0.5]], 4000)
+
+
+def untrained(**flow):
+    return ToyFlow(flow=FlowSettings(**flow)).make_flow(2, data=ROWS)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        {"t1": 3.0},
+        {"base": Normal(base_scale=3.0)},
+        {"base": Logistic()},
+        {"t1": 2.0, "trainable_end_time": True},
+    ],
+    ids=["t1", "base_scale", "logistic", "trainable_end_time"],
+)
+def test_an_untrained_flow_has_the_moments_of_the_data(flow):
+    """The flow is an affine map, so three base points tell its moments."""
+    flow = untrained(**flow)
+    z = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    origin, *ends = flow.bijection.forward(z, None, Solve(rtol=1e-8, atol=1e-8))[0]
+    std = float(flow.base.distribution().stddev()[0])
+    columns = std * (jnp.stack(ends) - origin[None])
+    np.testing.assert_allclose(origin, ROWS.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(columns.T @ columns, np.cov(ROWS.T), atol=1e-4)
+
+
+def test_the_flow_of_a_run_is_loaded_with_its_gaussian(tmp_path):
+    settings = ToyFlow(flow=FlowSettings(trainable_end_time=True), run=Run(out=tmp_path / "run"))
+    flow = settings.make_flow(2, data=ROWS)
+    RunDir("toy2d", settings).save_flow(flow, {})
+    loaded, _, _ = load_flow(tmp_path / "run", ToyFlow)
+    np.testing.assert_allclose(loaded.bijection.field.reference.mean, ROWS.mean(axis=0))
+    assert jax.tree.structure(loaded) == jax.tree.structure(flow)
+    assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(flow)))
+
+
+def test_a_reach_of_0_leaves_the_field_alone():
+    settings = ToyFlow(objective=FlowMatching(reach=0.0))
+    assert isinstance(settings.make_flow(2, data=ROWS).bijection.field, ResNet)
+
+
+def test_the_reference_of_gaussian_1d_is_that_of_its_points(tmp_path, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def fit(run_dir, settings, flow, *, data, **others):
+        field = flow.bijection.field
+        assert isinstance(field, GaussianResidual)
+        np.testing.assert_allclose(field.reference.mean, np.mean(data, axis=0))
+        np.testing.assert_allclose(field.reference.std, np.std(data, axis=0, ddof=1))
+        raise Made
+
+    monkeypatch.setattr(gaussian_1d, "fit", fit)
+    settings = gaussian_1d.Gaussian1D(objective=FlowMatching(), run=Run(out=tmp_path / "run"))
+    with pytest.raises(Made):
+        gaussian_1d.run(settings)
