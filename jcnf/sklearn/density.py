@@ -206,13 +206,17 @@ class FlowDensity(BaseEstimator):
 
     @property
     def flow_(self) -> Flow:
-        """The flow of greatest weight, for the functions of jcnf, on data in their own units.
+        """The trained flow of greatest weight, for the functions of jcnf, in the units of the data.
 
-        It is one component of the density, computed in float32. For whole numbers its density is
-        that of the numbers with noise. It takes the transformed context, not the one of `fit`.
+        It is one component of the density, computed in float32, and a normal distribution only if
+        the mixture has no trained flow. For whole numbers its density is that of the numbers with
+        noise. It takes the transformed context, not the one of `fit`.
         """
         check_is_fitted(self)
-        flow = self.mixture_.flows[int(np.argmax(self.mixture_.weights))]
+        flow, _ = max(
+            zip(self.mixture_.flows, self.mixture_.weights, strict=True),
+            key=lambda pair: (not isinstance(pair[0].bijection, Affine), pair[1]),
+        )
         with jax.enable_x64(True):
             outer = [cast(part, jnp.float32) for part in self.outer_]
         return Chain([flow.bijection, *outer], flow.base)

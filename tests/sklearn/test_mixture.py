@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jcnf.sklearn.mixture import MIN_WEIGHT, Mixture, best_weights, log_mean
+from jcnf.flows import ODE, Affine
+from jcnf.sklearn import FlowDensity
+from jcnf.sklearn.mixture import MIN_WEIGHT, Mixture, Plan, best_weights, log_mean, skeleton
 
 LAWS = [stats.norm(0, 1), stats.norm(4, 0.5), stats.norm(-3, 2)]
 
@@ -79,3 +81,17 @@ def test_normal_distributions_are_found_again():
     log_prob = found.log_prob(jnp.asarray(z, float), None)
     assert abs(np.mean(truth - log_prob)) < 0.02
     np.testing.assert_allclose(np.sort(found.weights), [0.3, 0.7], atol=0.03)
+
+
+def test_the_flow_of_a_density_is_a_trained_one_if_there_is_any():
+    """Each flow of a fold may weigh less than a normal distribution, which is no density alone."""
+    normal = Mixture.of_normals(1, np.random.default_rng(0).normal(size=(20, 2))).flows[0]
+    flows = [skeleton(2, 0, Plan(4, 1, 1, 1, (0.0,), 1), False) for _ in range(2)]
+    density = FlowDensity()
+    density.outer_ = (Affine(np.zeros(2), np.eye(2)), Affine(np.ones(2), np.eye(2)))
+    density.mixture_ = Mixture((normal, *flows), np.array([0.5, 0.2, 0.3]))
+    chosen = density.flow_.bijection.parts[0]
+    assert isinstance(chosen, ODE)
+    assert chosen.field.field is flows[1].bijection.field.field
+    density.mixture_ = Mixture((normal,), np.ones(1))
+    assert density.flow_.bijection.parts[0] is normal.bijection
