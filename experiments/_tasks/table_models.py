@@ -13,6 +13,7 @@ import numpy as np
 from experiments._tasks.autoregressive_flow import Transformer, train_autoregressive_flow
 from jcnf import training
 from jcnf.data.tables import Table
+from jcnf.flows import Affine
 
 BATCH = 512  # of the autoregressive flows
 COMPONENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -41,9 +42,8 @@ def fit_ours(table: Table, seconds: float, seed: int) -> Fitted:
     model = FlowDensity(random_state=seed, progress=False)
     model.fit(np.concatenate([table.train, table.val]))
     flows = model.mixture_.flows
-    size = sum(p.size for flow in flows for p in jax.tree.leaves(training.partition(flow)[0]))
     chosen = {"flows": len(flows), "held_out_nll": model.held_out_nll_}
-    return Fitted(model.score_samples, size, chosen)
+    return Fitted(model.score_samples, sum(map(_flow_size, flows)), chosen)
 
 
 def fit_autoregressive(transformer: Transformer, table: Table, seconds: float, seed: int) -> Fitted:
@@ -138,6 +138,13 @@ def _best(fit, grid: Iterable[dict], val, seconds: float) -> tuple[Any, dict[str
     if best is None:
         raise failure
     return best, chosen | {"settings_tried": tried}
+
+
+def _flow_size(flow):
+    """Return how many numbers of a flow are fitted: a normal has a mean and a variance a column."""
+    if isinstance(flow.bijection, Affine):
+        return 2 * flow.dim
+    return sum(p.size for p in jax.tree.leaves(training.partition(flow)[0]))
 
 
 def _covariance_size(kind, count, dim):

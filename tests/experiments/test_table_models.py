@@ -6,6 +6,7 @@ import types
 from typing import ClassVar
 
 import jax
+import jax.random as jr
 import numpy as np
 import pytest
 from scipy import stats
@@ -15,8 +16,11 @@ from experiments._runner.config import Run
 from experiments._tasks import table_models
 from experiments._tasks.table_models import MODELS, Fitted
 from experiments.tables import TableBenchmark
+from jcnf import CNF, Flow, fields
 from jcnf._checks import InputError
 from jcnf.data.tables import load_table
+from jcnf.distributions import StandardNormal
+from jcnf.flows import Affine
 
 QUICK = ("ours", "mixture", "kde")
 
@@ -196,6 +200,13 @@ def test_the_size_of_a_mixture_is_the_number_of_its_free_parameters(folder):
         model = GaussianMixture(4, covariance_type=kind).fit(table.train)
         free = 3 + 4 * 3 + table_models._covariance_size(kind, 4, 3)
         assert free == model._n_parameters()
+
+
+def test_the_size_of_ours_counts_trained_networks_and_normal_distributions():
+    field = fields.MLP(3, (4,), key=jr.key(0))
+    flows = CNF(field, StandardNormal(3)), Flow(Affine(np.ones(3), np.eye(3)), StandardNormal(3))
+    # The network takes t beside x.
+    assert [table_models._flow_size(flow) for flow in flows] == [4 * 5 + 3 * 5, 6]
 
 
 def test_a_grid_ends_with_the_seconds_and_passes_over_what_fails():
