@@ -8,13 +8,15 @@ def model(y):
     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 ```
 
-NUTS differentiates the log-density by the solve's adjoint, and has no need of options. In a guide,
-the flow may be one of `numpyro.contrib.module.eqx_module`, whose parameters SVI trains. The module
-has to be imported explicitly, because `import jcnf` needs no numpyro.
+NUTS differentiates the log-density by the solve's adjoint and needs no options. In a guide, the
+flow may come from `numpyro.contrib.module.eqx_module`, whose parameters SVI trains. The module has
+to be imported explicitly, because `import jcnf` does not need numpyro.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import Distribution, constraints
@@ -24,6 +26,8 @@ from jcnf.flows._events import batch_shape, check_settings, draw_events, log_pro
 from jcnf.flows.base import Flow
 from jcnf.flows.functional import sample
 from jcnf.ode import Solve
+
+ARRAYS = (jax.Array, np.ndarray)
 
 
 class FlowDistribution(Distribution):
@@ -56,7 +60,8 @@ class FlowDistribution(Distribution):
         validate_args: bool | None = None,
     ):
         check_settings(flow, context, solve, divergence)
-        self._arrays, self._rest = eqx.partition(flow, eqx.is_array)
+        # What is not an array has to be hashable, so arrays of NumPy are not left in the rest.
+        self._arrays, self._rest = eqx.partition(flow, lambda leaf: isinstance(leaf, ARRAYS))
         self.context = None if context is None else jnp.asarray(context)
         self.solve, self.divergence = solve, divergence
         super().__init__(batch_shape(self.context), (flow.dim,), validate_args=validate_args)

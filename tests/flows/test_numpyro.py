@@ -8,8 +8,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import MATRIX, T, affine, linear, log_density
+from numpyro import handlers
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from numpyro.infer.util import log_density as log_density_of
 from numpyro.optim import Adam
 from scipy import linalg, stats
 
@@ -51,6 +53,27 @@ def test_it_passes_through_jit():
     d = FlowDistribution(affine(), CONTEXT)
     found = jax.jit(lambda d, x: d.log_prob(x))(d, X)
     np.testing.assert_allclose(found, d.log_prob(X), rtol=1e-6)
+
+
+def test_a_flow_of_numpy_arrays_passes_through_jit():
+    d = FlowDistribution(jax.device_get(affine()), CONTEXT)
+    found = jax.jit(lambda d, x: d.log_prob(x))(d, X)
+    np.testing.assert_allclose(found, FlowDistribution(affine(), CONTEXT).log_prob(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("context", [None, CONTEXT], ids=["no context", "context"])
+def test_plates_have_a_density_for_each_event(context):
+    d = FlowDistribution(linear() if context is None else affine(), context)
+
+    def model():
+        with numpyro.plate("columns", 2, dim=-1), numpyro.plate("rows", 4, dim=-2):
+            return numpyro.sample("x", d)
+
+    drawn = np.asarray(handlers.seed(model, 0)())
+    assert drawn.shape == (4, 2, 3)
+    assert len(np.unique(drawn)) == drawn.size
+    joint, _ = log_density_of(handlers.condition(model, {"x": X}), (), {}, {})
+    assert joint == pytest.approx(float(d.log_prob(X).sum()), rel=1e-6)
 
 
 def test_a_divergence_with_noise_is_refused():
