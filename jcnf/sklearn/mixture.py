@@ -89,7 +89,7 @@ class Mixture(NamedTuple):
     def of_normals(cls, count: int, z: Float[np.ndarray, "n dim"]) -> "Mixture":
         """Return the mixture of normal distributions that scikit-learn fits to whitened rows.
 
-        Their axes are those of the table, so that few rows determine them.
+        Their covariances are diagonal, so that few rows determine them.
         """
         model: Any = GaussianMixture(
             count, covariance_type="diag", reg_covar=MIN_VARIANCE, random_state=0
