@@ -96,8 +96,10 @@ class GaussianResidual(Wrapper):
     def _limit(self, gaussian, u):
         """Return q, and S^-1 u."""
         basis = self._basis(u.dtype)
-        w = basis @ ((u @ basis) / gaussian.variance)
-        return jax.lax.rsqrt(1 + self._curvature * jnp.dot(u, w)), w
+        y = u @ basis
+        # A sum of squares, because terms of u' S^-1 u could overflow with different signs.
+        q = jax.lax.rsqrt(1 + self._curvature * jnp.sum(y**2 / gaussian.variance))
+        return q, basis @ (y / gaussian.variance)
 
     def _velocity(self, gaussian, u, f):
         basis = self._basis(u.dtype)
