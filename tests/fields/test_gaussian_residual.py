@@ -13,9 +13,11 @@ from scipy import stats
 
 import jcnf
 from jcnf import CNF, evaluate
+from jcnf.data.toys import toy
 from jcnf.distributions import FullNormal, ScaledNormal, StandardNormal
 from jcnf.fields import MLP, Field, GaussianResidual, ResNet
 from jcnf.objectives import flow_matching, paths
+from jcnf.training import make_optimizer
 
 MEAN = np.array([0.5, -1.0, 2.0])
 COVARIANCE = MATRIX @ MATRIX.T + np.diag([0.2, 1.0, 0.5])
@@ -186,6 +188,39 @@ def test_bad_settings_are_refused(settings, message):
     good = {"field": Nothing(), "reference": FullNormal.fit(ROWS), "path": paths.linear}
     with pytest.raises(ValueError, match=message):
         GaussianResidual(**good | settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trained_flow_is_tame_far_from_the_data(seed):
+    """Solves stay short up to 100 radii, and the log-density falls along rays."""
+    eight = toy("8gaussians")
+    data = np.asarray(eight.sample(jax.random.key(99), 5000))
+    net = ResNet(2, 64, 2, time_frequencies=4, key=jax.random.key(seed))
+    field = GaussianResidual(net, FullNormal.fit(data), paths.linear)
+    with jax.numpy_dtype_promotion("standard"):  # for optax's Adam
+        flow = jcnf.fit(
+            CNF(field, StandardNormal(2)),
+            eight.sample,
+            key=jax.random.key(seed + 100),
+            steps=2000,
+            batch=512,
+            optimizer=make_optimizer(1e-2, 2000, clip=10.0),
+            validation=None,
+            progress=False,
+        ).flow
+    test = eight.sample(jax.random.key(7), 2000)
+    on_data = evaluate.log_prob(flow, test)
+    assert -0.01 < np.mean(eight.log_prob(test)) - np.mean(on_data.log_prob) < 0.1
+    angles = np.linspace(0, 2 * np.pi, 33)[:-1]
+    rays = np.linalg.norm(data, axis=1).max() * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    before = np.full(len(rays), np.inf)
+    for radius in (1, 2, 5, 10, 100):
+        far = evaluate.log_prob(flow, jnp.asarray(radius * rays))
+        assert far.failures == 0
+        assert far.nfe <= 2 * on_data.nfe
+        assert np.all(far.log_prob < before)
+        before = far.log_prob
 
 
 # The reference
