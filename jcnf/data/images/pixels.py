@@ -12,10 +12,10 @@ def dequantize(
 ) -> Float[Array, "*shape"]:
     """Return x = (pixel + u) / levels in [0, 1), with u uniform in [0, 1); consumes `key`.
 
-    `pixels` are whole numbers from 0 to `levels` - 1. The mean log-density of x is a lower bound on
-    the log-probability of the gray values: see `bits_per_dim`. Rounding never moves x to the next
-    gray value or to 1, so floor(`levels` x) is the pixel (exactly if `levels` is a power of two,
-    otherwise up to rounding of x).
+    `pixels` are whole numbers from 0 to `levels` - 1. The mean log-density of x minus
+    dim log `levels` is a lower bound on the log-probability of the gray values: see
+    `bits_per_dim`. Rounding never moves x to the next gray value or to 1, so floor(`levels` x) is
+    the pixel (exactly if `levels` is a power of two, otherwise up to rounding of x).
 
     **Raises:** `ValueError` for pixels that are not of an integer type, or `levels` below 1.
     """
