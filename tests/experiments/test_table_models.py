@@ -203,10 +203,9 @@ def test_the_size_of_a_mixture_is_the_number_of_its_free_parameters(folder):
 
 
 def test_the_size_of_ours_counts_trained_networks_and_normal_distributions():
-    field = fields.MLP(3, (4,), key=jr.key(0))
+    field = fields.MLP(3, (4,), time="ignore", key=jr.key(0))
     flows = CNF(field, StandardNormal(3)), Flow(Affine(np.ones(3), np.eye(3)), StandardNormal(3))
-    # The network takes t beside x.
-    assert [table_models._flow_size(flow) for flow in flows] == [4 * 5 + 3 * 5, 6]
+    assert [table_models._flow_size(flow) for flow in flows] == [4 * 4 + 3 * 5, 6]
 
 
 def test_a_grid_ends_with_the_seconds_and_passes_over_what_fails():
