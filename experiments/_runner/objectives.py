@@ -215,8 +215,9 @@ class FlowMatching(MatchingThenLikelihood):
     """Flow matching, which needs no ODE solves."""
 
     # distance from the mean, in standard deviations, beyond which the field sees little change; the
-    # field is added to the velocity of a Gaussian with the data's moments (0: the field alone)
-    reach: NonNegative = 3.0
+    # field is added to the velocity of a Gaussian with the data's moments (0: the field alone). 3
+    # keeps solves short far from the data, and fails on thin rings
+    reach: NonNegative = 0.0
 
     def prepare(self, flow: Flow, reference: distributions.FullNormal, base_std: float) -> Flow:
         """Return the flow whose field is the residual to the Gaussian `reference`."""

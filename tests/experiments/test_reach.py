@@ -18,7 +18,8 @@ ROWS = np.random.default_rng(0).multivariate_normal([5.0, -3.0], [[4.0, 1.2], [1
 
 
 def untrained(**flow):
-    return ToyFlow(flow=FlowSettings(**flow)).make_flow(2, data=ROWS)
+    settings = ToyFlow(objective=FlowMatching(reach=3.0), flow=FlowSettings(**flow))
+    return settings.make_flow(2, data=ROWS)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,8 @@ def test_an_untrained_flow_has_the_moments_of_the_data(flow):
 
 
 def test_the_flow_of_a_run_is_loaded_with_its_gaussian(tmp_path):
-    settings = ToyFlow(flow=FlowSettings(trainable_end_time=True), run=Run(out=tmp_path / "run"))
+    flow = FlowSettings(trainable_end_time=True)
+    settings = ToyFlow(objective=FlowMatching(reach=3.0), flow=flow, run=Run(out=tmp_path / "run"))
     flow = settings.make_flow(2, data=ROWS)
     RunDir("toy2d", settings).save_flow(flow, {})
     loaded, _, _ = load_flow(tmp_path / "run", ToyFlow)
@@ -69,6 +71,8 @@ def test_the_reference_of_gaussian_1d_is_that_of_its_points(tmp_path, monkeypatc
         raise Made
 
     monkeypatch.setattr(gaussian_1d, "fit", fit)
-    settings = gaussian_1d.Gaussian1D(objective=FlowMatching(), run=Run(out=tmp_path / "run"))
+    settings = gaussian_1d.Gaussian1D(
+        objective=FlowMatching(reach=3.0), run=Run(out=tmp_path / "run")
+    )
     with pytest.raises(Made):
         gaussian_1d.run(settings)
