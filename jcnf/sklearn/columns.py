@@ -20,9 +20,9 @@ BINS = (4, 8, 16, 32, 64, 128)  # that a column's spline may have
 TAIL_INDICES = (0.1, 0.5, 1.0)
 EXPONENTIAL = 0.02  # tail index of columns with a bound, whose logarithms are modeled
 MIN_ROWS_PER_BIN = 8
-# Nats a row by which a spline must beat a normal distribution, and standard errors beyond them. A
-# uniform column gains 0.176, and is better left to the flow; logarithms that open a support do not
-# give a column its true shape.
+# Nats a row by which a spline must beat a normal distribution. A uniform column gains 0.176, and is
+# better left to the flow, so that a spline must gain more for certain, by two standard errors;
+# logarithms that open a support do not give a column its true shape.
 MIN_GAIN, MIN_GAIN_OPENED, DOUBT = 0.18, 0.01, 2.0
 FOLDS = 5
 MAX_ROWS = 5000  # that choose the number of bins; all rows fit the spline
@@ -217,8 +217,8 @@ def fit_columns(
     """Return the transform of columns whose noise has been added, in the precision of jax.
 
     A column gets a spline if one beats a normal distribution in 5-fold cross-validation, by 0.18
-    nats a row and two standard errors of the difference; for a column with a bound, by 0.01 and two
-    standard errors. The number of bins and the tails are those that do best there.
+    nats a row and two standard errors of the difference; for a column with a bound, by 0.01. The
+    number of bins and the tails are those that do best there.
     """
     rng = np.random.default_rng(seed)
     maps = [_fit(x, support.cells, rng) for x, support in zip(rows.T, supports, strict=True)]
@@ -306,7 +306,8 @@ def _choose_bins(u, support, rng):
         gains[bins, index] = np.concatenate(found) - normal
     best = max(gains, key=lambda candidate: gains[candidate].mean())
     least = MIN_GAIN_OPENED if opened else MIN_GAIN
-    least += DOUBT * standard_error(gains[best])
+    if not opened:
+        least += DOUBT * standard_error(gains[best])
     return best if gains[best].mean() > least else (0, 1.0)
 
 
