@@ -14,9 +14,7 @@ to be imported explicitly, because `import jcnf` does not need numpyro.
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import Distribution, constraints
@@ -26,8 +24,6 @@ from jcnf.flows._events import batch_shape, check_settings, draw_events, log_pro
 from jcnf.flows.base import Flow
 from jcnf.flows.functional import sample
 from jcnf.ode import Solve
-
-ARRAYS = (jax.Array, np.ndarray)
 
 
 class FlowDistribution(Distribution):
@@ -60,8 +56,7 @@ class FlowDistribution(Distribution):
         validate_args: bool | None = None,
     ):
         check_settings(flow, context, solve, divergence)
-        # What is not an array has to be hashable, so arrays of NumPy are not left in the rest.
-        self._arrays, self._rest = eqx.partition(flow, lambda leaf: isinstance(leaf, ARRAYS))
+        self._arrays, self._rest = eqx.partition(flow, eqx.is_array)
         self.context = None if context is None else jnp.asarray(context)
         self.solve, self.divergence = solve, divergence
         super().__init__(batch_shape(self.context), (flow.dim,), validate_args=validate_args)

@@ -55,12 +55,6 @@ def test_it_passes_through_jit():
     np.testing.assert_allclose(found, d.log_prob(X), rtol=1e-6)
 
 
-def test_a_flow_of_numpy_arrays_passes_through_jit():
-    d = FlowDistribution(jax.device_get(affine()), CONTEXT)
-    found = jax.jit(lambda d, x: d.log_prob(x))(d, X)
-    np.testing.assert_allclose(found, FlowDistribution(affine(), CONTEXT).log_prob(X), rtol=1e-6)
-
-
 @pytest.mark.parametrize("context", [None, CONTEXT], ids=["no context", "context"])
 def test_plates_have_a_density_for_each_event(context):
     d = FlowDistribution(linear() if context is None else affine(), context)
