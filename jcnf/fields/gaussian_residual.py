@@ -21,11 +21,11 @@ class GaussianResidual(Wrapper):
     Flow matching from N(0, I) to N(m, C) along an affine path a(s) x0 + b(s) x1 has a known
     solution. The points are N(b m, S) with S = a^2 I + b^2 C, and the velocity is
     b' m + (a a' I + b b' C) S^-1 (x - b m); for another base, a has its standard deviation as a
-    factor. The field is this velocity plus g(s) f(t, b m + q u).
-    Here u = x - b m, and q = 1 / sqrt(1 + u' S^-1 u / (dim reach^2)) is about 1 on the data and
-    falls as 1 / |u| far from them. The number g(s) is the standard deviation of a coordinate of
-    the velocity, given x, if the data are the Gaussian. Splitting off the Gaussian solution goes
-    back to Karras et al. (2022, arXiv:2206.00364), for one standard deviation in all directions.
+    factor. The field is this velocity plus g(s) f(t, b m + q u). Here u = x - b m, and
+    q = 1 / sqrt(1 + u' S^-1 u / (dim reach^2)) is about 1 on the data and falls as 1 / |u| far from
+    them. The number g(s) is the standard deviation of a coordinate of the velocity, given x, if the
+    data are the Gaussian. Splitting off the Gaussian solution goes back to Karras et al. (2022,
+    arXiv:2206.00364), for one standard deviation in all directions.
 
     If f starts at 0, the flow starts as the Gaussian with the data's mean and covariance. Far from
     the data f sees a point on an ellipsoid, so that the velocity is the Gaussian's plus a bounded
