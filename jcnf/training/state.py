@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jcnf.distributions import BaseDistribution
-from jcnf.flows import Fixed
+from jcnf.flows import Bijection
 from jcnf.ode import unknown
 
 
@@ -50,7 +50,8 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
     """
 
     def is_fixed(node):
-        return isinstance(node, BaseDistribution | Fixed)
+        untrained = isinstance(node, Bijection) and not node.is_trained
+        return untrained or isinstance(node, BaseDistribution)
 
     def trainable(node):
         return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not is_fixed(node), node)
