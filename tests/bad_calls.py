@@ -217,11 +217,9 @@ refuses(fields.MinusIdentity, field=FIELDS)
 rescaled = {"field": FIELD, "rate": 1.0}
 refuses(fields.TimeRescaling, rescaled, field=FIELDS, rate=POSITIVE, start=[np.nan])
 gaussian = {"field": FIELD, "reference": FullNormal(np.zeros(2), np.eye(2)), "path": paths.linear}
-refuses(
-    fields.GaussianResidual, gaussian, field=FIELDS, reference=[BASE, FullNormal([0.0], [[1.0]])]
-)
-refuses(fields.GaussianResidual, gaussian, path=["linear", paths.SigmaMin], reach=POSITIVE)
-refuses(fields.GaussianResidual, gaussian, t1=POSITIVE, base_std=POSITIVE)
+refuses(fields.GaussianTails, gaussian, field=FIELDS, reference=[BASE, FullNormal([0.0], [[1.0]])])
+refuses(fields.GaussianTails, gaussian, path=["linear", paths.SigmaMin], reach=POSITIVE)
+refuses(fields.GaussianTails, gaussian, t1=POSITIVE, base_std=POSITIVE)
 mixture = {"fields": [FIELD], "key": KEY}
 refuses(fields.Mixture, mixture, fields=[[], [FIELD, WIDE.bijection.field], [fields.MLP]], key=KEYS)
 refuses(fields.Guided, {"field": GIVEN.bijection.field}, scale=[np.nan, "2"])

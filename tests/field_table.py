@@ -21,7 +21,7 @@ from jcnf.fields import (
     Cast,
     Conv,
     Field,
-    GaussianResidual,
+    GaussianTails,
     Guided,
     MinusIdentity,
     Mixture,
@@ -62,9 +62,9 @@ class Normalizing(Field):
         return self.matrix @ x / jnp.sqrt(1 + jnp.sum(x**2))
 
 
-def gaussian_residual(field, path):
+def gaussian_tails(field, path):
     covariance = np.asarray(MATRIX) @ np.asarray(MATRIX).T + np.eye(3)
-    return GaussianResidual(field, FullNormal([0.5, -1.0, 0.2], covariance), path, reach=1.5)
+    return GaussianTails(field, FullNormal([0.5, -1.0, 0.2], covariance), path, reach=1.5)
 
 
 concat = partial(drawn, MLP, 3, (4, 5), context_dim=2)
@@ -94,8 +94,8 @@ FIELDS = {
     "residual": lambda: MinusIdentity(concat()),
     "residual without closed form": lambda: MinusIdentity(no_closed_form()),
     "time change": lambda: TimeRescaling(concat(), 1.4, start=0.2),
-    "gaussian_residual": lambda: gaussian_residual(concat(), paths.linear),
-    "gaussian_residual without closed form": lambda: gaussian_residual(
+    "gaussian_tails": lambda: gaussian_tails(concat(), paths.linear),
+    "gaussian_tails without closed form": lambda: gaussian_tails(
         no_closed_form(), paths.trigonometric
     ),
     "mixture": lambda: mixture(concat(), concat(seed=1)),

@@ -214,18 +214,18 @@ class MatchingThenLikelihood(ObjectiveSettings):
 class FlowMatching(MatchingThenLikelihood):
     """Flow matching, which needs no ODE solves."""
 
-    # distance from the mean, in standard deviations, beyond which the field sees little change; the
-    # field is added to the velocity of a Gaussian with the data's moments (0: the field alone). 3
-    # keeps solves short far from the data, and fails on thin rings
-    reach: NonNegative = 0.0
+    # distance from the mean, in standard deviations, beyond which the field gives way to the
+    # velocity of a Gaussian with the data's moments, so that solves stay short far from the data
+    # (0: the field alone)
+    reach: NonNegative = 3.0
 
     def prepare(self, flow: Flow, reference: distributions.FullNormal, base_std: float) -> Flow:
-        """Return the flow whose field is the residual to the Gaussian `reference`."""
+        """Return the flow with the tails of the Gaussian `reference`."""
         if not self.reach:
             return flow
         ode: Any = flow.bijection
         path = paths.PATHS[self.matching.path]
-        field = fields.GaussianResidual(ode.field, reference, path, self.reach, ode.t1, base_std)
+        field = fields.GaussianTails(ode.field, reference, path, self.reach, ode.t1, base_std)
         return dataclasses.replace(flow, bijection=dataclasses.replace(ode, field=field))
 
 

@@ -3,7 +3,7 @@
 from jcnf.fields.base import Field as Field
 from jcnf.fields.base import check_field as check_field
 from jcnf.fields.conv import Conv as Conv
-from jcnf.fields.gaussian_residual import GaussianResidual as GaussianResidual
+from jcnf.fields.gaussian_tails import GaussianTails as GaussianTails
 from jcnf.fields.layers import ACTIVATIONS as ACTIVATIONS
 from jcnf.fields.layers import LAYERS as LAYERS
 from jcnf.fields.mlp import MLP as MLP

@@ -28,7 +28,7 @@ from sklearn.mixture import GaussianMixture
 
 from jcnf import evaluate
 from jcnf.distributions import FullNormal, StandardNormal
-from jcnf.fields import GaussianResidual, ResNet
+from jcnf.fields import GaussianTails, ResNet
 from jcnf.flows import CNF, Affine, Flow
 from jcnf.objectives import flow_matching, paths
 from jcnf.ode import Solve
@@ -294,7 +294,7 @@ def _untrained(dim, context_dim, plan, key):
         key=key,
     )
     reference = FullNormal(np.zeros(dim), np.eye(dim))
-    return CNF(GaussianResidual(net, reference, paths.trigonometric), StandardNormal(dim))
+    return CNF(GaussianTails(net, reference, paths.trigonometric), StandardNormal(dim))
 
 
 def _normal(mean, scale):

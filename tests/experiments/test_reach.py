@@ -1,4 +1,4 @@
-"""Flow matching of the residual to a Gaussian of the data: untrained flows, and saved runs."""
+"""Fields with the tails of a Gaussian of the data: untrained flows, and saved runs."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from experiments._runner.objectives import FlowMatching
 from experiments._runner.run_dir import RunDir, load_flow
 from experiments._tasks.density2d import ToyFlow
 from jcnf import Solve
-from jcnf.fields import GaussianResidual, ResNet
+from jcnf.fields import GaussianTails, ResNet
 
 ROWS = np.random.default_rng(0).multivariate_normal([5.0, -3.0], [[4.0, 1.2], [1.2, 0.5]], 4000)
 
@@ -32,15 +32,14 @@ def untrained(**flow):
     ],
     ids=["t1", "base_scale", "logistic", "trainable_end_time"],
 )
-def test_an_untrained_flow_has_the_moments_of_the_data(flow):
-    """The flow is an affine map, so three base points tell its moments."""
+def test_far_from_the_data_an_untrained_flow_has_their_covariance(flow):
+    """There the flow is an affine map, so two directions of the base tell its covariance."""
     flow = untrained(**flow)
-    z = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    z = 1e6 * jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     origin, *ends = flow.bijection.forward(z, None, Solve(rtol=1e-8, atol=1e-8))[0]
     std = float(flow.base.distribution().stddev()[0])
-    columns = std * (jnp.stack(ends) - origin[None])
-    np.testing.assert_allclose(origin, ROWS.mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(columns.T @ columns, np.cov(ROWS.T), atol=1e-4)
+    columns = std * (jnp.stack(ends) - origin[None]) / 1e6
+    np.testing.assert_allclose(columns.T @ columns, np.cov(ROWS.T), rtol=1e-3, atol=1e-3)
 
 
 def test_the_flow_of_a_run_is_loaded_with_its_gaussian(tmp_path):
@@ -65,7 +64,7 @@ def test_the_reference_of_gaussian_1d_is_that_of_its_points(tmp_path, monkeypatc
 
     def fit(run_dir, settings, flow, *, data, **others):
         field = flow.bijection.field
-        assert isinstance(field, GaussianResidual)
+        assert isinstance(field, GaussianTails)
         np.testing.assert_allclose(field.reference.mean, np.mean(data, axis=0))
         np.testing.assert_allclose(field.reference.std, np.std(data, axis=0, ddof=1))
         raise Made

@@ -1,6 +1,7 @@
-"""Residuals to a Gaussian: exactly Gaussian without a network, about Gaussian far from the data."""
+"""Gaussian tails: the field itself on the data, and about that of a Gaussian far from them."""
 
 import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ import jcnf
 from jcnf import CNF, evaluate
 from jcnf.data.toys import toy
 from jcnf.distributions import FullNormal, ScaledNormal, StandardNormal
-from jcnf.fields import MLP, Field, GaussianResidual, ResNet
+from jcnf.fields import MLP, Field, GaussianTails, ResNet
 from jcnf.objectives import flow_matching, paths
 from jcnf.training import make_optimizer
 
@@ -39,41 +40,59 @@ def random_net():
 
 
 def make(field, path, t1=1.0, **settings) -> CNF:
-    field = GaussianResidual(field, FullNormal.fit(ROWS), path, t1=t1, **settings)
+    field = GaussianTails(field, FullNormal.fit(ROWS), path, t1=t1, **settings)
     return CNF(field, StandardNormal(3), t1=t1)
 
 
+class OfTheGaussian(Field):
+    """The velocity of N(0, s^2 I) becoming the Gaussian of `ROWS` along a x0 + b x1 + c z."""
+
+    path: Callable = eqx.field(static=True)
+    t1: float = eqx.field(static=True, default=1.0)
+    base_std: float = eqx.field(static=True, default=1.0)
+    dim: int = eqx.field(static=True, default=3)
+
+    def __call__(self, t, x, context=None):
+        mean, covariance = jnp.asarray(ROWS.mean(axis=0)), jnp.asarray(np.cov(ROWS.T))
+
+        def weights(s):
+            return tuple(self.path(s, *unit) for unit in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)))
+
+        def noise(s):
+            return self.path(s, 0.0, 0.0, 1.0)
+
+        s, eye = t / self.t1, jnp.eye(3)
+        (a, b), (da, db) = jax.jvp(weights, (s,), (jnp.ones_like(s),))
+        c, dc = jax.jvp(noise, (s,), (jnp.ones_like(s),))
+        spread = (self.base_std**2 * a**2 + c**2) * eye + b**2 * covariance
+        rate = (self.base_std**2 * a * da + c * dc) * eye + b * db * covariance
+        return (db * mean + rate @ jnp.linalg.solve(spread, x - b * mean)) / self.t1
+
+
+@pytest.mark.parametrize("base_std", [1.0, 3.0])
 @pytest.mark.parametrize("path", PATHS)
-def test_without_a_network_the_flow_is_the_gaussian(path):
-    flow = make(Nothing(), PATHS[path], T)
+def test_the_flow_of_a_gaussian_stays_that_of_the_gaussian(path, base_std):
+    """If the field is the Gaussian's velocity on the data, it is so everywhere."""
+    exact = OfTheGaussian(PATHS[path], T, base_std)
+    field = make(exact, PATHS[path], T, base_std=base_std).bijection.field
+    flow = CNF(field, ScaledNormal(3, base_std), T)
     law = stats.multivariate_normal(ROWS.mean(axis=0), np.cov(ROWS.T))
     x = jnp.asarray(np.concatenate([ROWS[:20], [[30.0, -20.0, 10.0]]]))
     found = eqx.filter_jit(jcnf.log_prob)(flow, x, solve=TIGHT)
     np.testing.assert_allclose(found, law.logpdf(x), rtol=1e-7)
 
 
-def test_without_a_network_the_flow_from_a_wider_base_is_the_gaussian():
-    field, x = (
-        make(Nothing(), paths.linear, T, base_std=3.0).bijection.field,
-        jnp.asarray(ROWS[:20]),
-    )
-    found = jcnf.log_prob(CNF(field, ScaledNormal(3, 3.0), T), x, solve=TIGHT)
-    law = stats.multivariate_normal(ROWS.mean(axis=0), np.cov(ROWS.T))
-    np.testing.assert_allclose(found, law.logpdf(x), rtol=1e-7)
-
-
 @pytest.mark.parametrize("path", [paths.linear, paths.Stochastic(0.7)])
-def test_without_a_network_the_field_is_the_minimum_of_flow_matching(path):
+def test_the_velocity_of_the_gaussian_is_the_minimum_of_flow_matching(path):
     """The slope of the loss is 0 for a constant that is added to it."""
+    gaussian = make(OfTheGaussian(path, T), path, T).bijection.field
 
     def loss(number, x, key):
-        inner = make(Nothing(), path, T).bijection.field
-
         class Sum(Field):
             dim: int = eqx.field(static=True, default=3)
 
             def __call__(self, t, x, context=None):
-                return inner(t, x) + number
+                return gaussian(t, x) + number
 
         return flow_matching(CNF(Sum(), StandardNormal(3), T), x, key, path=path)[0]
 
@@ -87,7 +106,8 @@ def test_without_a_network_the_field_is_the_minimum_of_flow_matching(path):
 def test_far_away_the_velocity_is_that_of_the_gaussian_and_a_bounded_one():
     """The network is given a point on an ellipsoid."""
     directions = jnp.asarray(np.random.default_rng(1).normal(size=(50, 3)))
-    fields = [make(f, paths.trigonometric).bijection.field for f in (random_net(), Nothing())]
+    path = paths.linear
+    fields = [make(random_net(), path).bijection.field, OfTheGaussian(path)]
     times, added = (0.1, 0.5, 0.95), {}
 
     @jax.jit
@@ -96,13 +116,26 @@ def test_far_away_the_velocity_is_that_of_the_gaussian_and_a_bounded_one():
 
     for radius in (1e4, 1e6):
         for t in times:
-            with_net, without = velocities(jnp.asarray(t), radius * directions)
-            assert np.max(np.abs(without)) > 0.1 * radius
-            added[radius, t] = np.asarray(with_net - without)
+            found, gaussian = velocities(jnp.asarray(t), radius * directions)
+            assert np.max(np.abs(gaussian)) > 0.1 * radius
+            added[radius, t] = np.asarray(found - gaussian)
     for t in times:
         assert np.max(np.abs(added[1e6, t])) < 50
         assert np.max(np.abs(added[1e6, t])) > 0.1
         np.testing.assert_allclose(added[1e6, t], added[1e4, t], atol=0.1)
+
+
+def test_on_the_data_the_field_is_nearly_its_own():
+    """With a long reach, little is added."""
+    net, x = random_net(), jnp.asarray(ROWS[:50])
+    bare = jax.vmap(functools.partial(net, jnp.asarray(0.4)))(x)
+    found = [
+        jax.vmap(functools.partial(field, jnp.asarray(0.4)))(x)
+        for reach in (100.0, 3.0)
+        for field in (make(net, paths.linear, reach=reach).bijection.field,)
+    ]
+    errors = [float(np.sqrt(np.mean((v - bare) ** 2) / np.mean(bare**2))) for v in found]
+    assert errors[0] < 1e-3 < errors[1]
 
 
 def test_the_divergence_is_finite_as_far_as_points_are():
@@ -126,12 +159,11 @@ def test_what_the_network_is_given_is_within_reach():
     law, t = flow.reference, jnp.asarray(0.3)
     mean = 0.3 * np.asarray(law.mean)
     std = np.sqrt(0.7**2 + (0.3 * np.asarray(law.std)) ** 2)
-    gain = np.sqrt(np.mean((np.asarray(law.std) / std) ** 2))
     x = np.array([MEAN]) + np.array([[0.01, 0.02, -0.01], [1.0, -2.0, 0.5], [1e5, 3e4, -1e5]])
     y = np.asarray(x - mean[None]) @ np.asarray(law.basis) / std[None]
-    y = y / np.sqrt(1 + np.sum(y**2, axis=1) / (3 * 2.0**2))[:, None]
+    y = y / (1 + (np.sum(y**2, axis=1) / (3 * 2.0**2)) ** 2)[:, None] ** 0.25
     assert np.linalg.norm(y[2]) == pytest.approx(2 * np.sqrt(3), rel=1e-6)
-    expected = gain * (mean[None] + (y * std[None]) @ np.asarray(law.basis).T)
+    expected = mean[None] + (y * std[None]) @ np.asarray(law.basis).T
     found = [flow(t, row) - bare(t, row) for row in jnp.asarray(x)]
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
@@ -188,7 +220,7 @@ def test_float32_in_float32_out():
 def test_bad_settings_are_refused(settings, message):
     good = {"field": Nothing(), "reference": FullNormal.fit(ROWS), "path": paths.linear}
     with pytest.raises(ValueError, match=message):
-        GaussianResidual(**good | settings)
+        GaussianTails(**good | settings)
 
 
 @pytest.mark.slow
@@ -198,7 +230,7 @@ def test_a_trained_flow_is_tame_far_from_the_data(seed):
     eight = toy("8gaussians")
     data = np.asarray(eight.sample(jax.random.key(99), 5000))
     net = ResNet(2, 64, 2, time_frequencies=4, key=jax.random.key(seed))
-    field = GaussianResidual(net, FullNormal.fit(data), paths.linear)
+    field = GaussianTails(net, FullNormal.fit(data), paths.linear)
     with jax.numpy_dtype_promotion("standard"):  # for optax's Adam
         flow = jcnf.fit(
             CNF(field, StandardNormal(2)),
