@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jcnf import sharding
 from jcnf.ode.failing_rows import mean_square, with_copies
+from jcnf.ode.reverse_only import reverse_only
 from jcnf.ode.solve import Solve, Stats, check_tolerance
 
 
@@ -51,6 +52,8 @@ def integrate(
             "expected no times with adjoint='reversible', which gives only the state at t1: "
             "use adjoint='checkpoint' for a trajectory"
         )
+    if solve.has_reverse_mode_only:
+        y0, args = reverse_only((y0, args), solve.adjoint)
     y0 = sharding.shard_if_even(y0)
     t0, t1 = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1))
     direction = jnp.where(t0 < t1, 1, -1).astype(dtype)

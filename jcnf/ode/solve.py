@@ -280,6 +280,11 @@ class Solve(eqx.Module):
         )
 
     @property
+    def has_reverse_mode_only(self) -> bool:
+        """True for the adjoints of jcnf through which `jax.jvp` cannot go."""
+        return isinstance(self.adjoint, str) and self.adjoint not in ("direct", "forward")
+
+    @property
     def heeds_step_plans(self) -> bool:
         """True if solves with these settings follow a step plan and return one."""
         return self.step is None
