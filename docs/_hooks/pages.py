@@ -1,6 +1,7 @@
 """Hooks of MkDocs for what the pages of this site have beyond plain Markdown.
 
 - ```` ```python no-run ````, a block that the tests do not run, is shown like any other.
+- CONTRIBUTING.md and CHANGELOG.md are pages too.
 - Formulas, $...$ within a line and $$...$$ on lines by themselves, become MathML, so that no page
   needs a script or a network to typeset them. Browsers need a font for mathematics; the site has
   the one of ziamath for readers without one.
@@ -9,6 +10,7 @@
 import html
 import importlib.resources
 import re
+from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
@@ -22,11 +24,26 @@ OPERATOR = re.compile(r"<mo>([A-Za-z]{2,})</mo>(<mo[^>]*>&#x00028;)?")
 FONT = "STIXTwoMath-Regular.ttf"
 
 
+# Pages of the site that lie at the top of the repository, and their links to other files there.
+TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)]+)\)")
+
+
 def on_files(files, config):
-    """Add the font to the site."""
+    """Add the font to the site, and the pages from the top of the repository."""
+    root = Path(config.config_file_path).parent
+    for name, page in TOP.items():
+        text = LINK.sub(_link, (root / name).read_text())
+        files.append(File.generated(config, page, content=text))
     with importlib.resources.as_file(importlib.resources.files("ziamath.fonts") / FONT) as path:
         files.append(File.generated(config, f"_assets/{FONT}", abs_src_path=str(path)))
     return files
+
+
+def _link(link):
+    text, target = link.groups()
+    page = TOP.get(target, target.removeprefix("docs/"))
+    return f"[{text}]({page})" if page != target else f"`{target}`"
 
 
 def on_page_markdown(markdown, **_):

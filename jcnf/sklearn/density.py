@@ -33,6 +33,7 @@ from jcnf.sklearn.sides import (
     blank_columns,
     cast,
     from_pickle,
+    refuse_text,
     single,
     to_pickle,
 )
@@ -408,6 +409,7 @@ class FlowDensity(BaseEstimator):
 
 def _numbers(estimator, X, reset) -> np.ndarray:
     least = MIN_ROWS if reset else 1
+    refuse_text(X, "the table")
     rows: Any = validate_data(estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=least)
     return rows
 
@@ -432,6 +434,13 @@ def _check_constant(rows, names, subject=""):
 
 def _check_rows(rows, names):
     _check_constant(rows, names)
+    if len(rows) < 2 * len(names):
+        warnings.warn(
+            f"{len(rows)} rows are few for {len(names)} columns: the density follows chance "
+            "dependences of these rows, and held_out_nll_ is too low. Leave columns out, or use "
+            "their principal components",
+            stacklevel=3,
+        )
     counts = (np.diff(rows, axis=0) == 1).all(axis=0)
     for name in np.array(names, dtype=object)[counts]:
         warnings.warn(f"column {name} counts the rows: leave it out", stacklevel=3)

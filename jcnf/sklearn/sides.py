@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jcnf._checks import InputError
 from jcnf.flows import Columns
 from jcnf.sklearn.columns import Column, fit_columns
 
@@ -52,6 +53,7 @@ class ContextRows:
     """The rows and names of a context."""
 
     def __init__(self, context):
+        refuse_text(context, "the context")
         try:
             self.rows = np.asarray(context, np.float64)
         except (TypeError, ValueError) as error:
@@ -66,6 +68,27 @@ class ContextRows:
         self.named = hasattr(context, "columns")
         names = context.columns if self.named else range(self.rows.shape[1])
         self.names = [str(name) for name in names]
+
+
+def refuse_text(table, what):
+    """Raise `InputError` that names the columns of a DataFrame that hold no numbers."""
+    if hasattr(table, "select_dtypes") and len(table):
+        others = table.select_dtypes(exclude=["number", "bool"])
+        text = [str(name) for name in others if not _is_number(others[name].iloc[0])]
+        if text:
+            raise InputError(
+                f"{what} has columns that are not numbers: {', '.join(text)}. Leave them out, or "
+                "make a column of 0 and 1 for each value (pandas.get_dummies): such columns serve "
+                "as context"
+            )
+
+
+def _is_number(value):
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def to_pickle(state, name):

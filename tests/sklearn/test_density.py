@@ -336,6 +336,11 @@ def test_a_density_without_a_context_is_given_none(density):
 ROWS = np.random.default_rng(0).normal(size=(20, 2))
 
 
+MIXED = pd.DataFrame(
+    {"a": ROWS[:, 0], "b": ["x"] * 20, "c": pd.Timestamp("2020"), "d": [True] * 20}
+)
+
+
 def with_value(value, row=4):
     rows = ROWS.astype(object if isinstance(value, str) else float)
     rows[row, 1] = value
@@ -350,6 +355,8 @@ def with_value(value, row=4):
         ("contains NaN", with_value(np.nan), {}, None),
         ("contains infinity", with_value(np.inf), {}, None),
         ("could not convert string to float", with_value("a"), {}, None),
+        ("the table has columns that are not numbers: b, c. ", MIXED, {}, None),
+        ("the context has columns that are not numbers: b, c. ", ROWS, {}, MIXED),
         ("Expected 2D array", ROWS[:, 0], {}, None),
         ("column 1 is said to be positive, but has -", ROWS, {"columns": {1: "positive"}}, None),
         (r"has 7 in row 4: give wider", with_value(7.0), {"columns": {1: (-5, 5)}}, None),
@@ -376,6 +383,7 @@ def test_bad_arguments_are_refused(message, x, settings, context):
     ("message", "x"),
     [
         ("column 1 counts the rows: leave it out", np.c_[ROWS[:, 0], np.arange(7, 27)]),
+        ("20 rows are few for 11 columns", np.random.default_rng(1).normal(size=(20, 11))),
         (r"column 1 is more than 30 .* in 1 of 20 rows \(first: 4\)", with_value(1e6)),
     ],
 )
