@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jcnf import sharding
+from jcnf.ode._reverse_only import reverse_only
 from jcnf.ode.failing_rows import mean_square, with_copies
-from jcnf.ode.reverse_only import reverse_only
 from jcnf.ode.solve import Solve, Stats, check_tolerance
 
 
