@@ -53,7 +53,7 @@ def integrate(
             "use adjoint='checkpoint' for a trajectory"
         )
     if solve.has_reverse_mode_only:
-        y0, args = reverse_only((y0, args), solve.adjoint)
+        y0, args = reverse_only((y0, args), str(solve.adjoint))
     y0 = sharding.shard_if_even(y0)
     t0, t1 = (jax.lax.stop_gradient(jnp.asarray(t, dtype)) for t in (t0, t1))
     direction = jnp.where(t0 < t1, 1, -1).astype(dtype)

@@ -93,7 +93,7 @@ class Column:
             return ((x >= self.lower) & (x <= self.upper)) | self.circular
         return ((x > self.lower) & (x < self.upper)) | self.circular
 
-    def finish(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    def finish(self, x: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
         """Return samples rounded to the steps, and inside the bounds."""
         if self.step:
             origin = next((b for b in self.bounds if math.isfinite(b)), 0.0)

@@ -255,6 +255,22 @@ def test_quantiles_given_a_context_are_close_and_ascend(given):
     assert np.all(np.abs(covered - levels) < 4 * np.sqrt(levels * (1 - levels) / 50))
 
 
+def test_quantiles_and_means_given_a_context_are_those_of_the_density(given):
+    """Far into the tails too: against the integral of the density."""
+    levels = np.array([1e-4, 0.01, 0.3, 0.5, 0.99, 0.9999])
+    y = np.linspace(-4, 4, 10 * FEW)
+    for x in (-1.5, 0.2):
+        context = np.full((FEW, 1), x)
+        parts = [given.score_samples(part[:, None], context=context) for part in np.split(y, 10)]
+        p = np.exp(np.concatenate(parts))
+        below = np.concatenate([[0], np.cumsum((p[1:] + p[:-1]) / 2 * np.diff(y))])
+        found = given.quantile(levels, [[x]])[0]
+        np.testing.assert_allclose(np.interp(found, y, below), levels, rtol=0.1, atol=2e-3)
+        tails = np.interp(found[[0, -1]], y, np.minimum(below, below[-1] - below))
+        np.testing.assert_allclose(tails, 1e-4, rtol=0.3)
+        assert given.predict([[x]])[0] == pytest.approx(np.trapezoid(y * p, y), abs=3e-3)
+
+
 def test_the_density_given_a_context_integrates_to_1(given):
     y = np.linspace(-3, 3, FEW)[:, None]
     for x in (-1.5, 0.2):
@@ -329,6 +345,18 @@ def test_a_density_without_a_context_is_given_none(density):
         density.score_samples(TABLE, context=np.zeros((N, 1)))
     with pytest.raises(ValueError, match="feature names should match"):
         density.score_samples(TABLE[TABLE.columns[::-1]])
+
+
+def test_names_of_columns_may_be_numbers(tmp_path):
+    table = TABLE.iloc[:60, [0, 4]].set_axis([3, 7], axis=1)
+    fitted = Density(steps=20).fit(table)
+    assert fitted.describe().splitlines()[1].startswith("7: whole")
+    fitted.save(tmp_path / "a.jcnf")
+    for density in (fitted, FlowDensity.load(tmp_path / "a.jcnf")):
+        drawn = density.sample(FEW)
+        assert list(drawn.columns) == [3, 7]
+        assert drawn.dtypes.tolist() == table.dtypes.tolist()
+        assert np.isfinite(density.score_samples(drawn)).all()
 
 
 # What is refused, and what is told
