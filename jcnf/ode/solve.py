@@ -125,9 +125,9 @@ def _plain_integer(value):
 class Solve(eqx.Module):
     """Solver, accuracy and adjoint of one batched ODE solve.
 
-    It is frozen, and hashable unless it holds arrays (a step plan or tolerances). If its step plan
-    changes from call to call, pass it to the compiled function as an argument: a function that
-    closes over it would be compiled again for every new plan.
+    It is frozen, and hashable unless it holds arrays (a step plan, tolerances or a step). If its
+    step plan changes from call to call, pass it to the compiled function as an argument: a function
+    that closes over it would be compiled again for every new plan.
 
     **Arguments:**
 
@@ -162,7 +162,7 @@ class Solve(eqx.Module):
     solver: str | diffrax.AbstractSolver = "dopri5"
     rtol: float | Float[Array, ""] = 1e-5
     atol: float | Float[Array, ""] = 1e-5
-    step: float | None = None
+    step: float | Float[Array, ""] | None = None
     adjoint: str | diffrax.AbstractAdjoint = "checkpoint"
     norm: str = "batch"
     max_steps: int = eqx.field(default=1024, converter=_plain_integer)

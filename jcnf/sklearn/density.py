@@ -239,6 +239,7 @@ class FlowDensity(BaseEstimator):
             "plan": self.plan_._asdict(),
             "normal": [isinstance(flow.bijection, Affine) for flow in self.mixture_.flows],
             "weights": self.mixture_.weights.tolist(),
+            "steps": self.mixture_.steps,
             "held_out_nll": self.held_out_nll_,
             "names": self.names_,
             "dtypes": None if self.dtypes_ is None else [str(dtype) for dtype in self.dtypes_],
@@ -284,7 +285,7 @@ class FlowDensity(BaseEstimator):
                 tree = (*tree, blank_columns(context_dim, notes["knots"][1]))
             tree, _ = checkpoint.load(path, tree)
         self.outer_, flows = tree[:2]
-        self.mixture_ = Mixture(flows, np.array(notes["weights"]))
+        self.mixture_ = Mixture(flows, np.array(notes["weights"]), notes["steps"])
         self.columns_ = [Column(**support) for support in notes["columns"]]
         self.plan_, self.held_out_nll_, self.n_features_in_ = plan, notes["held_out_nll"], dim
         self.names_, self.dtypes_ = notes["names"], notes["dtypes"]

@@ -287,6 +287,22 @@ def test_scores_given_a_context_are_close_to_the_truth(given):
     assert truth - given.score(y, context=-x) > 1
 
 
+def test_scores_do_not_depend_on_the_other_rows(given):
+    x, y = draw_pairs(1, FEW)
+    scores = given.score_samples(y, context=x)
+    few = given.score_samples(y[:7], context=x[:7])
+    np.testing.assert_allclose(few, scores[:7], rtol=1e-5, atol=1e-6)
+
+
+def test_scores_are_those_of_finer_steps(given):
+    """The number of steps is chosen by the rows held out."""
+    x, y = draw_pairs(1, FEW)
+    finer = pickle.loads(pickle.dumps(given))
+    finer.mixture_ = given.mixture_._replace(steps=4 * given.mixture_.steps)
+    errors = given.score_samples(y, context=x) - finer.score_samples(y, context=x)
+    assert 0 < np.sqrt(np.mean(errors**2)) < 2e-3
+
+
 def test_samples_use_the_rows_of_the_context_in_turn(given):
     drawn = given.sample(FEW, context=[[-1.2], [0.8], [0.0]])
     assert drawn.shape == (FEW, 1)
