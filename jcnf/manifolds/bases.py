@@ -135,7 +135,7 @@ class WrappedNormal(_OnManifold):
     """Independent normal distributions N(loc, scale^2), wrapped on a torus of angles.
 
     The density of an angle is the sum over images, sum_j N(x + 2 pi j; loc, scale^2), or its
-    Fourier series if the scale is at least 2 (Mardia & Jupp 2000, section 3.5.7): both are then
+    Fourier series if the scale is at least 2 (Mardia & Jupp 2000): both are then
     exact up to rounding.
 
     **Arguments:**

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -127,20 +128,34 @@ def _body_rate(p, v):
     return jnp.stack([m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]]) / 2
 
 
+@jax.custom_jvp
 def _polar(m):
     """Return the orthogonal factor by Newton's method, m <- (m + m'^-1) / 2 (Higham 1986)."""
-
-    def inverse_transposed(m):
-        rows, after = jnp.roll(m, -1, axis=0), jnp.roll(m, -2, axis=0)
-        cofactors = _rotated(rows, 1) * _rotated(after, 2) - _rotated(rows, 2) * _rotated(after, 1)
-        determinant = dot(m[0], cofactors[0])
-        return cofactors / determinant, determinant
-
-    inverse, determinant = inverse_transposed(m)
+    inverse, determinant = _inverse_transposed(m)
     for _ in range(POLAR_STEPS - 1):
         m = (m + inverse) / 2
-        inverse, _ = inverse_transposed(m)
+        inverse, _ = _inverse_transposed(m)
     return jnp.where(determinant > 0, (m + inverse) / 2, jnp.nan)
+
+
+@_polar.defjvp
+def _polar_jvp(primals, tangents):
+    # From m = p s follows p'dm = hat(omega) s + ds, whose antisymmetric part gives omega, because
+    # hat(omega) s + s hat(omega) = hat((tr(s) - s) omega).
+    (m,), (dm,) = primals, tangents
+    p = _polar(m)
+    s = _times(p.T, m)
+    inverse, _ = _inverse_transposed(jnp.trace(s) * jnp.eye(3, dtype=s.dtype) - s)
+    omega = jnp.sum(inverse * 2 * _body_rate(p, dm)[None], axis=1)
+    return p, _times(p, _hat(omega))
+
+
+def _inverse_transposed(m):
+    """Return the transposed inverse and the determinant."""
+    rows, after = jnp.roll(m, -1, axis=0), jnp.roll(m, -2, axis=0)
+    cofactors = _rotated(rows, 1) * _rotated(after, 2) - _rotated(rows, 2) * _rotated(after, 1)
+    determinant = dot(m[0], cofactors[0])
+    return cofactors / determinant, determinant
 
 
 def _rotated(m, by):
