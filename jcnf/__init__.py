@@ -6,6 +6,7 @@ from jcnf import distributions as distributions
 from jcnf import evaluate as evaluate
 from jcnf import fields as fields
 from jcnf import flows as flows
+from jcnf import manifolds as manifolds
 from jcnf import objectives as objectives
 from jcnf import plot as plot
 from jcnf import regularizers as regularizers

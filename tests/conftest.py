@@ -31,6 +31,7 @@ ROOMS = [
         "distributions",
         "fields",
         "divergence",
+        "manifolds",
         "regularizers",
         "ode",
     ),

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # A part of the package imports from itself and from the parts before it.
 ORDER = [
     *("_checks", "data", "plot", "sharding", "distributions", "fields", "divergence"),
-    *("regularizers", "ode", "flows", "objectives", "training", "evaluate", "inference"),
-    *("sklearn", "selfcheck"),
+    *("manifolds", "regularizers", "ode", "flows", "objectives", "training", "evaluate"),
+    *("inference", "sklearn", "selfcheck"),
 ]
 # These import no other parts than `_checks`.
 ALONE = ("data", "plot")

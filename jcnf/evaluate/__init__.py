@@ -16,9 +16,11 @@ from jcnf.evaluate.gradients import audit_gradients as audit_gradients
 from jcnf.evaluate.gradients import loss_gradient as loss_gradient
 from jcnf.evaluate.gradients import relative_error as relative_error
 from jcnf.evaluate.grid import Grid as Grid
+from jcnf.evaluate.grid import Quadrature as Quadrature
 from jcnf.evaluate.grid import cell_centers as cell_centers
 from jcnf.evaluate.grid import grid as grid
 from jcnf.evaluate.grid import grid_of as grid_of
+from jcnf.evaluate.grid import quadrature as quadrature
 from jcnf.evaluate.log_prob import ACCURATE as ACCURATE
 from jcnf.evaluate.log_prob import LogProbs as LogProbs
 from jcnf.evaluate.log_prob import Trajectories as Trajectories

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from jcnf._checks import check_int, check_number
 from jcnf.divergence import Divergence, Estimator, Exact, FixedNoise
 from jcnf.evaluate.chunks import CHUNK, evenly_spaced
-from jcnf.evaluate.grid import Grid, check_extent, grid
+from jcnf.evaluate.grid import Grid, Quadrature, check_extent, grid, quadrature
 from jcnf.evaluate.log_prob import (
     ACCURATE,
     LogProbs,
@@ -51,6 +51,7 @@ class AccuracyReport(NamedTuple):
     grid: Grid | None  # the density in 1 or 2 dimensions
     row_independence: RowIndependence | None  # None if every solve failed
     shortened: str  # what was measured only in part, to keep within the time limit, or ""
+    quadrature: Quadrature | None = None  # the density on a manifold of 1 or 2 dimensions
 
     @property
     def nll_error(self) -> float:
@@ -74,8 +75,8 @@ class AccuracyReport(NamedTuple):
             figures["estimator_stderr"] = self.estimator_stderr
         if self.row_independence is not None:
             figures["row_difference"] = self.row_independence.difference
-        if self.grid is not None:
-            figures |= {"mass": self.grid.mass, "grid_failures": self.grid.failures}
+        if density := self.grid or self.quadrature:
+            figures |= {"mass": density.mass, "grid_failures": density.failures}
         return figures
 
     def warnings(self) -> list[str]:
@@ -92,14 +93,16 @@ class AccuracyReport(NamedTuple):
                 f"error of {statistical:.1e}: tighten rtol/atol, average more probes, or use "
                 "float64"
             )
-        if self.grid is not None and self.grid.failures:
-            found.append(f"the solve failed for {self.grid.failures} cells of the grid")
+        density = self.grid or self.quadrature
+        if density and density.failures:
+            found.append(f"the solve failed for {density.failures} cells of the grid")
         # Cells that were not measured may hold what is missing of the mass, but not an excess.
-        missing = np.inf if self.grid is not None and self.grid.unmeasured else MASS_TOLERANCE
-        if self.grid is not None and not -missing <= self.grid.mass - 1 <= MASS_TOLERANCE:
+        missing = np.inf if density and density.unmeasured else MASS_TOLERANCE
+        if density and not -missing <= density.mass - 1 <= MASS_TOLERANCE:
+            enlarge = "enlarge the extent, " if self.grid else ""
             found.append(
-                f"the density has a mass of {self.grid.mass:.4f} on its grid, not 1: enlarge the "
-                "extent, use more cells, or tighten rtol/atol"
+                f"the density has a mass of {density.mass:.4f} on its grid, not 1: {enlarge}use "
+                "more cells, or tighten rtol/atol"
             )
         return found
 
@@ -129,7 +132,8 @@ def accuracy_report(
     are the means. Identical rows must have identical log-densities wherever they stand in a batch;
     this is checked in a batch as large as the largest one used here, at most `CHUNK` rows
     (`jcnf.evaluate.row_independence`). In 1 or 2 dimensions the density is integrated over
-    `extent`, by default the range of `x` and half as much again on each side.
+    `extent`, by default the range of `x` and half as much again on each side, and on a manifold of
+    1 or 2 dimensions that has a quadrature, over the manifold.
 
     If all this would take longer than `seconds`, fewer points are measured, chosen at random, and
     the outer cells of the grid are left out; the warnings say so. At least `MIN_POINTS` points and
@@ -137,10 +141,13 @@ def accuracy_report(
     `TIMES_STEPS_OF_POINTS` times the steps that points take. `seconds` is not a hard limit:
     compiling and the last chunk may exceed it.
 
-    **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does, and for fewer than 2 draws of an
-    estimator.
+    **Raises:** `ValueError` as `jcnf.evaluate.log_prob` does, for fewer than 2 draws of an
+    estimator, and for an `extent` on a manifold.
     """
     check_data(flow, x, context, solve, divergence)
+    manifold = flow.bijection.manifold
+    if manifold is not None and extent is not None:
+        raise ValueError(f"extent must be None for a flow on a manifold; got {extent}")
     check_int(draws=draws, cells=cells)
     check_int(0, reference_points=reference_points)
     if extent is not None:
@@ -184,7 +191,8 @@ def accuracy_report(
     if len(few):
         x_few, context_few, noise_few = _rows((x, context, noise), few)
         reference = _reference(flow, x_few, context_few, solve, FixedNoise(divergence, noise_few))
-    plain = x.shape[1] <= 2 and context is None
+    axes = x.shape[1] if manifold is None else manifold.intrinsic_dim
+    plain = axes <= 2 and context is None
     some = evenly_spaced(len(x), MAX_ROUND_TRIP_POINTS)
     x_some, context_some = _rows((x, context), some)
     roundtrip_error, back = roundtrip(flow, x_some, context=context_some, solve=solve, chunk=chunk)
@@ -196,9 +204,12 @@ def accuracy_report(
         if seconds is not None:
             cell_solve = _no_longer(solve, scores.nfe)
             end = max(start + seconds, time.monotonic() + seconds / 3)
-        density = _grid(
-            flow, x[~failed], extent, cells, cell_solve, lambda done: time.monotonic() > end
-        )
+        per_axis = cells if axes == 2 else 10 * cells
+        of_cells = {"solve": cell_solve, "enough": lambda done: time.monotonic() > end}
+        if manifold is None:
+            density = _grid(flow, x[~failed], extent, per_axis, of_cells)
+        elif manifold.quadrature(1) is not None:
+            density = quadrature(flow, per_axis, **of_cells)
     batch = min(CHUNK if chunk is None else chunk, len(x))
     if density is not None:
         batch = max(batch, min(CHUNK, density.log_prob.size))
@@ -207,7 +218,8 @@ def accuracy_report(
         shortened.append(f"{len(x)} of {given} points")
     if density is not None and density.unmeasured:
         cells, mass = density.log_prob.size, f"a mass of {density.mass:.4f}"
-        shortened.append(f"the inner {cells - density.unmeasured} of {cells} cells ({mass})")
+        inner = "the inner " if manifold is None else ""
+        shortened.append(f"{inner}{cells - density.unmeasured} of {cells} cells ({mass})")
     return AccuracyReport(
         scores=scores,
         points=order[done],
@@ -216,13 +228,14 @@ def accuracy_report(
         roundtrip_error=roundtrip_error,
         nfe_backward=back.nfe,
         failures=int(failed.sum()),
-        grid=density,
+        grid=density if isinstance(density, Grid) else None,
         row_independence=_row_independence(
             flow, x, keys[0], context, solve, divergence, ~scores.failed, batch
         ),
         shortened=f"measured {' and '.join(shortened)}, to keep within {seconds:.0f} s"
         if shortened
         else "",
+        quadrature=density if isinstance(density, Quadrature) else None,
     )
 
 
@@ -266,11 +279,11 @@ def _no_longer(solve, nfe):
     return dataclasses.replace(solve, max_steps=min(solve.max_steps, longest))
 
 
-def _grid(flow, x, extent, cells, solve, enough):
+def _grid(flow, x, extent, cells, settings):
     if extent is None and not len(x):
         return None
     if extent is None:
         low, high = np.min(x, 0), np.max(x, 0)
         margin = np.where(high > low, (high - low) / 2, 1)
         extent = tuple(np.stack([low - margin, high + margin], 1).ravel().tolist())
-    return grid(flow, extent, cells if len(extent) == 4 else 10 * cells, solve=solve, enough=enough)
+    return grid(flow, extent, cells, **settings)

@@ -1,4 +1,4 @@
-"""Densities on a grid over their whole space."""
+"""Densities over their whole space: on a grid, or by the quadrature of a manifold."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -84,6 +84,57 @@ def grid(
         # No step plan serves both the middle and the cells far from the data.
         solve = dataclasses.replace(solve, step_plan=unknown(jnp.result_type(float)))
     return grid_of(lambda points: log_prob(flow, points, solve=solve, enough=enough), extent, n)
+
+
+class Quadrature(NamedTuple):
+    """Density at the points of a manifold's quadrature rule."""
+
+    log_prob: np.ndarray  # (points,) nats; NaN where it failed or was left out
+    failed: np.ndarray  # (points,) points whose solve failed
+    points: np.ndarray  # (points, dim)
+    weights: np.ndarray  # (points,), which sum to the volume
+
+    @property
+    def mass(self) -> float:
+        """Integral of the density over the points that are not NaN."""
+        return float(np.nansum(np.exp(self.log_prob, dtype=np.float64) * self.weights))
+
+    @property
+    def failures(self) -> int:
+        """Number of points whose solve failed."""
+        return int(self.failed.sum())
+
+    @property
+    def unmeasured(self) -> int:
+        """Number of points that were left out."""
+        return int(np.isnan(self.log_prob).sum()) - self.failures
+
+
+def quadrature(
+    flow: Flow,
+    n: int = 200,
+    *,
+    solve: Solve = ACCURATE,
+    enough: Callable[[int], bool] = lambda done: False,
+) -> Quadrature:
+    """Return the log-density of a flow on a manifold at the points of `manifold.quadrature(n)`.
+
+    `enough(done)` is called after each chunk with the number of points done; if it returns true,
+    the others are left out.
+
+    **Raises:** `ValueError` for a flow in R^dim, and for a manifold that has no quadrature.
+    """
+    check_flow(flow)
+    manifold = flow.bijection.manifold
+    rule = None if manifold is None else manifold.quadrature(n)
+    if rule is None:
+        where = "R^dim: use jcnf.evaluate.grid" if manifold is None else f"{manifold}"
+        raise ValueError(f"flow must be on a manifold with a quadrature; got one on {where}")
+    points, weights = rule
+    found = log_prob(flow, jnp.asarray(points, float), solve=solve, enough=enough)
+    left_out = (0, len(points) - len(found.log_prob))
+    values = np.pad(found.log_prob, left_out, constant_values=np.nan)
+    return Quadrature(values, np.pad(found.failed, left_out), points, weights)
 
 
 def grid_of(scores: Callable[[Array], LogProbs], extent: tuple[float, ...], n: int = 200) -> Grid:

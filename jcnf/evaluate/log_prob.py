@@ -171,7 +171,10 @@ def roundtrip_error(
     solve: Solve = ACCURATE,
     chunk: int | None = None,
 ) -> float:
-    """Return max |x - to_data(to_base(x))| over the points whose solve succeeds, in units of x."""
+    """Return max |x - to_data(to_base(x))| over the points whose solve succeeds, in units of x.
+
+    On a manifold, it is the largest distance between x and to_data(to_base(x)).
+    """
     return roundtrip(flow, x, context=context, solve=solve, chunk=chunk)[0]
 
 
@@ -181,7 +184,10 @@ def roundtrip(flow: Flow, x, **settings) -> tuple[float, Trajectories]:
     # A point that did not reach the base starts back from the origin, and counts as failed.
     back = transform(flow, jnp.asarray(np.nan_to_num(z.x[-1])), "to_data", **settings)
     failed = z.failed | back.failed
-    error = np.abs(back.x[-1] - np.asarray(x))[~failed]
+    x, end = np.asarray(x)[~failed], back.x[-1][~failed]
+    error, manifold = np.abs(end - x), flow.bijection.manifold
+    if manifold is not None:
+        error = np.asarray(jax.vmap(manifold.distance)(x, end))
     return float(np.max(error, initial=np.nan if failed.all() else 0.0)), back._replace(
         failed=failed
     )

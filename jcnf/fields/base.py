@@ -4,7 +4,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
@@ -40,6 +40,7 @@ class Field(eqx.Module):
     else:
         dim: eqx.AbstractVar[int]
     context_dim = 0
+    manifold = cast(Any, None)  # a jcnf.manifolds.Manifold, or None for R^dim
 
     def __check_init__(self):
         check_int(dim=self.dim)

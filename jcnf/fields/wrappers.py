@@ -15,7 +15,7 @@ from jcnf.fields.layers import uniform
 
 
 class Wrapper(Field):
-    """A field around another one, with the same `dim` and `context_dim`."""
+    """A field around another one, with the same `dim`, `context_dim` and `manifold`."""
 
     field: eqx.AbstractVar[Field]
 
@@ -31,6 +31,11 @@ class Wrapper(Field):
     def context_dim(self) -> int:
         """Size of the conditioning vector, 0 for none."""
         return self.field.context_dim
+
+    @property
+    def manifold(self) -> Any:
+        """The manifold of x, None for R^dim."""
+        return self.field.manifold
 
 
 class Cast(Wrapper):
@@ -184,6 +189,11 @@ class Mixture(Field):
         self.share_weight = uniform(weight_key, (len(self.fields),), 1)
         self.share_bias = uniform(bias_key, (len(self.fields),), 1)
         ((self.dim, self.context_dim),) = sizes
+
+    @property
+    def manifold(self) -> Any:
+        """The manifold of x, that of the first expert; None for R^dim."""
+        return self.fields[0].manifold
 
     def shares(self, t: Float[Array, ""]) -> Float[Array, " fields"]:
         """Return p(t), the experts' shares of the velocity: positive, with sum 1."""

@@ -22,6 +22,7 @@ from jcnf._checks import check_instance, list_rows
 from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence, Exact, FixedNoise
 from jcnf.fields import Field
+from jcnf.manifolds import Manifold
 from jcnf.ode import Solve, Stats
 
 Direction = Literal["to_base", "to_data"]
@@ -64,6 +65,11 @@ class Bijection(eqx.Module):
     @abstractmethod
     def context_dim(self) -> int | None:
         """Size of the context: 0 if the bijection takes none, None if any size will do."""
+
+    @property
+    def manifold(self) -> Manifold | None:
+        """The manifold of the data, or None for R^dim."""
+        return None
 
     @abstractmethod
     def forward_and_log_det(

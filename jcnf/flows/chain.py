@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jcnf.distributions import BaseDistribution
 from jcnf.flows.base import Bijection, Flow, Transformed
+from jcnf.manifolds import Manifold
 from jcnf.ode import Stats
 
 
@@ -53,6 +54,11 @@ class Composition(Bijection):
         sizes = [part.context_dim for part in self.parts]
         known = [size for size in sizes if size is not None]
         return max(known) if len(known) == len(sizes) else None
+
+    @property
+    def manifold(self) -> Manifold | None:
+        """The manifold of the last part, whose result is the data; None for R^dim."""
+        return self.parts[-1].manifold
 
     def forward(self, x, context, solve):
         total = Stats.unsolved(x)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jcnf._checks import check_number
@@ -14,6 +15,7 @@ from jcnf.distributions import BaseDistribution
 from jcnf.divergence import Divergence
 from jcnf.fields import Field, check_field
 from jcnf.flows.base import Bijection, Flow, Regularizers, Transformed
+from jcnf.manifolds import TOLERANCE, Manifold
 from jcnf.ode import integrate
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -45,23 +47,37 @@ class ODE(Bijection):
         """Size of the field's context, 0 for none."""
         return self.field.context_dim
 
+    @property
+    def manifold(self) -> Manifold | None:
+        """The manifold of the field, or None for R^dim."""
+        return self.field.manifold
+
     def forward(self, x, context, solve):
-        return integrate(Velocity(), x, self._args(context), 0.0, self.t1, solve)
+        return self._solve(x, context, 0.0, self.t1, solve)
 
     def inverse(self, x, context, solve):
-        return integrate(Velocity(), x, self._args(context), self.t1, 0.0, solve)
+        return self._solve(x, context, self.t1, 0.0, solve)
+
+    def _solve(self, x, context, t0, t1, solve):
+        x = start_on_manifold(self.field, x)
+        end, stats = integrate(Velocity(), x, self._args(context), t0, t1, solve)
+        return put_on_manifold(self.field, end), stats
 
     def forward_and_log_det(self, x, context, solve, divergence, noise, regularizers):
         rates, start = self._augmented(x, divergence, regularizers, sign=1)
         args = *self._args(context), noise
         end, stats = integrate(rates, start, args, 0.0, self.t1, solve)
-        return Transformed(end.x, end.logdet, end.regularizers, stats)
+        return self._transformed(end, stats)
 
     def inverse_and_log_det(self, x, context, solve, divergence, noise, regularizers):
         rates, start = self._augmented(x, divergence, regularizers, sign=-1)
         args = *self._args(context), noise
         end, stats = integrate(rates, start, args, self.t1, 0.0, solve)
-        return Transformed(end.x, end.logdet, end.regularizers, stats)
+        return self._transformed(end, stats)
+
+    def _transformed(self, end, stats):
+        value = put_on_manifold(self.field, end.x)
+        return Transformed(value, end.logdet, end.regularizers, stats)
 
     def _args(self, context):
         return self.field, context if self.field.context_dim else None
@@ -69,7 +85,9 @@ class ODE(Bijection):
     def _augmented(self, x, divergence, regularizers, sign):
         """Return the right-hand side of the augmented ODE, and its state at the start."""
         zeros = jnp.zeros(len(x), x.dtype)
-        start = State(x, zeros, {r.__name__: zeros for r in regularizers})
+        start = State(
+            start_on_manifold(self.field, x), zeros, {r.__name__: zeros for r in regularizers}
+        )
         return Rates(divergence, regularizers, sign), start
 
     def draw_noise(self, divergence, key, batch, dim, dtype):
@@ -117,6 +135,26 @@ def with_fields(model: Model, change: Callable[[Field], Field]) -> Model:
         return ODE(change(node.field), node.t1) if is_ode(node) else node
 
     return jax.tree.map(changed, model, is_leaf=is_ode)
+
+
+def put_on_manifold(
+    field: Field, x: Float[Array, "*batch dim"], tolerance: float = np.inf
+) -> Float[Array, "*batch dim"]:
+    """Return the nearest points of the field's manifold; x itself if it has none.
+
+    Points of which a coordinate is farther off than `tolerance` become NaN.
+    """
+    if field.manifold is None:
+        return x
+    project = partial(field.manifold.project, tolerance=tolerance)
+    for _ in x.shape[:-1]:
+        project = jax.vmap(project)
+    return project(x)
+
+
+# NaN marks the rows that are not points of the manifold: the solve reports them as failed. At the
+# end of a solve there is no tolerance, because its truncation error may be large.
+start_on_manifold = partial(put_on_manifold, tolerance=TOLERANCE)
 
 
 class State(NamedTuple):

@@ -13,7 +13,7 @@ from jcnf._checks import check_finite
 from jcnf.distributions import StandardNormal
 from jcnf.fields import Field, check_field
 from jcnf.flows.base import Flow, check_batch, check_strategy, error_if_failed
-from jcnf.flows.cnf import CNF, ODE, Velocity, ode_of
+from jcnf.flows.cnf import CNF, ODE, Velocity, ode_of, put_on_manifold, start_on_manifold
 from jcnf.ode import Solve, Stats, integrate, with_array_tolerances
 
 
@@ -83,6 +83,7 @@ def solve_trajectory(
 
 @eqx.filter_jit
 def _solve_trajectory(field, x, times, context, solve):
+    x = start_on_manifold(field, x)
     if times.ndim == 1 and solve.adjoint != "reversible":
         return _in_one_solve(field, x, times, context, solve)
     own = jnp.broadcast_to(times.reshape(len(times), -1), (len(times), len(x)))
@@ -127,7 +128,7 @@ def _in_one_solve(field, x, times, context, solve):
     # The interpolant may give finite states even if a time is NaN.
     failed = stats.failed | ~jnp.all(jnp.isfinite(fixed))
     stats = eqx.tree_at(lambda stats: stats.failed, stats, failed)
-    return _moving(xs, times, field, context, sign=1), stats
+    return put_on_manifold(field, _moving(xs, times, field, context, sign=1)), stats
 
 
 @eqx.filter_custom_jvp
@@ -173,6 +174,7 @@ def _by_intervals(field, x, times, context, solve):
         def go_on():
             x, stats = carry
             x, more = through(x, *interval)
+            x = put_on_manifold(field, x)
             return x, jax.tree.map(lambda a, b: b.astype(a.dtype), stats, stats + more)
 
         carry = jax.lax.cond(jnp.all(carry[1].failed), lambda: carry, go_on)
