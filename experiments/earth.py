@@ -4,10 +4,11 @@
     python -m experiments.earth --set fire --folder FOLDER --protocol distinct --seeds 5
     python -m experiments.earth --data places.csv
 
-A flow on the sphere is compared with a mixture of von Mises-Fisher distributions and with a kernel
-estimate. Each gets the same training and validation rows, a random 80 % and 10 %. NLLs are in nats
-with respect to the area of the unit sphere, where the uniform density has log 4 pi = 2.53. The
-table has columns named latitude and longitude (or lat, lon), in degrees.
+A flow on the sphere, whose base is a mixture of von Mises-Fisher distributions, is compared with
+such a mixture alone and with a kernel estimate. Each gets the same training and validation rows, a
+random 80 % and 10 %. NLLs are in nats with respect to the area of the unit sphere, where the
+uniform density has log 4 pi = 2.53. The table has columns named latitude and longitude (or lat,
+lon), in degrees.
 
 Where rows repeat a place exactly, a random split puts copies of training rows into the test rows,
 and the NLL rewards what memorizes them. The results say how many there are; `--protocol distinct`
@@ -17,7 +18,6 @@ none of them.
 
 import dataclasses
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,19 +33,17 @@ from experiments._runner.metrics_log import read_json
 from experiments._runner.progress import progress
 from experiments._runner.recorder import digest_of
 from experiments._runner.run_dir import RunDir
-from experiments._runner.settings import Count, NonNegative, Positive, Settings, Steps
+from experiments._runner.settings import Count, NonNegative, Positive, Settings, Steps, Whole
 from experiments._tasks.places import Places, Split, read_places, to_degrees
-from experiments._tasks.sphere_models import fit_kernels, fit_mixture
+from experiments._tasks.sphere_flow import LocalField, local_flow, local_matching
+from experiments._tasks.sphere_models import Mixture, fit_kernels, fit_mixture
 from jcnf import Flow, Solve, evaluate, plot, training
 from jcnf._checks import InputError
 from jcnf.data.tables import write_rows
 from jcnf.evaluate.chunks import evenly_spaced
-from jcnf.manifolds import Geodesic, Sphere, TangentField, Uniform
-from jcnf.objectives import flow_matching
 from jcnf.training import checkpoint
 from jcnf.training.checkpoint import write_atomically
 
-SPHERE = Sphere(2)
 FILES = {
     "fire": "fire.csv",
     "flood": "flood.csv",
@@ -104,7 +102,12 @@ class Earth(Experiment):
     # resume the run in --out, without repeating what is saved there
     resume: bool = False
 
-    field: ResNet = ResNet(width=128, blocks=3, time_frequencies=8, fourier_features=32)
+    # number of components of the mixture that is the base, beside a uniform one (0 to choose it by
+    # validation)
+    components: Whole = 0
+    # number of features of the components' probabilities that the field is given
+    features: Count = 32
+    field: ResNet = ResNet(width=128, time_frequencies=4, fourier_features=32)
     training: FlowTraining = FlowTraining()
     measure: EarthMeasure = EarthMeasure()
     run: Run = Run()
@@ -125,10 +128,11 @@ class Earth(Experiment):
         """The table of places."""
         return self.data if self.set is None else self.folder / FILES[self.set]
 
-    def untrained(self, seed: int) -> Flow:
-        """Return the flow before training."""
-        net = self.field.make(SPHERE.embedding_dim, 0, jr.fold_in(jr.key(seed), 0))
-        return jcnf.CNF(TangentField(net, SPHERE), Uniform(SPHERE))
+    def untrained(self, base: Mixture, seed: int) -> Flow:
+        """Return the flow before training, which is its base."""
+        net_key, key = jr.split(jr.fold_in(jr.key(seed), 0))
+        net = self.field.make(base.dim, self.features, net_key)
+        return local_flow(LocalField(net, base, self.features, key=key))
 
 
 class Result(NamedTuple):
@@ -213,10 +217,14 @@ def fit_or_load(
             )
         log_prob, chosen = found.log_prob, chosen | {"nfe": found.nfe}
     else:
-        fit = {"mixture": fit_mixture, "kernels": fit_kernels}[model]
-        fitted = fit(train, val, seed)
+        if model == "mixture":
+            fitted = fit_mixture(train, val, seed)
+            chosen = {"components": len(fitted.means) - 1}
+        else:
+            fitted = fit_kernels(train, val)
+            chosen = {"concentration": float(fitted.concentrations[0])}
         seconds = time.perf_counter() - begun
-        log_prob, chosen = fitted.log_prob(test), fitted.chosen
+        log_prob = fitted.score(test)
     result = Result(np.asarray(log_prob, float).tolist(), seconds, chosen)
     run_dir.write_json(f"results/{path.name}", result._asdict() | {"digest": digest})
     return result
@@ -225,16 +233,17 @@ def fit_or_load(
 def fit_flow(
     settings: Earth, train: np.ndarray, val: np.ndarray, seed: int
 ) -> tuple[Flow, dict[str, Any]]:
-    """Train the flow by flow matching; keep the parameters that are best on validation rows."""
+    """Fit the base, then train the flow; keep the parameters that are best on validation rows."""
     wanted = settings.training
     every = -(-wanted.steps // VALIDATIONS)
     held_out = as_rows(val[evenly_spaced(len(val), wanted.validation_rows)])
     solve = settings.measure.make_validation_solve()
+    base = fit_mixture(train, val, seed, settings.components)
     fitted = jcnf.fit(
-        settings.untrained(seed),
+        settings.untrained(base, seed),
         as_rows(train),
         key=jr.fold_in(jr.key(seed), 1),
-        objective=partial(flow_matching, path=Geodesic(SPHERE)),
+        objective=local_matching,
         steps=wanted.steps,
         batch=wanted.batch,
         optimizer=training.make_optimizer(
@@ -248,7 +257,12 @@ def fit_flow(
         every=every,
     )
     best = min(fitted.history, key=lambda record: record["score"])
-    return fitted.flow, {"step": int(best["step"]), "val_nll": best["score"]}
+    return fitted.flow, {
+        "components": len(base.means) - 1,
+        "base_val_nll": -float(base.score(val).mean()),
+        "val_nll": best["score"],
+        "step": int(best["step"]),
+    }
 
 
 def draw_flow(
@@ -257,7 +271,9 @@ def draw_flow(
     """Write samples of the first seed's flow, and draw it; return the numerics of the summary."""
     seed, measure = settings.run.seed, settings.measure
     saved = run_dir.path / "results" / f"flow-{seed}.jcnf"
-    flow, _ = checkpoint.load(saved, settings.untrained(seed))
+    size = result.chosen["components"] + 1
+    empty = Mixture(np.ones((size, 3)), np.ones(size), np.ones(size))
+    flow, _ = checkpoint.load(saved, settings.untrained(empty, seed))
     with progress(f"drawing {measure.samples} samples"):
         drawn = evaluate.sample(flow, jr.fold_in(jr.key(seed), 2), measure.samples, solve=SAMPLING)
     x = drawn.x[-1]

@@ -1,110 +1,167 @@
-"""Models of densities on the sphere S^2 beside flows: mixtures and kernels of von Mises-Fisher.
+"""Mixtures and kernels of von Mises-Fisher distributions on the sphere S^2."""
 
-The density of von Mises and Fisher (Fisher 1953) is k / (2 pi (1 - e^-2k)) e^(k (mean.x - 1)), with
-respect to the area. Its concentration k is about 1 / variance, in radians, where it is large.
-"""
+import math
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
-COMPONENTS = (1, 4, 16, 64, 128, 256, 512)
+from jcnf.distributions import BaseDistribution
+from jcnf.evaluate.chunks import evenly_spaced
+from jcnf.manifolds import Sphere
+
+SPHERE = Sphere(2)
+COMPONENTS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 MIN_ROWS = 4  # for each component
-EM_STEPS = 50
+EM_STEPS, EM_EVERY = 250, 25  # in all, and between validations
 CONCENTRATIONS = np.geomspace(3, 3e6, 37)  # of the kernels
 MAX_CONCENTRATION = CONCENTRATIONS[-1]  # a standard deviation of 2 minutes of arc
+LEAST_CONCENTRATION = 1e-3  # in place of 0, of the uniform component
 NEWTON_STEPS = 5
-CHUNK = 2_000_000  # numbers at once
+CHUNK = 500  # rows scored at once
 
 Points = Float[np.ndarray, "n 3"]
 
 
-class Fitted(NamedTuple):
-    """A fitted density."""
+class Mixture(BaseDistribution):
+    """The mixture sum_i w_i k_i / (2 pi (1 - e^-2 k_i)) e^(k_i (mean_i.x - 1)) (Fisher 1953).
 
-    log_prob: Callable[[Points], Float[np.ndarray, " n"]]  # nats, with respect to the area
-    chosen: dict[str, Any]  # what validation chose
+    A concentration k is about 1 / variance, in radians, where it is large.
+
+    **Arguments:**
+
+    - `means`: unit vectors (components, 3).
+    - `concentrations`: k, (components,), at least 0.
+    - `log_weights`: logarithms of w, (components,), which sum to 1.
+    """
+
+    means: Float[Array, "components 3"]
+    concentrations: Float[Array, " components"]
+    log_weights: Float[Array, " components"]
+
+    def __init__(self, means, concentrations, log_weights):
+        self.means = jnp.asarray(means, float)
+        self.concentrations = jnp.maximum(jnp.asarray(concentrations, float), LEAST_CONCENTRATION)
+        self.log_weights = jnp.asarray(log_weights, float)
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates, 3."""
+        return SPHERE.dim
+
+    def distribution(self, dtype=None):
+        """Raise `ValueError`: distrax has no distributions on manifolds."""
+        raise ValueError("a base on a manifold has no distrax distribution: use log_prob, sample")
+
+    def joint(self, x: Float[Array, "3"]) -> Float[Array, " components"]:
+        """Return the logarithm of each component's weight times its density at x."""
+        k = self.concentrations
+        # mean.x - 1 without cancellation.
+        below = -jnp.sum((x[None] - self.means) ** 2, axis=1) / 2
+        return (
+            self.log_weights + k * below + jnp.log(k / -jnp.expm1(-2 * k)) - math.log(2 * math.pi)
+        )
+
+    def log_prob(self, z):
+        return jax.vmap(lambda x: jax.nn.logsumexp(self.joint(x)))(z)
+
+    def score(self, x: Points) -> Float[np.ndarray, " n"]:
+        """Return the log-density of each row, in nats, in chunks."""
+        parts = np.split(x, range(CHUNK, len(x), CHUNK))
+        return np.concatenate([_log_prob(self, jnp.asarray(part, float)) for part in parts])
+
+    def sample(self, key, num_samples, dtype=None):
+        component_key, key = jr.split(key)
+        components = jr.categorical(component_key, self.log_weights, shape=(num_samples,))
+        return self.sample_components(components, key).astype(dtype or self.means.dtype)
+
+    def sample_components(self, components, key) -> Float[Array, "n 3"]:
+        """Draw a point of each of the components (n,), as `jcnf.manifolds.VonMisesFisher` does."""
+        height_key, turn_key = jr.split(key)
+        u = jr.uniform(height_key, components.shape, self.means.dtype)
+        turn = jr.uniform(turn_key, components.shape, u.dtype, maxval=2 * math.pi)
+        mean, k = self.means[components], self.concentrations[components]
+        below = -jnp.log1p(u * jnp.expm1(-2 * k)) / k
+        radius = jnp.sqrt(jnp.maximum(below * (2 - below), 0))
+        across = jnp.stack([radius * jnp.cos(turn), radius * jnp.sin(turn)], axis=1)
+        frames = jax.vmap(SPHERE.frame)(mean)
+        x = (1 - below)[:, None] * mean + jnp.sum(across[:, :, None] * frames, axis=1)
+        return jax.vmap(SPHERE.project)(x)
 
 
-def fit_mixture(train: Points, val: Points, seed: int) -> Fitted:
-    """Fit mixtures of more and more components and a uniform one; return the best on validation."""
-    rng = np.random.default_rng(seed)
+@jax.jit
+def _log_prob(mixture, x):
+    return mixture.log_prob(x)
+
+
+def fit_mixture(train: Points, val: Points, seed: int, components: int = 0) -> Mixture:
+    """Fit mixtures by EM (Banerjee et al. 2005); return the best on validation.
+
+    Each has a uniform component too. Their number of components grows, from random rows as means,
+    until validation is no better, unless it is given; every `EM_EVERY` steps are validated.
+    """
+    x, key = jnp.asarray(train, float), jr.key(seed)
     counts = [k for k in COMPONENTS if k == 1 or MIN_ROWS * k <= len(train)]
-    mixtures = [Mixture.fit(train, k, rng) for k in counts]
-    best = max(mixtures, key=lambda mixture: mixture.log_prob(val).mean())
-    return Fitted(best.log_prob, {"components": len(best.means)})
+    best, best_score = None, -np.inf
+    for count in [components] if components else counts:
+        mixture, before = _start(x, count, jr.fold_in(key, count)), best_score
+        for _ in range(EM_STEPS // EM_EVERY):
+            mixture = _expect_and_maximize(mixture, x)
+            score = float(mixture.score(val).mean())
+            if score > best_score:
+                best, best_score = mixture, score
+        if best_score == before:
+            break
+    if best is None:
+        raise ValueError("no mixture has finite log-densities of the validation rows")
+    return best
 
 
-def fit_kernels(train: Points, val: Points, seed: int) -> Fitted:
+def fit_kernels(train: Points, val: Points) -> Mixture:
     """Put a kernel on each training row, with the concentration that is best on validation."""
     weights = np.full(len(train), -np.log(len(train)))
+    val = val[evenly_spaced(len(val), 1000)]
 
     def kernels(k):
         return Mixture(train, np.full(len(train), k), weights)
 
-    best = max(CONCENTRATIONS, key=lambda k: kernels(k).log_prob(val).mean())
-    return Fitted(kernels(best).log_prob, {"concentration": float(best)})
+    return kernels(max(CONCENTRATIONS, key=lambda k: kernels(k).score(val).mean()))
 
 
-class Mixture(NamedTuple):
-    """A mixture of von Mises-Fisher distributions; the concentration 0 is the uniform one."""
-
-    means: Float[np.ndarray, "components 3"]
-    concentrations: Float[np.ndarray, " components"]
-    log_weights: Float[np.ndarray, " components"]
-
-    @classmethod
-    def fit(cls, x: Points, count: int, rng: np.random.Generator) -> "Mixture":
-        """Return the mixture of `count` components and a uniform one, by EM (Banerjee et al. 2005).
-
-        The means start at random rows.
-        """
-        means = np.concatenate([x[rng.permutation(len(x))[:count]], [[0, 0, 1]]])
-        # As if the components shared the sphere evenly: each has the area 4 pi / count.
-        found = cls(
-            means,
-            np.append(np.full(count, count / 2.0), 0.0),
-            np.full(count + 1, -np.log(count + 1)),
-        )
-        for _ in range(EM_STEPS):
-            joint = found.joint(x)
-            shares = np.exp(joint - _log_sum(joint)[:, None])
-            mass = shares.sum(axis=0)
-            sums = shares.T @ x
-            lengths = np.linalg.norm(sums, axis=1)
-            kept = lengths > 0
-            means = np.where(kept[:, None], sums / np.where(kept, lengths, 1)[:, None], means)
-            k = concentration(np.divide(lengths, mass, out=np.zeros_like(mass), where=mass > 0))
-            k[-1] = 0.0
-            found = cls(means, k, np.log(np.maximum(mass, 1e-300) / len(x)))
-        return found
-
-    def joint(self, x: Points) -> Float[np.ndarray, "n components"]:
-        """Return the logarithm of each component's weight times its density."""
-        k = self.concentrations
-        # The limit of k / (1 - e^-2k) at 0 is 1/2.
-        scale = np.where(k > 0, k / -np.expm1(-2 * np.where(k > 0, k, 1)), 0.5)
-        return k * (x @ self.means.T - 1) + np.log(scale / (2 * np.pi)) + self.log_weights
-
-    def log_prob(self, x: Points) -> Float[np.ndarray, " n"]:
-        """Return the log-density of each row, in nats."""
-        parts = np.array_split(x, -(-len(x) * len(self.means) // CHUNK))
-        return np.concatenate([_log_sum(self.joint(part)) for part in parts])
-
-
-def concentration(length: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def concentration(length: Float[Array, " n"]) -> Float[Array, " n"]:
     """Return k for which the mean of x has this length: coth k - 1/k, by Newton's method."""
-    r = np.clip(length, 1e-6, 1 - 1 / MAX_CONCENTRATION)
+    r = jnp.clip(length, 1e-3, 1 - 1 / MAX_CONCENTRATION)
     k = r * (3 - r**2) / (1 - r**2)  # a good start (Banerjee et al. 2005)
     for _ in range(NEWTON_STEPS):
-        coth = 1 / np.tanh(np.minimum(k, 300))
-        reached, slope = coth - 1 / k, 1 / k**2 - (coth**2 - 1)
-        k = np.where(k > 1e-2, k - (reached - r) / slope, 3 * r)
-    return np.minimum(k, MAX_CONCENTRATION)
+        coth = 1 / jnp.tanh(k)
+        # 1/k^2 - 1/sinh(k)^2 cancels where k is small, and its limit is 1/3.
+        slope = jnp.where(k > 0.1, 1 / k**2 - (coth**2 - 1), 1 / 3)
+        reached = jnp.where(k > 0.1, coth - 1 / k, k / 3)
+        k = k - (reached - r) / slope
+    return jnp.minimum(k, MAX_CONCENTRATION)
 
 
-def _log_sum(a):
-    top = a.max(axis=1)
-    return top + np.log(np.exp(a - top[:, None]).sum(axis=1))
+def _start(x, count: int, key: Key[Array, ""]) -> Mixture:
+    rows = jr.permutation(key, len(x))[:count]
+    means = jnp.concatenate([x[rows], jnp.eye(3, dtype=x.dtype)[:1]])
+    # As if the components shared the sphere evenly: each has the area 4 pi / count.
+    concentrations = jnp.append(jnp.full(count, count / 2.0), 0.0)
+    return Mixture(means, concentrations, jnp.full(count + 1, -math.log(count + 1)))
+
+
+@jax.jit
+def _expect_and_maximize(mixture: Mixture, x: Float[Array, "n 3"]) -> Mixture:
+    """Take `EM_EVERY` steps of EM; the last component stays uniform."""
+
+    def step(_, mixture):
+        shares = jax.nn.softmax(jax.vmap(mixture.joint)(x), axis=1)
+        mass, sums = jnp.sum(shares, axis=0), shares.T @ x
+        lengths = jnp.sqrt(jnp.sum(sums**2, axis=1))
+        safe = jnp.maximum(lengths, jnp.finfo(x.dtype).tiny)
+        means = jnp.where(lengths[:, None] > 0, sums / safe[:, None], mixture.means)
+        k = concentration(lengths / jnp.maximum(mass, jnp.finfo(x.dtype).tiny)).at[-1].set(0.0)
+        return Mixture(means, k, jnp.log(jnp.maximum(mass, 1e-30) / len(x)))
+
+    return jax.lax.fori_loop(0, EM_EVERY, step, mixture)

@@ -1,5 +1,8 @@
 """Places on the earth, their splits, and the models that flows on the sphere are compared with."""
 
+from functools import partial
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,7 +85,7 @@ def test_splits_are_disjoint_and_a_distinct_one_separates_places():
 
 def test_concentrations_have_the_wanted_mean_lengths():
     r = np.array([0.001, 0.1, 0.5, 0.9, 0.999, 0.99999])
-    k = sphere_models.concentration(r)
+    k = np.asarray(sphere_models.concentration(jnp.asarray(r)))
     # The mean of cos(angle), by quadrature over the substitution cos = 1 - s / k.
     for length, one in zip(r, k, strict=True):
         s = np.linspace(0, min(2 * one, 40), 200_001)
@@ -94,15 +97,15 @@ def test_the_mixture_of_one_is_the_density_of_von_mises_and_fisher():
     for k in (0.3, 5.0, 500.0):
         one = Mixture(np.array([[0.6, 0, 0.8]]), np.array([k]), np.zeros(1))
         expected = VonMisesFisher([0.6, 0, 0.8], k).log_prob(POINTS)
-        np.testing.assert_allclose(one.log_prob(POINTS), expected, rtol=1e-9)
+        np.testing.assert_allclose(one.score(POINTS), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("fit", [fit_mixture, fit_kernels])
+@pytest.mark.parametrize("fit", [partial(fit_mixture, seed=0), fit_kernels])
 def test_fitted_models_integrate_to_one_and_are_near_the_truth(fit):
-    fitted = fit(clusters(600), clusters(200, 1), 0)
-    assert WEIGHTS @ np.exp(fitted.log_prob(POINTS)) == pytest.approx(1, abs=1e-4)
+    fitted = fit(clusters(600), clusters(200, 1))
+    assert WEIGHTS @ np.exp(fitted.score(POINTS)) == pytest.approx(1, abs=1e-3)
     test = clusters(500, 2)
-    nll = -fitted.log_prob(test).mean()
+    nll = -fitted.score(test).mean()
     # A third of the rows is about each axis, with about the concentration 1 / 0.1^2.
     truth = Mixture(np.eye(3), np.full(3, 100.0), np.full(3, -np.log(3.0)))
-    assert -truth.log_prob(test).mean() - 0.05 < nll < -truth.log_prob(test).mean() + 0.15
+    assert -truth.score(test).mean() - 0.05 < nll < -truth.score(test).mean() + 0.15
