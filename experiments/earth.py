@@ -50,7 +50,7 @@ FILES = {
     "earthquake": "quakes_all.csv",
     "volcano": "volerup.csv",
 }
-VALIDATIONS = 10  # in a training
+VALIDATIONS, PATIENCE = 10, 3  # in a training, and without a better one before it ends
 WARN_LEAKED = 0.5  # share of test rows that are copies of training rows, above which a run warns
 SAMPLING = Solve(rtol=1e-3, atol=1e-3)
 
@@ -62,13 +62,13 @@ class FlowTraining(Settings):
     """The training of the flow by flow matching, with AdamW."""
 
     # number of optimizer steps
-    steps: Steps = 10_000
+    steps: Steps = 1500
     # number of samples per training batch
     batch: Count = 512
     # peak learning rate, after a warm-up and before a cosine decay to zero
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 1e-3
     # decoupled weight decay
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = 0.1
     # number of validation rows, which decide which parameters are kept
     validation_rows: Count = 1000
 
@@ -255,6 +255,7 @@ def fit_flow(
         ),
         validation=lambda flow: evaluate.log_prob(flow, held_out, solve=solve).nll,
         every=every,
+        patience=PATIENCE,
     )
     best = min(fitted.history, key=lambda record: record["score"])
     return fitted.flow, {
