@@ -126,7 +126,10 @@ class Earth(Experiment):
     @property
     def path(self) -> Path:
         """The table of places."""
-        return self.data if self.set is None else self.folder / FILES[self.set]
+        if self.data is not None:
+            return self.data
+        assert self.set is not None
+        return self.folder / FILES[self.set]
 
     def untrained(self, base: Mixture, seed: int) -> Flow:
         """Return the flow before training, which is its base."""

@@ -6,6 +6,8 @@ the base here is a mixture that is fitted first, and a point of the data is pair
 the component that it belongs to. Then nothing travels farther than its component is wide.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from experiments._tasks.sphere_models import SPHERE, Mixture
 from jcnf import CNF, Flow
 from jcnf.fields import Field
+from jcnf.flows import ODE
 from jcnf.manifolds import Geodesic, TangentField
 from jcnf.objectives import paths, times
 
@@ -59,14 +62,15 @@ def local_flow(field: LocalField) -> Flow:
     return CNF(TangentField(field, SPHERE), field.base)
 
 
-def local_matching(flow: Flow, x: Float[Array, "batch 3"], key: Key[Array, ""]):
+def local_matching(flow: Flow[ODE], x: Float[Array, "batch 3"], key: Key[Array, ""]):
     """Flow matching with base samples of each row's own component, in units of its width.
 
     Row x1 is paired with x0 of component i with probability p_i(x1). Then x0 has the density
     sum_i mean(p_i) f_i, which is the base at a fixed point of EM. A weight that depends on x_t
     alone does not change the minimizer. Consumes `key`.
     """
-    base, field = flow.base, flow.bijection.field
+    base: Any = flow.base
+    field = flow.bijection.field
     component_key, base_key, time_key = jr.split(key, 3)
     components = jr.categorical(component_key, jax.vmap(base.joint)(x))
     x0 = base.sample_components(components, base_key)

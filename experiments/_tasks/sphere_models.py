@@ -1,7 +1,9 @@
 """Mixtures and kernels of von Mises-Fisher distributions on the sphere S^2."""
 
 import math
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +14,7 @@ from jcnf.distributions import BaseDistribution
 from jcnf.evaluate.chunks import evenly_spaced
 from jcnf.manifolds import Sphere
 
-SPHERE = Sphere(2)
+SPHERE: Any = Sphere(2)
 COMPONENTS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 MIN_ROWS = 4  # for each component
 EM_STEPS, EM_EVERY = 250, 25  # in all, and between validations
@@ -40,16 +42,13 @@ class Mixture(BaseDistribution):
     means: Float[Array, "components 3"]
     concentrations: Float[Array, " components"]
     log_weights: Float[Array, " components"]
+    dim: int = eqx.field(static=True)
 
     def __init__(self, means, concentrations, log_weights):
         self.means = jnp.asarray(means, float)
         self.concentrations = jnp.maximum(jnp.asarray(concentrations, float), LEAST_CONCENTRATION)
         self.log_weights = jnp.asarray(log_weights, float)
-
-    @property
-    def dim(self) -> int:
-        """Number of coordinates, 3."""
-        return SPHERE.dim
+        self.dim = 3
 
     def distribution(self, dtype=None):
         """Raise `ValueError`: distrax has no distributions on manifolds."""
