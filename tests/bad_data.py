@@ -170,6 +170,9 @@ refuses(noise.uniform_noise, gray, levels=[0, 300], n=[-1])
 density = {"data": ROWS, "samples": ROWS, "log_density": GRID, "extent": 2.0}
 refuses(plot.densities, density, data=[ROWS[0], [["a", "b"]]], log_density=[GRID[0]], nats=[0.0])
 refuses(plot.densities, density, extent=[(1, -1, 0, 1), np.nan])
+ball = {"data": np.eye(3), "samples": np.eye(3), "log_density": GRID}
+refuses(plot.globe, ball, data=[ROWS], samples=[ROWS[0]], log_density=[GRID[0]], nats=[0.0])
+refuses(plot.world_map, ball, says={"center": "latitude|longitude"}, center=[(91, 0), (0, np.nan)])
 moving = {"paths": np.zeros((4, 5, 2)), "times": TIME}
 refuses(plot.trajectories, moving, times=[TIME[:2], TIME * np.nan])
 refuses(plot.snapshots, moving, paths=[np.zeros((4, 5, 3))])

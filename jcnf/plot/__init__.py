@@ -23,6 +23,8 @@ from jcnf.plot.images import image_grid as image_grid
 from jcnf.plot.posteriors import posteriors as posteriors
 from jcnf.plot.scatter import scatter_against_truth as scatter_against_truth
 from jcnf.plot.scatter import scatter_by_class as scatter_by_class
+from jcnf.plot.sphere import globe as globe
+from jcnf.plot.sphere import world_map as world_map
 from jcnf.plot.trajectories import MAX_PATHS as MAX_PATHS
 from jcnf.plot.trajectories import Scene as Scene
 from jcnf.plot.trajectories import against_time as against_time

@@ -12,7 +12,7 @@ from experiments._runner import cli
 ROOT = Path(__file__).parents[2]
 NAME = f"(?:{'|'.join(EXPERIMENTS)})"
 # The number of commands on each page, at least: what a search that has gone wrong would not find.
-LEAST = {"README.md": 2, "experiments/README.md": 28}
+LEAST = {"README.md": 2, "experiments/README.md": 30}
 LEAST |= {"docs/benchmarks.md": 15, "docs/reproductions.md": 14, "docs/running.md": 2}
 LEAST |= {f"experiments/{name}.py": 1 for name in EXPERIMENTS}
 
