@@ -1,7 +1,7 @@
 """The interface of manifolds, whose points are vectors of coordinates."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -24,7 +24,12 @@ class Manifold(eqx.Module):
     `carry`.
     """
 
-    dim: eqx.AbstractVar[int]  # number of coordinates of a point
+    # The number of coordinates of a point. To a type checker, an abstract variable would be the
+    # first argument of `__init__`.
+    if TYPE_CHECKING:
+        dim = 0
+    else:
+        dim: eqx.AbstractVar[int]
 
     @property
     @abstractmethod

@@ -32,15 +32,15 @@ class _OnManifold(BaseDistribution):
     manifold: eqx.AbstractVar[Manifold]
 
     @property
-    def dim(self) -> int:
+    def dim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Number of coordinates of a point."""
         return self.manifold.dim
 
     @abstractmethod
-    def _log_prob(self, x): ...
+    def _log_prob(self, x) -> Array: ...
 
     @abstractmethod
-    def _sample(self, key, num_samples, dtype): ...
+    def _sample(self, key, num_samples, dtype) -> Array: ...
 
     def distribution(self, dtype=None):
         """Raise `ValueError`: distrax has no distributions on manifolds."""
@@ -109,7 +109,7 @@ class VonMisesFisher(_OnManifold):
         self.concentration = jnp.asarray(concentration, float)
 
     @property
-    def manifold(self):
+    def manifold(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """The sphere S^2."""
         return Sphere(2)
 
@@ -161,7 +161,7 @@ class WrappedNormal(_OnManifold):
         self.loc, self.scale = jnp.asarray(loc, float), jnp.asarray(scale, float)
 
     @property
-    def manifold(self):
+    def manifold(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """The torus of the angles."""
         return Torus(len(self.loc))
 
@@ -207,7 +207,7 @@ class Independent(BaseDistribution):
         self.parts = tuple(parts)
 
     @property
-    def dim(self) -> int:
+    def dim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Number of coordinates of all parts."""
         return sum(part.dim for part in self.parts)
 

@@ -112,8 +112,8 @@ class TangentProbes(Estimator):
     `manifold.intrinsic_dim` dimensions.
     """
 
-    strategy: Estimator
-    manifold: Manifold
+    strategy: Estimator = eqx.field(init=False)
+    manifold: Manifold = eqx.field(init=False)
 
     def __init__(self, strategy: Estimator, manifold: Manifold):
         check_instance(Estimator, "an estimate, such as jcnf.Hutchinson()", strategy=strategy)

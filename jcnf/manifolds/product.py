@@ -89,9 +89,12 @@ class Product(Manifold):
         return jnp.concatenate(drawn, axis=1)
 
     def quadrature(self, n):
-        rules = [part.quadrature(n) for part in self.parts]
-        if None in rules:
-            return None
+        rules = []
+        for part in self.parts:
+            rule = part.quadrature(n)
+            if rule is None:
+                return None
+            rules.append(rule)
         points, weights = rules[0]
         for more, factors in rules[1:]:
             points = np.concatenate(

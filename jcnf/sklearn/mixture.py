@@ -131,7 +131,8 @@ def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np
     """Return the log-density of each row by one flow, NaN where the solve failed."""
     # In batches of 64, which compilers compute row by row in the same way.
     padding = [(0, -len(z) % 64), (0, 0)]
-    given = jnp.pad(context, padding, mode="edge") if flow.context_dim else None
+    used = context if flow.context_dim else None
+    given = None if used is None else jnp.pad(used, padding, mode="edge")
     padded = jnp.pad(z, padding, mode="edge")
     return evaluate.log_prob(flow, padded, context=given, solve=solve).log_prob[: len(z)]
 

@@ -8,15 +8,11 @@ from jcnf.fields import Field
 from jcnf.manifolds import SO3, Euclidean, Product, Sphere, TangentField, Torus
 
 MANIFOLDS = {
-    "euclidean": Euclidean(2),
-    "circle": Sphere(1),
     "sphere": Sphere(2),
-    "sphere in 5d": Sphere(4),
     "torus": Torus(2),
     "rotations": SO3(),
-    "product": Product((Sphere(2), Torus(1))),
+    "product": Product((Sphere(1), Torus(1), Euclidean(1))),
 }
-COMPACT = [name for name in MANIFOLDS if name != "euclidean"]
 
 
 class AffineField(Field):

@@ -138,7 +138,12 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+QUICK = {"rotation of the sphere", "uniform"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in KNOWN]
+)
 def test_the_density_is_the_known_one(name):
     flow, density = KNOWN[name]()
     x, log_prob = jcnf.sample_and_log_prob(flow, jr.key(0), 50, solve=TIGHT)
@@ -156,8 +161,20 @@ def off_manifold(manifold, x):
     return np.max(np.abs(np.linalg.norm(x, axis=1) - 1))
 
 
-@pytest.mark.parametrize("solve", [Solve(), Solve(solver="euler", step=0.2)], ids=["rk", "euler"])
-@pytest.mark.parametrize("manifold", [Sphere(2), SO3()], ids=["sphere", "rotations"])
+@pytest.mark.parametrize(
+    "solve",
+    [
+        pytest.param(Solve(), id="rk", marks=pytest.mark.slow),
+        pytest.param(Solve(solver="euler", step=0.2), id="euler"),
+    ],
+)
+@pytest.mark.parametrize(
+    "manifold",
+    [
+        pytest.param(Sphere(2), id="sphere"),
+        pytest.param(SO3(), id="rotations", marks=pytest.mark.slow),
+    ],
+)
 def test_every_solve_ends_on_the_manifold_in_float32(manifold, solve):
     flow = astype(CNF(random_field(manifold), Uniform(manifold)), jnp.float32)
     z = flow.base.sample(jr.key(1), 100, jnp.float32)
@@ -198,7 +215,12 @@ def test_wrappers_keep_the_manifold():
 
 
 @pytest.mark.parametrize(
-    "manifold", [Sphere(2), Torus(2), SO3()], ids=["sphere", "torus", "rotations"]
+    "manifold",
+    [
+        pytest.param(Sphere(2), id="sphere"),
+        pytest.param(Torus(2), id="torus", marks=pytest.mark.slow),
+        pytest.param(SO3(), id="rotations", marks=pytest.mark.slow),
+    ],
 )
 def test_the_mass_is_one(manifold):
     flow = CNF(random_field(manifold, seed=1), Uniform(manifold))
@@ -208,6 +230,7 @@ def test_the_mass_is_one(manifold):
     assert found.failures == found.unmeasured == 0
 
 
+@pytest.mark.slow
 def test_accuracy_report_measures_the_mass_and_the_round_trip():
     flow = CNF(random_field(Torus(2), seed=1), Uniform(Torus(2)))
     x = evaluate.sample(flow, jr.key(4), 50).x[-1]
@@ -218,6 +241,7 @@ def test_accuracy_report_measures_the_mass_and_the_round_trip():
     assert report.grid is None
 
 
+@pytest.mark.slow
 def test_flow_matching_along_geodesics_matches_their_velocity():
     # If all data are one point x1, the velocity at x is log_x(x1) / (1 - s), without error.
     manifold, end = Sphere(2), np.array([[0.0, 0.6, 0.8]])
