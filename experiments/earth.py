@@ -50,7 +50,7 @@ FILES = {
     "earthquake": "quakes_all.csv",
     "volcano": "volerup.csv",
 }
-VALIDATIONS, PATIENCE = 10, 3  # in a training, and without a better one before it ends
+VALIDATIONS, PATIENCE = 10, 3  # validations per training, and how many without improvement end it
 WARN_LEAKED = 0.5  # share of test rows that are copies of training rows, above which a run warns
 SAMPLING = Solve(rtol=1e-3, atol=1e-3)
 
@@ -77,9 +77,9 @@ class FlowTraining(Settings):
 class EarthMeasure(Measure):
     """Held-out numbers, samples and figures."""
 
-    # number of samples to draw, of the first seed, for samples.csv and the figures
+    # number of samples of the first seed's flow, for samples.csv and the figures
     samples: Count = 5000
-    # rows of the grid of the density in the figures, with twice as many columns
+    # number of rows of the density grid in the figures; it has twice as many columns
     cells: Count = 120
 
 
@@ -87,25 +87,25 @@ class EarthMeasure(Measure):
 class Earth(Experiment):
     """The places, the protocol, the models and the flow."""
 
-    # one of the four sets, in --folder
-    set: Literal["fire", "flood", "earthquake", "volcano"] | None = None
+    # data set to learn, a file in --folder
+    set: Literal["fire", "flood", "earthquake", "volcano"] = "fire"
     # folder of the four sets: fire.csv, flood.csv, quakes_all.csv, volerup.csv
     folder: Path = Path("earth")
-    # table of places to learn instead: .csv or .csv.gz with columns named latitude and longitude
+    # your own table to learn instead: .csv or .csv.gz with columns named latitude and longitude
     data: Path | None = None
-    # whether a random split is of rows, as published, or of distinct places
+    # what is split at random: rows, as in published results, or distinct places
     protocol: Literal["random", "distinct"] = "random"
     # models to compare
     models: tuple[Model, ...] = ("flow", "mixture", "kernels")
-    # number of seeds, each with its split: --seed and those that follow
+    # number of seeds, starting at --seed; each has its own split
     seeds: Count = 1
     # resume the run in --out, without repeating what is saved there
     resume: bool = False
 
-    # number of components of the mixture that is the base, beside a uniform one (0 to choose it by
+    # number of von Mises-Fisher components of the base, besides a uniform one (0: chosen by
     # validation)
     components: Whole = 0
-    # number of features of the components' probabilities that the field is given
+    # number of features that tell the field which components are near
     features: Count = 32
     field: ResNet = ResNet(width=128, time_frequencies=4, fourier_features=32)
     training: FlowTraining = FlowTraining()
@@ -118,8 +118,6 @@ class Earth(Experiment):
 
     def check(self) -> None:
         super().check()
-        if (self.set is None) == (self.data is None):
-            raise ValueError("give either --set, one of the four sets, or --data, a table of yours")
         if not self.models or len({*self.models}) < len(self.models):
             raise ValueError(f"--models needs at least one value, none twice; got {self.models}")
 
@@ -128,7 +126,6 @@ class Earth(Experiment):
         """The table of places."""
         if self.data is not None:
             return self.data
-        assert self.set is not None
         return self.folder / FILES[self.set]
 
     def untrained(self, base: Mixture, seed: int) -> Flow:

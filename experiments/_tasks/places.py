@@ -51,14 +51,14 @@ class Places(NamedTuple):
         size = round(HELD_OUT * number)
         if size == 0:
             what = "rows" if protocol == "random" else "distinct places"
-            raise InputError(f"{number} {what} are too few to hold out some: give at least 5")
+            raise InputError(f"{number} {what} are too few to hold out some: give at least 6")
         part = np.empty(number, int)
         part[rng.permutation(number)] = np.minimum(np.arange(number) // size, 2)
         found = part[unit]
         return Split(*(rng.permutation(np.flatnonzero(found == i)) for i in (2, 1, 0)))
 
     def leaked(self, split: Split) -> float:
-        """Return the share of test rows whose very place is among the training rows."""
+        """Return the share of test rows whose exact place is among the training rows."""
         return float(np.isin(self.place[split.test], self.place[split.train]).mean())
 
 

@@ -20,7 +20,7 @@ MIN_ROWS = 4  # for each component
 EM_STEPS, EM_EVERY = 250, 25  # in all, and between validations
 CONCENTRATIONS = np.geomspace(3, 3e6, 37)  # of the kernels
 MAX_CONCENTRATION = CONCENTRATIONS[-1]  # a standard deviation of 2 minutes of arc
-LEAST_CONCENTRATION = 1e-3  # in place of 0, of the uniform component
+MIN_CONCENTRATION = 1e-3  # in place of 0, of the uniform component
 NEWTON_STEPS = 5
 CHUNK = 500  # rows scored at once
 
@@ -46,9 +46,14 @@ class Mixture(BaseDistribution):
 
     def __init__(self, means, concentrations, log_weights):
         self.means = jnp.asarray(means, float)
-        self.concentrations = jnp.maximum(jnp.asarray(concentrations, float), LEAST_CONCENTRATION)
+        self.concentrations = jnp.maximum(jnp.asarray(concentrations, float), MIN_CONCENTRATION)
         self.log_weights = jnp.asarray(log_weights, float)
         self.dim = 3
+
+    @property
+    def manifold(self) -> Sphere:
+        """The sphere S^2."""
+        return SPHERE
 
     def distribution(self, dtype=None):
         """Raise `ValueError`: distrax has no distributions on manifolds."""
@@ -156,7 +161,7 @@ def _expect_and_maximize(mixture: Mixture, x: Float[Array, "n 3"]) -> Mixture:
 
     def step(_, mixture):
         shares = jax.nn.softmax(jax.vmap(mixture.joint)(x), axis=1)
-        mass, sums = jnp.sum(shares, axis=0), shares.T @ x
+        mass, sums = jnp.sum(shares, axis=0), jnp.matmul(shares.T, x, precision="highest")
         lengths = jnp.sqrt(jnp.sum(sums**2, axis=1))
         safe = jnp.maximum(lengths, jnp.finfo(x.dtype).tiny)
         means = jnp.where(lengths[:, None] > 0, sums / safe[:, None], mixture.means)

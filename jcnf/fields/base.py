@@ -76,6 +76,15 @@ class Field(eqx.Module):
         )
 
 
+def check_not_on_manifold(field: Field) -> None:
+    """Raise `ValueError` for a field on a manifold, to which no vectors of R^dim can be added."""
+    if field.manifold is not None:
+        raise ValueError(
+            f"field must be in R^dim; got one on {field.manifold}: change the field inside the "
+            "TangentField instead"
+        )
+
+
 def check_field(field: Any) -> None:
     """Raise `ValueError` unless `field` is a `Field` whose static attributes cannot change.
 

@@ -10,17 +10,18 @@ from jaxtyping import Array, Float
 
 from jcnf._checks import check_callable, check_instance, check_number
 from jcnf.distributions import FullNormal
-from jcnf.fields.base import Field, check_field
+from jcnf.fields.base import Field, check_field, check_not_on_manifold
 from jcnf.fields.wrappers import Wrapper
 
 
 class GaussianTails(Wrapper):
-    """The field f on the data, and about the velocity of a Gaussian far from them.
+    """A field that is f near the data, and nearly the velocity of a Gaussian far from them.
 
-    Flow matching trains a field where the data are, and leaves it to chance elsewhere. For
+    Flow matching trains a field where the data are, but nothing determines it elsewhere. For
     Gaussian data N(m, C) and an affine path a(s) x0 + b(s) x1 from N(0, I), the solution is known:
     the points are N(b m, S) with S = a^2 I + b^2 C, and the velocity at b m + u is b' m + L u with
-    L = S' S^-1 / 2. (If the base has another standard deviation, it is a factor of a.) This field
+    L = S' S^-1 / 2. (With base samples of another standard deviation, a is multiplied by it; if
+    the path adds noise c z, S has c^2 I too.) This field
     is f(t, p) + (1 - q) L u, where p = b m + q u, q = (1 + z^2)^(-1/4) and
     z = u' S^-1 u / (dim reach^2). In other words, f sees the point drawn toward the mean, and the
     Gaussian moves the rest.
@@ -32,10 +33,11 @@ class GaussianTails(Wrapper):
 
     **Arguments:**
 
-    - `field`: f, any field; it is given the time t and the context as they are.
+    - `field`: f, any field in R^dim; it gets t and the context unchanged.
     - `reference`: N(m, C), usually `jcnf.distributions.FullNormal.fit(x)`. It is not trained.
     - `path`: the path of `jcnf.objectives.flow_matching`; it must be a x0 + b x1 + c z, as all of
-      `jcnf.objectives.paths` are. For another objective, any of them will do.
+      `jcnf.objectives.paths` are, with a, b and c smooth on [0, 1] (so not the Brownian bridge).
+      With an objective other than flow matching, any of these paths will do.
     - `reach`: distance from the mean, in standard deviations, beyond which f sees little change.
     - `t1`: the end time of the flow, at which s = t / t1 is 1.
     - `base_std`: the standard deviation of each coordinate of the flow's base distribution.
@@ -53,6 +55,7 @@ class GaussianTails(Wrapper):
 
     def __check_init__(self):
         check_field(self.field)
+        check_not_on_manifold(self.field)
         check_instance(FullNormal, "a jcnf.distributions.FullNormal", reference=self.reference)
         check_callable("a function such as those in jcnf.objectives.paths", path=self.path)
         check_number("(0, inf)", reach=self.reach, t1=self.t1, base_std=self.base_std)
@@ -90,9 +93,9 @@ class GaussianTails(Wrapper):
         basis = self._basis(x.dtype)
         mean, variance, rate = self._gaussian(t, x.dtype)
         y = (x - mean) @ basis
-        # At most the largest number, so that z q^2 is finite wherever x is.
+        # Clipped to the largest finite number, so that z q^2 is finite wherever x is.
         z = jnp.minimum(self._scale * jnp.sum(y**2 / variance), jnp.finfo(x.dtype).max)
-        q = jnp.sqrt(jax.lax.rsqrt(1 + z**2))
+        q = jax.lax.rsqrt(jnp.hypot(jnp.ones_like(z), z))
         near = q * y
         velocity = basis @ ((1 - q) * rate * y)
         return _Tails(z, q, near, mean + basis @ near, velocity, variance, rate)

@@ -10,7 +10,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from jcnf._checks import check_key, check_number
-from jcnf.fields.base import Field, check_field
+from jcnf.fields.base import Field, check_field, check_not_on_manifold
 from jcnf.fields.layers import uniform
 
 
@@ -88,10 +88,14 @@ class MinusIdentity(Wrapper):
 
     **Arguments:**
 
-    - `field`: f, any field.
+    - `field`: f, any field in R^dim.
     """
 
     field: Field
+
+    def __check_init__(self):
+        check_field(self.field)
+        check_not_on_manifold(self.field)
 
     def __call__(self, t, x, context=None):
         return self.field(t, x, context) - x
@@ -184,6 +188,8 @@ class Mixture(Field):
                 "fields must be at least one field, all of one dim and one context_dim; got "
                 f"{len(fields)} fields of (dim, context_dim) {sorted(sizes)}"
             )
+        if any(field.manifold != fields[0].manifold for field in fields):
+            raise ValueError("fields must all be on the same manifold")
         weight_key, bias_key = jr.split(key)
         self.fields = tuple(fields)
         self.share_weight = uniform(weight_key, (len(self.fields),), 1)
@@ -192,7 +198,7 @@ class Mixture(Field):
 
     @property
     def manifold(self) -> Any:
-        """The manifold of x, that of the first expert; None for R^dim."""
+        """The manifold of x, None for R^dim."""
         return self.fields[0].manifold
 
     def shares(self, t: Float[Array, ""]) -> Float[Array, " fields"]:

@@ -106,11 +106,17 @@ def CNF(field: Field, base: BaseDistribution, t1: float = 1.0) -> Flow[ODE]:
     - `base`: a `jcnf.distributions.BaseDistribution` of the same `dim`.
     - `t1`: the end time, positive.
 
-    **Raises:** `ValueError` if the dimensions differ or `t1` is not positive.
+    **Raises:** `ValueError` if the dimensions or the manifolds differ, or `t1` is not positive.
     """
     flow = Flow(ODE(field, t1), base)
     if field.dim != base.dim:
         raise ValueError(f"field and base must have the same dim; got {field.dim} and {base.dim}")
+    manifold = getattr(base, "manifold", None)
+    if manifold != field.manifold:
+        raise ValueError(
+            f"field and base must be on the same manifold; got {field.manifold} and {manifold} "
+            "(None is R^dim): use jcnf.manifolds.Uniform(manifold), for example"
+        )
     return flow
 
 

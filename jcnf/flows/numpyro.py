@@ -56,6 +56,11 @@ class FlowDistribution(Distribution):
         validate_args: bool | None = None,
     ):
         check_settings(flow, context, solve, divergence)
+        if flow.bijection.manifold is not None:
+            raise ValueError(
+                "the samplers of numpyro need a flow in R^dim; got one on a manifold: use "
+                "jcnf.log_prob and jcnf.sample"
+            )
         self._arrays, self._rest = eqx.partition(flow, eqx.is_array)
         self.context = None if context is None else jnp.asarray(context)
         self.solve, self.divergence = solve, divergence

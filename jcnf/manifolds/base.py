@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-TOLERANCE = 1e-2  # what is farther from a manifold in any coordinate is not one of its points
+TOLERANCE = 1e-2  # a point with a coordinate farther off than this is not on the manifold
 
 Point = Float[Array, " dim"]
 Tangent = Float[Array, " dim"]
-Quadrature = tuple[Float[np.ndarray, "points dim"], Float[np.ndarray, " points"]]
+QuadratureRule = tuple[Float[np.ndarray, "points dim"], Float[np.ndarray, " points"]]
 
 
 class Manifold(eqx.Module):
@@ -21,7 +21,7 @@ class Manifold(eqx.Module):
     Every method takes one point, and `jax.vmap` makes it take a batch. Values and gradients are
     finite everywhere, also for equal points and at the cut locus (antipodes), where `log` returns
     one of the shortest geodesics. Points are taken to lie on the manifold, except by `project` and
-    `carry`.
+    `extend_velocity`.
     """
 
     # The number of coordinates of a point. To a type checker, an abstract variable would be the
@@ -82,22 +82,24 @@ class Manifold(eqx.Module):
         **Raises:** `ValueError` for a manifold of infinite volume.
         """
 
-    def quadrature(self, n: int) -> Quadrature | None:
-        """Return points and weights whose weighted sums are integrals, with about `n` an axis.
+    def quadrature(self, n: int) -> QuadratureRule | None:
+        """Return the points and weights of a quadrature rule, with about `n` points an axis.
 
-        The weights sum to the volume. It is None if the manifold has no such rule here.
+        The weights sum to the volume. Return None if there is no rule for this manifold.
         """
         return None
 
     def embed(self, x: Point) -> Float[Array, " embedding_dim"]:
-        """Return the coordinates of `x` that a network is given, which are continuous."""
+        """Return the continuous coordinates of `x` that networks take."""
         return x
 
     def pull_back(self, x: Point, w: Float[Array, " embedding_dim"]) -> Tangent:
         """Return the tangent part of a vector `w` at `embed(x)`, in coordinates of `x`."""
         return self.tangent(x, w)
 
-    def carry(self, x: Float[Array, " dim"], p: Point, v: Tangent) -> Float[Array, " dim"]:
+    def extend_velocity(
+        self, x: Float[Array, " dim"], p: Point, v: Tangent
+    ) -> Float[Array, " dim"]:
         """Return the velocity at `x`, whose nearest point is `p`, that moves `p` with velocity `v`.
 
         The rest of x stays as it is, and the divergence in R^dim at p is the Riemannian divergence

@@ -18,11 +18,12 @@ from jcnf._checks import check_finite, check_instance, check_int, check_key, che
 from jcnf.distributions import BaseDistribution
 from jcnf.manifolds._smooth import dot
 from jcnf.manifolds.base import TOLERANCE, Manifold
-from jcnf.manifolds.flat import Torus
+from jcnf.manifolds.flat import Euclidean, Torus
+from jcnf.manifolds.product import Product
 from jcnf.manifolds.sphere import Sphere
 
-IMAGES = 3  # on each side; the next one adds e^-59 of the density at scale 2
-WAVES = 6  # the next one adds e^-98 at scale 2
+IMAGES_PER_SIDE = 3  # on each side; the next one adds e^-59 of the density at scale 2
+NUM_WAVES = 6  # the next one adds e^-98 at scale 2
 NARROW = 2.0  # scales below it are summed over images, others over waves
 
 
@@ -86,7 +87,7 @@ class VonMisesFisher(_OnManifold):
 
     **Arguments:**
 
-    - `mean`: the direction of the largest density, (3,); only its direction counts.
+    - `mean`: the mode, (3,); its length does not matter.
     - `concentration`: k, positive.
 
     **Raises:** `ValueError` for a mean of another shape, that is 0 or not finite, and for a
@@ -171,11 +172,13 @@ class WrappedNormal(_OnManifold):
         narrow = scale < NARROW
         # Each sum is given a scale at which it is accurate, so that no gradient is NaN.
         low = jnp.where(narrow, scale, NARROW)[None]
-        turns = 2 * math.pi * jnp.arange(-IMAGES, IMAGES + 1).astype(x.dtype)[:, None]
+        turns = (
+            2 * math.pi * jnp.arange(-IMAGES_PER_SIDE, IMAGES_PER_SIDE + 1).astype(x.dtype)[:, None]
+        )
         images = -(((angle[None] + turns) / low) ** 2) / 2
         by_images = jax.nn.logsumexp(images, axis=0) - jnp.log(math.sqrt(2 * math.pi) * low[0])
         high = jnp.where(narrow, NARROW, scale)[None]
-        number = jnp.arange(1, WAVES + 1).astype(x.dtype)[:, None]
+        number = jnp.arange(1, NUM_WAVES + 1).astype(x.dtype)[:, None]
         waves = jnp.exp(-((number * high) ** 2) / 2) * jnp.cos(number * angle[None])
         by_waves = jnp.log1p(2 * jnp.sum(waves, axis=0)) - math.log(2 * math.pi)
         return jnp.sum(jnp.where(narrow, by_images, by_waves))
@@ -210,6 +213,15 @@ class Independent(BaseDistribution):
     def dim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Number of coordinates of all parts."""
         return sum(part.dim for part in self.parts)
+
+    @property
+    def manifold(self) -> Manifold | None:
+        """The product of the parts' manifolds; None if all of them are in R^dim."""
+        known = [getattr(part, "manifold", None) for part in self.parts]
+        if not any(known):
+            return None
+        pairs = zip(known, self.parts, strict=True)
+        return Product([Euclidean(part.dim) if own is None else own for own, part in pairs])
 
     def distribution(self, dtype=None):
         """Raise `ValueError`: the parts may be on manifolds, which distrax does not know."""

@@ -1,10 +1,10 @@
 """Fields on manifolds, and estimates of their divergence with probes in the tangent space.
 
 The velocity is defined in R^dim around the manifold such that each point moves along with its
-nearest point p, and keeps its place beside it (`Manifold.carry`). So truncation errors that take a
-solution off the manifold do not change where its nearest point goes, every solver and adjoint works
-as it is, and the nearest point of the end is the solution on the manifold. The trace of the
-Jacobian in R^dim is the Riemannian divergence:
+nearest point p, and keeps its place beside it (`Manifold.extend_velocity`). So truncation errors
+that take a solution off the manifold do not change where its nearest point goes, every solver and
+adjoint works as it is, and the nearest point of the end is the solution on the manifold. The trace
+of the Jacobian in R^dim is the Riemannian divergence:
 
 - on the sphere, V(x) = |x| u(x/|x|) is tangent to every sphere around 0 and independent of the
   radius, up to scale;
@@ -70,7 +70,9 @@ class TangentField(Field):
 
     def __call__(self, t, x, context=None):
         p = self.manifold.project(x)
-        return self.manifold.carry(x, p, _TangentPart(self.field, self.manifold)(t, p, context))
+        return self.manifold.extend_velocity(
+            x, p, _TangentPart(self.field, self.manifold)(t, p, context)
+        )
 
     def velocity_and_divergence(self, t, x, context=None):
         """Return v (dim,) and the Riemannian divergence, by products with a tangent basis."""
@@ -79,7 +81,7 @@ class TangentField(Field):
         # go through the projection.
         tangent_part = _TangentPart(self.field, self.manifold)
         v, divergence, _ = trace_and_frobenius(tangent_part, t, p, context, self.manifold.frame(p))
-        return self.manifold.carry(x, p, v), divergence
+        return self.manifold.extend_velocity(x, p, v), divergence
 
 
 class _TangentPart(Field):
@@ -99,8 +101,8 @@ class _TangentPart(Field):
 class TangentProbes(Estimator):
     """An estimate of the divergence whose probes are drawn in an orthonormal basis of the tangent.
 
-    Probes in R^dim are unbiased for a `TangentField` too, but there are more directions to choose
-    from: in the tangent space, `intrinsic_dim` orthogonal probes are exact, Rademacher probes have
+    Probes in R^dim are unbiased for a `TangentField` too, but the tangent space has fewer
+    dimensions: there, `intrinsic_dim` orthogonal probes are exact, Rademacher probes have
     less variance, and the bases of `HutchPlusPlus` and `XTrace` are spent on tangent directions.
 
     **Arguments:**
@@ -128,12 +130,22 @@ class TangentProbes(Estimator):
         return self.strategy.draw_noise(key, batch, self.manifold.intrinsic_dim, dtype)
 
     def __call__(self, field, t, x, context, noise):
-        """Return the velocity, the estimate, and that of the tangent part of |dv/dx|_F^2."""
+        """Return the velocity, and estimates of the divergence and of |dv/dx|_F^2 on the manifold.
+
+        **Raises:** `ValueError` for a field that is not on the manifold.
+        """
+        if field.manifold != self.manifold:
+            raise ValueError(
+                f"field must be on {self.manifold}; got one on {field.manifold} (None is R^dim): "
+                "wrap it in jcnf.manifolds.TangentField"
+            )
         p = self.manifold.project(x)
         frame = self.manifold.frame(p)
         origin = jnp.zeros(len(frame), frame.dtype)
         local = self.strategy(_InFrame(field, p, frame), t, origin, context, noise)
-        velocity = self.manifold.carry(x, p, jnp.sum(local.velocity[:, None] * frame, axis=0))
+        velocity = self.manifold.extend_velocity(
+            x, p, jnp.sum(local.velocity[:, None] * frame, axis=0)
+        )
         return FieldEvaluation(velocity, local.divergence, local.frobenius)
 
 

@@ -29,9 +29,10 @@ class Geodesic:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedCoupling:
-    """A coupling applied to embedded points, where |x0 - x1| increases with the distance.
+    """A coupling applied to embedded points, so that angles on both sides of pi are close.
 
-    On a torus, angles on both sides of the cut at pi are then as near as they should be.
+    On spheres, SO(3) and a single angle, |x0 - x1| increases with the distance; on other tori and
+    on products it only approximates it.
 
     **Arguments:**
 

@@ -113,5 +113,5 @@ class Product(Manifold):
             [part.pull_back(own, w) for (part, own), w in zip(self.split(x), shares, strict=True)]
         )
 
-    def carry(self, x, p, v):
-        return jnp.concatenate([part.carry(*own) for part, *own in self.split(x, p, v)])
+    def extend_velocity(self, x, p, v):
+        return jnp.concatenate([part.extend_velocity(*own) for part, *own in self.split(x, p, v)])

@@ -104,7 +104,7 @@ class SO3(Manifold):
         each = np.broadcast_to((math.pi / n) ** 2 * weights[None, :, None], (2 * n, n, 2 * n))
         return points, each.reshape(-1)
 
-    def carry(self, x, p, v):
+    def extend_velocity(self, x, p, v):
         """Return v p'x: with x = p S, p moves with velocity v and S stays."""
         p, v, x = (m.reshape(3, 3) for m in (p, v, x))
         return _times(v, _times(p.T, x)).reshape(9)

@@ -98,6 +98,6 @@ class Sphere(Manifold):
         )
         return points.reshape(-1, 3), np.repeat(weights * 2 * math.pi / count, count)
 
-    def carry(self, x, p, v):
+    def extend_velocity(self, x, p, v):
         """Return |x| v, which keeps |x| and is homogeneous of degree 1 in x."""
         return jnp.sqrt(dot(x, x)) * v

@@ -123,6 +123,12 @@ def _shown(bijection):
 
 
 def _match(flow, x0, x1, key, context, path, time):
+    manifold = flow.bijection.manifold
+    if manifold is not None and getattr(path, "manifold", None) != manifold:
+        raise ValueError(
+            f"path must be one on the manifold of the flow, {manifold}: pass "
+            "path=jcnf.manifolds.Geodesic(manifold)"
+        )
     time_key, noise_key = jr.split(key)
     # Rounding to the dtype of x must not make s equal to 1, where velocities may be infinite.
     s = jnp.minimum(time(time_key, len(x1)).astype(x1.dtype), 1 - jnp.finfo(x1.dtype).eps)

@@ -1,4 +1,4 @@
-"""An identity that refuses forward mode, and says which adjoint has it."""
+"""An identity that refuses forward mode with an error that names the adjoints that have it."""
 
 from typing import Any
 

@@ -101,7 +101,7 @@ class FlowDensity(BaseEstimator):
 
         **Raises:** `ValueError` for fewer than 5 rows, constant columns, values that are not finite
         numbers, and values outside the supports that `columns` gives. Warns of columns that only
-        count the rows, and of outliers.
+        count the rows, of outliers, and of fewer than two rows per column.
         """
         if self.steps is not None:
             check_int(steps=self.steps)
@@ -185,8 +185,9 @@ class FlowDensity(BaseEstimator):
 
         The shape is (n, len(q), dim); the axes of a scalar `q` and of a single column are left out.
         For one column they are those of the mixture's distribution function, interpolated between
-        points of it, up to levels of 3e-6 from 0 and 1. For more columns they are those of 200
-        draws, and levels within 0.01 of 0 and 1 are rough.
+        points of it, up to levels of 3e-6 from 0 and 1. For more columns, or a circular one, they
+        are those of 200 draws, and levels within 0.01 of 0 and 1 are rough. They are NaN where a
+        draw could not be solved.
         """
         levels = np.atleast_1d(np.asarray(q, float))
         if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
@@ -195,9 +196,12 @@ class FlowDensity(BaseEstimator):
         found = np.empty((len(draws), len(levels), draws.shape[2]))
         for row, column in np.ndindex(len(draws), draws.shape[2]):
             x = draws[row, :, column]
+            if np.isnan(x).any():
+                found[row, :, column] = np.nan
+                continue
             order = np.argsort(x)
             below = np.cumsum(shares[order]) - shares[order] / 2
-            if flows:
+            if flows and not self.columns_[0].circular:  # whose draws jump at the bound
                 below = _distribution(x[order], x, flows)
             found[row, :, column] = np.interp(ndtri(levels), ndtri(below), x[order])
         found = self._finished(found)
@@ -400,7 +404,8 @@ class FlowDensity(BaseEstimator):
         """Return draws (n, draws, dim) of X for each row of the context, and their shares.
 
         The draws of a single column are evenly spaced normal scores through each flow, in order.
-        Then also return the slice of each flow's draws, their scores and the flow's weight.
+        For a single column, also return, for each flow, the slice of its draws, their normal scores
+        and its weight.
         """
         check_is_fitted(self)
         given, dim = self._given(context), self.n_features_in_

@@ -46,7 +46,7 @@ MIN_VARIANCE, MAX_ROWS = 1e-2, 5000  # of the Gaussian mixtures: added variance,
 LEARNING_RATE, CLIP = 2e-3, 10.0
 EM_STEPS = 500
 HELD_OUT_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")
-FEWEST_STEPS, MOST_STEPS = 8, 512
+MIN_STEPS, MAX_STEPS = 8, 512
 MAX_ERROR = 1e-3  # nats, root mean square over rows that were held out
 STEP_ROWS = 500  # the number of these rows
 TIME_FREQUENCIES = 8
@@ -90,20 +90,27 @@ class Mixture(NamedTuple):
         return log_mean(found, self.weights)
 
     def with_equal_steps(self, z: Array, context: Array | None) -> "Mixture":
-        """Return the mixture with as many steps as rows like these need.
+        """Return the mixture with enough steps for rows like these.
 
-        Their number is doubled until that changes the log-density by less than `MAX_ERROR`.
+        The number of steps is doubled until doubling it again changes their log-densities by less
+        than `MAX_ERROR` (root mean square), up to `MAX_STEPS`.
         """
         if all(isinstance(flow.bijection, Affine) for flow in self.flows):
             return self
-        mixture = self._replace(steps=FEWEST_STEPS)
+        mixture = self._replace(steps=MIN_STEPS)
         before = mixture.log_prob(z, context)
-        while mixture.steps < MOST_STEPS:
+        while mixture.steps < MAX_STEPS:
             finer = mixture._replace(steps=2 * mixture.steps)
             after = finer.log_prob(z, context)
             if np.sqrt(np.nanmean((after - before) ** 2)) < MAX_ERROR:
                 break
             mixture, before = finer, after
+        else:
+            warnings.warn(
+                f"log-densities still change by more than {MAX_ERROR:g} nats beyond {MAX_STEPS} "
+                "steps: the scores of this density are rough",
+                stacklevel=2,
+            )
         return mixture
 
     @classmethod

@@ -78,8 +78,8 @@ def refuse_text(table, what):
         if text:
             raise InputError(
                 f"{what} has columns that are not numbers: {', '.join(text)}. Leave them out, or "
-                "make a column of 0 and 1 for each value (pandas.get_dummies): such columns serve "
-                "as context"
+                "make a column of 0 and 1 for each value (pandas.get_dummies) and pass these as "
+                "context"
             )
 
 

@@ -182,7 +182,7 @@ BAD = {
     "tabular --data few.csv": "table:file",
     "tables --data none --models kde --seconds 1": "--data.*none",
     "tables --data . --tables other --models kde --seconds 1": "other.*digits",
-    "earth": "--set.*--data",
+    "earth": "earth/fire.csv",
     "earth --set fire --folder none": "none/fire.csv",
     "earth --data few.csv": "latitude.*a, b",
     "imputation": "--data",

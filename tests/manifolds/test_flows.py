@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import TIGHT, T, astype
+from helpers import TIGHT, T, astype, mlp
 from manifold_table import AffineField, random_field
 from scipy import linalg, stats
 
 import jcnf
-from jcnf import CNF, Solve, evaluate
+from jcnf import CNF, Hutchinson, Solve, evaluate
 from jcnf.distributions import StandardNormal
-from jcnf.fields import TimeRescaling
+from jcnf.fields import MinusIdentity, TimeRescaling
 from jcnf.manifolds import (
     SO3,
     EmbeddedCoupling,
@@ -23,6 +23,7 @@ from jcnf.manifolds import (
     Product,
     Sphere,
     TangentField,
+    TangentProbes,
     Torus,
     Uniform,
     VonMisesFisher,
@@ -264,3 +265,31 @@ def test_flow_matching_along_geodesics_matches_their_velocity():
     )(net)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda field: CNF(field, StandardNormal(3)), "must be on the same manifold; got Sphere"),
+        (lambda field: CNF(mlp(3, (4,)), Uniform(Sphere(2))), "must be on the same manifold"),
+        (lambda field: MinusIdentity(field), "must be in R\\^dim; got one on Sphere"),
+        (
+            lambda field: flow_matching(
+                CNF(field, Uniform(Sphere(2))), Sphere(2).uniform(jr.key(0), 4), jr.key(1)
+            ),
+            "path must be one on the manifold of the flow",
+        ),
+        (
+            lambda field: jcnf.log_prob(
+                CNF(mlp(3, (4,)), StandardNormal(3)),
+                jnp.ones((2, 3)),
+                key=jr.key(0),
+                divergence=TangentProbes(Hutchinson(), Sphere(2)),
+            ),
+            "field must be on Sphere",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(random_field(Sphere(2)))

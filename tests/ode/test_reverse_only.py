@@ -48,6 +48,7 @@ def test_forward_mode_is_the_derivative(adjoint):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_reverse_mode_goes_through_every_transformation():
     """The gradient of the sum over rows, taken in each of the ways in which JAX gets there."""
     f = score("checkpoint")

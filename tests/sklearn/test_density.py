@@ -255,6 +255,7 @@ def test_quantiles_given_a_context_are_close_and_ascend(given):
     assert np.all(np.abs(covered - levels) < 4 * np.sqrt(levels * (1 - levels) / 50))
 
 
+@pytest.mark.slow
 def test_quantiles_and_means_given_a_context_are_those_of_the_density(given):
     """Far into the tails too: against the integral of the density."""
     levels = np.array([1e-4, 0.01, 0.3, 0.5, 0.99, 0.9999])
@@ -269,6 +270,18 @@ def test_quantiles_and_means_given_a_context_are_those_of_the_density(given):
         tails = np.interp(found[[0, -1]], y, np.minimum(below, below[-1] - below))
         np.testing.assert_allclose(tails, 1e-4, rtol=0.3)
         assert given.predict([[x]])[0] == pytest.approx(np.trapezoid(y * p, y), abs=3e-3)
+
+
+@pytest.mark.slow
+def test_quantiles_of_a_circular_column_are_those_of_its_samples():
+    """From its lower to its upper bound, although the flow starts where data are fewest."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (400, 1))
+    angle = (0.3 * rng.normal(size=x.shape)) % CIRCLE  # on both sides of the bound
+    fitted = Density(steps=100, columns={0: Column(0, CIRCLE, circular=True)}).fit(angle, context=x)
+    found = fitted.quantile([0.1, 0.4, 0.6, 0.9], [[0.0]])[0]
+    drawn = fitted.sample(4000, context=[[0.0]])
+    np.testing.assert_allclose(found, np.quantile(drawn, [0.1, 0.4, 0.6, 0.9]), atol=0.1)
 
 
 def test_the_density_given_a_context_integrates_to_1(given):
@@ -363,6 +376,7 @@ def test_a_density_without_a_context_is_given_none(density):
         density.score_samples(TABLE[TABLE.columns[::-1]])
 
 
+@pytest.mark.slow
 def test_names_of_columns_may_be_numbers(tmp_path):
     table = TABLE.iloc[:60, [0, 4]].set_axis([3, 7], axis=1)
     fitted = Density(steps=20).fit(table)
