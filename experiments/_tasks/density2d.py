@@ -26,7 +26,7 @@ from jcnf.flows import augmented
 VALIDATION_POINTS, REFERENCE_POINTS = 2000, 20_000
 # Checks of the accuracy may take this share of the training time, and at least these seconds.
 MEASURING_SHARE = 0.5
-MIN_MEASURING_SECONDS = 20.0
+MIN_MEASURING_SECONDS = 40.0
 # Importance samples of the extra dimensions per point: in validations, figures and the test.
 VALIDATION_SAMPLES, VIEW_SAMPLES, TEST_SAMPLES = 4, 8, 64
 
