@@ -5,7 +5,7 @@ distrax object: it would break `eqx.filter`.
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -25,7 +25,11 @@ class BaseDistribution(eqx.Module):
     A base is not trained: `jcnf.training.loop` leaves its arrays unchanged.
     """
 
-    dim: eqx.AbstractVar[int]
+    # To a type checker, an abstract variable would be the first argument of `__init__`.
+    if TYPE_CHECKING:
+        dim = 0
+    else:
+        dim: eqx.AbstractVar[int]
 
     @abstractmethod
     def distribution(self, dtype=None) -> Any:
@@ -175,9 +179,3 @@ class Logistic(BaseDistribution):
 
     def distribution(self, dtype=None):
         return _independent("Logistic", jnp.zeros(self.dim, dtype), jnp.ones(self.dim, dtype))
-
-
-BASES: dict[str, type[BaseDistribution]] = {
-    "normal": StandardNormal,
-    "logistic": Logistic,
-}

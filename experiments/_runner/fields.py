@@ -151,7 +151,7 @@ class Logistic(Settings):
 
     def make(self, dim: int) -> distributions.BaseDistribution:
         """Return the distribution."""
-        return distributions.BASES["logistic"](dim)
+        return distributions.Logistic(dim)
 
     @property
     def std(self) -> float:

@@ -65,6 +65,22 @@ class Field(eqx.Module):
         v, divergence, _ = trace_and_frobenius(self, t, x, context)
         return v, divergence
 
+    def velocity_divergence_and_product(
+        self,
+        t: Float[Array, ""],
+        x: Float[Array, " dim"],
+        vector: Float[Array, " dim"],
+        context: Float[Array, " context"] | None = None,
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]]:
+        """Return v (dim,), div v, and the Jacobian's product with `vector` (dim,).
+
+        Unless it is overridden, this takes one product more than the divergence. Override it where
+        the divergence takes the whole Jacobian anyway.
+        """
+        v, divergence = self.velocity_and_divergence(t, x, context)
+        _, product = jax.jvp(lambda x: self(t, x, context), (x,), (vector,))
+        return v, divergence, product
+
     def gradient(self, t: Float[Array, ""], x: Float[Array, " dim"]) -> Float[Array, " dim+1"]:
         """Return the gradient in (x, t) of the potential Phi, for a field v = -grad_x Phi.
 

@@ -76,9 +76,10 @@ class GaussianTails(Wrapper):
         q tr J + (1 - q) tr L + k q^3 u' S^-1 (L - J) u.
         """
         tails = self._tails(t, x)
-        f, divergence = self.field.velocity_and_divergence(t, tails.point, context)
         basis, near = self._basis(x.dtype), tails.near
-        _, pushed = jax.jvp(lambda x: self.field(t, x, context), (tails.point,), (basis @ near,))
+        f, divergence, pushed = self.field.velocity_divergence_and_product(
+            t, tails.point, basis @ near, context
+        )
         # In this order, because u' S^-1 u could overflow far from the data.
         change = jnp.sum(near / tails.variance * (tails.rate * near - pushed @ basis))
         q, k = tails.q, tails.z * tails.q**2 * self._scale

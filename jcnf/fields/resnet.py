@@ -130,3 +130,8 @@ class ResNet(Field):
         """
         v, jacobian = self._push(t, x, context, jnp.eye(self.dim, dtype=x.dtype))
         return v, jnp.trace(jacobian)
+
+    def velocity_divergence_and_product(self, t, x, vector, context=None):
+        """Return v (dim,), div v, and the Jacobian's product with `vector`, at no further cost."""
+        v, jacobian = self._push(t, x, context, jnp.eye(self.dim, dtype=x.dtype))
+        return v, jnp.trace(jacobian), vector @ jacobian

@@ -138,6 +138,15 @@ def test_on_the_data_the_field_is_nearly_its_own():
     assert errors[0] < 1e-3 < errors[1]
 
 
+def test_the_divergence_around_a_field_that_knows_its_jacobian_is_the_trace():
+    field, t = make(random_net(), paths.linear).bijection.field, jnp.asarray(0.4)
+    x = jnp.asarray(np.concatenate([ROWS[:5], 10 * ROWS[:5]]))
+    found = jax.jit(jax.vmap(functools.partial(field.velocity_and_divergence, t)))(x)[1]
+    traces = np.trace(jax.jit(jax.vmap(jax.jacfwd(functools.partial(field, t))))(x), 0, 1, 2)
+    assert np.min(np.abs(traces)) > 1e-3
+    np.testing.assert_allclose(found, traces, rtol=1e-9)
+
+
 def test_the_divergence_is_finite_as_far_as_points_are():
     field = astype(make(random_net(), paths.linear).bijection.field, jnp.float32)
     v, divergence = field.velocity_and_divergence(

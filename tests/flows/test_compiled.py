@@ -20,8 +20,6 @@ from jcnf.flows import Chain, augmented
 from jcnf.flows.distrax import FlowDistribution
 from jcnf.regularizers import kinetic
 
-pytestmark = pytest.mark.optimized
-
 FLOW = CNF(mlp(2, (4,)), StandardNormal(2))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
 TIMES = jnp.linspace(0.0, 1.0, 4)
@@ -134,6 +132,7 @@ def test_tolerances_are_heeded_though_they_do_not_compile():
     assert steps[0] < steps[1] < steps[2]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["log_prob, estimated", "sample", "trajectory"])
 def test_inside_another_jit_the_values_are_the_same(name):
     call = CALLS[name]
@@ -143,6 +142,7 @@ def test_inside_another_jit_the_values_are_the_same(name):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_under_vmap_each_row_is_as_alone():
     flow = CNF(Linear(jnp.asarray(MATRIX)), StandardNormal(3))
@@ -155,6 +155,7 @@ def test_under_vmap_each_row_is_as_alone():
     np.testing.assert_allclose(jax.vmap(sample)(keys), jnp.stack([*map(sample, keys)]), rtol=1e-4)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "adjoint",
     [
