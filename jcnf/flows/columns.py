@@ -1,5 +1,6 @@
 """Elementwise maps that make each column of a table about normal, within its support."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,17 +16,19 @@ _NEWTON_STEPS = 4
 
 
 class Columns(Fixed):
-    """Increasing maps of each column x to a z that is about standard normal, in four steps.
+    """Increasing maps of each column x to a z that is about standard normal, in three steps.
 
-    1. A circular column, whose bounds are one point, is turned by `turn`, modulo its period.
-    2. The support is opened to the real line: y = log(x - lower) - log(upper - x), without the
+    1. The support is opened to the real line: y = log(x - lower) - log(upper - x), without the
        logarithms of bounds that are infinite; y = x if both are. Samples cannot leave the support.
-    3. u = (y - loc) / scale.
-    4. Where a column has knots, z is a monotone rational-quadratic spline of u (Gregory and
+    2. u = (y - loc) / scale.
+    3. Where a column has knots, z is a monotone rational-quadratic spline of u (Gregory and
        Delbourgo 1982) between quantiles of the data and those of N(0, 1). The tails beyond its ends
        are generalized Pareto (Pickands 1975): with m the mass beyond the last knot u_k,
        P(U > u) = m (1 + i (u - u_k) / s)^(-1/i). An outlier then lies in the tail of z, and not far
        from everything else. Without knots, z = u.
+
+    A circular column, whose bounds are one point, becomes an angle y = z from -pi to pi instead, of
+    which 0 is opposite to `lower + turn`.
 
     `jcnf.sklearn.columns.fit_columns` chooses all of this from data. Arrays have one row for each
     column; unused places of `u`, `z` and `slope` are inf.
@@ -80,17 +83,21 @@ def _turned(column, x, by):
 
 def _open(column, x):
     """Return y and log dy/dx; NaN outside the support."""
+    circle, rate = _circle(column)
     low, high = jnp.isfinite(column.lower), jnp.isfinite(column.upper)
     # Differences of bounds that do not exist become 1, so that no gradient is NaN.
     above, below = jnp.where(low, x - column.lower, 1), jnp.where(high, column.upper - x, 1)
     width = jnp.where(low & high, column.upper - column.lower, 1)
     log_above, log_below = jnp.log(above), jnp.log(below)
     y = jnp.where(low | high, log_above - log_below, x)
-    return y, jnp.log(width) - log_above - log_below
+    slope = jnp.log(width) - log_above - log_below
+    angle = rate * (x - column.lower) - math.pi
+    return jnp.where(circle, angle, y), jnp.where(circle, jnp.log(rate), slope)
 
 
 def _close(column, y):
     """Return x and log dx/dy."""
+    circle, rate = _circle(column)
     low, high = jnp.isfinite(column.lower), jnp.isfinite(column.upper)
     lower, upper = jnp.where(low, column.lower, 0), jnp.where(high, column.upper, 0)
     width, single = upper - lower, jnp.exp(jnp.where(low, y, -y))
@@ -99,7 +106,15 @@ def _close(column, y):
     both_slope += jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)
     x = jnp.where(low & high, both, jnp.where(low, lower + single, upper - single))
     slope = jnp.where(low & high, both_slope, jnp.where(low, y, -y))
-    return jnp.where(low | high, x, y), jnp.where(low | high, slope, 0)
+    x, slope = jnp.where(low | high, x, y), jnp.where(low | high, slope, 0)
+    turned = column.lower + (y + math.pi) / rate
+    return jnp.where(circle, turned, x), jnp.where(circle, -jnp.log(rate), slope)
+
+
+def _circle(column):
+    """Return whether the column is a circle, and the radians in its unit."""
+    circle = column.turn != 0
+    return circle, 2 * math.pi / jnp.where(circle, column.upper - column.lower, 1)
 
 
 def _by_knots(column, value, ends, inside, outside):

@@ -44,8 +44,8 @@ class Column:
     - `margin`: the density is learned on an interval that is wider by this, at each bound, because
       the logarithm that keeps samples inside has no value at a bound itself. Samples in the margin
       are returned as the bound. It is chosen if values are at a bound; leave it 0.
-    - `circular`: whether `lower` and `upper` are the same point, as for angles. The circle is cut
-      where data are fewest, so that the density may have a jump only there.
+    - `circular`: whether `lower` and `upper` are the same point, as for angles. The density is then
+      the same at both, and smooth there.
 
     **Raises:** `ValueError` for bounds in the wrong order, a circular column without bounds, and a
     step or a margin that is negative.
@@ -218,7 +218,7 @@ def fit_columns(
 
     A column gets a spline if one beats a normal distribution in 5-fold cross-validation, by 0.18
     nats a row and two standard errors of the difference; for a column with a bound, by 0.01. The
-    number of bins and the tails are those that do best there.
+    number of bins and the tails are those that do best there. Circular columns get none.
     """
     rng = np.random.default_rng(seed)
     maps = [_fit(x, support.cells, rng) for x, support in zip(rows.T, supports, strict=True)]
@@ -258,19 +258,18 @@ class _Map:
 
 
 def _fit(x, support, rng):
-    turn = _cut(x, support) if support.circular else 0.0
-    y = _open(x, support, turn)
+    if support.circular:
+        return _Map(support.lower, support.upper, _cut(x, support), 0.0, 1.0)
+    y = _open(x, support)
     loc, scale = float(y.mean()), float(y.std())
-    start = _Map(support.lower, support.upper, turn, loc, scale)
+    start = _Map(support.lower, support.upper, 0.0, loc, scale)
     u = (y - loc) / scale
     bins, index = _choose_bins(u, support, rng)
     return dataclasses.replace(start, **_spline(u, bins, index)) if bins else start
 
 
-def _open(x, support, turn):
+def _open(x, support):
     low, high = math.isfinite(support.lower), math.isfinite(support.upper)
-    if support.circular:
-        x = support.lower + (x - support.lower - turn) % (support.upper - support.lower)
     if not (low or high):
         return x
     y = np.log(x - support.lower) if low else np.zeros_like(x)
@@ -278,7 +277,10 @@ def _open(x, support, turn):
 
 
 def _cut(x, support):
-    """Return the middle of the emptiest of 36 sectors of the circle, or of the widest gap."""
+    """Return where Gaussian mixtures may cut the circle.
+
+    It is in the middle of the emptiest of 36 sectors, or of the widest gap.
+    """
     period = support.upper - support.lower
     turned = np.sort((x - support.lower) % period)
     sectors = np.histogram(turned, bins=36, range=(0, period))[0]

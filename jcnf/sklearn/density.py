@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr, ndtri
 from scipy.stats import qmc
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
@@ -25,8 +24,16 @@ from jcnf._checks import InputError, check_int, list_rows
 from jcnf.distributions import StandardNormal
 from jcnf.flows import Affine, Chain, Flow
 from jcnf.ode import Solve
+from jcnf.sklearn._conditional import Draws
+from jcnf.sklearn._table_checks import (
+    check_constant,
+    check_rows,
+    refuse_nan,
+    refuse_text,
+    warn_of_outliers,
+)
 from jcnf.sklearn.columns import Column, resolve
-from jcnf.sklearn.mixture import Mixture, Plan, skeleton, train
+from jcnf.sklearn.mixture import Mixture, Plan, from_scores, skeleton, train
 from jcnf.sklearn.sides import (
     ContextRows,
     Side,
@@ -34,7 +41,6 @@ from jcnf.sklearn.sides import (
     blank_columns,
     cast,
     from_pickle,
-    refuse_text,
     single,
     to_pickle,
 )
@@ -42,12 +48,15 @@ from jcnf.training import checkpoint
 
 MIN_ROWS = 5
 NOISE_DRAWS = 8  # of the noise of rounded columns, over which a log-density is averaged
-OUTLIER = 30.0  # robust standard deviations
-DRAWS = 200  # for the mean and the quantiles of one row
-DRAW_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")  # for each of these draws
-FARTHEST = 4.5  # normal scores of the outermost draws of one column
+DRAW_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")  # of draws for means and quantiles
 FLOW_DRAWS_AT_ONCE = 100_000
 MAX_CHUNK = 8192
+
+
+def _has_context(estimator):
+    if getattr(estimator, "context_", None) is None:
+        raise AttributeError("this needs a density fitted with a context: fit(y, context=x)")
+    return True
 
 
 class FlowDensity(BaseEstimator):
@@ -62,7 +71,8 @@ class FlowDensity(BaseEstimator):
     Inside, each column is transformed so that its values never leave its support
     (`jcnf.sklearn.Column`) and are about normal (`jcnf.flows.Columns`), the columns together are
     whitened, and flows are trained by flow matching (`jcnf.sklearn.mixture` says how, and how rows
-    are held out). All of it is part of the density. With `context=`, the density is that of X given
+    are held out). Circular columns become angles, which are not whitened, and the flows are on
+    circles there. All of it is part of the density. With `context=`, the density is that of X given
     the context.
 
     **Arguments:**
@@ -99,6 +109,9 @@ class FlowDensity(BaseEstimator):
     def fit(self, X: Any, y: Any = None, *, context: Any = None) -> "FlowDensity":
         """Learn the density of the rows of X (n, dim), given those of `context` (n, context).
 
+        `y` is ignored, as in other density estimators of scikit-learn. To learn p(y given x), call
+        `fit(y, context=x)`.
+
         **Raises:** `ValueError` for fewer than 5 rows, constant columns, values that are not finite
         numbers, and values outside the supports that `columns` gives. Warns of columns that only
         count the rows, of outliers, and of fewer than two rows per column.
@@ -108,25 +121,27 @@ class FlowDensity(BaseEstimator):
         rows = _numbers(self, X, reset=True)
         self.dtypes_ = _dtypes(X)
         self.names_ = X.columns.tolist() if self.dtypes_ else list(range(rows.shape[1]))
-        _check_rows(rows, self.names_)
+        check_rows(rows, self.names_)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.columns_ = resolve(self.names_, rows, self.columns)
+        warn_of_outliers(rows, self.names_, self.columns_)
         side = Side.fit(rows, self.columns_, seed)
         self.context_ = None
         given = None
         if context is not None:
             frame = ContextRows(context)
             self._check_pair(rows, frame.rows)
-            _check_constant(frame.rows, frame.names, "the context is ")
+            check_constant(frame.rows, frame.names, "the context is ")
             supports = resolve(frame.names, frame.rows, None)
             self.context_ = (frame.names, Side.fit(frame.rows, supports, seed + 1))
             given = self._given(context)
         normal, logdet = side.to_base(side.noisy(rows, seed + 2))
         with jax.enable_x64(True):
-            whiten = Affine.whiten(normal, given)
+            circular = tuple(support.circular for support in self.columns_)
+            whiten = _whiten(normal, given, circular)
         z, more = apply(whiten, normal, "to_base", given)
         self.outer_ = (whiten, side.map)
-        self.plan_ = Plan.of(len(rows), self.steps)
+        self.plan_ = Plan.of(len(rows), self.steps, circular)
         with _bar(self.plan_.steps, self.progress) as tell, jax.enable_x64(False):
             self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
         self.held_out_nll_ = nll - float(np.mean(logdet + more))
@@ -135,12 +150,11 @@ class FlowDensity(BaseEstimator):
     def score_samples(self, X: Any, *, context: Any = None) -> Float[np.ndarray, " n"]:
         """Return the log-density of each row, nats in the units of X; -inf outside the support.
 
-        NaN where no flow could be solved.
+        NaN where no flow could be solved. Warns of rows outside the support.
         """
         rows, given = self._rows(X), self._given(context)
         self._check_pair(rows, given)
-        pairs = zip(rows.T, self.columns_, strict=True)
-        inside = np.all([support.contains(x) for x, support in pairs], axis=0)
+        inside = self._inside(rows)
         safe = np.where(inside[:, None], rows, self._middle())
         noises = self._noises()
         found = np.stack([self._score(safe + noise, given) for noise in noises], axis=1)
@@ -172,14 +186,14 @@ class FlowDensity(BaseEstimator):
         drawn = self._in_columns(self._carry(z, which, given), given)
         return self._framed(self._finished(drawn))
 
-    @available_if(lambda self: getattr(self, "context_", None) is not None)
+    @available_if(_has_context)
     def predict(self, context: Any) -> Float[np.ndarray, "n dim"]:
         """Return the mean of X given each row of the context, (n, dim), or (n,) for one column."""
-        draws, shares, _ = self._draws(context)
-        mean = np.einsum("d,ndk->nk", shares, draws)
+        draws, x = self._drawn(context)
+        mean = np.einsum("d,ndk->nk", draws.shares, x)
         return mean[:, 0] if mean.shape[1] == 1 else mean
 
-    @available_if(lambda self: getattr(self, "context_", None) is not None)
+    @available_if(_has_context)
     def quantile(self, q: Any, context: Any) -> Float[np.ndarray, "n ..."]:
         """Return the quantiles `q` of each column of X given each row of the context.
 
@@ -192,18 +206,10 @@ class FlowDensity(BaseEstimator):
         levels = np.atleast_1d(np.asarray(q, float))
         if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"q must be between 0 and 1, a number or a list of them; got {q!r}")
-        draws, shares, flows = self._draws(context)
-        found = np.empty((len(draws), len(levels), draws.shape[2]))
-        for row, column in np.ndindex(len(draws), draws.shape[2]):
-            x = draws[row, :, column]
-            if np.isnan(x).any():
-                found[row, :, column] = np.nan
-                continue
-            order = np.argsort(x)
-            below = np.cumsum(shares[order]) - shares[order] / 2
-            if flows and not self.columns_[0].circular:  # whose draws jump at the bound
-                below = _distribution(x[order], x, flows)
-            found[row, :, column] = np.interp(ndtri(levels), ndtri(below), x[order])
+        draws, x = self._drawn(context)
+        # The flow of a circular column jumps where its circle is cut.
+        increasing = x.shape[2] == 1 and not self.columns_[0].circular
+        found = draws.quantiles(x, levels, increasing)
         found = self._finished(found)
         found = found[:, :, 0] if found.shape[2] == 1 else found
         return found[:, 0] if np.ndim(q) == 0 else found
@@ -273,7 +279,7 @@ class FlowDensity(BaseEstimator):
             raise InputError(f"{path} was not written by FlowDensity.save")
         self = cls(**notes["params"], random_state=notes["seed"])
         dim, plan = notes["dim"], Plan(**notes["plan"])
-        plan = plan._replace(weight_decays=tuple(plan.weight_decays))
+        plan = plan._replace(weight_decays=tuple(plan.weight_decays), circular=tuple(plan.circular))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
         with jax.enable_x64(False):
@@ -325,7 +331,9 @@ class FlowDensity(BaseEstimator):
         frame = ContextRows(context)
         known = frame.named and names != [str(i) for i in range(len(names))]
         if frame.rows.shape[1] != len(names) or (known and frame.names != names):
-            raise ValueError(f"expected a context of {_listed(names)}; got {_listed(frame.names)}")
+            raise ValueError(
+                f"expected a context of {_listed(names)}, in this order; got {_listed(frame.names)}"
+            )
         z, _ = side.to_base(side.clipped(frame.rows))
         return z.astype(np.float32)
 
@@ -334,6 +342,22 @@ class FlowDensity(BaseEstimator):
             raise ValueError(
                 f"X and context must have as many rows; got {len(rows)} and {len(given)}"
             )
+
+    def _inside(self, rows):
+        """Return which rows are in the support of every column; warn of the others."""
+        inside = np.ones(len(rows), bool)
+        for name, support, x in zip(self.names_, self.columns_, rows.T, strict=True):
+            contained = support.contains(x)
+            inside &= contained
+            if not contained.all():
+                warnings.warn(
+                    f"column {name} is outside its support ({support}) in "
+                    f"{list_rows(np.flatnonzero(~contained), len(x))}, whose log-density is -inf. "
+                    "If such values are possible, give FlowDensity the column's support by "
+                    "columns={...}",
+                    stacklevel=3,
+                )
+        return inside
 
     def _middle(self):
         """Return a row inside the support, in the place of those outside."""
@@ -357,7 +381,10 @@ class FlowDensity(BaseEstimator):
         return found + logdet + more
 
     def _carry(self, z, which, given, solve=evaluate.ACCURATE):
-        """Return whitened samples: each row of z through the flow of its number in `which`."""
+        """Return whitened samples: each row of z through the flow of its number in `which`.
+
+        The rows are normal scores, which become samples of the flow's base.
+        """
         out = np.empty_like(z)
         # Batches of one shape, a power of two, so that flows and calls share a compiled program.
         most = int(np.bincount(which).max())
@@ -369,7 +396,7 @@ class FlowDensity(BaseEstimator):
             filled = np.pad(rows, (0, -len(rows) % chunk), mode="edge")
             with jax.enable_x64(False):
                 own = None if given is None or not flow.context_dim else single(given[filled])
-                x = single(z[filled])
+                x = from_scores(flow.base, single(z[filled]))
                 found = evaluate.transform(
                     flow, x, "to_data", context=own, chunk=chunk, solve=solve
                 )
@@ -400,60 +427,48 @@ class FlowDensity(BaseEstimator):
                 frame[name] = support.finish(frame[name].to_numpy())
         return frame
 
-    def _draws(self, context) -> tuple[np.ndarray, np.ndarray, "_OfFlows"]:
-        """Return draws (n, draws, dim) of X for each row of the context, and their shares.
-
-        The draws of a single column are evenly spaced normal scores through each flow, in order.
-        For a single column, also return, for each flow, the slice of its draws, their normal scores
-        and its weight.
-        """
+    def _drawn(self, context) -> tuple[Draws, Float[np.ndarray, "n draws dim"]]:
+        """Return the draws, and what they become for each row of the context, not yet rounded."""
         check_is_fitted(self)
         given, dim = self._given(context), self.n_features_in_
         assert given is not None  # these methods exist only with a context
-        weights = self.mixture_.weights / self.mixture_.weights.sum()
-        counts = np.maximum(8 if dim == 1 else 1, np.round(weights * DRAWS)).astype(int)
-        which = np.repeat(np.arange(len(weights)), counts)
-        shares, flows = np.repeat(weights / counts, counts), []
-        if dim == 1:
-            z = np.concatenate([np.linspace(-FARTHEST, FARTHEST, count) for count in counts])
-            starts = np.cumsum(counts) - counts
-            # The trapezoidal rule is very accurate for smooth integrands that vanish at both ends.
-            density = np.exp(-(z**2) / 2)
-            shares = weights[which] * density / np.add.reduceat(density, starts)[which]
-            own = [slice(i, i + count) for i, count in zip(starts, counts, strict=True)]
-            flows = [(k, z[k], float(w)) for k, w in zip(own, weights, strict=True)]
-            z = z[:, None]
-        else:
-            z = np.random.default_rng(0).normal(size=(len(which), dim))
-        out, at_once = [], max(1, FLOW_DRAWS_AT_ONCE // len(which))
+        draws = Draws.of(self.mixture_.weights, dim)
+        number = len(draws.which)
+        out, at_once = [], max(1, FLOW_DRAWS_AT_ONCE // number)
         for start in range(0, len(given), at_once):
             part = given[start : start + at_once]
-            many = np.repeat(part, len(which), axis=0)
-            tiled = np.tile(z, (len(part), 1)).astype(np.float32)
-            carried = self._carry(tiled, np.tile(which, len(part)), many, DRAW_SOLVE)
-            out.append(self._in_columns(carried, many).reshape(len(part), len(which), dim))
-        return np.concatenate(out), shares, flows
+            many = np.repeat(part, number, axis=0)
+            scores = np.tile(draws.scores, (len(part), 1)).astype(np.float32)
+            carried = self._carry(scores, np.tile(draws.which, len(part)), many, DRAW_SOLVE)
+            out.append(self._in_columns(carried, many).reshape(len(part), number, dim))
+        return draws, np.concatenate(out)
 
 
-_OfFlows = list[tuple[slice, np.ndarray, float]]
-
-
-def _distribution(at, x, flows: _OfFlows):
-    """Return the distribution function of a mixture of increasing flows of one variable.
-
-    It is interpolated, at points of the same shape as `at`, between the draws `x` of each flow.
-    """
-    parts = [
-        weight * ndtr(np.interp(at, np.maximum.accumulate(x[own]), scores))
-        for own, scores, weight in flows
-    ]
-    return np.sum(parts, axis=0)
+def _whiten(x, given, circular):
+    """Return the map that whitens all columns but angles, which it leaves as they are."""
+    dim, others = len(circular), np.flatnonzero(~np.array(circular))
+    loc, scale = np.zeros(dim), np.eye(dim)
+    weight = None if given is None else np.zeros((dim, given.shape[1]))
+    if len(others):
+        part = Affine.whiten(x[:, others], given)
+        loc[others], scale[np.ix_(others, others)] = part.loc, part.scale
+        if weight is not None:
+            weight[others] = part.weight
+    return Affine(loc, scale, weight)
 
 
 def _numbers(estimator, X, reset) -> np.ndarray:
     least = MIN_ROWS if reset else 1
     refuse_text(X, "the table")
-    rows: Any = validate_data(estimator, X, dtype=np.float64, reset=reset, ensure_min_samples=least)
+    rows: Any = validate_data(
+        estimator,
+        X,
+        dtype=np.float64,
+        reset=reset,
+        ensure_min_samples=least,
+        ensure_all_finite=False,
+    )
+    refuse_nan(rows, X.columns if hasattr(X, "columns") else range(rows.shape[1]), "the table")
     return rows
 
 
@@ -464,40 +479,6 @@ def _dtypes(X):
 def _listed(names):
     noun = "column" if len(names) == 1 else "columns"
     return f"{len(names)} {noun} ({', '.join(map(str, names))})"
-
-
-def _check_constant(rows, names, subject=""):
-    constant = [str(n) for n, x in zip(names, rows.T, strict=True) if (x == x[0]).all()]
-    if constant:
-        raise InputError(
-            f"{subject}constant in all {len(rows)} rows: {', '.join(constant)}: leave these "
-            "columns out"
-        )
-
-
-def _check_rows(rows, names):
-    _check_constant(rows, names)
-    if len(rows) < 2 * len(names):
-        warnings.warn(
-            f"{len(rows)} rows are few for {len(names)} columns: the density follows chance "
-            "dependences of these rows, and held_out_nll_ is too low. Leave columns out, or use "
-            "their principal components",
-            stacklevel=3,
-        )
-    counts = (np.diff(rows, axis=0) == 1).all(axis=0)
-    for name in np.array(names, dtype=object)[counts]:
-        warnings.warn(f"column {name} counts the rows: leave it out", stacklevel=3)
-    center = np.median(rows, axis=0)
-    spread = 1.4826 * np.median(np.abs(rows - center), axis=0)
-    distance = np.abs(rows - center) / np.where(spread > 0, spread, np.inf)
-    for name, far in zip(names, (distance > OUTLIER).T, strict=True):
-        if 0 < far.sum() <= max(1, 0.005 * len(rows)):
-            warnings.warn(
-                f"column {name} is more than {OUTLIER:g} robust standard deviations from its "
-                f"median in {list_rows(np.flatnonzero(far), len(rows))}. The tail of its density "
-                "covers them; remove these rows if they are errors",
-                stacklevel=3,
-            )
 
 
 @contextmanager

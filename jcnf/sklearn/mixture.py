@@ -7,6 +7,10 @@ these snapshots, with the weights that maximize the likelihood of held-out rows.
 are mixtures of 2 to 16 normal distributions, which are hard to beat on tables of some hundred rows,
 and a wide normal distribution for outliers.
 
+Circular columns are angles in radians. The flows are then on the product of a Euclidean space and
+circles, where their base is uniform, and normal distributions of an angle are wrapped, so that no
+density has a seam.
+
 A small table is split into five folds. For each fold, a flow trains on the other rows and is scored
 on that fold, so that every row is held out once. The mixture then covers the flows of all folds.
 """
@@ -27,9 +31,20 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from jcnf import evaluate
-from jcnf.distributions import FullNormal, StandardNormal
+from jcnf.distributions import BaseDistribution, FullNormal, StandardNormal
 from jcnf.fields import GaussianTails, ResNet
 from jcnf.flows import CNF, Affine, Flow
+from jcnf.manifolds import (
+    Euclidean,
+    Geodesic,
+    Independent,
+    Manifold,
+    Product,
+    TangentField,
+    Torus,
+    Uniform,
+    WrappedNormal,
+)
 from jcnf.objectives import flow_matching, paths
 from jcnf.ode import Solve
 from jcnf.training import Progress, fit
@@ -61,13 +76,21 @@ class Plan(NamedTuple):
     batch: int
     weight_decays: tuple[float, ...]  # one training for each
     folds: int  # 1 to hold out a part of the rows once
+    circular: tuple[bool, ...] = ()  # which columns are angles; empty if none is
 
     @classmethod
-    def of(cls, rows: int, steps: int | None) -> "Plan":
+    def of(cls, rows: int, steps: int | None, circular: tuple[bool, ...] = ()) -> "Plan":
         """Return the plan for a number of rows, with other `steps` if given."""
         if rows < FEW_ROWS:
-            return cls(128, 2, steps or 10_000, 256, (0.1, 3.0), FOLDS)
-        return cls(192, 3, steps or 20_000, 512, (0.0,), 1)
+            return cls(128, 2, steps or 10_000, 256, (0.1, 3.0), FOLDS, circular)
+        return cls(192, 3, steps or 20_000, 512, (0.0,), 1, circular)
+
+    @property
+    def manifold(self) -> Manifold | None:
+        """The product of lines and circles that rows are on; None for R^dim."""
+        if not any(self.circular):
+            return None
+        return Product([Torus(n) if circle else Euclidean(n) for circle, n in _runs(self.circular)])
 
 
 class Mixture(NamedTuple):
@@ -119,7 +142,9 @@ class Mixture(NamedTuple):
         return cls((flow,), np.ones(1))
 
     @classmethod
-    def of_normals(cls, count: int, z: Float[np.ndarray, "n dim"]) -> "Mixture":
+    def of_normals(
+        cls, count: int, z: Float[np.ndarray, "n dim"], circular: tuple[bool, ...] = ()
+    ) -> "Mixture":
         """Return the mixture of normal distributions that scikit-learn fits to whitened rows.
 
         Their covariances are diagonal, so that few rows determine them.
@@ -131,7 +156,7 @@ class Mixture(NamedTuple):
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(z)
         pairs = zip(model.means_, model.covariances_, strict=True)
-        return cls(tuple(_normal(m, np.diag(v**0.5)) for m, v in pairs), model.weights_)
+        return cls(tuple(_normal(m, v**0.5, circular) for m, v in pairs), model.weights_)
 
 
 def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np.ndarray:
@@ -213,10 +238,13 @@ def train(
         index = jnp.take_along_axis(jnp.repeat(rest, len(plan.weight_decays), axis=0), picked, 1)
         return [table[index] for table in tables]
 
+    manifold = plan.manifold
+    path = paths.trigonometric if manifold is None else Geodesic(manifold)
+
     @eqx.filter_vmap
     def matching(flow, key, x, *given):
         context = given[0] if given else None
-        return flow_matching(flow, x, key, context=context, path=paths.trigonometric)[0]
+        return flow_matching(flow, x, key, context=context, path=path)[0]
 
     def objective(flows, batch, key):
         return jnp.sum(matching(flows, jr.split(key, len(decays)), *batch)), {}
@@ -267,11 +295,11 @@ class _Snapshots:
         self.every = min(FIRST_SNAPSHOT, plan.steps)
         self.kept: list[tuple[Mixture, ...]] = []  # of each component, for all folds or for each
         self.scores: list[np.ndarray] = []  # of each component, for the rows held out
-        self._keep(Mixture.of(_normal(np.zeros(dim), WIDE * np.eye(dim))))
+        self._keep(Mixture.of(_normal(np.zeros(dim), np.full(dim, WIDE), plan.circular)))
         # Not N(0, I): it would know the rows held out, by which the table is whitened.
         for count in NORMALS:
             if count * ROWS_PER_NORMAL <= len(trained_on[0]):
-                self._keep(*(Mixture.of_normals(count, z) for z in trained_on))
+                self._keep(*(Mixture.of_normals(count, z, plan.circular) for z in trained_on))
         self.gains, self.before = [self._mixed()], 0
 
     def __call__(self, place: Progress) -> bool:
@@ -326,26 +354,61 @@ def _member(flows, place):
 
 
 def _untrained(dim, context_dim, plan, key):
-    """Return the flow that starts as N(0, I), and stays about that far from the data."""
+    """Return the flow that starts as its base, and stays about that far from the data."""
+    manifold = plan.manifold
+    size = dim if manifold is None else manifold.embedding_dim
     net = ResNet(
-        dim,
+        size,
         plan.width,
         plan.blocks,
         time_frequencies=TIME_FREQUENCIES,
         context_dim=context_dim,
         key=key,
     )
-    reference = FullNormal(np.zeros(dim), np.eye(dim))
-    return CNF(GaussianTails(net, reference, paths.trigonometric), StandardNormal(dim))
+    reference = FullNormal(np.zeros(size), np.eye(size))
+    if manifold is None:
+        return CNF(GaussianTails(net, reference, paths.trigonometric), StandardNormal(dim))
+    # Its part along cosines and sines, which are of length 1, is not tangent to the circle.
+    field = GaussianTails(net, reference, paths.linear)
+    parts = [
+        Uniform(Torus(n)) if circle else StandardNormal(n) for circle, n in _runs(plan.circular)
+    ]
+    return CNF(TangentField(field, manifold), Independent(parts))
 
 
-def _normal(mean, scale):
-    """Return the flow whose density is N(mean, scale scale')."""
-    return Flow(Affine(mean, scale), StandardNormal(len(mean)))
+def _normal(mean, std, circular=()):
+    """Return the flow of independent normal distributions, those of angles wrapped."""
+    if not any(circular):
+        return Flow(Affine(mean, np.diag(std)), StandardNormal(len(mean)))
+    scaled = Affine(np.where(circular, 0, mean), np.diag(np.where(circular, 1, std)))
+    parts, start = [], 0
+    for circle, n in _runs(circular):
+        own = slice(start, start := start + n)
+        parts.append(WrappedNormal(mean[own], std[own]) if circle else StandardNormal(n))
+    return Flow(scaled, Independent(parts))
+
+
+def _runs(circular: tuple[bool, ...]) -> list[tuple[bool, int]]:
+    """Return the runs of columns of one kind, each with its length."""
+    return [(circle, len(list(run))) for circle, run in itertools.groupby(circular)]
+
+
+def from_scores(base: BaseDistribution, z: Array) -> Array:
+    """Return samples of the base of a component from those of N(0, I), (n, dim)."""
+    if isinstance(base, Independent):
+        ends = np.cumsum([part.dim for part in base.parts])
+        shares = jnp.split(z, ends[:-1], axis=1)
+        parts = zip(base.parts, shares, strict=True)
+        return jnp.concatenate([from_scores(part, share) for part, share in parts], axis=1)
+    if isinstance(base, WrappedNormal):
+        return base.manifold.project(base.loc[None] + base.scale[None] * z)
+    if isinstance(base, Uniform):
+        return 2 * np.pi * jax.scipy.special.ndtr(z) - np.pi
+    return z
 
 
 def skeleton(dim: int, context_dim: int, plan: Plan, normal: bool) -> Flow:
     """Return a flow of the structure of a component, to be filled with saved arrays."""
     if normal:
-        return _normal(np.zeros(dim), np.eye(dim))
+        return _normal(np.zeros(dim), np.ones(dim), plan.circular)
     return _untrained(dim, context_dim, plan, jr.key(0))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jcnf._checks import InputError
 from jcnf.flows import Columns
+from jcnf.sklearn._table_checks import refuse_nan, refuse_text
 from jcnf.sklearn.columns import Column, fit_columns
 
 
@@ -60,35 +60,14 @@ class ContextRows:
             raise ValueError(f"context must be numbers: {error}") from error
         if self.rows.ndim == 1:
             self.rows = self.rows[:, None]
-        if self.rows.ndim != 2 or not np.isfinite(self.rows).all():
+        if self.rows.ndim != 2:
             raise ValueError(
-                "context must be finite numbers of shape (n, context); got "
-                f"an array of shape {self.rows.shape}"
+                f"context must be of shape (n, context); got an array of shape {self.rows.shape}"
             )
         self.named = hasattr(context, "columns")
         names = context.columns if self.named else range(self.rows.shape[1])
         self.names = [str(name) for name in names]
-
-
-def refuse_text(table, what):
-    """Raise `InputError` that names the columns of a DataFrame that hold no numbers."""
-    if hasattr(table, "select_dtypes") and len(table):
-        others = table.select_dtypes(exclude=["number", "bool"])
-        text = [str(name) for name in others if not _is_number(others[name].iloc[0])]
-        if text:
-            raise InputError(
-                f"{what} has columns that are not numbers: {', '.join(text)}. Leave them out, or "
-                "make a column of 0 and 1 for each value (pandas.get_dummies) and pass these as "
-                "context"
-            )
-
-
-def _is_number(value):
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+        refuse_nan(self.rows, self.names, "the context")
 
 
 def to_pickle(state, name):

@@ -1,5 +1,7 @@
 """Mixture weights and mixed densities against known answers."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,15 @@ from scipy import stats
 
 from jcnf.flows import ODE, Affine
 from jcnf.sklearn import FlowDensity
-from jcnf.sklearn.mixture import MIN_WEIGHT, Mixture, Plan, best_weights, log_mean, skeleton
+from jcnf.sklearn.mixture import (
+    MIN_WEIGHT,
+    Mixture,
+    Plan,
+    best_weights,
+    from_scores,
+    log_mean,
+    skeleton,
+)
 
 LAWS = [stats.norm(0, 1), stats.norm(4, 0.5), stats.norm(-3, 2)]
 
@@ -81,6 +91,36 @@ def test_normal_distributions_are_found_again():
     log_prob = found.log_prob(jnp.asarray(z, float), None)
     assert abs(np.mean(truth - log_prob)) < 0.02
     np.testing.assert_allclose(np.sort(found.weights), [0.3, 0.7], atol=0.03)
+
+
+CIRCULAR = (False, True, False)  # columns of which the second is an angle
+
+
+def test_normal_distributions_of_angles_are_wrapped():
+    rng = np.random.default_rng(0)
+    angle = (rng.normal(3, 1, (500, 1)) + math.pi) % (2 * math.pi) - math.pi
+    z = np.concatenate([rng.normal(size=(500, 1)), angle, rng.normal(size=(500, 1))], axis=1)
+    found = Mixture.of_normals(2, z, CIRCULAR)
+    turn = 2 * math.pi / 50
+    around = np.zeros((51, 3)) + np.array([0.5, 0, -1]) + np.arange(51)[:, None] * [0, turn, 0]
+    p = np.exp(found.log_prob(jnp.asarray(around, float), None))
+    assert p[-1] == pytest.approx(p[0])
+    # The other columns are independent of the angle, up to the noise of the fit.
+    others = stats.norm.pdf(0.5) * stats.norm.pdf(-1)
+    assert p[:-1].sum() * turn == pytest.approx(others, rel=0.3)
+
+
+@pytest.mark.parametrize("normal", [True, False])
+def test_normal_scores_become_samples_of_the_base(normal):
+    plan = Plan(4, 1, 1, 1, (0.0,), 1, CIRCULAR)
+    base = skeleton(3, 0, plan, normal).base
+    scores = np.random.default_rng(0).normal(size=(2000, 3))
+    found = np.asarray(from_scores(base, jnp.asarray(scores, float)))
+    np.testing.assert_allclose(found[:, [0, 2]], scores[:, [0, 2]], rtol=1e-6)
+    law = stats.norm(0, 1) if normal else stats.uniform(-math.pi, 2 * math.pi)
+    inside = np.abs(scores[:, 1]) < 3  # where a wrapped normal score is the score
+    expected = law.ppf(stats.norm.cdf(scores[inside, 1]))
+    np.testing.assert_allclose(found[inside, 1], expected, atol=1e-5)
 
 
 def test_the_flow_of_a_density_is_a_trained_one_if_there_is_any():
