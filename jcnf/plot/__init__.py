@@ -21,6 +21,7 @@ from jcnf.plot.histograms import histogram as histogram
 from jcnf.plot.histograms import score_histograms as score_histograms
 from jcnf.plot.images import image_grid as image_grid
 from jcnf.plot.posteriors import posteriors as posteriors
+from jcnf.plot.rotations import rotations as rotations
 from jcnf.plot.scatter import scatter_against_truth as scatter_against_truth
 from jcnf.plot.scatter import scatter_by_class as scatter_by_class
 from jcnf.plot.sphere import globe as globe

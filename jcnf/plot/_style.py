@@ -121,7 +121,7 @@ def plain_ticks(*axes: Any) -> None:
         else:
             subs = (1, 2, 3, 5) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
             axis.set_major_locator(LogLocator(subs=subs if decades < 2.2 else (1,)))
-        plain = low > 0.9e-3 and high < 1.1e5
+        plain = low > 0.5e-3 and high < 1.1e5
         axis.set_major_formatter(
             FuncFormatter(lambda x, _: f"{x:,.10g}") if plain else LogFormatterMathtext()
         )

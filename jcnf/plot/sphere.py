@@ -78,7 +78,7 @@ def world_map(
     `center` is the middle of the maps.
     """
     clouds, grid, titles = _checked(data, samples, log_density, nats)
-    view = _View.hammer(_frame(*_center(center)))
+    view = equal_area_view(*_center(center))
     size = (FIGURE_WIDTH, 0.75 * (FIGURE_WIDTH - 0.8) + 0.8 + (0.2 if title else 0))
     figure = c.new_figure(*size, "compressed")
     axes = figure.subplot_mosaic([[0, 1], [2, 2]], height_ratios=[1, 2])
@@ -146,6 +146,11 @@ class _View(NamedTuple):
         return self.inverse(u, v) @ self.frame, inside
 
 
+def equal_area_view(latitude: float, longitude: float) -> _View:
+    """Return the map whose middle is there, in degrees."""
+    return _View.hammer(_frame(latitude, longitude))
+
+
 def _checked(data, samples, log_density, nats):
     """Return clouds of unit vectors, the masked log-density, and titles."""
     check_number("(0, inf)", nats=nats)
@@ -199,22 +204,35 @@ def _named(degrees, letters):
     return f"{abs(degrees)}°" + (f" {letters[int(degrees < 0)]}" if degrees else "")
 
 
+def points_in(ax: Any, view: _View, x: np.ndarray, color: str) -> None:
+    """Draw directions (batch, 3) in axes that `outline_in` has prepared."""
+    places = view.project(x)
+    dots = c.dots_in(ax, places[np.isfinite(places).all(axis=1)], color, len(x))
+    dots.set_zorder(3)
+
+
+def outline_in(ax: Any, view: _View) -> None:
+    """Draw the outline, the meridians and the parallels of the sphere."""
+    from matplotlib.patches import Ellipse
+
+    width, height = view.half
+    ax.set(aspect="equal", xlim=(-1.01 * width, 1.01 * width))
+    ax.set(ylim=(-1.01 * height, 1.01 * height))
+    ax.axis("off")
+    for line in _graticule():
+        ax.plot(*_broken(view.project(line), width).T, color="black", lw=0.4, alpha=0.25)
+    ax.add_patch(Ellipse((0, 0), 2 * width, 2 * height, fill=False, lw=0.8))
+
+
 def _fill(axes, view, clouds, grid, nats):
     """Draw both clouds and the density in three axes."""
     from matplotlib.patches import Ellipse
 
     width, height = view.half
     for ax in axes:
-        ax.set(aspect="equal", xlim=(-1.01 * width, 1.01 * width))
-        ax.set(ylim=(-1.01 * height, 1.01 * height))
-        ax.axis("off")
-        for line in _graticule():
-            ax.plot(*_broken(view.project(line), width).T, color="black", lw=0.4, alpha=0.25)
-        ax.add_patch(Ellipse((0, 0), 2 * width, 2 * height, fill=False, lw=0.8))
+        outline_in(ax, view)
     for ax, x, color in zip(axes, clouds, (DATA, MODEL), strict=False):
-        places = view.project(x)
-        dots = c.dots_in(ax, places[np.isfinite(places).all(axis=1)], color, len(x))
-        dots.set_zorder(3)
+        points_in(ax, view, x, color)
     directions, inside = view.pixels()
     image = np.ma.masked_where(~inside, _at(grid, directions))
     top = _top(grid)

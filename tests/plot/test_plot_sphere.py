@@ -102,3 +102,15 @@ def test_titles_count_what_is_left_out():
         "model log-density\ncut 8 nats below max\n4 cells non-finite (red)",
     ]
     assert figure.get_suptitle() == "places"
+
+
+def test_rotations_are_drawn_by_where_their_axes_go():
+    quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # about the third axis
+    figure = plot.rotations(np.eye(3).reshape(1, 9), np.stack([quarter] * 2).reshape(2, 9))
+    view = sphere.equal_area_view(0.0, 0.0)
+    for row, rotation in zip(np.reshape(figure.axes, (2, 3)), (np.eye(3), quarter), strict=True):
+        for ax, direction in zip(row, rotation.T, strict=True):
+            (dots,) = ax.collections
+            np.testing.assert_allclose(dots.get_offsets()[0], view.project(direction), atol=1e-9)
+    with pytest.raises(ValueError, match="data"):
+        plot.rotations(np.eye(3), np.eye(3).reshape(1, 9))
