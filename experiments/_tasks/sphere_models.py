@@ -1,7 +1,6 @@
 """Mixtures and kernels of von Mises-Fisher distributions on the sphere S^2."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,12 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
+from scipy.spatial import KDTree
 
 from jcnf.distributions import BaseDistribution
 from jcnf.evaluate.chunks import evenly_spaced
 from jcnf.manifolds import Sphere
 
-SPHERE: Any = Sphere(2)
+SPHERE = Sphere(2)
 COMPONENTS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 MIN_ROWS = 4  # for each component
 EM_STEPS, EM_EVERY = 250, 25  # in all, and between validations
@@ -123,15 +123,25 @@ def fit_mixture(train: Points, val: Points, seed: int, components: int = 0) -> M
     return best
 
 
+def kernels(train: Points, concentration: float) -> Mixture:
+    """Put an equal kernel on each training row."""
+    weights = np.full(len(train), -np.log(len(train)))
+    return Mixture(train, np.full(len(train), concentration), weights)
+
+
+def adaptive_kernels(train: Points, neighbor: int, fraction: float) -> Mixture:
+    """Put a kernel on each place, as wide as a fraction of the distance to its n-th neighbor."""
+    places, repeats = np.unique(train, axis=0, return_counts=True)
+    nearest, _ = KDTree(places).query(places, k=min(neighbor + 1, len(places)))
+    width = np.maximum(fraction * nearest[:, -1], MAX_CONCENTRATION**-0.5)
+    return Mixture(places, width**-2, np.log(repeats / len(train)))
+
+
 def fit_kernels(train: Points, val: Points) -> Mixture:
     """Put a kernel on each training row, with the concentration that is best on validation."""
-    weights = np.full(len(train), -np.log(len(train)))
     val = val[evenly_spaced(len(val), 1000)]
-
-    def kernels(k):
-        return Mixture(train, np.full(len(train), k), weights)
-
-    return kernels(max(CONCENTRATIONS, key=lambda k: kernels(k).score(val).mean()))
+    best = max(CONCENTRATIONS, key=lambda k: kernels(train, k).score(val).mean())
+    return kernels(train, best)
 
 
 def concentration(length: Float[Array, " n"]) -> Float[Array, " n"]:
