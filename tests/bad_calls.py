@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from helpers import mlp as drawn_mlp
 
 import jcnf
 from jcnf import (
@@ -38,11 +39,11 @@ X = jnp.ones((3, 2))
 ONES = {n: jnp.ones((3, n)) for n in range(1, 5)}
 NAN = X.at[1, 0].set(jnp.nan)
 ROWS = np.random.default_rng(0).normal(size=(20, 2))
-FIELD = fields.MLP(2, (4,), key=KEY)
+FIELD = drawn_mlp(2, (4,))
 FLOW = CNF(FIELD, StandardNormal(2))
 BASE = FLOW.base
-GIVEN = CNF(fields.MLP(2, (4,), context_dim=3, key=KEY), BASE)
-WIDE = CNF(fields.MLP(3, (4,), key=KEY), StandardNormal(3))
+GIVEN = CNF(drawn_mlp(2, (4,), context_dim=3), BASE)
+WIDE = CNF(drawn_mlp(3, (4,)), StandardNormal(3))
 OPTIMIZER = training.make_optimizer(1e-3, 10)
 
 
@@ -147,7 +148,7 @@ refuses(jcnf.trajectory, {"x": X, "times": [0.0, 1.0]}, says={"flow": "Field"}, 
 refuses(CNF, {"field": FIELD, "base": BASE}, field=FIELDS, base=BASES, t1=POSITIVE)
 refuses(flows.ODE, field=FIELDS)
 chain = {"parts": [FLOW.bijection], "base": BASE}
-other = flows.ODE(fields.MLP(2, context_dim=1, key=KEY))
+other = flows.ODE(drawn_mlp(2, (4,), context_dim=1))
 refuses(Chain, chain, parts=[[], [FIELD], [CNF], [FLOW], FLOW.bijection, "ode"], base=BASES[1:])
 refuses(Chain, chain, says={"parts": "context"}, parts=[[GIVEN.bijection, other]])
 refuses(Composition, parts=[[], [FIELD], "ode"])
@@ -323,7 +324,8 @@ refuses(mala.langevin, walk, scale=[np.zeros(2), np.array([1.0, np.nan])])
 refuses(inpaint.ascend, chain, keep=[5], noise=[-1.0], rate=[0.1])
 refuses(inpaint.half, {"shape": (2, 2, 1), "side": "top"}, shape=[(2, 2)], side=["middle"])
 pixels = {"key": KEY, "pixels": X.astype(int), "levels": 4}
-refuses(images.dequantize, pixels, key=KEYS, pixels=[X], levels=COUNTS)
+refuses(images.dequantize, pixels, key=KEYS, pixels=[X, jnp.array([-1]), jnp.array([256])])
+refuses(images.dequantize, pixels, levels=COUNTS)
 refuses(bits_per_dim, {"log_prob": 1.0, "dim": 4, "levels": 256}, dim=[0], levels=[0])
 refuses(vae.Binomial, trials=[0, np.nan, 1.5])
 refuses(vae.Posterior, {"encoder": lambda x: x, "dim": 2}, dim=[0], encoder=["mlp"])

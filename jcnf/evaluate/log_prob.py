@@ -236,7 +236,9 @@ def bits_per_dim(log_prob: Nats, dim: int, levels: int) -> Nats:
     mean over u is an upper bound for -log2 P(pixels) / dim, the code length of the pixel values
     under the model P(pixels) given by the integral of the density over the pixels' cell (Theis, van
     den Oord and Bethge 2016, "A note on the evaluation of generative models", section 3.1). The
-    uniform density on [0, 1]^dim gives log2 levels.
+    uniform density on [0, 1]^dim gives log2 levels. If x = pixel + u was not divided by the number
+    of levels, or for any other density in nats, `levels=1` converts the unit alone:
+    -log_prob / (dim log 2).
     """
     check_int(dim=dim, levels=levels)
     return -(log_prob / dim - math.log(levels)) / math.log(2)

@@ -228,6 +228,7 @@ def check_batch(flow: Flow, x, context) -> None:
         ) from None
     if len(shape) != 2 or shape[1] != dim:
         hint = ": add a batch axis with x[None]" if shape == (dim,) else ""
+        hint = ": use x[:, None]" if len(shape) == 1 and dim == 1 else hint
         raise ValueError(f"expected x of shape (batch, {dim}); got {shape}{hint}")
     if shape[0] == 0:
         raise ValueError("expected at least one sample; got an empty batch")
@@ -257,7 +258,8 @@ def check_context(flow: Flow, batch: int, context) -> None:
         raise ValueError(f"context must be an array; got {context!r}: use jnp.asarray(context)")
     shape = (batch, 0) if context is None else jnp.shape(context)
     if shape[:-1] != (batch,):
-        raise ValueError(f"expected context of shape ({batch}, context); got {shape}")
+        hint = ": repeat the row with jnp.tile" if len(shape) == 2 and shape[0] == 1 else ""
+        raise ValueError(f"expected context of shape ({batch}, context); got {shape}{hint}")
     if context is not None and not jnp.issubdtype(jnp.result_type(context), jnp.floating):
         raise ValueError(
             f"expected context of a floating dtype; got {jnp.result_type(context)}: encode "
@@ -265,7 +267,8 @@ def check_context(flow: Flow, batch: int, context) -> None:
         )
     size, got = flow.context_dim, shape[-1]
     if size is not None and got != size:
-        advice = f"pass context of shape ({batch}, {size})" if size else "leave out context"
+        advice = f"pass one of shape ({batch}, {size})" if size else "leave it out"
+        advice += " (in jcnf.fit, data=(x, context))" if size and not got else ""
         raise ValueError(f"the flow takes a context of size {size}; got {got or 'none'}: {advice}")
 
 
@@ -286,6 +289,6 @@ def error_if_failed(value: Any, failed: Bool[Array, " batch"]) -> Any:
 
 _ADVICE = (
     "a value became NaN or inf, or an ODE solve reached max_steps or required steps too short to "
-    "make progress. For an ODE, loosen rtol/atol or raise max_steps in jcnf.Solve; jcnf.transform "
-    "flags these rows in stats.failed instead of raising."
+    "make progress. Check the input for NaN and inf. For an ODE, loosen rtol/atol or raise "
+    "max_steps in jcnf.Solve; jcnf.transform flags these rows in stats.failed instead of raising."
 )

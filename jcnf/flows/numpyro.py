@@ -1,16 +1,25 @@
 """A flow as a numpyro distribution: a prior, a likelihood or a guide.
 
 ```python
+import jax.random as jr
+import numpyro
+from numpyro import distributions as dist
+from numpyro.infer import MCMC, NUTS
+
 from jcnf.flows.numpyro import FlowDistribution
 
 def model(y):
     x = numpyro.sample("x", FlowDistribution(flow))  # x (dim,)
-    numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+    numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)  # y (dim,)
+
+chain = MCMC(NUTS(model), num_warmup=500, num_samples=1000)
+chain.run(jr.key(0), y)
+chain.get_samples()["x"]  # (1000, dim)
 ```
 
 NUTS differentiates the log-density by the solve's adjoint and needs no options. In a guide, the
-flow may come from `numpyro.contrib.module.eqx_module`, whose parameters SVI trains. The module has
-to be imported explicitly, because `import jcnf` does not need numpyro.
+flow may come from `numpyro.contrib.module.eqx_module`, whose parameters SVI trains. Install the
+extra `numpyro`, and import this module explicitly: `import jcnf` does not need numpyro.
 """
 
 import equinox as eqx

@@ -123,14 +123,15 @@ def test_a_row_that_fails_is_nan_and_fails_alone():
     flow = CNF(NotANumber(), StandardNormal(2))
     x = np.full((40, 2), 0.5)
     x[[5, 39]] = 3.0  # in the first of two chunks, and in the last, which is padded
-    scores = evaluate.log_prob(flow, jnp.asarray(x), chunk=22)
+    solve = Solve("bosh3", norm="worst")
+    scores = evaluate.log_prob(flow, jnp.asarray(x), chunk=22, solve=solve)
     assert scores.failures == 2
     np.testing.assert_array_equal(np.flatnonzero(scores.failed), [5, 39])
     np.testing.assert_array_equal(np.isnan(scores.log_prob), scores.failed)
     expected = flow.base.log_prob(jnp.full((1, 2), 0.5 / np.e))[0] - 2
     np.testing.assert_allclose(scores.log_prob[~scores.failed], expected, atol=1e-4)
     assert np.isnan(scores.nll)
-    path = evaluate.trajectory(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=22)
+    path = evaluate.trajectory(flow, jnp.asarray(x), jnp.array([1.0, 0.0]), chunk=22, solve=solve)
     np.testing.assert_array_equal(path.failed, scores.failed)
     np.testing.assert_array_equal(np.isnan(path.x).any((0, 2)), scores.failed)
 
@@ -220,8 +221,8 @@ def test_mmd_refuses_what_is_no_pair_of_samples(shape, unchecked):
 
 def test_a_grid_is_cropped_to_the_cells_in_its_middle():
     flow = CNF(mlp(2, (4,)), StandardNormal(2))
-    whole = evaluate.grid(flow, (-2.0, 2.0, -4.0, 4.0), 8)
-    inner = evaluate.grid(flow, (-1.0, 1.0, -2.0, 2.0), 4)
+    whole = evaluate.grid(flow, (-2.0, 2.0, -4.0, 4.0), 8, solve=EULER)
+    inner = evaluate.grid(flow, (-1.0, 1.0, -2.0, 2.0), 4, solve=EULER)
     found = whole.cropped(4)
     assert found.extent == inner.extent
     np.testing.assert_array_equal(found.points, inner.points)
@@ -235,6 +236,6 @@ def test_a_grid_is_cropped_to_the_cells_in_its_middle():
 def test_every_chunk_is_reported_to_whoever_asks():
     flow, x, told = CNF(mlp(2, (4,)), StandardNormal(2)), jnp.zeros((7, 2)), []
     with evaluate.reporting(lambda done, number: told.append((done, number))):
-        evaluate.log_prob(flow, x, chunk=3)
-    evaluate.log_prob(flow, x, chunk=3)
+        evaluate.log_prob(flow, x, chunk=3, solve=EULER)
+    evaluate.log_prob(flow, x, chunk=3, solve=EULER)
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -162,13 +162,14 @@ class WrongLate(ODE):
 def test_certificate_names_rows_that_depend_on_their_place():
     flow = Flow(WrongLate(FIELDS["normalizing"]()), StandardNormal(3))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(100, 3)))
-    found = evaluate.accuracy_report(flow, x, reference_points=0)
+    solve = Solve("euler", step=0.25)
+    found = evaluate.accuracy_report(flow, x, reference_points=0, solve=solve)
     expected = "40 of 100 rows (first: 60, 61, 62, ...) differ from their first copy, by up to 0.3 "
     assert expected in found.warnings()[0]
     assert found.numerics()["row_difference"] == pytest.approx(0.3, rel=1e-6)
     np.testing.assert_array_equal(found.row_independence.wrong_rows, np.arange(60, 100))
     # In a small enough batch no row is wrong.
-    assert evaluate.row_independence(flow, x, batch=50).warning() is None
+    assert evaluate.row_independence(flow, x, batch=50, solve=solve).warning() is None
 
 
 @pytest.mark.slow

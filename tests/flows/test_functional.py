@@ -283,7 +283,7 @@ TWO = jnp.zeros((4, 2))
         (lambda f: f(FLOW, jnp.zeros((0, 2))), "at least one sample; got an empty batch"),
         (lambda f: f(FLOW, jnp.zeros((4, 2), int)), "a floating dtype; got int64"),
         (lambda f: f(FLOW, TWO, context=jnp.zeros((4, 1))), "context of size 0; got 1"),
-        (lambda f: f(CONDITIONAL, TWO), "context of size 3; got none: pass context of shape"),
+        (lambda f: f(CONDITIONAL, TWO), "context of size 3; got none: pass one of shape"),
         (lambda f: f(CONDITIONAL, TWO, context=jnp.zeros((4, 2))), "context of size 3; got 2"),
         (lambda f: f(CONDITIONAL, TWO, context=jnp.zeros((3, 3))), "(4, context); got (3, 3)"),
         (lambda f: f(CONDITIONAL, TWO, context=jnp.zeros(3)), "(4, context); got (3,)"),
@@ -301,7 +301,7 @@ def test_wrong_shapes_say_what_to_do(name, run, message):
 
 @pytest.mark.usefixtures("unchecked")
 def test_other_errors_say_what_to_do():
-    with pytest.raises(ValueError, match="pass context of shape"):
+    with pytest.raises(ValueError, match="pass one of shape"):
         jcnf.sample(CONDITIONAL, jr.key(0), 3)
     with pytest.raises(ValueError, match="pass key="):
         jcnf.log_prob(FLOW, TWO, divergence=Hutchinson())

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import jax.random as jr
+from jax.core import Tracer
 from jaxtyping import Array, Float, Integer, Key
 
 from jcnf._checks import check_int, check_key
@@ -17,7 +18,8 @@ def dequantize(
     `bits_per_dim`. Rounding never moves x to the next gray value or to 1, so floor(`levels` x) is
     the pixel (exactly if `levels` is a power of two, otherwise up to rounding of x).
 
-    **Raises:** `ValueError` for pixels that are not of an integer type, or `levels` below 1.
+    **Raises:** `ValueError` for pixels that are not of an integer type, or `levels` below 1; and,
+    outside compiled functions, for pixels that are not from 0 to `levels` - 1.
     """
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise ValueError(
@@ -26,6 +28,13 @@ def dequantize(
         )
     check_int(levels=levels)
     check_key(key)
+    if not isinstance(pixels, Tracer) and pixels.size:
+        low, high = int(pixels.min()), int(pixels.max())
+        if low < 0 or high >= levels:
+            raise ValueError(
+                f"expected pixels from 0 to {levels - 1}, for {levels} levels; got {low} to "
+                f"{high}: pass the number of gray values, such as levels={high + 1}"
+            )
     u = jr.uniform(key, pixels.shape)
     whole = pixels.astype(u.dtype)
     return jnp.minimum(whole + u, jnp.nextafter(whole + 1, whole)) / levels
