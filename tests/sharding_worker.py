@@ -75,9 +75,9 @@ def evaluation():
     """Evaluate with numbers of points and chunk sizes that no number of devices divides."""
     flow, key = flow_of(), jr.key(3)
     x = rows(jr.key(2), 37)
-    drawn = evaluate.sample(flow, key, 37)
+    drawn = evaluate.sample(flow, key, 37, solve=COARSE)
     return {
-        "log_prob": evaluate.log_prob(flow, x, chunk=15).log_prob,
+        "log_prob": evaluate.log_prob(flow, x, chunk=15, solve=COARSE).log_prob,
         "samples": drawn.x[-1],
         "noise": drawn.x[0],
         "drawn": sharding.to_host(
@@ -126,13 +126,13 @@ def failing():
     """Batches with rows that cannot be solved: failure flags, values of the others, gradient."""
     found, x = {}, rows(jr.key(2), BATCH)
     x = x.at[jnp.array([0, 9, 40, 63])].set(6.0)
-    worst = functools.partial(objectives.likelihood, solve=Solve(norm="worst"))
+    worst = functools.partial(objectives.likelihood, solve=Solve("bosh3", norm="worst"))
     loss = jax.jit(jax.value_and_grad(lambda flow: worst(flow, x, None)[0]))
     for kind in ("blows up", "NaN"):
         flow = astype(outside(kind), jnp.float32)
         found[f"{kind} loss"], gradient = loss(flow)
         found[f"{kind} gradient"] = flat(gradient)
-        result = jcnf.transform(flow, sharding.shard(x))
+        result = jcnf.transform(flow, sharding.shard(x), solve=Solve("bosh3"))
         found |= {f"{kind} x": result.value, f"{kind} log-det": result.logdet}
         found[f"{kind} failed"] = result.stats.failed.astype(float)
     return sharding.to_host(found)

@@ -129,7 +129,7 @@ def _difference(payload, arrays):
 def _read(path):
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}: check the path, or start a new run")
+        raise InputError(f"there is no checkpoint {path}: check the path")
     line, _, payload = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(line)

@@ -143,8 +143,9 @@ def test_a_step_plan_may_change_without_compiling_anew():
     "adjoint", ["checkpoint", pytest.param("reversible", marks=pytest.mark.slow)]
 )
 def test_a_solve_tells_what_the_next_may_take_for_its_step_plan(adjoint):
-    def decay(rate, end, **settings):
+    def decay(rate, end, first_step, **settings):
         solve = Solve(adjoint=adjoint, **settings)
+        solve = eqx.tree_at(lambda s: s.first_step, solve, jnp.asarray(first_step))
         return solve_to(Decay(), START, jnp.asarray(rate), jnp.asarray(end), solve)
 
     for end in (END, -END):
