@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *("_checks", "data", "plot", "sharding", "distributions", "fields", "divergence"),
     *("manifolds", "regularizers", "ode", "flows", "objectives", "training", "evaluate"),
-    *("inference", "sklearn", "selfcheck"),
+    *("inference", "sklearn", "sbi", "selfcheck"),
 ]
 # These import no other parts than `_checks`.
 ALONE = ("data", "plot")

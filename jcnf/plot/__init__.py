@@ -9,6 +9,9 @@ infinity, and points outside the view. Data are always blue, samples of the mode
 base gray. A wrong shape raises `ValueError`.
 """
 
+from jcnf.plot.calibration import calibration as calibration
+from jcnf.plot.calibration import local_c2st as local_c2st
+from jcnf.plot.calibration import ranks as ranks
 from jcnf.plot.curves import CurvePanel as CurvePanel
 from jcnf.plot.curves import scaling as scaling
 from jcnf.plot.curves import scaling_exponent as scaling_exponent

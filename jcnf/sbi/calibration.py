@@ -22,6 +22,7 @@ from scipy.stats import binom
 from jcnf._checks import InputError, check_finite, check_int, check_number
 
 MAX_LEVELS = 100  # at which a curve is compared with its band
+MIN_P_VALUE = 1e-12  # below are differences of numbers near 1, which are rounding errors
 _BISECTIONS = 40
 
 
@@ -39,7 +40,7 @@ class Calibration(NamedTuple):
     coverage: Float[np.ndarray, "*curves levels"]  # `sbc` has one curve for each parameter
     lower: Float[np.ndarray, " levels"]  # the band; it holds for each curve separately
     upper: Float[np.ndarray, " levels"]
-    p_value: Float[np.ndarray, "*curves"]  # of the test that the ranks are uniform, exact
+    p_value: Float[np.ndarray, "*curves"]  # that the ranks are uniform; exact, but 0 below 1e-12
 
     @property
     def inside(self) -> Bool[np.ndarray, "*curves"]:
@@ -49,7 +50,7 @@ class Calibration(NamedTuple):
 
     @property
     def atc(self) -> Float[np.ndarray, "*curves"]:
-        """The area between curve and diagonal over levels from 1/2 to 1, between -1/8 and 1/8.
+        """The area between curve and diagonal over levels from 1/2 to 1, from -3/8 to 1/8.
 
         By `expected_coverage` and `tarp` it is negative if the posterior is too narrow (too sure),
         positive if it is too wide. The package sbi has the same quantity, as a sum over its levels
@@ -60,7 +61,7 @@ class Calibration(NamedTuple):
         rows = [np.interp(levels, self.levels, row) for row in excess.reshape(-1, excess.shape[-1])]
         upper_half = levels >= 0.5
         area = np.trapezoid(np.array(rows)[:, upper_half], levels[upper_half], axis=-1)
-        return area.reshape(excess.shape[:-1])
+        return np.reshape(area, excess.shape[:-1])
 
 
 def rank_calibration(
@@ -70,13 +71,13 @@ def rank_calibration(
 
     The band is simultaneous: the distribution function of n uniform ranks is inside it at all of
     its levels at once with probability `level` or slightly more, since shares are discrete. At each
-    level it has the binomial's central interval of one pointwise probability (Säilynoja, Bürkner and
-    Vehtari 2022, "Graphical test for discrete uniformity and its applications in goodness-of-fit
-    evaluation and multiple sample comparison", Statistics and Computing 32). That probability is
-    found by bisection on the exact chance of staying inside, which convolutions over the levels give
-    (as in Moscovich and Nadler 2017, "Fast calculation of boundary crossing probabilities for
-    Poisson processes", Statistics & Probability Letters 123). Levels are multiples of
-    1/(draws + 1), about `MAX_LEVELS` of them.
+    level it has the binomial's central interval of one pointwise probability (Säilynoja, Bürkner
+    and Vehtari 2022, "Graphical test for discrete uniformity and its applications in
+    goodness-of-fit evaluation and multiple sample comparison", Statistics and Computing 32). That
+    probability is found by bisection on the exact chance of staying inside, which convolutions over
+    the levels give (as in Moscovich and Nadler 2017, "Fast calculation of boundary crossing
+    probabilities for Poisson processes", Statistics & Probability Letters 123). Levels are
+    multiples of 1/(draws + 1), about `MAX_LEVELS` of them.
 
     **Arguments:**
 
@@ -151,7 +152,8 @@ def _p_value(number, levels, counts):
     if tail >= 1:
         return 1.0
     lower, upper = _interval(number, levels, tail)
-    return float(np.clip(1 - _chance_inside(number, levels, lower, upper), 0, 1))
+    p_value = 1 - _chance_inside(number, levels, lower, upper)
+    return min(p_value, 1.0) if p_value > MIN_P_VALUE else 0.0
 
 
 def _chance_inside(number, levels, lower, upper):
@@ -248,8 +250,9 @@ def expected_coverage(
 
     **Arguments:**
 
-    - `log_prob`: the posterior's log-densities at the truths, given their observations, in nats; -inf
-      for truths outside its support. An additive constant for each observation does not matter.
+    - `log_prob`: the posterior's log-densities at the truths, given their observations, in nats;
+      -inf for truths outside its support. An additive constant for each observation does not
+      matter.
     - `samples_log_prob`: the same of independent draws from the posterior given each observation.
     - `level`: as for `rank_calibration`.
     - `seed`: seed of NumPy, for ties.
@@ -263,7 +266,7 @@ def expected_coverage(
             f"{log_prob.shape} and {draws.shape}"
         )
     for name, values in {"log_prob": log_prob, "samples_log_prob": draws}.items():
-        bad = np.isnan(values).reshape(len(values), -1).any(axis=1)
+        bad = np.asarray(np.isnan(values).reshape(len(values), -1).any(axis=1))
         if bad.any():
             raise InputError(
                 f"{name} has NaN in {bad.sum()} of {len(bad)} rows (first: {bad.argmax()}): remove "
@@ -299,8 +302,8 @@ def tarp(
 
     - `theta`, `samples`: as for `ranks`.
     - `references`: a point for each simulation, in the units of `theta`. They may depend on the
-      observations, but not on `theta` or `samples`. By default they are drawn uniformly from the box
-      of all truths.
+      observations, but not on `theta` or `samples`. By default they are drawn uniformly from the
+      box of all truths.
     - `level`: as for `rank_calibration`.
     - `seed`: seed of NumPy, for references and ties.
 

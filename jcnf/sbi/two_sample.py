@@ -11,22 +11,25 @@ from sklearn.neural_network import MLPClassifier
 from jcnf._checks import InputError, check_finite, check_int
 
 HIDDEN_PER_COLUMN = 10  # units in each of the two hidden layers
+# Of several, the settings that best told a posterior of 0.85 times the true width from the true one
+# at 1,000 and 3,000 simulations. Stopping early by held-out rows is no substitute for weight decay.
+LOCAL_TRAINING: Any = {"alpha": 0.3, "learning_rate_init": 3e-3, "tol": 1e-3}
 
 
 def c2st(
     x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m dim"], *, seed: int = 1, folds: int = 5
 ) -> float:
-    """Accuracy of a classifier that is to tell two samples apart (C2ST).
+    """Held-out accuracy of a classifier that tells two samples apart (C2ST).
 
     It is 1/2 if the samples have the same distribution and 1 if they can be told apart for certain
     (Lopez-Paz and Oquab 2017, "Revisiting Classifier Two-Sample Tests", arXiv:1610.06545). The
     classifier, its settings and the folds are those of the benchmark sbibm (Lueckmann et al. 2021,
-    "Benchmarking Simulation-Based Inference", arXiv:2101.04653), so that values can be compared with
-    published ones: `x` and `y` are standardized by the mean and standard deviation of `x` and
+    "Benchmarking Simulation-Based Inference", arXiv:2101.04653), so that values can be compared
+    with published ones: `x` and `y` are standardized by the mean and standard deviation of `x` and
     classified in float32 by scikit-learn's `MLPClassifier` with two hidden layers of 10 dim units;
-    the value is the mean accuracy over the held-out folds. In sbibm, `x` are the reference draws and
-    `y` those of the posterior, 10,000 each. The result is for samples of equal size: with n and m
-    unequal, always guessing the larger one is right more than half of the time.
+    the value is the mean accuracy over the held-out folds. In sbibm, `x` are the reference draws
+    and `y` those of the posterior, 10,000 each. Pass samples of equal size: always guessing the
+    larger one is right more than half of the time.
 
     **Arguments:**
 
@@ -47,9 +50,7 @@ def c2st(
     check_int(0, seed=seed)
     check_finite(x=x, y=y)
     x, y = _standardized(x, (x, y), "x")
-    classifier = MLPClassifier(
-        hidden_layer_sizes=_hidden(x.shape[1]), max_iter=10_000, random_state=seed
-    )
+    classifier = MLPClassifier(_hidden(x.shape[1]), max_iter=10_000, random_state=seed)
     labels = np.repeat([0.0, 1.0], [len(x), len(y)])
     splits = KFold(folds, shuffle=True, random_state=seed)
     scores = cross_val_score(
@@ -82,13 +83,13 @@ def local_c2st(
     classifier: Any = None,
     seed: int = 1,
 ) -> LocalC2ST:
-    """Test the posterior at given observations, without draws from the true one (L-C2ST).
+    """Test the posterior at single observations, without draws from the true one (L-C2ST).
 
-    A classifier learns to tell pairs (theta, x) of the joint distribution from pairs (draw, x), with
-    one posterior draw for each x. At an observation, its probability is 1/2 for all parameters if
-    the posterior there is right; the statistic is the mean of (probability - 1/2)^2 over posterior
-    draws at the observation (Linhart, Gramfort and Rodrigues 2023, "L-C2ST: Local Diagnostics for
-    Posterior Approximations in Simulation-Based Inference", arXiv:2306.03580, equation 11). The
+    A classifier learns to tell pairs (theta, x) of the joint distribution from pairs (draw, x),
+    with one posterior draw for each x. At an observation, its probability is 1/2 for all parameters
+    if the posterior there is right; the statistic is the mean of (probability - 1/2)^2 over
+    posterior draws at the observation (Linhart, Gramfort and Rodrigues 2023, "L-C2ST: Local
+    Diagnostics for Posterior Approximations in Simulation-Based Inference", arXiv:2306.03580). The
     statistic is compared with those of classifiers that were trained after theta and draw of each
     pair were exchanged with probability 1/2. For an exact posterior these have the same
     distribution, so that the p-value is below a with probability at most a. (The paper permutes all
@@ -101,16 +102,16 @@ def local_c2st(
 
     **Arguments:**
 
-    - `theta`, `x`: parameters from the prior, and the observation simulated from each. They must not
-      be those that the posterior was trained on.
+    - `theta`, `x`: parameters from the prior, and the observation simulated from each. They must
+      not be those that the posterior was trained on.
     - `draws`: one posterior draw given each row of `x`.
     - `draws_at`, `x_at`: draws from the posterior given the observation to test, and that
       observation; with a leading axis for several observations.
     - `trials`: number of classifiers under the null hypothesis.
     - `ensemble`: number of classifiers whose probabilities are averaged for one statistic.
     - `classifier`: a scikit-learn classifier with `predict_proba`. By default an `MLPClassifier`
-      with two hidden layers of 10 units for each column of theta and x, stopped early by a tenth of
-      the rows. Theta and x are standardized before.
+      with two hidden layers of 10 units for each column of theta and x, and weight decay, without
+      which it overfits and null statistics are large. Theta and x are standardized before.
     - `seed`: seed of the exchanges and of the classifiers.
 
     **Raises:** `InputError` for shapes that do not agree and for columns of `theta` or `x` that do
@@ -128,9 +129,7 @@ def local_c2st(
     at = np.broadcast_to(x_at[..., None, :], (*draws_at.shape[:-1], x.shape[1]))
     points = np.concatenate([draws_at, at], axis=-1)
     if classifier is None:
-        classifier = MLPClassifier(
-            hidden_layer_sizes=_hidden(points.shape[-1]), max_iter=1000, early_stopping=True
-        )
+        classifier = MLPClassifier(_hidden(points.shape[-1]), max_iter=1000, **LOCAL_TRAINING)
     rng = np.random.default_rng(seed)
     labels = np.repeat([0, 1], len(theta))
 
