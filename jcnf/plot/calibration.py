@@ -158,6 +158,7 @@ def local_c2st(
         title = f"p = {p_value:.2g}"
         ax.set(title=f"{label}: {title}" if names is not None or len(observed) > 1 else title)
         ax.set(xlabel="statistic", ylabel="trials", xlim=(0, edges[-1]), ylim=(0, None))
+        ax.locator_params(axis="x", nbins=5)
     handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=2)
     return figure
