@@ -80,6 +80,12 @@ def test_coverage_by_hand():
     assert found.inside.shape == found.p_value.shape == found.atc.shape == ()
 
 
+def test_p_values_by_hand():
+    """3 ranks of 0 or 1: all are the same with probability 1/4, and no outcome is closer."""
+    found = sbi.rank_calibration(np.array([[0, 0], [0, 0], [0, 1]]), 1)
+    np.testing.assert_allclose(found.p_value, [0.25, 1], rtol=1e-12)
+
+
 def test_atc_of_ranks_at_both_ends_of_its_range():
     low = sbi.rank_calibration(np.zeros(10, int), 999)
     high = sbi.rank_calibration(np.full(10, 999), 999)
