@@ -134,7 +134,7 @@ class FlowDensity(BaseEstimator):
             check_constant(frame.rows, frame.names, "the context is ")
             supports = resolve(frame.names, frame.rows, None)
             self.context_ = (frame.names, Side.fit(frame.rows, supports, seed + 1))
-            given = self._given(context)
+            given = self.transformed_context(context)
         normal, logdet = side.to_base(side.noisy(rows, seed + 2))
         with jax.enable_x64(True):
             circular = tuple(support.circular for support in self.columns_)
@@ -152,7 +152,7 @@ class FlowDensity(BaseEstimator):
 
         NaN where no flow could be solved. Warns of rows outside the support.
         """
-        rows, given = self._rows(X), self._given(context)
+        rows, given = self._rows(X), self.transformed_context(context)
         self._check_pair(rows, given)
         inside = self._inside(rows)
         safe = np.where(inside[:, None], rows, self._middle())
@@ -175,7 +175,7 @@ class FlowDensity(BaseEstimator):
         check_int(n_samples=n_samples)
         state = self.random_state if random_state is None else random_state
         seed = int(check_random_state(state).randint(2**31 - 1))
-        given = self._given(context)
+        given = self.transformed_context(context)
         if given is not None:
             given = given[np.arange(n_samples) % len(given)]
         rng = np.random.default_rng(seed)
@@ -317,8 +317,8 @@ class FlowDensity(BaseEstimator):
         check_is_fitted(self)
         return _numbers(self, X, reset=False)
 
-    def _given(self, context):
-        """Return the context as the flows take it, float32; None without one."""
+    def transformed_context(self, context: Any) -> Float[np.ndarray, "n context"] | None:
+        """Return a context as the flows take it, each column about normal; None without one."""
         if (context is None) != (self.context_ is None):
             raise ValueError(
                 "this density was fitted without a context: leave out context"
@@ -430,7 +430,7 @@ class FlowDensity(BaseEstimator):
     def _drawn(self, context) -> tuple[Draws, Float[np.ndarray, "n draws dim"]]:
         """Return the draws, and what they become for each row of the context, not yet rounded."""
         check_is_fitted(self)
-        given, dim = self._given(context), self.n_features_in_
+        given, dim = self.transformed_context(context), self.n_features_in_
         assert given is not None  # these methods exist only with a context
         draws = Draws.of(self.mixture_.weights, dim)
         number = len(draws.which)

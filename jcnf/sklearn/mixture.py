@@ -106,11 +106,15 @@ class Mixture(NamedTuple):
 
     def log_prob(self, z: Array, context: Array | None) -> Float[np.ndarray, " n"]:
         """Return the log-density of each row in nats; NaN if the solve failed for all flows."""
-        solve = HELD_OUT_SOLVE
-        if self.steps:
-            solve = Solve(step=jnp.asarray(1 / self.steps, z.dtype))  # an array: not compiled in
-        found = np.stack([log_prob_of(flow, z, context, solve) for flow in self.flows], axis=1)
+        found = np.stack([log_prob_of(flow, z, context, self.solve) for flow in self.flows], axis=1)
         return log_mean(found, self.weights)
+
+    @property
+    def solve(self) -> Solve:
+        """The settings of the solves that give log-densities."""
+        if not self.steps:
+            return HELD_OUT_SOLVE
+        return Solve(step=jnp.asarray(1 / self.steps, jnp.float32))  # an array: not compiled in
 
     def with_equal_steps(self, z: Array, context: Array | None) -> "Mixture":
         """Return the mixture with enough steps for rows like these.
