@@ -20,6 +20,7 @@ from jcnf.fields import (
     MLP,
     Cast,
     Conv,
+    Embedded,
     Field,
     GaussianTails,
     Guided,
@@ -43,6 +44,10 @@ def drawn(make, *args, scale=1.5, seed=0, **settings):
         return jnp.asarray(rng.normal(0, scale / np.sqrt(fan_in), leaf.shape))
 
     return jax.tree.map(draw, eqx.filter_eval_shape(make, *args, key=jr.key(0), **settings))
+
+
+def doubled_sine(context):
+    return jnp.sin(2 * context)
 
 
 def mixture(*experts):
@@ -90,6 +95,7 @@ FIELDS = {
     "unet": partial(drawn, UNet, (1, 3, 1), (3,), context_dim=2, time_frequencies=2),
     "cast": lambda: Cast(concat(), jnp.float64),
     "resnet with fourier features": partial(drawn, ResNet, 3, 5, 2, fourier_features=3, seed=2),
+    "embedded": lambda: Embedded(concat(seed=4), doubled_sine, 2),
     "guided": lambda: Guided(concat(seed=3), 2.5),
     "residual": lambda: MinusIdentity(concat()),
     "residual without closed form": lambda: MinusIdentity(no_closed_form()),

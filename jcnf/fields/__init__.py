@@ -12,6 +12,7 @@ from jcnf.fields.potential import Potential as Potential
 from jcnf.fields.resnet import ResNet as ResNet
 from jcnf.fields.unet import UNet as UNet
 from jcnf.fields.wrappers import Cast as Cast
+from jcnf.fields.wrappers import Embedded as Embedded
 from jcnf.fields.wrappers import Guided as Guided
 from jcnf.fields.wrappers import MinusIdentity as MinusIdentity
 from jcnf.fields.wrappers import Mixture as Mixture

@@ -1,6 +1,6 @@
 """Fields made of other fields. The divergence has a closed form if every field inside has one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from jcnf._checks import check_key, check_number
+from jcnf._checks import check_int, check_key, check_number
 from jcnf.fields.base import Field, check_field, check_not_on_manifold
 from jcnf.fields.layers import uniform
 
@@ -250,6 +250,70 @@ class Guided(Wrapper):
         v, div = self.field.velocity_and_divergence(t, x, context)
         v0, div0 = self.field.velocity_and_divergence(t, x, _null(context))
         return v0 + self.scale * (v - v0), div0 + self.scale * (div - div0)
+
+
+class Embedded(Field):
+    """The field v(t, x, c) = f(t, x, e(c)), with a network e that shortens the context.
+
+    The network is trained with f. It is evaluated anew at each evaluation of the field.
+
+    **Arguments:**
+
+    - `field`: f, a field whose context has as many entries as e returns.
+    - `embedding`: e, a module from one context (context_dim,) to features (field.context_dim,).
+    - `context_dim`: the size of c.
+
+    **Raises:** `ValueError` if e does not return what f takes.
+    """
+
+    field: Field
+    embedding: Callable[[Float[Array, " context"]], Float[Array, " features"]]
+    context_dim: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_field(self.field)
+        check_int(context_dim=self.context_dim)
+        size = embedded_size(self.embedding, self.context_dim)
+        if size != self.field.context_dim:
+            raise ValueError(
+                f"the embedding returns {size} features, but the field takes a context of size "
+                f"{self.field.context_dim}"
+            )
+
+    @property
+    def dim(self) -> int:
+        """Dimension of x."""
+        return self.field.dim
+
+    @property
+    def manifold(self) -> Any:
+        """The manifold of x, None for R^dim."""
+        return self.field.manifold
+
+    def _features(self, context):
+        return self.embedding(context)
+
+    def __call__(self, t, x, context=None):
+        return self.field(t, x, self._features(context))
+
+    def velocity_and_divergence(self, t, x, context=None):
+        """Return v (dim,) and div v, those of f."""
+        return self.field.velocity_and_divergence(t, x, self._features(context))
+
+    def velocity_divergence_and_product(self, t, x, vector, context=None):
+        """Return v (dim,), div v, and the Jacobian's product with `vector` (dim,), those of f."""
+        return self.field.velocity_divergence_and_product(t, x, vector, self._features(context))
+
+
+def embedded_size(embedding: Any, context_dim: int) -> int:
+    """Return the number of features that an embedding makes of one context.
+
+    **Raises:** `ValueError` if it does not return a vector.
+    """
+    out = eqx.filter_eval_shape(embedding, jax.ShapeDtypeStruct((context_dim,), float))
+    if not hasattr(out, "shape") or len(out.shape) != 1:
+        raise ValueError(f"an embedding must return a vector; got {out!r}")
+    return out.shape[0]
 
 
 def _null(context):

@@ -1,6 +1,7 @@
 """Posteriors of the parameters of a simulator, learned from simulations."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ def fit_posterior(
     simulations: Simulations | tuple[Any, Any],
     *,
     key: Key[Array, ""],
+    embedding: Callable[[Key[Array, ""]], Callable[[Array], Array]] | None = None,
     steps: int | None = None,
     progress: bool = True,
 ) -> "Posterior":
@@ -49,6 +51,9 @@ def fit_posterior(
     - `simulations`: parameters (n, dim) and data (n, ...). Rows whose data are not finite are left
       out with a warning: the posterior is then that of a prior without such parameters.
     - `key`: consumed; it determines the weights, the noise, and the rows held out.
+    - `embedding`: for long or set-valued data, a function of a key that returns an Equinox module
+      from one x (...) to features (k,), which is trained with the flow; `jcnf.sbi.SetEmbedding` is
+      one. The entries of x come to it transformed to be about standard normal.
     - `steps`: the largest number of training steps; see `jcnf.sklearn.FlowDensity`.
 
     **Raises:** `ValueError` for shapes that do not fit, and for parameters outside the support.
@@ -73,6 +78,7 @@ def fit_posterior(
         columns=dict(enumerate(prior.supports)),
         steps=steps,
         random_state=_seed(key),
+        embedding=_flattened(embedding, x.shape[1:]),
         progress=progress,
     )
     density.fit(theta, context=x.reshape(len(x), -1))
@@ -196,12 +202,15 @@ class Posterior(NamedTuple):
         self.density.save(path)
 
     @classmethod
-    def load(cls, path: str | Path, prior: Any, x_shape: tuple[int, ...]) -> "Posterior":
-        """Return a posterior that `save` wrote.
+    def load(
+        cls, path: str | Path, prior: Any, x_shape: tuple[int, ...], *, embedding: Any = None
+    ) -> "Posterior":
+        """Return a posterior that `save` wrote, of the same prior, data (...) and embedding.
 
-        **Raises:** `ValueError` if the file is not of a posterior with this prior.
+        **Raises:** `ValueError` if the file is not of such a posterior.
         """
-        prior, density = as_prior(prior), FlowDensity.load(path)
+        prior = as_prior(prior)
+        density = FlowDensity.load(path, embedding=_flattened(embedding, tuple(x_shape)))
         if [s.bounds for s in density.columns_] != [s.bounds for s in prior.supports]:
             raise InputError(f"{path} has other parameters or supports than the prior")
         return cls(prior, density, tuple(x_shape))
@@ -319,6 +328,24 @@ class WeightedSamples(NamedTuple):
         check_key(key)
         picked = jr.categorical(key, single(self.log_weights), shape=(n,))
         return self.theta[np.asarray(picked)]
+
+
+class _Flattened(eqx.Module):
+    """An embedding of data of any shape, as a function of the flat data."""
+
+    network: Callable[[Array], Array]
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x):
+        return self.network(x.reshape(self.shape))
+
+
+def _flattened(embedding, shape):
+    return None if embedding is None else partial(_flat_network, embedding, shape)
+
+
+def _flat_network(embedding, shape, key):
+    return _Flattened(embedding(key), shape)
 
 
 def _seed(key) -> int:

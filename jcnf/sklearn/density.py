@@ -84,10 +84,15 @@ class FlowDensity(BaseEstimator):
     - `steps`: the largest number of training steps of one flow; by default 20,000, or 10,000 for
       fewer than 5,000 rows, which takes two minutes or so on one core.
     - `random_state`: seed of the weights, the noise and the rows held out; as in scikit-learn.
+    - `embedding`: for a context of many columns, a function of a key that returns an Equinox
+      module from one context (context,), transformed so that each column is about normal, to fewer
+      features (k,). It is trained with the flow. Without one, the mean of X given the context is
+      modeled by linear regression, to which the flow adds.
     - `progress`: whether to show a progress bar.
 
     **Attributes** of a fitted estimator: `columns_` (the support of each column), `mixture_` (the
-    trained flows and their weights), `held_out_nll_` (nats a row in the units of X),
+    trained flows and their weights), `held_out_nll_` (nats a row in the units of X), `history_`
+    (the records of `jcnf.fit`; `held_out_nll` is there in nats a row of whitened columns),
     `n_features_in_`, `names_` (of the columns, or their numbers) and, if these are strings,
     `feature_names_in_`.
 
@@ -100,10 +105,11 @@ class FlowDensity(BaseEstimator):
     feature_names_in_: np.ndarray
     names_: list
 
-    def __init__(self, *, columns=None, steps=None, random_state=0, progress=True):
+    def __init__(self, *, columns=None, steps=None, random_state=0, embedding=None, progress=True):
         self.columns = columns
         self.steps = steps
         self.random_state = random_state
+        self.embedding = embedding
         self.progress = progress
 
     def fit(self, X: Any, y: Any = None, *, context: Any = None) -> "FlowDensity":
@@ -128,6 +134,8 @@ class FlowDensity(BaseEstimator):
         side = Side.fit(rows, self.columns_, seed)
         self.context_ = None
         given = None
+        if context is None and self.embedding is not None:
+            raise InputError("an embedding needs a context: fit(y, context=x)")
         if context is not None:
             frame = ContextRows(context)
             self._check_pair(rows, frame.rows)
@@ -138,13 +146,14 @@ class FlowDensity(BaseEstimator):
         normal, logdet = side.to_base(side.noisy(rows, seed + 2))
         with jax.enable_x64(True):
             circular = tuple(support.circular for support in self.columns_)
-            whiten = _whiten(normal, given, circular)
+            whiten = _whiten(normal, None if self.embedding else given, circular)
         z, more = apply(whiten, normal, "to_base", given)
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps, circular)
         with _bar(self.plan_.steps, self.progress) as tell, jax.enable_x64(False):
-            self.mixture_, nll = train(z, given, self.plan_, jr.key(seed), tell)
-        self.held_out_nll_ = nll - float(np.mean(logdet + more))
+            trained = train(z, given, self.plan_, jr.key(seed), tell, self.embedding)
+        self.mixture_, self.history_ = trained.mixture, trained.history
+        self.held_out_nll_ = trained.held_out_nll - float(np.mean(logdet + more))
         return self
 
     def score_samples(self, X: Any, *, context: Any = None) -> Float[np.ndarray, " n"]:
@@ -251,6 +260,8 @@ class FlowDensity(BaseEstimator):
             "weights": self.mixture_.weights.tolist(),
             "steps": self.mixture_.steps,
             "held_out_nll": self.held_out_nll_,
+            "history": self.history_,
+            "embedding": self.embedding is not None,
             "names": self.names_,
             "dtypes": None if self.dtypes_ is None else [str(dtype) for dtype in self.dtypes_],
             "dim": self.n_features_in_,
@@ -269,23 +280,30 @@ class FlowDensity(BaseEstimator):
             checkpoint.save(path, tree, json.loads(json.dumps(notes)))
 
     @classmethod
-    def load(cls, path: str | Path) -> "FlowDensity":
-        """Return an estimator that `save` wrote.
+    def load(cls, path: str | Path, *, embedding: Any = None) -> "FlowDensity":
+        """Return an estimator that `save` wrote, which needs its `embedding` again, if it has one.
 
         **Raises:** `ValueError` if the file is missing, damaged or not of an estimator.
         """
         notes = checkpoint.read_notes(path)
         if "held_out_nll" not in notes:
             raise InputError(f"{path} was not written by FlowDensity.save")
-        self = cls(**notes["params"], random_state=notes["seed"])
+        if notes["embedding"] != (embedding is not None):
+            has = "has an" if notes["embedding"] else "has no"
+            raise InputError(
+                f"the density in {path} {has} embedding: pass it to load, or leave it out"
+            )
+        self = cls(**notes["params"], random_state=notes["seed"], embedding=embedding)
         dim, plan = notes["dim"], Plan(**notes["plan"])
         plan = plan._replace(weight_decays=tuple(plan.weight_decays), circular=tuple(plan.circular))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
         with jax.enable_x64(False):
-            flows = tuple(skeleton(dim, context_dim, plan, normal) for normal in notes["normal"])
+            flows = tuple(
+                skeleton(dim, context_dim, plan, normal, embedding) for normal in notes["normal"]
+            )
         with jax.enable_x64(True):
-            weight = np.zeros((dim, context_dim)) if context_dim else None
+            weight = np.zeros((dim, context_dim)) if context_dim and not embedding else None
             outer = (
                 Affine(np.zeros(dim), np.eye(dim), weight),
                 blank_columns(dim, notes["knots"][0]),
@@ -298,6 +316,7 @@ class FlowDensity(BaseEstimator):
         self.mixture_ = Mixture(flows, np.array(notes["weights"]), notes["steps"])
         self.columns_ = [Column(**support) for support in notes["columns"]]
         self.plan_, self.held_out_nll_, self.n_features_in_ = plan, notes["held_out_nll"], dim
+        self.history_ = notes["history"]
         self.names_, self.dtypes_ = notes["names"], notes["dtypes"]
         if any(isinstance(name, str) for name in self.names_):
             self.feature_names_in_ = np.array(self.names_, dtype=object)

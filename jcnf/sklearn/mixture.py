@@ -32,7 +32,8 @@ from sklearn.mixture import GaussianMixture
 
 from jcnf import evaluate
 from jcnf.distributions import BaseDistribution, FullNormal, StandardNormal
-from jcnf.fields import GaussianTails, ResNet
+from jcnf.fields import Embedded, Field, GaussianTails, ResNet
+from jcnf.fields.wrappers import embedded_size
 from jcnf.flows import CNF, Affine, Flow
 from jcnf.manifolds import (
     Euclidean,
@@ -91,6 +92,9 @@ class Plan(NamedTuple):
         if not any(self.circular):
             return None
         return Product([Torus(n) if circle else Euclidean(n) for circle, n in _runs(self.circular)])
+
+
+Embedding = Callable[[Key[Array, ""]], Callable[[Array], Array]]
 
 
 class Mixture(NamedTuple):
@@ -208,17 +212,27 @@ def _maximize(log_probs):
     return weights / weights.sum()
 
 
+class Trained(NamedTuple):
+    """What `train` returns."""
+
+    mixture: Mixture
+    held_out_nll: float  # nats a row
+    history: list[dict[str, float]]  # "step", "seconds", "loss", and sometimes "held_out_nll"
+
+
 def train(
     z: Float[np.ndarray, "n dim"],
     context: Float[np.ndarray, "n context"] | None,
     plan: Plan,
     key: Key[Array, ""],
     tell: Callable[[int, str], None],
-) -> tuple[Mixture, float]:
-    """Train on whitened rows; return the mixture and its held-out NLL in nats.
+    embedding: Embedding | None = None,
+) -> Trained:
+    """Train on whitened rows.
 
     The flows of all folds and weight decays train side by side, as one model with a leading axis
-    and one compiled program. `tell(steps, words)` is called as training proceeds. Consumes `key`.
+    and one compiled program. `tell(steps, words)` is called as training proceeds. `embedding(key)`
+    makes the network that shortens the context. Consumes `key`.
     """
     order_key, field_key, fit_key = jr.split(key, 3)
     n, dim = z.shape
@@ -234,7 +248,7 @@ def train(
 
     @eqx.filter_vmap
     def untrained(key):
-        return _untrained(dim, context_dim, plan, key)
+        return _untrained(dim, context_dim, plan, key, embedding)
 
     def draw(key, data):
         rest, *tables = data
@@ -254,7 +268,7 @@ def train(
         return jnp.sum(matching(flows, jr.split(key, len(decays)), *batch)), {}
 
     snapshots = _Snapshots(plan, [z[index[:MAX_ROWS]] for index in rest], held_out, tell)
-    fit(
+    result = fit(
         untrained(jr.split(field_key, len(decays))),
         (jnp.asarray(rest), *rows),
         key=fit_key,
@@ -267,7 +281,11 @@ def train(
         callbacks=[snapshots],
         progress=False,
     )
-    return snapshots.mix()
+    history = [
+        {**record, "loss": record["loss"] / len(decays)} | snapshots.told.get(record["step"], {})
+        for record in result.history
+    ]
+    return Trained(*snapshots.mix(), history)
 
 
 def _optimizer(steps, decays):
@@ -305,6 +323,7 @@ class _Snapshots:
             if count * ROWS_PER_NORMAL <= len(trained_on[0]):
                 self._keep(*(Mixture.of_normals(count, z, plan.circular) for z in trained_on))
         self.gains, self.before = [self._mixed()], 0
+        self.told: dict[float, dict[str, float]] = {}  # held-out NLLs, by step
 
     def __call__(self, place: Progress) -> bool:
         self.tell(place.step - self.before, f"held-out NLL {-self.gains[-1]:.3f} (whitened)")
@@ -317,6 +336,7 @@ class _Snapshots:
             picked = places[:: len(self.plan.weight_decays)]
             self._keep(*(Mixture.of(_member(place.flow, i)) for i in picked))
         self.gains.append(self._mixed())
+        self.told[place.step] = {"held_out_nll": -self.gains[-1]}
         return len(self.gains) > 4 and self.gains[-1] < self.gains[-4] + MIN_GAIN
 
     def mix(self) -> tuple[Mixture, float]:
@@ -357,18 +377,21 @@ def _member(flows, place):
     return jax.tree.map(lambda leaf: leaf[place] if eqx.is_array(leaf) else leaf, flows)
 
 
-def _untrained(dim, context_dim, plan, key):
+def _untrained(dim, context_dim, plan, key, embedding=None):
     """Return the flow that starts as its base, and stays about that far from the data."""
     manifold = plan.manifold
     size = dim if manifold is None else manifold.embedding_dim
-    net = ResNet(
+    shorten = None if embedding is None else embedding(jr.fold_in(key, 1))
+    net: Field = ResNet(
         size,
         plan.width,
         plan.blocks,
         time_frequencies=TIME_FREQUENCIES,
-        context_dim=context_dim,
+        context_dim=context_dim if shorten is None else embedded_size(shorten, context_dim),
         key=key,
     )
+    if shorten is not None:
+        net = Embedded(net, shorten, context_dim)
     reference = FullNormal(np.zeros(size), np.eye(size))
     if manifold is None:
         return CNF(GaussianTails(net, reference, paths.trigonometric), StandardNormal(dim))
@@ -411,8 +434,10 @@ def from_scores(base: BaseDistribution, z: Array) -> Array:
     return z
 
 
-def skeleton(dim: int, context_dim: int, plan: Plan, normal: bool) -> Flow:
+def skeleton(
+    dim: int, context_dim: int, plan: Plan, normal: bool, embedding: Embedding | None = None
+) -> Flow:
     """Return a flow of the structure of a component, to be filled with saved arrays."""
     if normal:
         return _normal(np.zeros(dim), np.ones(dim), plan.circular)
-    return _untrained(dim, context_dim, plan, jr.key(0))
+    return _untrained(dim, context_dim, plan, jr.key(0), embedding)
