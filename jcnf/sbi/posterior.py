@@ -1,7 +1,6 @@
 """Posteriors of the parameters of a simulator, learned from simulations."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ def fit_posterior(
     - `key`: consumed; it determines the weights, the noise, and the rows held out.
     - `embedding`: for long or set-valued data, a function of a key that returns an Equinox module
       from one x (...) to features (k,), which is trained with the flow; `jcnf.sbi.SetEmbedding` is
-      one. The entries of x come to it transformed to be about standard normal.
+      one. See `jcnf.sklearn.FlowDensity`.
     - `steps`: the largest number of training steps; see `jcnf.sklearn.FlowDensity`.
 
     **Raises:** `ValueError` for shapes that do not fit, and for parameters outside the support.
@@ -78,10 +77,10 @@ def fit_posterior(
         columns=dict(enumerate(prior.supports)),
         steps=steps,
         random_state=_seed(key),
-        embedding=_flattened(embedding, x.shape[1:]),
+        embedding=embedding,
         progress=progress,
     )
-    density.fit(theta, context=x.reshape(len(x), -1))
+    density.fit(theta, context=x if embedding else x.reshape(len(x), -1))
     return Posterior(prior, density, x.shape[1:])
 
 
@@ -127,7 +126,8 @@ class Posterior(NamedTuple):
         """Return log p(theta | x) for one x (...) as a function of theta that JAX transforms.
 
         It takes parameters (n, dim) inside the support and returns nats (n,), in float32. Use it
-        for gradients, as a potential for MCMC, or inside another model.
+        for gradients, as a potential for MCMC, or inside another model. Make it outside of compiled
+        functions.
         """
         model = _LogDensity(self.density, self._row(x))
 
@@ -210,7 +210,7 @@ class Posterior(NamedTuple):
         **Raises:** `ValueError` if the file is not of such a posterior.
         """
         prior = as_prior(prior)
-        density = FlowDensity.load(path, embedding=_flattened(embedding, tuple(x_shape)))
+        density = FlowDensity.load(path, embedding=embedding)
         if [s.bounds for s in density.columns_] != [s.bounds for s in prior.supports]:
             raise InputError(f"{path} has other parameters or supports than the prior")
         return cls(prior, density, tuple(x_shape))
@@ -221,13 +221,13 @@ class Posterior(NamedTuple):
             raise InputError(f"expected one x of shape {self.x_shape}; got {np.shape(x)}")
         return rows
 
-    def _rows(self, x) -> tuple[Float[np.ndarray, "m data"], bool]:
-        """Return data as rows, and whether it was a single one."""
+    def _rows(self, x) -> tuple[Float[np.ndarray, "m ..."], bool]:
+        """Return data as the density takes them, and whether they were of one x."""
         x = np.asarray(x, np.float64)
-        if x.shape == self.x_shape or (x.ndim == 0 and self.x_shape == (1,)):
-            return x.reshape(1, -1), True
-        if x.shape[1:] == self.x_shape and len(x):
-            return x.reshape(len(x), -1), False
+        is_one = x.shape == self.x_shape or (x.ndim == 0 and self.x_shape == (1,))
+        if is_one or (x.shape[1:] == self.x_shape and len(x)):
+            entries = self.x_shape if self.density.embedding else (-1,)
+            return x.reshape(1 if is_one else len(x), *entries), is_one
         raise InputError(f"expected x of shape {self.x_shape} or (m, ...); got {x.shape}")
 
 
@@ -239,7 +239,7 @@ class _LogDensity(eqx.Module):
     context: Float[Array, "1 context"]
     solve: Solve
 
-    def __init__(self, density: FlowDensity, rows: Float[np.ndarray, "1 data"]):
+    def __init__(self, density: FlowDensity, rows: Float[np.ndarray, "1 ..."]):
         mixture = density.mixture_
         self.solve = mixture.solve
         self.context = single(density.transformed_context(rows))
@@ -328,24 +328,6 @@ class WeightedSamples(NamedTuple):
         check_key(key)
         picked = jr.categorical(key, single(self.log_weights), shape=(n,))
         return self.theta[np.asarray(picked)]
-
-
-class _Flattened(eqx.Module):
-    """An embedding of data of any shape, as a function of the flat data."""
-
-    network: Callable[[Array], Array]
-    shape: tuple[int, ...] = eqx.field(static=True)
-
-    def __call__(self, x):
-        return self.network(x.reshape(self.shape))
-
-
-def _flattened(embedding, shape):
-    return None if embedding is None else partial(_flat_network, embedding, shape)
-
-
-def _flat_network(embedding, shape, key):
-    return _Flattened(embedding(key), shape)
 
 
 def _seed(key) -> int:

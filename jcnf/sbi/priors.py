@@ -125,7 +125,7 @@ def _part(name, distribution):
         raise InputError(
             f"the prior {type(distribution).__name__} has the batch shape "
             f"{tuple(distribution.batch_shape)}: make its parameters one event, with "
-            ".to_event(1) in numpyro or distrax.Independent"
+            ".to_event(1) in numpyro or distrax.Independent(..., reinterpreted_batch_ndims=1)"
         )
     if len(shape) > 1:
         raise InputError(f"expected a prior of a number or a vector; got events of shape {shape}")

@@ -100,6 +100,7 @@ def run(
                     done,
                     part,
                 ) from error
+            x = x.reshape(len(x), 1) if x.ndim == 1 else x
             shape = found[0].shape[1:] if found else x.shape[1:]
             if x.ndim == 0 or len(x) != len(part) or x.shape[1:] != shape:
                 expected = f"({len(part)}, ...)" if not found else str((len(part), *shape))
@@ -107,7 +108,7 @@ def run(
                     f"the simulator returned an array of shape {x.shape} for {len(part)} "
                     f"parameters; expected {expected}"
                 )
-            found.append(x.reshape(len(x), 1) if x.ndim == 1 else x)
+            found.append(x)
             bar.update(len(part))
     return Simulations(theta, np.concatenate(found))
 

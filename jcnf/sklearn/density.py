@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,15 @@ from jcnf.sklearn._table_checks import (
     warn_of_outliers,
 )
 from jcnf.sklearn.columns import Column, resolve
-from jcnf.sklearn.mixture import Mixture, Plan, from_scores, skeleton, train
+from jcnf.sklearn.mixture import (
+    MAX_CHUNK,
+    Flattened,
+    Mixture,
+    Plan,
+    from_scores,
+    skeleton,
+    train,
+)
 from jcnf.sklearn.sides import (
     ContextRows,
     Side,
@@ -50,7 +59,6 @@ MIN_ROWS = 5
 NOISE_DRAWS = 8  # of the noise of rounded columns, over which a log-density is averaged
 DRAW_SOLVE = Solve(rtol=1e-4, atol=1e-4, norm="worst")  # of draws for means and quantiles
 FLOW_DRAWS_AT_ONCE = 100_000
-MAX_CHUNK = 8192
 
 
 def _has_context(estimator):
@@ -84,9 +92,10 @@ class FlowDensity(BaseEstimator):
     - `steps`: the largest number of training steps of one flow; by default 20,000, or 10,000 for
       fewer than 5,000 rows, which takes two minutes or so on one core.
     - `random_state`: seed of the weights, the noise and the rows held out; as in scikit-learn.
-    - `embedding`: for a context of many columns, a function of a key that returns an Equinox
-      module from one context (context,), transformed so that each column is about normal, to fewer
-      features (k,). It is trained with the flow. Without one, the mean of X given the context is
+    - `embedding`: for long or set-valued contexts (n, ...), a function of a key that returns an
+      Equinox module from one context (...) to features (k,). It is trained with the flow. The
+      entries come to it transformed to be about normal, those at one place of the last axis in the
+      same way if there are more axes. Without an embedding, the mean of X given the context is
       modeled by linear regression, to which the flow adds.
     - `progress`: whether to show a progress bar.
 
@@ -134,15 +143,11 @@ class FlowDensity(BaseEstimator):
         side = Side.fit(rows, self.columns_, seed)
         self.context_ = None
         given = None
-        if context is None and self.embedding is not None:
-            raise InputError("an embedding needs a context: fit(y, context=x)")
         if context is not None:
-            frame = ContextRows(context)
-            self._check_pair(rows, frame.rows)
-            check_constant(frame.rows, frame.names, "the context is ")
-            supports = resolve(frame.names, frame.rows, None)
-            self.context_ = (frame.names, Side.fit(frame.rows, supports, seed + 1))
+            self._fit_context(rows, context, seed + 1)
             given = self.transformed_context(context)
+        elif self.embedding is not None:
+            raise InputError("an embedding needs a context: fit(y, context=x)")
         normal, logdet = side.to_base(side.noisy(rows, seed + 2))
         with jax.enable_x64(True):
             circular = tuple(support.circular for support in self.columns_)
@@ -151,7 +156,7 @@ class FlowDensity(BaseEstimator):
         self.outer_ = (whiten, side.map)
         self.plan_ = Plan.of(len(rows), self.steps, circular)
         with _bar(self.plan_.steps, self.progress) as tell, jax.enable_x64(False):
-            trained = train(z, given, self.plan_, jr.key(seed), tell, self.embedding)
+            trained = train(z, given, self.plan_, jr.key(seed), tell, self._network())
         self.mixture_, self.history_ = trained.mixture, trained.history
         self.held_out_nll_ = trained.held_out_nll - float(np.mean(logdet + more))
         return self
@@ -273,7 +278,11 @@ class FlowDensity(BaseEstimator):
         if self.context_ is not None:
             names, side = self.context_
             supports = [dataclasses.asdict(support) for support in side.supports]
-            notes["context"] = {"names": names, "columns": supports}
+            notes["context"] = {
+                "names": names,
+                "columns": supports,
+                "shape": self.context_shape_,
+            }
             notes["knots"].append(int(side.map.u.shape[1]))
             tree = (*tree, side.map)
         with jax.enable_x64(True):
@@ -298,9 +307,12 @@ class FlowDensity(BaseEstimator):
         plan = plan._replace(weight_decays=tuple(plan.weight_decays), circular=tuple(plan.circular))
         context = notes["context"]
         context_dim = 0 if context is None else len(context["names"])
+        if context is not None:
+            self.context_shape_ = tuple(context["shape"])
         with jax.enable_x64(False):
             flows = tuple(
-                skeleton(dim, context_dim, plan, normal, embedding) for normal in notes["normal"]
+                skeleton(dim, context_dim, plan, normal, self._network())
+                for normal in notes["normal"]
             )
         with jax.enable_x64(True):
             weight = np.zeros((dim, context_dim)) if context_dim and not embedding else None
@@ -347,7 +359,7 @@ class FlowDensity(BaseEstimator):
         if self.context_ is None:
             return None
         names, side = self.context_
-        frame = ContextRows(context)
+        frame = self._context_rows(context)
         known = frame.named and names != [str(i) for i in range(len(names))]
         if frame.rows.shape[1] != len(names) or (known and frame.names != names):
             raise ValueError(
@@ -355,6 +367,35 @@ class FlowDensity(BaseEstimator):
             )
         z, _ = side.to_base(side.clipped(frame.rows))
         return z.astype(np.float32)
+
+    def _fit_context(self, rows, context, seed):
+        frame = self._context_rows(context)
+        self._check_pair(rows, frame.rows)
+        self.context_shape_ = np.shape(context)[1:]
+        if len(self.context_shape_) > 1:
+            size = self.context_shape_[-1]
+            check_constant(frame.rows.reshape(-1, size), range(size), "the context is ")
+            side = Side.fit_alike(frame.rows, size, seed)
+        else:
+            check_constant(frame.rows, frame.names, "the context is ")
+            side = Side.fit(frame.rows, resolve(frame.names, frame.rows, None), seed)
+        self.context_ = (frame.names, side)
+
+    def _context_rows(self, context):
+        """Return the context as rows, those of an embedding flattened."""
+        if self.embedding is None:
+            return ContextRows(context)
+        context = np.asarray(context)
+        expected = getattr(self, "context_shape_", context.shape[1:])
+        if context.ndim < 2 or context.shape[1:] != expected:
+            raise ValueError(f"expected a context of shape (n, {expected}); got {context.shape}")
+        return ContextRows(context.reshape(len(context), -1))
+
+    def _network(self):
+        """Return the embedding as a function of a key, for flat contexts; None without one."""
+        if self.embedding is None:
+            return None
+        return partial(Flattened.of, self.embedding, self.context_shape_)
 
     def _check_pair(self, rows, given):
         if given is not None and len(given) != len(rows):

@@ -66,6 +66,7 @@ MIN_STEPS, MAX_STEPS = 8, 512
 MAX_ERROR = 1e-3  # nats, root mean square over rows that were held out
 STEP_ROWS = 500  # the number of these rows
 TIME_FREQUENCIES = 8
+MAX_CHUNK = 8192  # rows that are solved together
 
 
 class Plan(NamedTuple):
@@ -95,6 +96,21 @@ class Plan(NamedTuple):
 
 
 Embedding = Callable[[Key[Array, ""]], Callable[[Array], Array]]
+
+
+class Flattened(eqx.Module):
+    """An embedding of contexts of any shape, as a function of flat ones."""
+
+    network: Callable[[Array], Array]
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, embedding: Embedding, shape: tuple[int, ...], key: Key[Array, ""]) -> "Flattened":
+        """Return the network that the key makes."""
+        return cls(embedding(key), shape)
+
+    def __call__(self, x: Float[Array, " context"]) -> Float[Array, " features"]:
+        return self.network(x.reshape(self.shape))
 
 
 class Mixture(NamedTuple):
@@ -169,12 +185,15 @@ class Mixture(NamedTuple):
 
 def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np.ndarray:
     """Return the log-density of each row by one flow, NaN where the solve failed."""
-    # In batches of 64, which compilers compute row by row in the same way.
-    padding = [(0, -len(z) % 64), (0, 0)]
+    # Numbers of rows that are powers of two, so that calls share compiled programs, and multiples
+    # of 64, which compilers compute row by row in the same way.
+    size = min(max(64, 2 ** (len(z) - 1).bit_length()), MAX_CHUNK)
+    padding = [(0, -len(z) % size), (0, 0)]
     used = context if flow.context_dim else None
     given = None if used is None else jnp.pad(used, padding, mode="edge")
     padded = jnp.pad(z, padding, mode="edge")
-    return evaluate.log_prob(flow, padded, context=given, solve=solve).log_prob[: len(z)]
+    found = evaluate.log_prob(flow, padded, context=given, solve=solve, chunk=size)
+    return found.log_prob[: len(z)]
 
 
 def log_mean(log_probs: Float[np.ndarray, "n k"], weights: Float[np.ndarray, " k"]) -> np.ndarray:

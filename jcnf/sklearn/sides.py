@@ -12,7 +12,9 @@ from jaxtyping import Array
 
 from jcnf.flows import Columns
 from jcnf.sklearn._table_checks import refuse_nan, refuse_text
-from jcnf.sklearn.columns import Column, fit_columns
+from jcnf.sklearn.columns import Column, fit_columns, resolve
+
+MAX_ENTRIES = 100_000  # that determine a map which many places share
 
 
 class Side:
@@ -27,6 +29,18 @@ class Side:
         with jax.enable_x64(True):
             side.map = fit_columns(side.noisy(rows, seed), supports, seed)
         return side
+
+    @classmethod
+    def fit_alike(cls, rows, size, seed):
+        """Fit flattened arrays (n, ..., size), with one map for each place of the last axis."""
+        entries = rows.reshape(-1, size)
+        if len(entries) > MAX_ENTRIES:
+            entries = np.random.default_rng(seed).choice(entries, MAX_ENTRIES, replace=False)
+        supports = resolve([str(i) for i in range(size)], entries, None)
+        one, copies = cls.fit(entries, supports, seed).map, rows.shape[1] // size
+        with jax.enable_x64(True):
+            tiled = jax.tree.map(lambda a: jnp.tile(a, (copies,) + (1,) * (a.ndim - 1)), one)
+        return cls(supports * copies, tiled)
 
     def noisy(self, rows, seed):
         """Return the rows with uniform noise as wide as the steps."""
