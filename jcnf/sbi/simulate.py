@@ -21,16 +21,11 @@ class Simulations(NamedTuple):
     theta: Float[np.ndarray, "n dim"]
     x: Float[np.ndarray, "n ..."]
 
-    def __len__(self) -> int:
-        return len(self.theta)
-
     def split(self, n: int) -> tuple["Simulations", "Simulations"]:
         """Return the first `n` simulations and the others, for instance to check a posterior."""
         check_int(n=n)
-        first, others = slice(n), slice(n, None)
-        return self._replace(theta=self.theta[first], x=self.x[first]), self._replace(
-            theta=self.theta[others], x=self.x[others]
-        )
+        first, others = (Simulations(self.theta[i], self.x[i]) for i in (slice(n), slice(n, None)))
+        return first, others
 
 
 class SimulatorError(RuntimeError):

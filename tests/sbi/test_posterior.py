@@ -180,7 +180,7 @@ def test_set_embedding_does_not_depend_on_the_order(tmp_path):
 def test_rounds_simulate_within_the_region_of_the_last_posterior():
     with small():
         posterior, kept = sbi.fit_in_rounds(PRIOR, simulator, X, 400, rounds=2, **CALL)
-    assert 400 < len(kept) < 800  # those of the first round that are in the region, and 400
+    assert 400 < len(kept.theta) < 800  # those of the first round that are in the region, and 400
     spread = kept.theta[-400:].std(axis=0)
     assert np.all(spread < 0.8 * np.array([1, 4]) / np.sqrt(12))
     draws = posterior.sample(jr.key(0), 2000, X)
@@ -209,7 +209,7 @@ def test_simulations_are_determined_by_the_key_and_run_in_batches():
     np.testing.assert_array_equal(found.x, again.x)
     assert len(np.unique(found.x)) == 250  # each batch has a key of its own
     first, others = found.split(50)
-    assert (len(first), len(others)) == (50, 200)
+    assert (len(first.x), len(others.theta)) == (50, 200)
 
 
 def test_failing_simulator_keeps_the_batches_before():
@@ -221,7 +221,7 @@ def test_failing_simulator_keeps_the_batches_before():
     with pytest.raises(sbi.SimulatorError, match="negative rate") as caught:
         sbi.simulate(PRIOR, failing, 300, key=jr.key(0), batch=10, progress=False)
     done, theta = caught.value.simulations, caught.value.theta
-    assert len(done) % 10 == 0
+    assert len(done.theta) % 10 == 0
     assert done.theta[:, 0].max() <= 0.99 < theta[:, 0].max()
 
 
