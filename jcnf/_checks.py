@@ -1,5 +1,6 @@
 """Checks of arguments, and the exception for bad input."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,32 @@ def list_rows(some: np.ndarray, number: int, unit: str = "rows") -> str:
     first = ", ".join(str(index) for index in some[:MAX_LISTED_ROWS])
     more = ", ..." if len(some) > MAX_LISTED_ROWS else ""
     return f"{len(some)} of {number} {unit} (first: {first}{more})"
+
+
+def import_named(module_name: str, name: str) -> Any:
+    """Import a module by its name and return what has another name there.
+
+    **Raises:** `InputError` for a module that is not found or fails, and for an unknown name.
+    """
+    try:
+        module: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        hint = "" if error.name == module_name else f" (it imports {error.name}, which is missing)"
+        raise InputError(
+            f"no module {module_name!r} to import{hint}: use module:function, with the module's "
+            "file in the working directory or on PYTHONPATH"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"importing {module_name} failed: {in_a_line(error)}") from error
+    if not hasattr(module, name):
+        raise InputError(f"module {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the error's type and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 def check_floats(length: int, **given: Any) -> None:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 from numpyro import distributions as dist
 
 Parameters = Float[np.ndarray, "n dim"]
@@ -27,6 +28,10 @@ class Task(NamedTuple):
     simulate: Callable[[np.random.Generator, Parameters], Data]
     file: str  # of sbibm's observations and reference samples
     observations: str = "observation"  # the array in that file
+
+    def simulator(self, key: Key[Array, ""], theta: Parameters) -> Data:
+        """Simulate data for each row of parameters, as `jcnf.sbi.Simulator`. Consumes `key`."""
+        return self.simulate(np.random.default_rng(np.asarray(jr.key_data(key))), theta)
 
 
 def two_moons(rng, theta):

@@ -13,7 +13,6 @@ from other modules are functions of a batch and are named "module:function".
 """
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jcnf._checks import InputError, check_int
+from jcnf._checks import InputError, check_int, import_named, in_a_line
 
 Extent = tuple[float, float, float, float]  # z1 min, z1 max, z2 min, z2 max
 Function = Callable[[Float[Array, "batch 2"]], Float[Array, " batch"]]
@@ -85,20 +84,11 @@ def energy(name: str, extent: Extent | None = None) -> Energy:
 
 
 def _imported(module_name: str, function_name: str) -> Any:
-    try:
-        module: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        hint = "" if error.name == module_name else f" (it imports {error.name}, which is missing)"
-        raise InputError(
-            f"no module {module_name!r} to import{hint}: use module:function, with the module's "
-            "file in the working directory or on PYTHONPATH"
-        ) from None
-    except (Exception, SystemExit) as error:
-        raise InputError(f"importing {module_name} failed: {_line(error)}") from error
-    function = getattr(module, function_name, None)
+    function = import_named(module_name, function_name)
     if not callable(function):
-        what = "has no" if function is None else "needs a function, not a value, named"
-        raise InputError(f"module {module_name} {what} {function_name!r}")
+        raise InputError(
+            f"module {module_name} needs a function, not a value, named {function_name!r}"
+        )
     return function
 
 
@@ -112,7 +102,7 @@ def _try(own: Energy) -> None:
     except (Exception, SystemExit) as error:
         raise InputError(
             f"{own.name} failed for x of shape {x.shape}; it must compute U by operations of "
-            f"jax.numpy: {_line(error)}"
+            f"jax.numpy: {in_a_line(error)}"
         ) from error
     if shape != (len(x),) or not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(
@@ -136,12 +126,6 @@ def _try(own: Energy) -> None:
 
 def _gradient(function, x):
     return jax.grad(lambda x: jnp.sum(function(x)))(x)
-
-
-def _line(error: BaseException) -> str:
-    """Return the error's type and the first line of its message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 class Integral(NamedTuple):

@@ -12,6 +12,7 @@ base gray. A wrong shape raises `ValueError`.
 from jcnf.plot.calibration import calibration as calibration
 from jcnf.plot.calibration import local_c2st as local_c2st
 from jcnf.plot.calibration import ranks as ranks
+from jcnf.plot.corner import corner as corner
 from jcnf.plot.curves import CurvePanel as CurvePanel
 from jcnf.plot.curves import scaling as scaling
 from jcnf.plot.curves import scaling_exponent as scaling_exponent
