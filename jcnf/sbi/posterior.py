@@ -18,6 +18,7 @@ from jcnf.ode import Solve
 from jcnf.sbi.priors import Prior, as_prior
 from jcnf.sbi.simulate import Simulations, Simulator, finite, run
 from jcnf.sklearn import FlowDensity
+from jcnf.sklearn.mixture import unembedded
 from jcnf.sklearn.sides import cast, single
 
 MAP_DRAWS, MAP_STARTS, MAP_ITERATIONS = 1000, 2, 200
@@ -267,8 +268,7 @@ class _LogDensity(eqx.Module):
             arrays, static = eqx.partition(flows, eqx.is_array)
 
             def one(member, static=static):
-                flow = eqx.combine(member[0], static)
-                context = given if flow.context_dim else None
+                flow, context = unembedded(eqx.combine(member[0], static), given)
                 end = transform(flow, y, context=context, solve=self.solve)
                 return flow.base.log_prob(end.value) + end.logdet + member[1]
 

@@ -42,6 +42,7 @@ from jcnf.sklearn.mixture import (
     from_scores,
     skeleton,
     train,
+    unembedded,
 )
 from jcnf.sklearn.sides import (
     ContextRows,
@@ -154,7 +155,7 @@ class FlowDensity(BaseEstimator):
             whiten = _whiten(normal, None if self.embedding else given, circular)
         z, more = apply(whiten, normal, "to_base", given)
         self.outer_ = (whiten, side.map)
-        self.plan_ = Plan.of(len(rows), self.steps, circular)
+        self.plan_ = Plan.of(len(rows), self.steps, circular, given is not None)
         with _bar(self.plan_.steps, self.progress) as tell, jax.enable_x64(False):
             trained = train(z, given, self.plan_, jr.key(seed), tell, self._network())
         self.mixture_, self.history_ = trained.mixture, trained.history
@@ -455,7 +456,7 @@ class FlowDensity(BaseEstimator):
                 continue
             filled = np.pad(rows, (0, -len(rows) % chunk), mode="edge")
             with jax.enable_x64(False):
-                own = None if given is None or not flow.context_dim else single(given[filled])
+                flow, own = unembedded(flow, None if given is None else single(given[filled]))
                 x = from_scores(flow.base, single(z[filled]))
                 found = evaluate.transform(
                     flow, x, "to_data", context=own, chunk=chunk, solve=solve

@@ -11,6 +11,10 @@ Circular columns are angles in radians. The flows are then on the product of a E
 circles, where their base is uniform, and normal distributions of an angle are wrapped, so that no
 density has a seam.
 
+A context goes through a residual network of its own, the encoder, and only its features enter the
+flow. Flows with a context overfit early, because few rows have similar contexts, so they are small
+and trained with weight decay.
+
 A small table is split into five folds. For each fold, a flow trains on the other rows and is scored
 on that fold, so that every row is held out once. The mixture then covers the flows of all folds.
 """
@@ -33,6 +37,7 @@ from sklearn.mixture import GaussianMixture
 from jcnf import evaluate
 from jcnf.distributions import BaseDistribution, FullNormal, StandardNormal
 from jcnf.fields import Embedded, Field, GaussianTails, ResNet
+from jcnf.fields.layers import Linear
 from jcnf.fields.wrappers import embedded_size
 from jcnf.flows import CNF, Affine, Flow
 from jcnf.manifolds import (
@@ -67,6 +72,7 @@ MAX_ERROR = 1e-3  # nats, root mean square over rows that were held out
 STEP_ROWS = 500  # the number of these rows
 TIME_FREQUENCIES = 8
 MAX_CHUNK = 8192  # rows that are solved together
+CONTEXT_DECAYS = (0.3, 0.3, 1.0, 1.0)
 
 
 class Plan(NamedTuple):
@@ -81,10 +87,18 @@ class Plan(NamedTuple):
     circular: tuple[bool, ...] = ()  # which columns are angles; empty if none is
 
     @classmethod
-    def of(cls, rows: int, steps: int | None, circular: tuple[bool, ...] = ()) -> "Plan":
+    def of(
+        cls,
+        rows: int,
+        steps: int | None,
+        circular: tuple[bool, ...] = (),
+        with_context: bool = False,
+    ) -> "Plan":
         """Return the plan for a number of rows, with other `steps` if given."""
         if rows < FEW_ROWS:
             return cls(128, 2, steps or 10_000, 256, (0.1, 3.0), FOLDS, circular)
+        if with_context:
+            return cls(128, 2, steps or 10_000, 256, CONTEXT_DECAYS, 1, circular)
         return cls(192, 3, steps or 20_000, 512, (0.0,), 1, circular)
 
     @property
@@ -111,6 +125,26 @@ class Flattened(eqx.Module):
 
     def __call__(self, x: Float[Array, " context"]) -> Float[Array, " features"]:
         return self.network(x.reshape(self.shape))
+
+
+class Encoder(eqx.Module):
+    """The residual network from a context to as many features as a flow is wide.
+
+    Its weights get the weight decay of the flow.
+    """
+
+    entry: Linear
+    hidden: Linear
+
+    def __init__(self, context_dim: int, width: int, *, key: Key[Array, ""]):
+        entry_key, hidden_key = jr.split(key)
+        self.entry = Linear(context_dim, width, key=entry_key)
+        self.hidden = Linear(width, width, key=hidden_key)
+
+    def __call__(self, context: Float[Array, " context"]) -> Float[Array, " width"]:
+        t = jnp.zeros((), context.dtype)  # which the layers ignore
+        h = self.entry(t, context)
+        return jax.nn.silu(h + self.hidden(t, jax.nn.silu(h)))
 
 
 class Mixture(NamedTuple):
@@ -189,11 +223,25 @@ def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np
     # of 64, which compilers compute row by row in the same way.
     size = min(max(64, 2 ** (len(z) - 1).bit_length()), MAX_CHUNK)
     padding = [(0, -len(z) % size), (0, 0)]
-    used = context if flow.context_dim else None
-    given = None if used is None else jnp.pad(used, padding, mode="edge")
+    given = None if context is None else jnp.pad(context, padding, mode="edge")
+    flow, given = unembedded(flow, given)
     padded = jnp.pad(z, padding, mode="edge")
     found = evaluate.log_prob(flow, padded, context=given, solve=solve, chunk=size)
     return found.log_prob[: len(z)]
+
+
+def unembedded(flow: Flow, context: Array | None) -> tuple[Flow, Array | None]:
+    """Return the flow that takes features, and the features of each context, computed once."""
+
+    def is_embedded(node):
+        return isinstance(node, Embedded)
+
+    nodes = [n for n in jax.tree.leaves(flow, is_leaf=is_embedded) if is_embedded(n)]
+    if not nodes:
+        return flow, context if flow.context_dim else None
+    (node,) = nodes
+    inner = jax.tree.map(lambda n: n.field if is_embedded(n) else n, flow, is_leaf=is_embedded)
+    return inner, jax.vmap(node.embedding)(context)
 
 
 def log_mean(log_probs: Float[np.ndarray, "n k"], weights: Float[np.ndarray, " k"]) -> np.ndarray:
@@ -400,7 +448,11 @@ def _untrained(dim, context_dim, plan, key, embedding=None):
     """Return the flow that starts as its base, and stays about that far from the data."""
     manifold = plan.manifold
     size = dim if manifold is None else manifold.embedding_dim
-    shorten = None if embedding is None else embedding(jr.fold_in(key, 1))
+    shorten = None
+    if embedding is not None:
+        shorten = embedding(jr.fold_in(key, 1))
+    elif context_dim:
+        shorten = Encoder(context_dim, plan.width, key=jr.fold_in(key, 1))
     net: Field = ResNet(
         size,
         plan.width,
