@@ -11,8 +11,9 @@ from jcnf import evaluate, plot, sbi
 from jcnf._checks import InputError
 from jcnf.evaluate.chunks import evenly_spaced
 
-DRAWS = 99  # for each held-out simulation, so that ranks have 100 values
-LEVEL = 0.95  # of the bands
+FALSE_ALARMS = 0.05  # chance that an exact posterior is outside any of the bands
+CHECKS = 3
+RANK_BINS = 20
 
 
 class Verdict(NamedTuple):
@@ -65,22 +66,23 @@ def finite_rows(simulations: sbi.Simulations) -> sbi.Simulations:
 
 
 def check_posterior(
-    posterior: sbi.Posterior, held_out: sbi.Simulations, key: Key[Array, ""]
+    posterior: sbi.Posterior, held_out: sbi.Simulations, key: Key[Array, ""], num: int = 99
 ) -> Checks:
-    """Rank the true parameters of held-out simulations among posterior draws. Consumes `key`.
+    """Rank the true parameters of held-out simulations among `num` posterior draws. Consumes `key`.
 
-    The band of SBC holds for all parameters at once, by a Bonferroni correction.
+    The bands of all checks and parameters hold together with a probability of 95 %, by a
+    Bonferroni correction.
 
     **Raises:** `InputError` if no simulation could be used.
     """
     theta, x = held_out
     n, dim = theta.shape
-    with progress(f"drawing {DRAWS} samples for each of {n} held-out simulations"):
-        draws = posterior.sample(key, DRAWS, x)
+    with progress(f"drawing {num} samples for each of {n} held-out simulations"):
+        draws = posterior.sample(key, num, x)
     with progress("measuring their log-densities"):
         points = np.concatenate([theta[:, None], draws], axis=1)
-        log_prob = posterior.log_prob(points.reshape(-1, dim), np.repeat(x, DRAWS + 1, axis=0))
-    log_prob = log_prob.reshape(n, DRAWS + 1)
+        log_prob = posterior.log_prob(points.reshape(-1, dim), np.repeat(x, num + 1, axis=0))
+    log_prob = log_prob.reshape(n, num + 1)
     solved = np.isfinite(draws).all(axis=(1, 2)) & ~np.isnan(log_prob).any(axis=1)
     if not solved.any():
         raise InputError("no held-out simulation has a posterior that could be solved")
@@ -88,9 +90,10 @@ def check_posterior(
     truths = log_prob[:, 0]
     gains = truths - posterior.prior.log_prob(theta)
     ranks = sbi.ranks(theta, draws)
-    sbc = sbi.rank_calibration(ranks, DRAWS, level=1 - (1 - LEVEL) / dim)
-    coverage = sbi.expected_coverage(truths, log_prob[:, 1:], level=LEVEL)
-    tarp = sbi.tarp(theta, draws, level=LEVEL)
+    level = 1 - FALSE_ALARMS / CHECKS
+    sbc = sbi.rank_calibration(ranks, num, level=1 - (1 - level) / dim)
+    coverage = sbi.expected_coverage(truths, log_prob[:, 1:], level=level)
+    tarp = sbi.tarp(theta, draws, level=level)
     names = posterior.prior.names
     verdicts = [
         Verdict(f"SBC of {name}", float(p), bool(inside))
@@ -114,7 +117,7 @@ def check_posterior(
             "calibration": plot.calibration(
                 coverage.levels, curves, coverage.lower, coverage.upper, labels
             ),
-            "ranks": plot.ranks(ranks, DRAWS, names),
+            "ranks": plot.ranks(ranks, num, names, bins=min(RANK_BINS, num + 1)),
         },
     )
 

@@ -194,6 +194,9 @@ BAD = {
     "imputation --data none.csv --out o": "none.csv",
     "imputation use --from nowhere": "nowhere",
     "estimators use --from nowhere": "nowhere",
+    "posterior --task moon": "--task.*two_moons",
+    "posterior --folder none": "none/two_moons.npz.*--folder",
+    "posterior --simulator mine:model --prior mine:prior": "no module 'mine'.*directory",
     "energy --target u5": "'u5'.*u1.*module:function",
     "energy --target mine:bowl": r"mine:bowl.*extent=\(z1_min",
     "energy --extent -1 1 -1 1": "u1.*its own extent",
@@ -401,6 +404,14 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
             "rotations",
             ["--steps", 4, "--coupling", "independent", "--cells", 3, "--samples", 20, *FEW],
             "rotations",
+        ),
+        (
+            "posterior",
+            [
+                *("--simulations", 100, "--steps", 4, "--samples", 50),
+                *("--checks", 20, "--draws", 9),
+            ],
+            "posterior",
         ),
         (
             "energy_sweep",

@@ -20,6 +20,8 @@ from experiments._runner.solves import TrainingSolve
 from experiments._tasks.density2d import ToyFlow, ToyName
 from experiments._tasks.energies import EnergyName
 from experiments._tasks.series import SpiralName
+from experiments._tasks.simulators import TASKS
+from experiments.posterior import TaskName
 from jcnf._checks import InputError
 from jcnf.data.energies import ENERGIES
 from jcnf.data.series import TARGETS
@@ -168,6 +170,15 @@ BAD = {
     "imputation --data t --draws 200": "--draws.*--chain-steps",
     "density use --from t --samples 1 --test-tolerance 1e-9": "--test-tolerance.*JAX_ENABLE_X64",
     "reflow --euler-steps 2 2": "--euler-steps",
+    "posterior --simulator mine:model": "--simulator needs --prior",
+    "posterior --prior mine:prior": "--prior needs --simulator",
+    "posterior --simulator model --prior mine:prior": "--simulator must be module:name",
+    "posterior --task slcp --simulator a:b --prior a:c": "--task.*--simulator",
+    "posterior --budgets 1000 1000": "--budgets",
+    "posterior --simulations 10": "--simulations.*100",
+    "posterior --checks 5": "--checks.*20",
+    "posterior --observations 2": "--observations needs --folder",
+    "posterior --resume": "--resume needs --out",
     "tables --models kde kde": "--models",
     "tables --seeds": "--seeds",
     "tables --seeds -1": "--seeds.*0 to",
@@ -229,6 +240,7 @@ def test_json_of_other_settings_is_refused():
         (ToyName, TOYS),
         (EnergyName, ENERGIES),
         (SpiralName, TARGETS),
+        (TaskName, TASKS),
     ],
     ids=[
         "activations",
@@ -241,6 +253,7 @@ def test_json_of_other_settings_is_refused():
         "toys",
         "energies",
         "spirals",
+        "simulators",
     ],
 )
 def test_the_choices_are_those_of_the_library(hint, known):
