@@ -70,15 +70,13 @@ def corner(
             else:
                 shown.append((axes[j, i], other[:, [i, j]], limits[[i, j]].T, DATA))
             c.clouds_in(*zip(*shown, strict=True))
-        if truth is not None:
-            for k in range(number):
-                if axes[k, i].axison:
-                    axes[k, i].axvline(truth[i], **TRUTH)
-                if k != i and axes[i, k].axison:
-                    axes[i, k].axhline(truth[i], **TRUTH)
         axes[i, 0].set_ylabel(names[i] if i else "density")
         axes[-1, i].set_xlabel(names[i])
     for i, j in np.ndindex(number, number):
+        if truth is not None and axes[i, j].axison:
+            axes[i, j].axvline(truth[j], **TRUTH)
+            if i != j:
+                axes[i, j].axhline(truth[i], **TRUTH)
         scale = j == 0 and i > 0  # densities have no scale, and the last column's is on the right
         right = other is not None and j == number - 1 > i
         axes[i, j].tick_params(left=scale, labelleft=scale, right=right, labelright=right)

@@ -54,7 +54,7 @@ def exact(monkeypatch):
     widths, given = [1.0], []
 
     def fit(prior, simulations, *, key, steps):
-        given.append(len(simulations))
+        given.append(len(simulations.theta))
         return Exact(prior, widths[min(len(given), len(widths)) - 1])
 
     monkeypatch.setattr(sbi, "fit_posterior", fit)

@@ -68,7 +68,7 @@ def test_corner_of_one_parameter_and_of_many():
     ("call", "message"),
     [
         (lambda: plot.corner(SAMPLES, ["a"]), r"samples of shape \(batch, 1\); got \(300, 3\)"),
-        (lambda: plot.corner(SAMPLES, list("abc"), truth=[1.0]), r"truth of shape \(3\)"),
+        (lambda: plot.corner(SAMPLES, list("abc"), truth=[1.0]), r"truth of shape \(3,\)"),
         (lambda: plot.corner(SAMPLES, list("abc"), reference=SAMPLES[:, :2]), "reference of shape"),
         (lambda: plot.corner(SAMPLES * np.nan, list("abc")), "one sample that is finite"),
     ],
