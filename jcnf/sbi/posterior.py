@@ -18,7 +18,7 @@ from jcnf.ode import Solve
 from jcnf.sbi.priors import Prior, as_prior
 from jcnf.sbi.simulate import Simulations, Simulator, finite, run
 from jcnf.sklearn import FlowDensity
-from jcnf.sklearn.mixture import unembedded
+from jcnf.sklearn._contexts import unembedded
 from jcnf.sklearn.sides import cast, single
 
 MAP_DRAWS, MAP_STARTS, MAP_ITERATIONS = 1000, 2, 200

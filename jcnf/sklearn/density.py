@@ -26,6 +26,7 @@ from jcnf.distributions import StandardNormal
 from jcnf.flows import Affine, Chain, Flow
 from jcnf.ode import Solve
 from jcnf.sklearn._conditional import Draws
+from jcnf.sklearn._contexts import Flattened, unembedded
 from jcnf.sklearn._table_checks import (
     check_constant,
     check_rows,
@@ -36,13 +37,11 @@ from jcnf.sklearn._table_checks import (
 from jcnf.sklearn.columns import Column, resolve
 from jcnf.sklearn.mixture import (
     MAX_CHUNK,
-    Flattened,
     Mixture,
     Plan,
     from_scores,
     skeleton,
     train,
-    unembedded,
 )
 from jcnf.sklearn.sides import (
     ContextRows,

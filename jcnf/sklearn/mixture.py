@@ -11,9 +11,9 @@ Circular columns are angles in radians. The flows are then on the product of a E
 circles, where their base is uniform, and normal distributions of an angle are wrapped, so that no
 density has a seam.
 
-A context goes through a residual network of its own, the encoder, and only its features enter the
-flow. Flows with a context overfit early, because few rows have similar contexts, so they are small
-and trained with weight decay.
+With 5,000 rows or more, a context goes through a residual network of its own, the encoder, and only
+its features enter the flow. Flows with a context overfit early, because few rows have similar
+contexts, so they are small and trained with weight decay.
 
 A small table is split into five folds. For each fold, a flow trains on the other rows and is scored
 on that fold, so that every row is held out once. The mixture then covers the flows of all folds.
@@ -22,6 +22,7 @@ on that fold, so that every row is held out once. The mixture then covers the fl
 import itertools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -37,7 +38,6 @@ from sklearn.mixture import GaussianMixture
 from jcnf import evaluate
 from jcnf.distributions import BaseDistribution, FullNormal, StandardNormal
 from jcnf.fields import Embedded, Field, GaussianTails, ResNet
-from jcnf.fields.layers import Linear
 from jcnf.fields.wrappers import embedded_size
 from jcnf.flows import CNF, Affine, Flow
 from jcnf.manifolds import (
@@ -53,9 +53,10 @@ from jcnf.manifolds import (
 )
 from jcnf.objectives import flow_matching, paths
 from jcnf.ode import Solve
+from jcnf.sklearn._contexts import Embedding, Encoder, unembedded
 from jcnf.training import Progress, fit
 
-FEW_ROWS = 5000
+FEW_ROWS, MANY_ROWS = 5000, 20_000
 FOLDS = 5
 HELD_OUT, MAX_HELD_OUT = 0.1, 2000
 FIRST_SNAPSHOT = 100
@@ -85,6 +86,7 @@ class Plan(NamedTuple):
     weight_decays: tuple[float, ...]  # one training for each
     folds: int  # 1 to hold out a part of the rows once
     circular: tuple[bool, ...] = ()  # which columns are angles; empty if none is
+    encoder_layers: int = 0  # of the network before the context; 0 to pass it on as it is
 
     @classmethod
     def of(
@@ -97,8 +99,10 @@ class Plan(NamedTuple):
         """Return the plan for a number of rows, with other `steps` if given."""
         if rows < FEW_ROWS:
             return cls(128, 2, steps or 10_000, 256, (0.1, 3.0), FOLDS, circular)
+        if with_context and rows < MANY_ROWS:
+            return cls(128, 2, steps or 10_000, 256, CONTEXT_DECAYS, 1, circular, 2)
         if with_context:
-            return cls(128, 2, steps or 10_000, 256, CONTEXT_DECAYS, 1, circular)
+            return cls(192, 3, steps or 12_000, 512, (0.3,), 1, circular, 3)
         return cls(192, 3, steps or 20_000, 512, (0.0,), 1, circular)
 
     @property
@@ -107,44 +111,6 @@ class Plan(NamedTuple):
         if not any(self.circular):
             return None
         return Product([Torus(n) if circle else Euclidean(n) for circle, n in _runs(self.circular)])
-
-
-Embedding = Callable[[Key[Array, ""]], Callable[[Array], Array]]
-
-
-class Flattened(eqx.Module):
-    """An embedding of contexts of any shape, as a function of flat ones."""
-
-    network: Callable[[Array], Array]
-    shape: tuple[int, ...] = eqx.field(static=True)
-
-    @classmethod
-    def of(cls, embedding: Embedding, shape: tuple[int, ...], key: Key[Array, ""]) -> "Flattened":
-        """Return the network that the key makes."""
-        return cls(embedding(key), shape)
-
-    def __call__(self, x: Float[Array, " context"]) -> Float[Array, " features"]:
-        return self.network(x.reshape(self.shape))
-
-
-class Encoder(eqx.Module):
-    """The residual network from a context to as many features as a flow is wide.
-
-    Its weights get the weight decay of the flow.
-    """
-
-    entry: Linear
-    hidden: Linear
-
-    def __init__(self, context_dim: int, width: int, *, key: Key[Array, ""]):
-        entry_key, hidden_key = jr.split(key)
-        self.entry = Linear(context_dim, width, key=entry_key)
-        self.hidden = Linear(width, width, key=hidden_key)
-
-    def __call__(self, context: Float[Array, " context"]) -> Float[Array, " width"]:
-        t = jnp.zeros((), context.dtype)  # which the layers ignore
-        h = self.entry(t, context)
-        return jax.nn.silu(h + self.hidden(t, jax.nn.silu(h)))
 
 
 class Mixture(NamedTuple):
@@ -230,20 +196,6 @@ def log_prob_of(flow: Flow, z: Array, context: Array | None, solve: Solve) -> np
     return found.log_prob[: len(z)]
 
 
-def unembedded(flow: Flow, context: Array | None) -> tuple[Flow, Array | None]:
-    """Return the flow that takes features, and the features of each context, computed once."""
-
-    def is_embedded(node):
-        return isinstance(node, Embedded)
-
-    nodes = [n for n in jax.tree.leaves(flow, is_leaf=is_embedded) if is_embedded(n)]
-    if not nodes:
-        return flow, context if flow.context_dim else None
-    (node,) = nodes
-    inner = jax.tree.map(lambda n: n.field if is_embedded(n) else n, flow, is_leaf=is_embedded)
-    return inner, jax.vmap(node.embedding)(context)
-
-
 def log_mean(log_probs: Float[np.ndarray, "n k"], weights: Float[np.ndarray, " k"]) -> np.ndarray:
     """Return log sum_i weights[i] exp(log_probs[:, i]), without the components that are NaN."""
     known = np.where(np.isnan(log_probs), -np.inf, log_probs)
@@ -299,7 +251,7 @@ def train(
 
     The flows of all folds and weight decays train side by side, as one model with a leading axis
     and one compiled program. `tell(steps, words)` is called as training proceeds. `embedding(key)`
-    makes the network that shortens the context. Consumes `key`.
+    makes the network that the context goes through, in place of the plan's. Consumes `key`.
     """
     order_key, field_key, fit_key = jr.split(key, 3)
     n, dim = z.shape
@@ -448,21 +400,22 @@ def _untrained(dim, context_dim, plan, key, embedding=None):
     """Return the flow that starts as its base, and stays about that far from the data."""
     manifold = plan.manifold
     size = dim if manifold is None else manifold.embedding_dim
-    shorten = None
+    if embedding is None and plan.encoder_layers and context_dim:
+        embedding = partial(Encoder, context_dim, plan.width, plan.encoder_layers)
+    network, features = None, context_dim
     if embedding is not None:
-        shorten = embedding(jr.fold_in(key, 1))
-    elif context_dim:
-        shorten = Encoder(context_dim, plan.width, key=jr.fold_in(key, 1))
+        network = embedding(jr.fold_in(key, 1))
+        features = embedded_size(network, context_dim)
     net: Field = ResNet(
         size,
         plan.width,
         plan.blocks,
         time_frequencies=TIME_FREQUENCIES,
-        context_dim=context_dim if shorten is None else embedded_size(shorten, context_dim),
+        context_dim=features,
         key=key,
     )
-    if shorten is not None:
-        net = Embedded(net, shorten, context_dim)
+    if network is not None:
+        net = Embedded(net, network, context_dim)
     reference = FullNormal(np.zeros(size), np.eye(size))
     if manifold is None:
         return CNF(GaussianTails(net, reference, paths.trigonometric), StandardNormal(dim))
