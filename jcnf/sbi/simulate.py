@@ -52,7 +52,7 @@ def simulate(
     - `prior`: anything that `jcnf.sbi.as_prior` takes.
     - `simulator`: `simulator(key, theta)` returns data (b, ...) for parameters theta (b, dim), a
       float64 array of numpy. If it uses numpy, its generator may be
-      `np.random.default_rng(jr.key_data(key))`.
+      `np.random.default_rng(np.asarray(jr.key_data(key)))`.
     - `key`: consumed; each batch gets a key of its own.
     - `batch`: the number b of parameters in one call; the last may have fewer.
 

@@ -42,7 +42,7 @@ def simulations(n=800, simulator=simulator, prior=PRIOR):
 def small():
     """Fit two narrow networks and two normal distributions, which takes a third of the time."""
     of = mixture.Plan.of
-    changes = {"width": 32, "folds": 2, "weight_decays": (0.3,)}
+    changes = {"width": 32, "folds": 2, "weight_decays": (0.3,), "encoder_layers": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture.Plan, "of", lambda *given: of(*given)._replace(**changes))
         patch.setattr(mixture, "NORMALS", (2,))
