@@ -282,7 +282,7 @@ def learn(
     finite = np.isfinite(simulations.x.reshape(number, -1)).all(axis=1)
     row = {"simulations": number, "left_out": int(number - finite.sum())}
 
-    # The same simulations for all numbers to learn from.
+    # All posteriors are checked on the same simulations, so that they can be compared.
     count = max(settings.checks, MIN_CHECKS)
     held_out, figures = finite_rows(problem.simulate(count, jr.fold_in(base, 0))), {}
     if settings.checks:

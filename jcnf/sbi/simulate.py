@@ -53,7 +53,7 @@ def simulate(
     - `simulator`: `simulator(key, theta)` returns data (b, ...) for parameters theta (b, dim), a
       float64 array of numpy. If it uses numpy, its generator may be
       `np.random.default_rng(np.asarray(jr.key_data(key)))`.
-    - `key`: consumed; each batch gets a key of its own.
+    - `key`: consumed; each batch gets a different key derived from it.
     - `batch`: the number b of parameters in one call; the last may have fewer.
 
     Simulations may have NaN or infinite values; `jcnf.sbi.fit_posterior` leaves them out and says

@@ -11,7 +11,7 @@ Circular columns are angles in radians. The flows are then on the product of a E
 circles, where their base is uniform, and normal distributions of an angle are wrapped, so that no
 density has a seam.
 
-With 5,000 rows or more, a context goes through a residual network of its own, the encoder, and only
+With 5,000 rows or more, a context goes through a residual network, the encoder, and only
 its features enter the flow. Flows with a context overfit early, because few rows have similar
 contexts, so they are small and trained with weight decay.
 

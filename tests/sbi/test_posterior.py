@@ -185,7 +185,7 @@ def test_rounds_simulate_within_the_region_of_the_last_posterior():
     assert np.all(spread < 0.8 * np.array([1, 4]) / np.sqrt(12))
     draws = posterior.sample(jr.key(0), 2000, X)
     assert abs(draws[:, 1].mean() - X[1]) < 0.1
-    # Of the true posterior, at most about the share that regions leave out is outside.
+    # The region holds almost all of the true posterior.
     exact = X + STD * np.random.default_rng(0).normal(size=(20_000, 2))
     exact = exact[PRIOR.contains(exact)]
     low, high = kept.theta[-400:].min(axis=0), kept.theta[-400:].max(axis=0)
