@@ -187,7 +187,8 @@ class Posterior(NamedTuple):
 
         `log_likelihood(theta)` is log p(x | theta) in nats, (n,), for parameters (n, dim). The
         weights are prior times likelihood over the learned posterior; they correct its errors and
-        give the evidence. Consumes `key`.
+        give the evidence. If the learned density is much too small somewhere, as at the bound of a
+        support, a few weights are very large, and standard errors are too small. Consumes `key`.
         """
         check_callable("a function theta -> log p(x | theta)", log_likelihood=log_likelihood)
         theta = self.sample(key, n, x)

