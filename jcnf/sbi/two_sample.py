@@ -12,7 +12,7 @@ from jcnf._checks import InputError, check_finite, check_int
 
 HIDDEN_PER_COLUMN = 10  # units in each of the two hidden layers
 # Among the settings tried, these best told a posterior of 0.85 times the true width from the true
-# one, at 1,000 and 3,000 simulations. Stopping early by held-out rows does not replace weight decay.
+# one, at 1,000 and 3,000 simulations. Early stopping on held-out rows does not replace the decay.
 LOCAL_TRAINING: Any = {"alpha": 0.3, "learning_rate_init": 3e-3, "tol": 1e-3}
 
 
