@@ -1,6 +1,7 @@
 """The networks that a context goes through before a flow is given it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -11,6 +12,13 @@ from jcnf.fields import Embedded
 from jcnf.flows import Flow
 
 Embedding = Callable[[Key[Array, ""]], Callable[[Array], Array]]
+
+
+def network_of(
+    embedding: Embedding | None, shape: tuple[int, ...]
+) -> Callable[[Key[Array, ""]], "Flattened"] | None:
+    """Return an embedding of contexts of a shape as one of flat contexts; None without one."""
+    return None if embedding is None else partial(Flattened.of, embedding, shape)
 
 
 class Flattened(eqx.Module):
