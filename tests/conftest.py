@@ -51,6 +51,17 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module")
+def as_users_have_jax():
+    """Leave float32 and the promotion of dtypes and ranks, which optax and numpyro need."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_users_compile(request):
     """Fail tests marked `optimized` in a process with XLA flags."""

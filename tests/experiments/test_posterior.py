@@ -5,7 +5,6 @@ import json
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import jax.random as jr
 import numpy as np
 import pytest
@@ -21,14 +20,7 @@ from jcnf._checks import InputError
 NOISE = np.sqrt(0.1)  # of the task gaussian_linear, and the standard deviation of its prior
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _as_users_have_jax():
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_jax")
 
 
 class Exact(NamedTuple):

@@ -16,6 +16,8 @@ from jcnf import sbi
 from jcnf._checks import InputError
 from jcnf.sklearn import mixture
 
+pytestmark = pytest.mark.usefixtures("as_users_have_jax")
+
 PRIOR = sbi.box([0.0, -2.0], [1.0, 2.0])
 STD = np.array([0.1, 0.3])
 X = np.array([0.05, 0.4])  # whose posterior ends at a bound

@@ -12,6 +12,8 @@ from jcnf import sbi
 from jcnf._checks import InputError
 from jcnf.sklearn import Column
 
+pytestmark = pytest.mark.usefixtures("as_users_have_jax")
+
 KINDS = {
     "box": (
         sbi.box([-1.0, 0.0], [1.0, 3.0]),

@@ -14,14 +14,7 @@ ANGLES = PLAN._replace(circular=(False, True))
 T, X, CONTEXT = jnp.float32(0.4), jnp.array([0.3, -0.7]), jnp.array([1.0, -2.0, 0.5])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _as_users_have_jax():
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_jax")
 
 
 def test_plan_has_an_encoder_for_a_context_and_many_rows():

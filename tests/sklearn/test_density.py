@@ -33,15 +33,7 @@ N, CIRCLE = 600, 2 * np.pi
 Density = partial(FlowDensity, steps=120, progress=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _as_users_have_jax():
-    """Leave promotion of dtypes as it is by default, for optax's Adam."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_jax")
 
 
 # A table of all kinds of columns
