@@ -144,6 +144,6 @@ def score_samples(
         if len(kept) < 2:
             raise InputError("an observation has no samples, because their solves failed")
         some = reference[evenly_spaced(len(reference), len(kept))]
-        found.append(sbi.c2st(some, kept))
+        found.append(sbi.c2st(some, kept, jobs=-1))
         tqdm.write(f"observation {len(found)} of {len(pairs)}: C2ST {found[-1]:.3f}")
     return Scores(found, failed)

@@ -17,7 +17,12 @@ LOCAL_TRAINING: Any = {"alpha": 0.3, "learning_rate_init": 3e-3, "tol": 1e-3}
 
 
 def c2st(
-    x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m dim"], *, seed: int = 1, folds: int = 5
+    x: Float[np.ndarray, "n dim"],
+    y: Float[np.ndarray, "m dim"],
+    *,
+    seed: int = 1,
+    folds: int = 5,
+    jobs: int | None = None,
 ) -> float:
     """Held-out accuracy of a classifier that tells two samples apart (C2ST).
 
@@ -36,6 +41,11 @@ def c2st(
     - `x`, `y`: independent draws. Their order affects the folds.
     - `seed`: seed of the classifier and the folds.
     - `folds`: number of folds, at most the number of draws.
+    - `jobs`: number of processes that share the folds, -1 for one on each core; by default, this
+      process takes them all. The result is the same.
+
+    The value depends on the seed: in hard cases, such as thin posteriors of the right shape, by
+    several hundredths.
 
     **Raises:** `InputError` for other shapes and for a column of `x` that does not vary, and
     `ValueError` for values that are not finite.
@@ -54,7 +64,7 @@ def c2st(
     labels = np.repeat([0.0, 1.0], [len(x), len(y)])
     splits = KFold(folds, shuffle=True, random_state=seed)
     scores = cross_val_score(
-        classifier, np.concatenate([x, y]), labels, cv=splits, scoring="accuracy"
+        classifier, np.concatenate([x, y]), labels, cv=splits, scoring="accuracy", n_jobs=jobs
     )
     return float(np.mean(scores))
 

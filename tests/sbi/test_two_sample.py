@@ -53,7 +53,7 @@ def test_c2st_is_that_of_sbibm_written_out():
         assert rows.dtype == np.float32
         one.fit(rows[train], labels[train])
         right.append(np.mean(one.predict(rows[test]) == labels[test]))
-    assert sbi.c2st(x, y, seed=7, folds=4) == np.mean(right)
+    assert sbi.c2st(x, y, seed=7, folds=4, jobs=2) == np.mean(right)
 
 
 def test_standardized_samples_have_the_reference_deviation_by_n_minus_1_as_in_sbibm():
