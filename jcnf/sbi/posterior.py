@@ -81,8 +81,7 @@ def fit_posterior(
         embedding=embedding,
         progress=progress,
     )
-    density.fit(theta, context=x if embedding else x.reshape(len(x), -1))
-    return Posterior(prior, density, x.shape[1:])
+    return Posterior(prior, density.fit(theta, context=x))
 
 
 class Posterior(NamedTuple):
@@ -90,7 +89,11 @@ class Posterior(NamedTuple):
 
     prior: Prior
     density: FlowDensity  # of parameters given data; `density.history_` is that of the training
-    x_shape: tuple[int, ...]
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+        return self.density.context_shape_
 
     def sample(self, key: Key[Array, ""], n: int, x: Any) -> Float[np.ndarray, "*m n dim"]:
         """Draw `n` parameters given data x (...), or for each of m data x (m, ...).
@@ -204,10 +207,8 @@ class Posterior(NamedTuple):
         self.density.save(path)
 
     @classmethod
-    def load(
-        cls, path: str | Path, prior: Any, x_shape: tuple[int, ...], *, embedding: Any = None
-    ) -> "Posterior":
-        """Return a posterior that `save` wrote, of the same prior, data (...) and embedding.
+    def load(cls, path: str | Path, prior: Any, *, embedding: Any = None) -> "Posterior":
+        """Return a posterior that `save` wrote, of the same prior and embedding.
 
         **Raises:** `ValueError` if the file is not of such a posterior.
         """
@@ -215,7 +216,7 @@ class Posterior(NamedTuple):
         density = FlowDensity.load(path, embedding=embedding)
         if [s.bounds for s in density.columns_] != [s.bounds for s in prior.supports]:
             raise InputError(f"{path} has other parameters or supports than the prior")
-        return cls(prior, density, tuple(x_shape))
+        return cls(prior, density)
 
     def _row(self, x):
         rows, is_one = self._rows(x)
@@ -228,8 +229,7 @@ class Posterior(NamedTuple):
         x = np.asarray(x, np.float64)
         is_one = x.shape == self.x_shape or (x.ndim == 0 and self.x_shape == (1,))
         if is_one or (x.shape[1:] == self.x_shape and len(x)):
-            entries = self.x_shape if self.density.embedding else (-1,)
-            return x.reshape(1 if is_one else len(x), *entries), is_one
+            return x.reshape(-1, *self.x_shape), is_one
         raise InputError(f"expected x of shape {self.x_shape} or (m, ...); got {x.shape}")
 
 

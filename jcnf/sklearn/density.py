@@ -115,7 +115,7 @@ class FlowDensity(BaseEstimator):
         self.progress = progress
 
     def fit(self, X: Any, y: Any = None, *, context: Any = None) -> "FlowDensity":
-        """Learn the density of the rows of X (n, dim), given those of `context` (n, context).
+        """Learn the density of the rows of X (n, dim), given those of `context` (n, ...).
 
         `y` is ignored, as in other density estimators of scikit-learn. To learn p(y given x), call
         `fit(y, context=x)`.
@@ -295,10 +295,10 @@ class FlowDensity(BaseEstimator):
         return z.astype(np.float32)
 
     def _fit_context(self, rows, context, seed):
+        self.context_shape_ = np.shape(context)[1:]
         frame = self._context_rows(context)
         self._check_pair(rows, frame.rows)
-        self.context_shape_ = np.shape(context)[1:]
-        if len(self.context_shape_) > 1:
+        if self.embedding is not None and len(self.context_shape_) > 1:
             size = self.context_shape_[-1]
             check_constant(frame.rows.reshape(-1, size), range(size), "the context is ")
             side = Side.fit_alike(frame.rows, size, seed)
@@ -308,13 +308,13 @@ class FlowDensity(BaseEstimator):
         self.context_ = (frame.names, side)
 
     def _context_rows(self, context):
-        """Return the context as rows, those of an embedding flattened."""
-        if self.embedding is None:
+        """Return the context as rows, flattened if it has more than two axes."""
+        if self.embedding is None and len(self.context_shape_) < 2:
             return ContextRows(context)
         context = np.asarray(context)
-        expected = getattr(self, "context_shape_", context.shape[1:])
-        if context.ndim < 2 or context.shape[1:] != expected:
-            raise ValueError(f"expected a context of shape (n, {expected}); got {context.shape}")
+        if context.ndim < 2 or context.shape[1:] != self.context_shape_:
+            expected = ", ".join(map(str, ("n", *self.context_shape_)))
+            raise ValueError(f"expected a context of shape ({expected}); got {context.shape}")
         return ContextRows(context.reshape(len(context), -1))
 
     def _check_pair(self, rows, given):

@@ -203,7 +203,7 @@ def test_a_simulator_of_ones_own_is_learned_and_saved(own, tmp_path):
     assert row["seconds"].keys() == {"simulate", "train", "check", "sample"}
     assert figures(out) == {"calibration", "ranks", "posterior"}
     problem = posterior.load_problem(wanted)
-    found = sbi.Posterior.load(out / "results" / "posterior-100.jcnf", problem.prior, (2,))
+    found = sbi.Posterior.load(out / "results" / "posterior-100.jcnf", problem.prior)
     samples = found.sample(jr.key(0), 200, np.array([3.0, 0.0]))
     assert np.abs(samples[:, 1]).max() < 1
     assert samples[:, 0].mean() > 0.5

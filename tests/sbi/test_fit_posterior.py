@@ -134,14 +134,14 @@ def test_predictive_draws_run_the_simulator(posterior):
 
 def test_loaded_posterior_is_the_same(posterior, draws, tmp_path):
     posterior.save(tmp_path / "posterior.jcnf")
-    loaded = sbi.Posterior.load(tmp_path / "posterior.jcnf", PRIOR, (2,))
+    loaded = sbi.Posterior.load(tmp_path / "posterior.jcnf", PRIOR)
     np.testing.assert_array_equal(loaded.sample(jr.key(2), 5000, X), draws)
     assert loaded.density.history_ == posterior.density.history_
     with pytest.raises(InputError, match="other parameters or supports"):
-        sbi.Posterior.load(tmp_path / "posterior.jcnf", sbi.box([0, 0], [1, 1]), (2,))
+        sbi.Posterior.load(tmp_path / "posterior.jcnf", sbi.box([0, 0], [1, 1]))
     with pytest.raises(InputError, match="no embedding"):
         sbi.Posterior.load(
-            tmp_path / "posterior.jcnf", PRIOR, (2,), embedding=lambda key: sbi.SetEmbedding(1)
+            tmp_path / "posterior.jcnf", PRIOR, embedding=lambda key: sbi.SetEmbedding(1)
         )
 
 
@@ -171,7 +171,7 @@ def test_set_embedding_does_not_depend_on_the_order(tmp_path):
     log_density = eqx.filter_jit(posterior.log_density(x))
     np.testing.assert_allclose(log_density(theta.astype(np.float32)), log_prob, atol=1e-3)
     posterior.save(tmp_path / "set.jcnf")
-    loaded = sbi.Posterior.load(tmp_path / "set.jcnf", prior, (8, 1), embedding=embedding)
+    loaded = sbi.Posterior.load(tmp_path / "set.jcnf", prior, embedding=embedding)
     np.testing.assert_array_equal(loaded.log_prob(theta, x), log_prob)
     with pytest.raises(InputError, match="expected x of shape"):
         posterior.sample(jr.key(0), 3, x[:, 0])
