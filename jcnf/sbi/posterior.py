@@ -150,7 +150,8 @@ class Posterior(NamedTuple):
         draws = self.sample(key, MAP_DRAWS, x)
         # Forward mode: with so few parameters it costs little, and it compiles in less time.
         log_density = _LogDensity(self.density, self._row(x), adjoint="forward")
-        to_base, to_data = (eqx.filter_jit(f) for f in (log_density.to_base, log_density.to_data))
+        to_base = eqx.filter_jit(log_density.to_base)
+        to_data = eqx.filter_jit(log_density.to_data)
         order = np.argsort(-np.asarray(eqx.filter_jit(log_density)(single(draws))))
 
         def loss(z):
