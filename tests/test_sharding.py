@@ -123,7 +123,8 @@ def test_likelihood_takes_the_same_steps(found, layout):
     assert_trained_alike(found("one", "likelihood"), found(layout, "likelihood"))
 
 
-@many_slowly
+@pytest.mark.slow
+@many
 def test_evaluation_is_the_same(found, layout):
     one, other = (dict(found(name, "evaluation")) for name in ("one", layout))
     for name in ("noise", "drawn"):  # bit for bit

@@ -107,6 +107,7 @@ def test_mass_in_one_dimension():
     assert found.grid.log_prob.shape == (1000,)
 
 
+@pytest.mark.slow
 def test_with_little_time_points_and_outer_cells_are_left_out_and_this_is_said():
     flow = CNF(mlp(2, ()), StandardNormal(2))
     x = flow.base.sample(jr.key(0), 3000, X.dtype)

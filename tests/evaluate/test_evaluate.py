@@ -26,7 +26,10 @@ EULER = Solve(solver="euler", step=T / 4)
 
 @pytest.mark.parametrize(
     ("base", "extent"),
-    [(StandardNormal, (-6.0, 10.0, -8.0, 5.0)), (Logistic, (-20.0, 24.0, -21.0, 17.0))],
+    [
+        (StandardNormal, (-6.0, 10.0, -8.0, 5.0)),
+        pytest.param(Logistic, (-20.0, 24.0, -21.0, 17.0), marks=pytest.mark.slow),
+    ],
 )
 def test_density_integrates_to_one_on_a_grid(base, extent):
     flow = CNF(mlp(2, (8, 8), scale=3.0), base(2))

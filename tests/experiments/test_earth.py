@@ -13,6 +13,8 @@ from experiments._runner.fields import ResNet
 from experiments.earth import Earth, EarthMeasure, FlowTraining
 from jcnf._checks import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):

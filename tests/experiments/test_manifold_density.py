@@ -71,6 +71,7 @@ def test_a_run_measures_the_gap_to_the_known_density(tmp_path):
     assert figures == {"densities", "training"}
 
 
+@pytest.mark.slow
 def test_a_table_of_angles_is_learned_in_its_unit(tmp_path):
     """Narrow angles near 0 raise the doubt that they are in radians."""
     x = np.random.default_rng(0).uniform(-3, 3, (100, 3))

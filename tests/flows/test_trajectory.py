@@ -42,7 +42,7 @@ PRECISE = Solve(solver="dopri5", rtol=1e-10, atol=1e-10, max_steps=256)
 EULER = Solve(solver="euler", step=0.19, max_steps=8)
 ADJOINTS = ["checkpoint", "direct", "backsolve", "backsolve_seminorm", "reversible", "forward"]
 # The cases of the quick suite.
-QUICK = ["forward-down", "backsolve-down", "reversible-own"]
+QUICK = ["backsolve-down", "reversible-own"]
 TABLE = [
     pytest.param(a, t, marks=() if f"{a}-{t}" in QUICK else pytest.mark.slow, id=f"{a}-{t}")
     for a in ADJOINTS

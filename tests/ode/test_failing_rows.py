@@ -38,7 +38,7 @@ GOOD = np.setdiff1d(np.arange(200), BAD)
     ("norm", "dtype"),
     [
         ("batch", "float32"),
-        ("worst", "float64"),
+        pytest.param("worst", "float64", marks=pytest.mark.slow),
         pytest.param("batch", "float64", marks=pytest.mark.slow),
         pytest.param("worst", "float32", marks=pytest.mark.slow),
     ],

@@ -51,10 +51,7 @@ QUICK = {
     "mlp context": "checkpoint",
     "planar": "backsolve_seminorm",
     "residual without closed form": "backsolve",
-    "time change": "checkpoint",
-    "resnet with fourier features": "direct",
     "mixture": "forward",
-    "guided": "forward",
 }
 TABLE = [
     pytest.param(

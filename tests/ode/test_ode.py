@@ -693,7 +693,7 @@ GOOD_AT_SOME_STATES = {row: BY_ARGS[row] for row in (10, 11)}
     ("adjoint_name", "over_rows", "kinds"),
     [
         ("checkpoint", jnp.mean, BY_STATE),
-        ("reversible", jnp.max, GOOD_AT_SOME_STATES),
+        pytest.param("reversible", jnp.max, GOOD_AT_SOME_STATES, marks=pytest.mark.slow),
         pytest.param("checkpoint", jnp.mean, GOOD_AT_SOME_STATES, marks=pytest.mark.slow),
         pytest.param("reversible", jnp.max, BY_STATE, marks=pytest.mark.slow),
     ],

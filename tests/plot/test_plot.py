@@ -237,6 +237,7 @@ def test_snapshots_show_five_times_in_one_view(batch):
 # --- the GIF
 
 
+@pytest.mark.slow
 def test_animation_has_a_frame_per_time_and_is_small(tmp_path):
     times = np.linspace(0, 1, 60)
     path = plot.animation(tmp_path / "flow.gif", straight(3_000, times), times)

@@ -92,6 +92,7 @@ def test_log_density_is_log_prob_and_has_its_gradient(posterior, draws):
             np.testing.assert_allclose(gradient[:, column], slope, rtol=0.03, atol=0.3)
 
 
+@pytest.mark.slow
 def test_map_beats_every_sample(posterior, draws):
     best = posterior.map(jr.key(3), X)
     assert PRIOR.contains(best[None]).all()

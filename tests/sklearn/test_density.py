@@ -69,11 +69,11 @@ SUPPORTS = {
 
 
 @contextmanager
-def small():
+def small(**changes):
     """Fit narrower networks and fewer normal distributions, which takes half the time."""
-    of = mixture.Plan.of
+    of, changes = mixture.Plan.of, {"width": 32, **changes}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixture.Plan, "of", lambda *given: of(*given)._replace(width=32))
+        patch.setattr(mixture.Plan, "of", lambda *given: of(*given)._replace(**changes))
         patch.setattr(mixture, "NORMALS", (2, 4))
         yield
 
@@ -266,7 +266,7 @@ GRID = np.linspace(-1.8, 1.8, 50)[:, None]
 @pytest.fixture(scope="module")
 def given():
     x, y = draw_pairs(0, 1000)
-    with small():
+    with small(folds=2, weight_decays=(0.1,)):
         return Density(steps=700).fit(y, context=pd.DataFrame(x, columns=["x"]))
 
 

@@ -92,6 +92,7 @@ def test_a_training_that_is_stuck_does_not_end_in_silence():
         run(state, DATA, KEY, 100)
 
 
+@pytest.mark.slow
 def test_runs_are_built_and_taken_inside_vmap_and_jit():
     flow = CNF(mlp(2, ()), ScaledNormal(2))
 
