@@ -164,7 +164,7 @@ def test_gradient_is_the_finite_difference(name, adjoint, divergence):
 
 
 def test_the_gradient_in_a_learnable_rate_is_the_finite_difference():
-    here = problem("time change", QUICK["time change"])
+    here = problem("time change", "checkpoint")
     still = here.unravel(jnp.zeros_like(here.at))
     rate = eqx.tree_at(lambda at: at[0].bijection.field.sqrt_rate, still, jnp.ones(()))
     *_, gradient = here.value_and_grad(here.at, chosen("exact"))
